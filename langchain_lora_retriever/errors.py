@@ -1,0 +1,102 @@
+"""Every exception the package raises on purpose.
+
+::
+
+    LoraRetrieverError
+    ├── AdapterError (ValueError)          one adapter cannot be used; names it
+    │   ├── UnsupportedAdapterError        valid PEFT, but it asks for what is not honoured here (DoRA, bias, ...)
+    │   ├── InvalidAdapterError            corrupt, truncated, NaN, or shapes that do not fit the base model
+    │   └── InvalidSamplesError            samples.jsonl is not JSON lines with an "input"
+    ├── PoolError (ValueError)             the pool as a whole cannot be used (empty, unreadable)
+    │   └── DuplicateAdapterError          two adapters of one name
+    ├── UnknownAdapterError (KeyError)     a name that is not in the pool
+    ├── InvalidRequestError (ValueError)   a call that cannot be served (empty messages, NaN temperature, ...)
+    │   └── PromptTooLongError             the prompt leaves no room in the context window
+    ├── StructuredOutputError (ValueError) generated text does not satisfy the schema asked for
+    ├── RequestAbortedError                the caller (or shutdown) cancelled the request
+    ├── EngineError (RuntimeError)         the engine failed while serving; the cause is chained
+    │   └── EngineDeadError                the engine has stopped and serves nothing more
+    └── MissingDependencyError (ImportError)  an extra is not installed; prints the exact pip install
+"""
+
+__all__ = [
+    "AdapterError",
+    "DuplicateAdapterError",
+    "EngineDeadError",
+    "EngineError",
+    "InvalidAdapterError",
+    "InvalidRequestError",
+    "InvalidSamplesError",
+    "LoraRetrieverError",
+    "MissingDependencyError",
+    "PoolError",
+    "PromptTooLongError",
+    "RequestAbortedError",
+    "StructuredOutputError",
+    "UnknownAdapterError",
+    "UnsupportedAdapterError",
+]
+
+
+class LoraRetrieverError(Exception):
+    """Base class: `except LoraRetrieverError` catches all of them."""
+
+
+class AdapterError(LoraRetrieverError, ValueError):
+    """One adapter cannot be used. The message names the adapter and where it lies."""
+
+
+class UnsupportedAdapterError(AdapterError):
+    """A valid PEFT adapter that asks for something not honoured here."""
+
+
+class InvalidAdapterError(AdapterError):
+    """An adapter whose files are corrupt, or whose tensors do not fit the base model."""
+
+
+class InvalidSamplesError(AdapterError):
+    """A samples file that is not JSON lines of objects with an `input`."""
+
+
+class PoolError(LoraRetrieverError, ValueError):
+    """The pool as a whole cannot be used."""
+
+
+class DuplicateAdapterError(PoolError):
+    """Two adapters of one name."""
+
+
+class UnknownAdapterError(LoraRetrieverError, KeyError):
+    """A name that no adapter in the pool has."""
+
+    def __str__(self) -> str:
+        """The message as written; `KeyError` alone would print its `repr`."""
+        return str(self.args[0]) if self.args else ""
+
+
+class InvalidRequestError(LoraRetrieverError, ValueError):
+    """A call that cannot be served as it was made."""
+
+
+class PromptTooLongError(InvalidRequestError):
+    """A prompt that leaves no room for an answer in the model's context window."""
+
+
+class StructuredOutputError(LoraRetrieverError, ValueError):
+    """Generated text that does not satisfy the schema asked for."""
+
+
+class RequestAbortedError(LoraRetrieverError):
+    """The request was cancelled before it finished."""
+
+
+class EngineError(LoraRetrieverError, RuntimeError):
+    """The engine failed while it served a request; the cause is chained."""
+
+
+class EngineDeadError(EngineError):
+    """The engine has stopped and serves nothing more."""
+
+
+class MissingDependencyError(LoraRetrieverError, ImportError):
+    """An optional dependency is missing; the message holds the `pip install` that brings it."""
