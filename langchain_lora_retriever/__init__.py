@@ -1,0 +1,51 @@
+"""A LangChain chat model that retrieves, composes and batches LoRA adapters per prompt.
+
+Names are imported on first use, so that `import langchain_lora_retriever` loads neither torch nor LangChain.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from langchain_lora_retriever.chat_model import ChatLoraRetriever
+    from langchain_lora_retriever.pool import AdapterPool
+    from langchain_lora_retriever.retriever import LoraRetriever
+    from langchain_lora_retriever.types import Adapter, Composition, RetrievedAdapter, SamplingParams
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "AdapterPool",
+    "ChatLoraRetriever",
+    "Composition",
+    "LoraRetriever",
+    "RetrievedAdapter",
+    "SamplingParams",
+]
+
+_HOMES = {
+    "Adapter": "types",
+    "AdapterPool": "pool",
+    "ChatLoraRetriever": "chat_model",
+    "Composition": "types",
+    "LoraRetriever": "retriever",
+    "RetrievedAdapter": "types",
+    "SamplingParams": "types",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module the first time it is asked for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names, whether imported yet or not."""
+    return [*globals(), *(name for name in __all__ if name not in globals())]
