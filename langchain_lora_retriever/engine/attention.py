@@ -1,0 +1,288 @@
+"""Attention over the paged KV cache, plugged into transformers through its `AttentionInterface`.
+
+The model's own code computes queries, keys and values of the packed tokens; this module writes keys and values to the
+cache pages of each sequence and attends over them. What a step reads and writes is an `AttentionStep`, handed to the
+model's forward as a keyword argument, which transformers passes on to every attention layer.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from langchain_lora_retriever.errors import EngineError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+__all__ = ["ATTENTION_IMPLEMENTATION", "AttentionStep", "PagedCache", "QuerySpan"]
+
+ATTENTION_IMPLEMENTATION = "langchain_lora_retriever_paged"
+
+
+class PagedCache(NamedTuple):
+    """Keys and values of one layer, each `[num_blocks, block_size, num_kv_heads, head_dim]`."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per block."""
+        return self.keys.shape[1]
+
+
+class QuerySpan(NamedTuple):
+    """The tokens of one sequence in a packed step.
+
+    Attributes:
+        num_queries: Tokens computed in this step, the sequence's last.
+        context_len: Tokens in the cache once the step has written its own.
+        block_ids: The sequence's pages, in order.
+    """
+
+    num_queries: int
+    context_len: int
+    block_ids: Sequence[int]
+
+
+class _DecodeGroup(NamedTuple):
+    """Sequences with one query each and about as many pages, attended together."""
+
+    tokens: torch.Tensor  # [n] positions in the packed step
+    pages: torch.Tensor  # [n, p] block ids
+    context_lens: torch.Tensor  # [n]
+
+
+class _Prefill(NamedTuple):
+    """A sequence with several queries, attended alone."""
+
+    start: int
+    span: QuerySpan
+    pages: torch.Tensor  # [p] block ids
+
+
+class AttentionStep:
+    """One step's reads and writes of the cache; shared by all layers, planned once for each device.
+
+    Args:
+        spans: The packed sequences, in order.
+        caches: Each layer's cache, by `layer_idx`.
+    """
+
+    def __init__(self, spans: Sequence[QuerySpan], caches: Mapping[int, PagedCache]) -> None:
+        self._spans = spans
+        self._caches = caches
+        self._plans: dict[torch.device, _Plan] = {}
+
+    def attend(
+        self,
+        layer_idx: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Write the step's keys and values, then attend.
+
+        Args:
+            layer_idx: Whose cache.
+            query: `[num_tokens, num_heads, head_dim]`.
+            key: `[num_tokens, num_kv_heads, head_dim]`.
+            value: `[num_tokens, num_kv_heads, head_dim]`.
+            scaling: Factor of the scores.
+            sliding_window: Latest tokens visible to a query, itself included; None sees all.
+            softcap: Scores become `softcap * tanh(scores / softcap)`; None leaves them.
+
+        Returns:
+            `[num_tokens, num_heads, head_dim]`.
+        """
+        cache = self._caches[layer_idx]
+        plan = self._plans.get(query.device)
+        if plan is None:
+            plan = self._plans[query.device] = _Plan(self._spans, cache.block_size, query.device)
+        cache.keys.flatten(0, 1).index_copy_(0, plan.slot_mapping, key)
+        cache.values.flatten(0, 1).index_copy_(0, plan.slot_mapping, value)
+        out = torch.empty_like(query)
+        for group in plan.decode_groups:
+            keys, values = (pages[group.pages].flatten(1, 2) for pages in cache)
+            mask = plan.decode_mask(group, sliding_window)
+            out[group.tokens] = _decode(query[group.tokens], keys, values, mask, scaling, softcap)
+        for prefill in plan.prefills:
+            tokens = slice(prefill.start, prefill.start + prefill.span.num_queries)
+            keys, values = (pages[prefill.pages].flatten(0, 1)[: prefill.span.context_len] for pages in cache)
+            mask = plan.prefill_mask(prefill, sliding_window, is_softcapped=softcap is not None)
+            out[tokens] = _prefill(query[tokens], keys, values, mask, scaling, softcap)
+        return out
+
+
+class _Plan:
+    """Index tensors of a step on one device."""
+
+    def __init__(self, spans: Sequence[QuerySpan], block_size: int, device: torch.device) -> None:
+        self._block_size = block_size
+        self._device = device
+        self._masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
+        self.prefills: list[_Prefill] = []
+        slots: list[int] = []
+        decodes: dict[int, list[tuple[int, QuerySpan]]] = {}
+        start = 0
+        for span in spans:
+            positions = range(span.context_len - span.num_queries, span.context_len)
+            slots += [span.block_ids[p // block_size] * block_size + p % block_size for p in positions]
+            num_pages = -(-span.context_len // block_size)
+            if span.num_queries == 1:
+                # Groups of like length waste at most half of what they gather.
+                decodes.setdefault(num_pages.bit_length(), []).append((start, span))
+            else:
+                self.prefills.append(_Prefill(start, span, self._tensor(list(span.block_ids[:num_pages]))))
+            start += span.num_queries
+        self.slot_mapping = self._tensor(slots)
+        self.decode_groups = [self._decode_group(members) for members in decodes.values()]
+
+    def decode_mask(self, group: _DecodeGroup, sliding_window: int | None) -> torch.Tensor | None:
+        """Bool `[n, 1, 1, p * block_size]`, True where a query sees."""
+        key = (id(group), sliding_window)
+        if key not in self._masks:
+            positions = torch.arange(group.pages.shape[1] * self._block_size, device=self._device)
+            mask = positions < group.context_lens[:, None]
+            if sliding_window is not None:
+                mask &= positions >= group.context_lens[:, None] - sliding_window
+            self._masks[key] = mask[:, None, None]
+        return self._masks[key]
+
+    def prefill_mask(
+        self, prefill: _Prefill, sliding_window: int | None, *, is_softcapped: bool
+    ) -> torch.Tensor | None:
+        """Bool `[num_queries, context_len]`; None where plain causal attention says the same."""
+        num_queries, context_len = prefill.span.num_queries, prefill.span.context_len
+        if (
+            num_queries == context_len
+            and not is_softcapped
+            and (not sliding_window or context_len <= sliding_window)
+        ):
+            return None
+        key = (id(prefill), sliding_window)
+        if key not in self._masks:
+            keys = torch.arange(context_len, device=self._device)
+            queries = keys[context_len - num_queries :, None]
+            mask = keys <= queries
+            if sliding_window is not None:
+                mask &= keys > queries - sliding_window
+            self._masks[key] = mask
+        return self._masks[key]
+
+    def _decode_group(self, members: list[tuple[int, QuerySpan]]) -> _DecodeGroup:
+        context_lens = [span.context_len for _, span in members]
+        num_pages = -(-max(context_lens) // self._block_size)
+        pages = [
+            (*span.block_ids[:num_pages], *[0] * (num_pages - len(span.block_ids))) for _, span in members
+        ]
+        return _DecodeGroup(
+            self._tensor([start for start, _ in members]), self._tensor(pages), self._tensor(context_lens)
+        )
+
+    def _tensor(self, values: Sequence[Any]) -> torch.Tensor:
+        return torch.tensor(values, device=self._device)
+
+
+def _decode(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """`query` `[n, num_heads, head_dim]`, `keys` `[n, length, num_kv_heads, head_dim]`.
+
+    The query heads that share a key head become the rows of one small matrix, so keys are read once for all of them.
+    """
+    num_sequences, num_heads, head_dim = query.shape
+    grouped = query.reshape(num_sequences, keys.shape[2], -1, head_dim)
+    out = _attention(grouped, keys.transpose(1, 2), values.transpose(1, 2), mask, scaling, softcap)
+    return out.reshape(num_sequences, num_heads, values.shape[-1])
+
+
+def _prefill(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """`query` `[n, num_heads, head_dim]`, `keys` `[length, num_kv_heads, head_dim]`."""
+    num_queries, num_heads, head_dim = query.shape
+    num_kv_heads = keys.shape[1]
+    grouped = query.transpose(0, 1).reshape(num_kv_heads, -1, num_queries, head_dim)
+    shape = (num_kv_heads, num_heads // num_kv_heads, -1, -1)
+    keys, values = keys.transpose(0, 1)[:, None].expand(shape), values.transpose(0, 1)[:, None].expand(shape)
+    out = _attention(grouped, keys, values, mask, scaling, softcap)
+    return out.flatten(0, 1).transpose(0, 1)
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    if softcap is None:
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling
+        )
+    assert mask is not None
+    scores = (query @ key.transpose(-1, -2)).float() * scaling
+    scores = softcap * torch.tanh(scores / softcap)
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1).to(value.dtype) @ value
+
+
+def _paged_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    attention_step: AttentionStep | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention signature; `query` is `[1, num_heads, num_tokens, head_dim]`."""
+    if attention_step is None:
+        raise EngineError(
+            "This model belongs to a running engine and computes attention over the engine's cache: load a second "
+            "copy to call it directly, or close the engine first."
+        )
+    if (
+        kwargs.get("s_aux") is not None
+        or kwargs.get("position_bias") is not None
+        or attention_mask is not None
+    ):
+        raise EngineError(
+            f"{type(module).__name__} asks for attention sinks, position biases or masks, which the paged cache does not offer."
+        )
+    out = attention_step.attend(
+        module.layer_idx,
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        scaling=scaling if scaling is not None else query.shape[-1] ** -0.5,
+        sliding_window=sliding_window,
+        softcap=softcap,
+    )
+    return out[None], None
+
+
+AttentionInterface.register(ATTENTION_IMPLEMENTATION, _paged_attention_forward)

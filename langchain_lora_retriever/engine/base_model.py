@@ -1,0 +1,71 @@
+"""Load a base model: all of it is transformers and accelerate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from langchain_lora_retriever.errors import EngineError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["BaseModel", "ModelSource", "load_base_model"]
+
+ModelSource: TypeAlias = "str | Path | tuple[PreTrainedModel, PreTrainedTokenizerBase]"
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """A causal language model, its tokenizer, and the name answers are signed with."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+
+
+def load_base_model(source: ModelSource, **model_kwargs: Any) -> BaseModel:
+    """Load a model and its tokenizer with `from_pretrained`, or take them as they are.
+
+    Args:
+        source: A hub name, a folder, or `(model, tokenizer)` already loaded.
+        **model_kwargs: For `AutoModelForCausalLM.from_pretrained`: `device_map`, `dtype`, `quantization_config`,
+            `max_memory`, `offload_folder`, `gguf_file`, ... Without `device_map`, accelerate places the model on the
+            GPUs there are, or the CPU. Without `dtype`, a GPU gets the checkpoint's own and a CPU float32.
+
+    Raises:
+        EngineError: If the model cannot attend over a paged cache.
+    """
+    if isinstance(source, tuple):
+        model, tokenizer = source
+        name = model.config.name_or_path or type(model).__name__
+    else:
+        name = str(source)
+        has_gpu = torch.cuda.is_available()
+        model_kwargs.setdefault("dtype", "auto" if has_gpu else torch.float32)
+        if has_gpu:
+            model_kwargs.setdefault("device_map", "auto")
+        tokenizer_kwargs = {
+            key: model_kwargs[key]
+            for key in (
+                "gguf_file",
+                "revision",
+                "token",
+                "trust_remote_code",
+                "cache_dir",
+                "local_files_only",
+            )
+            if key in model_kwargs
+        }
+        tokenizer = AutoTokenizer.from_pretrained(name, **tokenizer_kwargs)
+        model = AutoModelForCausalLM.from_pretrained(name, **model_kwargs)
+    if not model._supports_attention_backend:  # noqa: SLF001 - transformers offers no public way to ask
+        raise EngineError(
+            f"{type(model).__name__} does not route its attention through transformers' AttentionInterface, so it "
+            "cannot use the paged cache. Use an architecture that does (Llama, Qwen, Gemma, Mistral, Phi, ...)."
+        )
+    return BaseModel(model.eval().requires_grad_(False), tokenizer, name)  # noqa: FBT003 - torch's own signature

@@ -1,0 +1,67 @@
+"""What the engine may use: concurrency, memory, context."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from langchain_lora_retriever.errors import InvalidRequestError
+
+__all__ = ["EngineConfig"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Limits of one engine. Memory is taken once, when the model is loaded, and never grows.
+
+    Attributes:
+        max_num_seqs: Most requests running at once; None picks 16 on a CPU and 128 on a GPU.
+        max_num_batched_tokens: Most tokens computed in one step, >= `max_num_seqs`. A longer prompt is prefilled
+            in chunks beside the decoding of others; None picks 512 on a CPU and 2,048 on a GPU.
+        max_model_len: Most tokens of prompt and answer together; None takes the model's context window.
+        block_size: Tokens per block of the paged KV cache.
+        kv_cache_bytes: Size of the KV cache; None sizes it from what is free after loading.
+        gpu_memory_utilization: Share of a GPU's memory the engine may fill when it sizes the cache itself.
+        lora_cache_bytes: Device memory for adapters; None picks 0.5 GiB on a CPU and a tenth of a GPU's memory.
+        max_loras: Most distinct adapters resident on the device at once.
+        max_adapters_per_request: Longest composition (`k`), at most 8.
+        enable_prefix_caching: Share the KV of equal prefixes between requests that run the same composition.
+    """
+
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    max_model_len: int | None = None
+    block_size: int = 16
+    kv_cache_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
+    lora_cache_bytes: int | None = None
+    max_loras: int = 256
+    max_adapters_per_request: int = 8
+    enable_prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse limits under which nothing could run."""
+        for name in (
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "max_model_len",
+            "kv_cache_bytes",
+            "lora_cache_bytes",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidRequestError(
+                    f"EngineConfig({name}={value!r}): pass a positive integer, or None."
+                )
+        for name in ("block_size", "max_loras"):
+            if getattr(self, name) < 1:
+                raise InvalidRequestError(
+                    f"EngineConfig({name}={getattr(self, name)!r}): pass a positive integer."
+                )
+        if not 1 <= self.max_adapters_per_request <= 8:
+            raise InvalidRequestError(
+                f"EngineConfig(max_adapters_per_request={self.max_adapters_per_request!r}): pass 1 to 8."
+            )
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise InvalidRequestError(
+                f"EngineConfig(gpu_memory_utilization={self.gpu_memory_utilization!r}): pass a number in (0, 1]."
+            )

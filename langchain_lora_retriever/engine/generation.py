@@ -1,0 +1,166 @@
+"""The caller's end of a running request: iterate it, await it, abort it, from any thread or event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING
+
+from langchain_lora_retriever.engine.request import Completion, Delta
+from langchain_lora_retriever.errors import RequestAbortedError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+
+__all__ = ["Generation"]
+
+
+class Generation:
+    """A request in the engine. Its deltas are delivered once, to one iterator; `result` may be asked by anyone.
+
+    Closing an iterator early, or cancelling the task that awaits one, aborts the request and frees its memory.
+
+    Args:
+        on_abort: Tells the engine to forget the request; called at most once, from the aborting thread.
+    """
+
+    def __init__(self, on_abort: Callable[[], None]) -> None:
+        self._on_abort = on_abort
+        self._lock = threading.Lock()
+        self._pending: deque[Delta] = deque()
+        self._received: list[Delta] = []
+        self._wake: Callable[[], object] | None = None
+        self._future: Future[Completion] = Future()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it finished, failed or was aborted."""
+        return self._future.done()
+
+    def __iter__(self) -> Iterator[Delta]:
+        """Yield deltas as they come.
+
+        Raises:
+            RequestAbortedError: If the request is aborted meanwhile.
+            EngineError: If the step that served it failed.
+        """
+        try:
+            while True:
+                ready = threading.Event()
+                delta = self._next_or_wait(ready.set)
+                if delta is None:
+                    ready.wait()
+                    continue
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+        finally:
+            self.abort()
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        """Yield deltas as they come, without blocking the event loop; raises as `__iter__` does."""
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                ready = asyncio.Event()
+                delta = self._next_or_wait(partial(_call_in, loop, ready.set))
+                if delta is None:
+                    await ready.wait()
+                    continue
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+        finally:
+            self.abort()
+
+    def result(self, timeout: float | None = None) -> Completion:
+        """Wait for the end.
+
+        Args:
+            timeout: Seconds to wait. The request goes on if they pass; call `abort` to end it.
+
+        Raises:
+            TimeoutError: If `timeout` passes first.
+            RequestAbortedError: If the request is aborted.
+            EngineError: If the step that served it failed.
+        """
+        try:
+            return self._future.result(timeout)
+        except KeyboardInterrupt:
+            self.abort()
+            raise
+
+    async def aresult(self) -> Completion:
+        """Wait for the end without blocking the event loop; cancelling the awaiting task aborts the request."""
+        try:
+            return await asyncio.shield(asyncio.wrap_future(self._future))
+        except asyncio.CancelledError:
+            self.abort()
+            raise
+
+    def abort(self) -> None:
+        """End the request and free its memory; nothing happens if it is done already."""
+        if self.fail(RequestAbortedError("The request was aborted before it finished.")):
+            self._on_abort()
+
+    def put(self, delta: Delta) -> None:
+        """Deliver a delta. The engine's thread calls this."""
+        with self._lock:
+            if self._future.done():
+                return
+            self._pending.append(delta)
+            self._received.append(delta)
+            if delta.finish_reason is not None:
+                self._future.set_result(_join(self._received))
+            wake, self._wake = self._wake, None
+        if wake is not None:
+            wake()
+
+    def fail(self, error: Exception) -> bool:
+        """End with an error; False if it is done already."""
+        with self._lock:
+            if self._future.done():
+                return False
+            self._future.set_exception(error)
+            wake, self._wake = self._wake, None
+        if wake is not None:
+            wake()
+        return True
+
+    def _next_or_wait(self, wake: Callable[[], object]) -> Delta | None:
+        """The next delta; or None, and `wake` will be called once there is news."""
+        with self._lock:
+            if self._pending:
+                return self._pending.popleft()
+            if self._future.done():
+                error = self._future.exception()
+                if error is not None:
+                    raise error
+                raise RuntimeError("This generation was iterated to its end already; iterate it once.")
+            self._wake = wake
+            return None
+
+
+def _call_in(loop: asyncio.AbstractEventLoop, action: Callable[[], None]) -> None:
+    with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+        loop.call_soon_threadsafe(action)
+
+
+def _join(deltas: list[Delta]) -> Completion:
+    last = deltas[-1]
+    assert last.finish_reason is not None
+    assert last.usage is not None
+    logprobs = None
+    if any(delta.logprobs is not None for delta in deltas):
+        logprobs = tuple(item for delta in deltas for item in delta.logprobs or ())
+    return Completion(
+        "".join(delta.text for delta in deltas),
+        tuple(token for delta in deltas for token in delta.token_ids),
+        logprobs,
+        last.finish_reason,
+        last.usage,
+    )

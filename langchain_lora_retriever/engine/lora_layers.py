@@ -1,0 +1,214 @@
+"""The model's linear modules, with every token's own adapters added to their outputs.
+
+Modules are changed in place and by their `forward` alone: their names, parameters and accelerate hooks stay what they
+were, so any Linear-like module works, quantised or offloaded. Plain `nn.Linear` modules that share an input are
+computed as one product.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from lora_kernels import LoraBatch, LoraRows, LoraStack, add_lora
+from torch import nn
+from torch.nn.functional import linear
+
+from langchain_lora_retriever.engine.probe import LinearGroup
+from langchain_lora_retriever.errors import EngineError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from transformers import PreTrainedModel
+
+    from langchain_lora_retriever.types import Adapter
+
+__all__ = ["LoraLayers"]
+
+_MAX_RANK = 256
+
+
+class LoraLayers:
+    """Adapters' tensors for all linear groups of a model, and the wrapped forwards that apply them.
+
+    Args:
+        model: The model whose modules are wrapped while `attached`.
+        groups: Its linear modules, as the probe saw them.
+        num_rows: Rank rows of device memory.
+        max_loras: Adapter slots.
+        max_num_tokens: Most tokens of a step.
+        max_adapters_per_token: Longest composition.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        groups: Sequence[LinearGroup],
+        *,
+        num_rows: int,
+        max_loras: int,
+        max_num_tokens: int,
+        max_adapters_per_token: int,
+    ) -> None:
+        max_rank = min(num_rows, _MAX_RANK)
+        self._max_adapters_per_token = max_adapters_per_token
+        self._is_active = False
+        self._devices: dict[torch.device, tuple[LoraRows, LoraBatch]] = {}
+        for device in {group.device for group in groups}:
+            rows = LoraRows(max_loras, max_rank, device)
+            self._devices[device] = (rows, LoraBatch(rows, max_num_tokens, max_adapters_per_token))
+        self._groups = [
+            _Group(self, modules, group, num_rows, *self._devices[group.device])
+            for shared in groups
+            for group, modules in _split(model, shared)
+        ]
+
+    def load(self, slot: int, start: int, adapter: Adapter) -> None:
+        """Copy an adapter into rows `start : start + adapter.rank` of every device and point `slot` at them.
+
+        Raises:
+            EngineError: If it targets a module this model does not have, or its rank is beyond the kernels' limit.
+        """
+        if adapter.rank > _MAX_RANK:
+            raise EngineError(
+                f"Adapter {adapter.name!r} has rank {adapter.rank}; the kernels go up to {_MAX_RANK}."
+            )
+        unknown = set(adapter.weights).difference(*(group.names for group in self._groups))
+        if unknown:
+            raise EngineError(
+                f"Adapter {adapter.name!r} targets {min(unknown)!r}, which this model does not have."
+            )
+        for rows, _ in self._devices.values():
+            rows.assign(slot, start, adapter.rank)
+        for group in self._groups:
+            group.load(slot, start, adapter)
+
+    def set_batch(self, spans: Sequence[tuple[int, Sequence[int], Sequence[float]]]) -> None:
+        """Say which adapters the next forward pass runs for its tokens.
+
+        Args:
+            spans: For each packed sequence its number of tokens, adapter slots and their weights.
+        """
+        self._is_active = any(slots for _, slots, _ in spans)
+        if not self._is_active:
+            return
+        k = max(len(slots) for _, slots, _ in spans)
+        counts = torch.tensor([num_tokens for num_tokens, _, _ in spans])
+        mapping = torch.tensor(
+            [(*slots, *[-1] * (k - len(slots))) for _, slots, _ in spans], dtype=torch.int32
+        )
+        weights = torch.tensor([(*w, *[0.0] * (k - len(w))) for _, _, w in spans], dtype=torch.float32)
+        mapping, weights = mapping.repeat_interleave(counts, 0), weights.repeat_interleave(counts, 0)
+        for device, (_, batch) in self._devices.items():
+            batch.update(mapping.to(device), weights.to(device))
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Wrap the modules inside the block."""
+        for group in self._groups:
+            group.attach()
+        try:
+            yield
+        finally:
+            for group in self._groups:
+                group.detach()
+
+    def add(self, y: torch.Tensor, x: torch.Tensor, stack: LoraStack, batch: LoraBatch) -> None:
+        """Add the adapters' outputs for packed inputs `x` to `y` in place; nothing if no token has one."""
+        if self._is_active:
+            add_lora(y, x, stack, batch)
+
+
+class _Group:
+    """Linear modules that share an input: computed together when the first of them is called."""
+
+    def __init__(
+        self,
+        layers: LoraLayers,
+        modules: Sequence[nn.Module],
+        group: LinearGroup,
+        num_rows: int,
+        rows: LoraRows,
+        batch: LoraBatch,
+    ) -> None:
+        self.names = group.names
+        self._layers = layers
+        self._modules = modules
+        self._out_features = group.out_features
+        self._batch = batch
+        self._stack = LoraStack(rows, num_rows, group.in_features, group.out_features, group.dtype)
+        self._fused = _fuse(modules) if len(modules) > 1 else None
+        self._input: torch.Tensor | None = None
+        self._outputs: tuple[torch.Tensor, ...] = ()
+
+    def load(self, slot: int, start: int, adapter: Adapter) -> None:
+        found = [adapter.weights.get(name) for name in self.names]
+        self._stack.load(slot, start, [w and (w.lora_A, w.lora_B, w.scaling) for w in found])
+
+    def attach(self) -> None:
+        for index, module in enumerate(self._modules):
+            if self._fused is None:
+                module.forward = partial(self._forward_single, module.forward)
+            else:
+                module.forward = partial(self._forward_slice, index)
+
+    def detach(self) -> None:
+        for module in self._modules:
+            forward: Callable[..., torch.Tensor] = module.forward
+            del module.forward
+            if isinstance(forward, partial) and forward.func == self._forward_single:
+                hooked = forward.args[0]
+                if getattr(hooked, "__func__", None) is not type(module).forward:
+                    module.forward = hooked  # accelerate's own wrapper, an attribute of the instance too
+
+    def _forward_single(
+        self, forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+    ) -> torch.Tensor:
+        y = forward(x)
+        flat = y.view(-1, y.shape[-1])
+        self._layers.add(flat, x.to(y.device).reshape(flat.shape[0], -1), self._stack, self._batch)
+        return y
+
+    def _forward_slice(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        if self._input is not x:
+            self._outputs = self._forward_fused(x)
+            self._input = x
+        output = self._outputs[index]
+        if index == len(self._modules) - 1:
+            self._input, self._outputs = None, ()
+        return output
+
+    def _forward_fused(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        assert self._fused is not None
+        flat = x.reshape(-1, x.shape[-1])
+        y = linear(flat, *self._fused)
+        self._layers.add(y, flat, self._stack, self._batch)
+        return y.view(*x.shape[:-1], -1).split(self._out_features, -1)
+
+
+def _split(model: PreTrainedModel, group: LinearGroup) -> Iterator[tuple[LinearGroup, list[nn.Module]]]:
+    """The group as it is if its modules can be computed as one; else a group for each of them."""
+    modules = [model.get_submodule(name) for name in group.names]
+    is_biased = {module.bias is not None for module in modules if _is_plain(module)}
+    if len(modules) > 1 and len(is_biased) == 1 and all(_is_plain(module) for module in modules):
+        yield group, modules
+    else:
+        for name, out_features, module in zip(group.names, group.out_features, modules, strict=True):
+            yield group._replace(names=(name,), out_features=(out_features,)), [module]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether its weight is simply there: not quantised, not moved around by accelerate."""
+    return type(module) is nn.Linear and not hasattr(module, "_hf_hook")
+
+
+def _fuse(modules: Sequence[nn.Module]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Lay the weights one under the other and let each module's weight be a view of its part; biases beside them."""
+    weight = torch.cat([module.weight for module in modules])
+    for module, part in zip(modules, weight.split([m.weight.shape[0] for m in modules]), strict=True):
+        module.weight = nn.Parameter(part, requires_grad=False)
+    bias = None if modules[0].bias is None else torch.cat([module.bias for module in modules])
+    return weight, bias

@@ -1,0 +1,93 @@
+"""How much device memory goes to the KV cache and to adapters: decided once, before anything is served."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import psutil
+import torch
+
+from langchain_lora_retriever.errors import EngineError
+
+if TYPE_CHECKING:
+    from langchain_lora_retriever.engine.base_model import BaseModel
+    from langchain_lora_retriever.engine.config import EngineConfig
+    from langchain_lora_retriever.engine.probe import ModelProbe
+
+__all__ = ["MemoryPlan", "plan_memory"]
+
+_CPU_CACHE_TOKENS_PER_SEQ = 2048  # what the CPU default reserves for each running request
+_CPU_MEMORY_SHARE = 0.25  # of what is available, at most
+_CPU_LORA_BYTES = 512 << 20
+_GPU_LORA_SHARE = 0.1
+_GPU_ACTIVATION_BYTES_PER_TOKEN = 64  # times hidden size: activations of one packed step, generously
+
+
+class MemoryPlan(NamedTuple):
+    """Sizes of everything that is allocated up front.
+
+    Attributes:
+        num_blocks: Blocks of the KV cache.
+        num_lora_rows: Rank rows for adapters.
+        max_model_len: Most tokens of one request.
+        max_num_seqs: Most running requests.
+        max_num_batched_tokens: Most tokens of one step.
+    """
+
+    num_blocks: int
+    num_lora_rows: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+
+def plan_memory(base: BaseModel, probe: ModelProbe, config: EngineConfig) -> MemoryPlan:
+    """Choose the sizes that `config` leaves open from what is free after loading.
+
+    Raises:
+        EngineError: If not even one request of reasonable length would fit.
+    """
+    on_gpu = any(geometry.device.type == "cuda" for geometry in probe.attention.values())
+    max_num_seqs = config.max_num_seqs or (128 if on_gpu else 16)
+    max_num_batched_tokens = max(config.max_num_batched_tokens or (2048 if on_gpu else 512), max_num_seqs)
+    window = base.model.config.get_text_config().max_position_embeddings
+    max_model_len = min(config.max_model_len or window, window)
+
+    lora_row_bytes = sum(
+        (len(g.names) * g.in_features + sum(g.out_features)) * g.dtype.itemsize for g in probe.linear_groups
+    )
+    lora_bytes = config.lora_cache_bytes
+    if lora_bytes is None:
+        lora_bytes = int(_GPU_LORA_SHARE * torch.cuda.mem_get_info()[1]) if on_gpu else _CPU_LORA_BYTES
+    num_lora_rows = lora_bytes // lora_row_bytes
+    if num_lora_rows < 1:
+        raise EngineError(
+            f"lora_cache_bytes={lora_bytes:,} is less than the {lora_row_bytes:,} bytes that one rank of an adapter "
+            "takes over all of this model's linear modules: raise it."
+        )
+
+    block_bytes = config.block_size * sum(geometry.token_bytes for geometry in probe.attention.values())
+    cache_bytes = config.kv_cache_bytes
+    if cache_bytes is None:
+        wanted = (
+            max_num_seqs * min(max_model_len, _CPU_CACHE_TOKENS_PER_SEQ) * (block_bytes // config.block_size)
+        )
+        if on_gpu:
+            free, total = torch.cuda.mem_get_info()
+            hidden = base.model.config.get_text_config().hidden_size
+            activations = max_num_batched_tokens * hidden * _GPU_ACTIVATION_BYTES_PER_TOKEN
+            used = total - free
+            cache_bytes = int(config.gpu_memory_utilization * total) - used - lora_bytes - activations
+        else:
+            cache_bytes = min(wanted, int(_CPU_MEMORY_SHARE * psutil.virtual_memory().available))
+    num_blocks = max(cache_bytes, 0) // block_bytes
+    if num_blocks * config.block_size < 2 * config.block_size:
+        raise EngineError(
+            f"{max(cache_bytes, 0):,} bytes are left for the KV cache, but one block of {config.block_size} tokens "
+            f"takes {block_bytes:,}: free memory, lower lora_cache_bytes ({lora_bytes:,}), or raise "
+            "kv_cache_bytes or gpu_memory_utilization."
+        )
+    return MemoryPlan(
+        num_blocks, num_lora_rows, min(max_model_len, num_blocks * config.block_size), max_num_seqs,
+        max_num_batched_tokens,
+    )  # fmt: skip

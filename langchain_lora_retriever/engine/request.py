@@ -1,0 +1,164 @@
+"""One generation: what was asked, how far it is, and what it has given so far."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from langchain_lora_retriever.engine.detokenizer import Detokenizer
+    from langchain_lora_retriever.types import Adapter, SamplingParams
+
+__all__ = [
+    "Completion",
+    "Constraint",
+    "Delta",
+    "FinishReason",
+    "Request",
+    "TokenLogprob",
+    "Usage",
+    "composition_salt",
+]
+
+FinishReason: TypeAlias = Literal["stop", "length"]
+
+
+class TokenLogprob(NamedTuple):
+    """Log-probability of a generated token and of its likeliest alternatives, before temperature."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+class Usage(NamedTuple):
+    """Token counts of a finished request."""
+
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+
+
+class Delta(NamedTuple):
+    """What a request gained since the last delta. The last one carries `finish_reason` and `usage`."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None
+    finish_reason: FinishReason | None
+    usage: Usage | None
+
+
+class Completion(NamedTuple):
+    """A finished request."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None
+    finish_reason: FinishReason
+    usage: Usage
+
+
+class Constraint(Protocol):
+    """Restricts which token may come next. One object per request; only the engine's thread calls it."""
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the next token is restricted at all."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing more may be generated."""
+
+    def fill_bitmask(self, row: torch.Tensor) -> None:
+        """Write the allowed tokens into `row`, int32 `[ceil(vocab_size / 32)]`, bit = 1: allowed."""
+
+    def accept(self, token_id: int) -> None:
+        """Advance by a token that was generated or forced."""
+
+    def forced_tokens(self) -> Sequence[int]:
+        """Tokens that must come next, taken without a model step; empty if there is a choice."""
+
+
+def composition_salt(adapters: Sequence[tuple[Adapter, float]]) -> bytes:
+    """Identify what computes the KV: the adapters' contents and weights.
+
+    Names are not part of it: an adapter replaced under its old name must not meet the old one's KV.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for adapter, weight in adapters:
+        digest.update(f"{adapter.fingerprint}:{weight!r};".encode())
+    return digest.digest()
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A generation on its way through the engine. Only the engine's thread touches it after submission.
+
+    Attributes:
+        request_id: Unique within its engine.
+        prompt_token_ids: The prompt, at least one token.
+        sampling: How tokens are chosen and when to stop.
+        adapters: `(adapter, weight)` pairs; empty runs the base model.
+        constraint: Grammar of the answer, if any.
+        seed: Seed of its random choices.
+        salt: Root of its prefix-cache hash chain.
+        output_token_ids: Tokens generated so far.
+        num_computed_tokens: Leading tokens whose KV is in the cache.
+        num_cached_tokens: Prompt tokens found in the prefix cache at first admission.
+        block_ids: Its pages of the KV cache, in order.
+        block_hashes: Hash chain over its full pages.
+        lora_slots: Slots its adapters are pinned to while it runs.
+    """
+
+    request_id: int
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    adapters: tuple[tuple[Adapter, float], ...]
+    detokenizer: Detokenizer
+    constraint: Constraint | None = None
+    seed: int = 0
+    salt: bytes = b""
+    output_token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    num_cached_tokens: int | None = None
+    block_ids: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    lora_slots: tuple[int, ...] | None = None
+    num_delivered_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        """Fix the seed and the salt for its whole life."""
+        self.seed = secrets.randbits(62) if self.sampling.seed is None else self.sampling.seed
+        self.salt = composition_salt(self.adapters)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known so far, prompt and output."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Prompt and output, in order."""
+        return self.prompt_token_ids + self.output_token_ids
+
+    @property
+    def usage(self) -> Usage:
+        """Token counts so far."""
+        return Usage(len(self.prompt_token_ids), self.num_cached_tokens or 0, len(self.output_token_ids))
+
+    def tokens_between(self, start: int, end: int) -> list[int]:
+        """`token_ids[start:end]` without joining the two lists."""
+        num_prompt = len(self.prompt_token_ids)
+        if start >= num_prompt:
+            return self.output_token_ids[start - num_prompt : end - num_prompt]
+        if end <= num_prompt:
+            return self.prompt_token_ids[start:end]
+        return self.prompt_token_ids[start:] + self.output_token_ids[: end - num_prompt]

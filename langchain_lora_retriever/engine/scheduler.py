@@ -1,0 +1,127 @@
+"""Who runs in the next step, and how many of their tokens.
+
+Prefill and decode are one thing here: every request has tokens that are not yet computed, and a step computes some of
+them. A decoding request has one; a waiting prompt has many, and takes what the token budget leaves.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from langchain_lora_retriever.engine.adapter_slots import AdapterSlots
+    from langchain_lora_retriever.engine.kv_cache import KVCacheManager
+    from langchain_lora_retriever.engine.request import Request
+
+__all__ = ["ScheduledRequest", "Scheduler"]
+
+
+class ScheduledRequest(NamedTuple):
+    """A request and how many of its tokens the step computes."""
+
+    request: Request
+    num_new_tokens: int
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the step reaches the request's last token, so that the next one is chosen."""
+        return self.request.num_computed_tokens + self.num_new_tokens == self.request.num_tokens
+
+
+class Scheduler:
+    """Continuous batching, first come first served, with chunked prefill and preemption by recomputation.
+
+    Args:
+        kv_cache: Where blocks come from.
+        slots: Where device memory for adapters comes from.
+        max_num_seqs: Most requests running at once.
+        max_num_batched_tokens: Most tokens computed in one step.
+    """
+
+    def __init__(
+        self, kv_cache: KVCacheManager, slots: AdapterSlots, *, max_num_seqs: int, max_num_batched_tokens: int
+    ) -> None:
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.num_preemptions = 0
+        self._kv_cache = kv_cache
+        self._slots = slots
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
+
+    def add(self, request: Request) -> None:
+        """Queue a request."""
+        self.waiting.append(request)
+
+    def schedule(self) -> list[ScheduledRequest]:
+        """Choose the next step. Running requests come first, so that no stream waits for somebody's prompt.
+
+        Mutates the requests' blocks and slots. Empty only if nothing is waiting or running.
+        """
+        budget = self._max_num_batched_tokens
+        scheduled: list[ScheduledRequest] = []
+        index = 0
+        while index < len(self.running) and budget > 0:
+            request = self.running[index]
+            num_new_tokens = min(request.num_tokens - request.num_computed_tokens, budget)
+            while not self._kv_cache.allocate(request, request.num_computed_tokens + num_new_tokens):
+                self._preempt_last()
+                if index >= len(self.running):
+                    break  # the request itself was the last one
+            else:
+                scheduled.append(ScheduledRequest(request, num_new_tokens))
+                budget -= num_new_tokens
+                index += 1
+        while self.waiting and budget > 0 and len(self.running) < self._max_num_seqs:
+            admitted = self._admit(self.waiting[0], budget)
+            if admitted is None:
+                break
+            self.waiting.popleft()
+            self.running.append(admitted.request)
+            scheduled.append(admitted)
+            budget -= admitted.num_new_tokens
+        return scheduled
+
+    def finish(self, request: Request) -> None:
+        """Release everything a request holds; it is neither waiting nor running afterwards."""
+        if request in self.running:
+            self.running.remove(request)
+            self._release(request)
+        else:
+            self.waiting.remove(request)
+
+    def check_integrity(self) -> None:
+        """Assert that blocks and slots are held by running requests and by nobody else."""
+        self._kv_cache.check_integrity(self.running)
+        self._slots.check_integrity([r.lora_slots for r in self.running if r.lora_slots is not None])
+        assert all(not r.block_ids and r.lora_slots is None for r in self.waiting), (
+            "a waiting request holds memory"
+        )
+
+    def _admit(self, request: Request, budget: int) -> ScheduledRequest | None:
+        slots = self._slots.acquire([adapter for adapter, _ in request.adapters])
+        if slots is None:
+            return None
+        request.lora_slots = slots
+        self._kv_cache.match_prefix(request)
+        num_new_tokens = min(request.num_tokens - request.num_computed_tokens, budget)
+        if not self._kv_cache.allocate(request, request.num_computed_tokens + num_new_tokens):
+            self._release(request)
+            return None
+        if request.num_cached_tokens is None:  # a preempted request keeps what its first admission found
+            request.num_cached_tokens = request.num_computed_tokens
+        return ScheduledRequest(request, num_new_tokens)
+
+    def _preempt_last(self) -> None:
+        """Send the youngest running request back to the head of the queue; it will be computed again."""
+        request = self.running.pop()
+        self._release(request)
+        self.waiting.appendleft(request)
+        self.num_preemptions += 1
+
+    def _release(self, request: Request) -> None:
+        self._kv_cache.free(request)
+        if request.lora_slots is not None:
+            self._slots.release(request.lora_slots)
+            request.lora_slots = None

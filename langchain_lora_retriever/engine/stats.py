@@ -1,0 +1,133 @@
+"""What the engine has been doing, cheap enough to poll."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from langchain_lora_retriever.engine.request import Request
+
+__all__ = ["EngineStats", "Percentiles", "StatsRecorder"]
+
+_WINDOW = 4096  # latencies kept for the percentiles
+_RATE_WINDOW_SECONDS = 10.0
+
+
+class Percentiles(NamedTuple):
+    """Median, 95th and 99th percentile in milliseconds; NaN before there is a value."""
+
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+
+
+class EngineStats(NamedTuple):
+    """A snapshot.
+
+    Attributes:
+        num_running: Requests in the batch.
+        num_waiting: Requests in the queue.
+        num_free_blocks: KV-cache blocks no running request holds.
+        num_resident_adapters: Adapters in device memory.
+        num_steps: Forward passes so far.
+        num_finished: Requests that ended, however they ended.
+        num_prompt_tokens: Prompt tokens of all requests so far.
+        num_cached_tokens: Those of them found in the prefix cache.
+        num_output_tokens: Tokens generated so far.
+        output_tokens_per_second: Over the last ten seconds.
+        num_preemptions: Requests sent back to the queue for want of blocks.
+        num_adapter_hits: Adapters that were resident when a request was admitted.
+        num_adapter_loads: Adapters copied to the device.
+        time_to_first_token: From submission.
+        inter_token: Between a request's consecutive tokens.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_free_blocks: int
+    num_resident_adapters: int
+    num_steps: int
+    num_finished: int
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+    output_tokens_per_second: float
+    num_preemptions: int
+    num_adapter_hits: int
+    num_adapter_loads: int
+    time_to_first_token: Percentiles
+    inter_token: Percentiles
+
+
+class StatsRecorder:
+    """Counts and latencies; the engine's thread writes, any thread may read."""
+
+    def __init__(self) -> None:
+        self.num_steps = 0
+        self.num_finished = 0
+        self.num_prompt_tokens = 0
+        self.num_cached_tokens = 0
+        self.num_output_tokens = 0
+        self._first_token: deque[float] = deque(maxlen=_WINDOW)
+        self._inter_token: deque[float] = deque(maxlen=_WINDOW)
+        self._recent: deque[tuple[float, int]] = deque(maxlen=_WINDOW)
+        self._submitted: dict[int, float] = {}
+        self._last_token: dict[int, float] = {}
+
+    @property
+    def output_tokens_per_second(self) -> float:
+        """Generated tokens per second over the last ten seconds."""
+        now = time.monotonic()
+        return (
+            sum(n for at, n in tuple(self._recent) if now - at <= _RATE_WINDOW_SECONDS) / _RATE_WINDOW_SECONDS
+        )
+
+    @property
+    def time_to_first_token(self) -> Percentiles:
+        """From submission to the first sampled token."""
+        return _percentiles(self._first_token)
+
+    @property
+    def inter_token(self) -> Percentiles:
+        """Between consecutive sampled tokens of a request."""
+        return _percentiles(self._inter_token)
+
+    def on_added(self, request: Request) -> None:
+        """A request was queued."""
+        self._submitted[request.request_id] = time.monotonic()
+        self.num_prompt_tokens += len(request.prompt_token_ids)
+
+    def on_step(self, sampled: Sequence[Request]) -> None:
+        """A step sampled one token for each of `sampled`."""
+        now = time.monotonic()
+        self.num_steps += 1
+        self.num_output_tokens += len(sampled)
+        self._recent.append((now, len(sampled)))
+        for request in sampled:
+            submitted = self._submitted.pop(request.request_id, None)
+            last = self._last_token.get(request.request_id)
+            if submitted is not None:
+                self._first_token.append(now - submitted)
+                self.num_cached_tokens += request.num_cached_tokens or 0
+            elif last is not None:
+                self._inter_token.append(now - last)
+            self._last_token[request.request_id] = now
+
+    def on_finished(self, request: Request) -> None:
+        """A request left the engine."""
+        self.num_finished += 1
+        self._submitted.pop(request.request_id, None)
+        self._last_token.pop(request.request_id, None)
+
+
+def _percentiles(seconds: Iterable[float]) -> Percentiles:
+    ordered = sorted(tuple(seconds))
+    if not ordered:
+        return Percentiles(float("nan"), float("nan"), float("nan"))
+    return Percentiles(
+        *(1e3 * ordered[min(int(q * len(ordered)), len(ordered) - 1)] for q in (0.5, 0.95, 0.99))
+    )

@@ -1,0 +1,232 @@
+"""The thread that owns the model, and the door to it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from langchain_lora_retriever.engine.config import EngineConfig
+from langchain_lora_retriever.engine.engine import Engine
+from langchain_lora_retriever.engine.generation import Generation
+from langchain_lora_retriever.errors import EngineDeadError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from types import TracebackType
+    from typing import Self
+
+    from transformers import PreTrainedTokenizerBase
+
+    from langchain_lora_retriever.engine.base_model import BaseModel
+    from langchain_lora_retriever.engine.engine import StepOutput
+    from langchain_lora_retriever.engine.request import Constraint, Request
+    from langchain_lora_retriever.engine.stats import EngineStats
+    from langchain_lora_retriever.types import Adapter, SamplingParams
+
+__all__ = ["EngineWorker"]
+
+_logger = logging.getLogger(__name__)
+
+
+class EngineWorker:
+    """An engine with a thread of its own. Every method may be called from any thread or event loop.
+
+    Args:
+        base: The loaded model; it belongs to the engine until `close`.
+        config: Limits.
+
+    Raises:
+        EngineError: If the architecture or the memory does not allow serving.
+    """
+
+    def __init__(self, base: BaseModel, config: EngineConfig | None = None) -> None:
+        self.config = config or EngineConfig()
+        self.name = base.name
+        self._engine = Engine(base, self.config)
+        self._generations: dict[Request, Generation] = {}  # the engine's thread alone
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._news = threading.Condition()
+        self._is_closing = False
+        self._death: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="lora-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base model's tokenizer."""
+        return self._engine.tokenizer
+
+    @property
+    def module_shapes(self) -> Mapping[str, tuple[int, int]]:
+        """`(in_features, out_features)` of every module an adapter may target."""
+        return self._engine.module_shapes
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of prompt and answer together."""
+        return self._engine.max_model_len
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Most requests running at once."""
+        return self._engine.max_num_seqs
+
+    def submit(
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        adapters: Sequence[tuple[Adapter, float]] = (),
+        *,
+        constraint: Constraint | None = None,
+    ) -> Generation:
+        """Queue a request.
+
+        Args:
+            prompt_token_ids: The prompt, at least one token.
+            sampling: How tokens are chosen and when to stop.
+            adapters: `(adapter, weight)` pairs; empty runs the base model.
+            constraint: Grammar of the answer. The engine's thread advances it: use a fresh one for each request.
+
+        Raises:
+            PromptTooLongError: If the prompt leaves no room for a single token.
+            InvalidRequestError: If the prompt is empty or the composition can never be resident.
+            EngineDeadError: If the engine has stopped.
+        """
+        request = self._engine.make_request(prompt_token_ids, sampling, adapters, constraint)
+        generation = Generation(on_abort=lambda: self._post_unless_dead(lambda: self._forget(request)))
+        self._post(lambda: self._accept(request, generation))
+        return generation
+
+    def stats(self) -> EngineStats:
+        """A snapshot of what the engine has been doing."""
+        return self._engine.stats()
+
+    def check_integrity(self) -> None:
+        """Assert, between two steps, that no block or slot is lost."""
+        done = threading.Event()
+        failure: list[BaseException] = []
+
+        def check() -> None:
+            try:
+                self._engine.check_integrity()
+            except AssertionError as error:
+                failure.append(error)
+            finally:
+                done.set()
+
+        self._post(check)
+        done.wait()
+        if failure:
+            raise failure[0]
+
+    def close(self) -> None:
+        """Stop the thread, abort what is running, give the model back as it was. Idempotent."""
+        with self._news:
+            self._is_closing = True
+            self._news.notify()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def __enter__(self) -> Self:
+        """Nothing to do: the thread runs from the start."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close."""
+        self.close()
+
+    def _post(self, action: Callable[[], None]) -> None:
+        """Let the engine's thread do something before its next step."""
+        with self._news:
+            if self._is_closing or self._death is not None:
+                raise EngineDeadError(
+                    "The engine has stopped"
+                    + (f" after an error: {self._death!r}" if self._death else ": it was closed")
+                    + ". Create a new one."
+                ) from self._death
+            self._inbox.append(action)
+            self._news.notify()
+
+    def _post_unless_dead(self, action: Callable[[], None]) -> None:
+        """The same for what a stopped engine has done already: forgetting a request."""
+        with suppress(EngineDeadError):
+            self._post(action)
+
+    def _accept(self, request: Request, generation: Generation) -> None:
+        if not generation.is_done:  # it may have been aborted on the way
+            self._generations[request] = generation
+            self._engine.add(request)
+
+    def _forget(self, request: Request) -> None:
+        if self._generations.pop(request, None) is not None:
+            self._engine.abort(request)
+
+    def _run(self) -> None:
+        try:
+            while self._take_news():
+                self._deliver(self._step())
+        except Exception as error:  # noqa: BLE001 - the thread's last words reach every waiting caller
+            _logger.exception("The engine died")
+            self._die(error)
+        else:
+            self._die(None)
+        self._engine.close()
+
+    def _take_news(self) -> bool:
+        """Do what was posted, and wait if there is nothing to compute; False once the engine is closing."""
+        while True:
+            with self._news:
+                while not (self._inbox or self._is_closing or self._engine.has_unfinished_requests):
+                    self._news.wait()
+                if self._is_closing:
+                    return False
+                actions = list(self._inbox)
+                self._inbox.clear()
+            for action in actions:
+                action()
+            if self._engine.has_unfinished_requests:
+                return True
+
+    def _step(self) -> list[StepOutput]:
+        try:
+            return self._engine.step()
+        except Exception as error:
+            _logger.exception("A step failed; its requests get the error and the engine goes on")
+            outputs = self._engine.fail_step(error)
+            if not outputs:  # nobody to blame: scheduling itself is broken, and would be again
+                raise
+            return outputs
+
+    def _deliver(self, outputs: list[StepOutput]) -> None:
+        for request, delta, error in outputs:
+            generation = self._generations[request]
+            if error is not None:
+                del self._generations[request]
+                generation.fail(error)
+            elif delta is not None:
+                if delta.finish_reason is not None:
+                    del self._generations[request]
+                generation.put(delta)
+
+    def _die(self, cause: Exception | None) -> None:
+        with self._news:
+            self._death = cause
+            self._is_closing = True
+            actions = list(self._inbox)
+            self._inbox.clear()
+        for action in actions:  # an accepted request must hear of it, and whoever waits for a check
+            action()
+        error = EngineDeadError(
+            f"The engine died: {cause!r}"
+            if cause
+            else "The engine was closed while this request was running."
+        )
+        error.__cause__ = cause
+        for generation in self._generations.values():
+            generation.fail(error)
+        self._generations.clear()
