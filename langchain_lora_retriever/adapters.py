@@ -1,0 +1,344 @@
+"""Read one PEFT LoRA checkpoint, and refuse by name what cannot be honoured.
+
+The configuration is read by PEFT's own `LoraConfig`, with PEFT's own pattern matching. The weights stay in
+the file: `MappedWeights` maps it once and makes a tensor only when it is asked for, so a pool of ten thousand
+adapters costs neither memory for weights nor an open file per adapter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+
+from langchain_lora_retriever.errors import InvalidAdapterError, UnsupportedAdapterError
+from langchain_lora_retriever.types import Adapter, LoraWeights
+
+__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "MappedWeights", "check_fits", "read_adapter"]
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PICKLE_FILE = "adapter_model.bin"
+_PREFIX = "base_model.model."
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+# Fields that may hold any value: they are honoured here, or have done their work once training is over.
+_FREE_FIELDS = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config",
+    "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
+    "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type",
+    "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules",
+    "task_type", "use_rslora",
+}  # fmt: skip
+_KNOWN_AS = {
+    "use_dora": "DoRA",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "block-diagonal LoRA",
+    "alora_invocation_tokens": "aLoRA",
+    "fan_in_fan_out": "transposed (Conv1D) weights",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "velora_config": "VeLoRA",
+    "arrow_config": "Arrow routing",
+    "modules_to_save": "fully trained modules",
+}
+# These initialisations change the base model's weights, so the adapter is only right on the changed base.
+_REBASING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+# Module path -> (lora_A, lora_B, scaling); a tensor is (offset in the data section, shape, dtype).
+_TensorSpec = tuple[int, tuple[int, int], torch.dtype]
+
+
+class _Layout(dict[str, tuple[_TensorSpec, _TensorSpec, float]]):
+    """A dictionary that can be weakly referenced."""
+
+
+# Adapters of one recipe have the same layout; they share one object.
+_LAYOUTS: WeakValueDictionary[bytes, _Layout] = WeakValueDictionary()
+
+
+class MappedWeights(Mapping[str, LoraWeights]):
+    """The weights of one safetensors file, mapped and not copied.
+
+    The map outlives the file's name: an adapter whose folder is removed stays usable for whoever holds it.
+
+    Args:
+        data: The file's tensor section, `[num_bytes]` uint8, usually mapped.
+        layout: Where each module's `lora_A` and `lora_B` lie, and its scaling.
+    """
+
+    __slots__ = ("_data", "_layout")
+
+    def __init__(self, data: torch.Tensor, layout: _Layout) -> None:
+        self._data = data
+        self._layout = layout
+
+    def __getitem__(self, module: str) -> LoraWeights:
+        lora_A, lora_B, scaling = self._layout[module]
+        return LoraWeights(self._view(lora_A), self._view(lora_B), scaling)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layout)
+
+    def __len__(self) -> int:
+        return len(self._layout)
+
+    def _view(self, spec: _TensorSpec) -> torch.Tensor:
+        offset, shape, dtype = spec
+        raw = self._data[offset : offset + math.prod(shape) * dtype.itemsize]
+        if raw.storage_offset() % dtype.itemsize:  # an unaligned file, legal but rare
+            raw = raw.clone()
+        return raw.view(dtype).view(shape)
+
+    def content_hash(self) -> str:
+        """Sha256 of layout, scalings and every tensor byte."""
+        digest = hashlib.sha256(repr(sorted(self._layout.items())).encode())
+        digest.update(self._data.numpy().data)
+        return digest.hexdigest()
+
+
+def read_adapter(
+    path: str | Path,
+    *,
+    name: str | None = None,
+    base_model: str | None = None,
+    fingerprint: str | None = None,
+) -> Adapter:
+    """Read and validate the PEFT checkpoint in a folder.
+
+    Args:
+        path: Folder with `adapter_config.json` and `adapter_model.safetensors`.
+        name: The adapter's name; the folder's name by default.
+        base_model: Refuse an adapter made for another base model. The last path component counts.
+        fingerprint: What an earlier read of exactly these files returned. Spares hashing and the NaN check.
+
+    Returns:
+        The adapter, its weights mapped from the file.
+
+    Raises:
+        UnsupportedAdapterError: If it needs what is not honoured here (DoRA, modules_to_save, bias, pickle).
+        InvalidAdapterError: If files are missing or corrupt, tensors disagree, or the base model is another.
+    """
+    path = Path(path)
+    name = path.name if name is None else name
+    where = f"adapter {name!r} ({path})"
+    raw = _read_json(path / CONFIG_FILE, where)
+    config = _parse_config(raw, where)
+    made_for = config.base_model_name_or_path or None
+    if base_model and made_for and _model_key(base_model) != _model_key(made_for):
+        raise InvalidAdapterError(
+            f"{where} was trained for the base model {made_for!r}, but the base model here is "
+            f"{base_model!r}. Use an adapter trained for {base_model!r}."
+        )
+    header, data = _map_file(path, where)
+    weights = MappedWeights(data, _shared_layout(header, raw, config, where))
+    if fingerprint is None:
+        _check_finite(weights, where)
+        fingerprint = weights.content_hash()
+    return Adapter(name=name, fingerprint=fingerprint, weights=weights, base_model=made_for, path=path)
+
+
+def check_fits(adapter: Adapter, module_shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse an adapter whose tensors do not fit the base model.
+
+    Args:
+        adapter: The adapter.
+        module_shapes: `(in_features, out_features)` of each linear module of the base model, by module path.
+
+    Raises:
+        InvalidAdapterError: If a module is missing from the base model or has another shape.
+    """
+    for module, weights in adapter.weights.items():
+        allowed = module_shapes.get(module)
+        if allowed is None:
+            raise InvalidAdapterError(
+                f"adapter {adapter.name!r} ({adapter.path}) adapts {module!r}, which is no linear module "
+                f"of the base model. Allowed are, for example: {', '.join(list(module_shapes)[:4])}."
+            )
+        met = (weights.lora_A.shape[1], weights.lora_B.shape[0])
+        if met != tuple(allowed):
+            raise InvalidAdapterError(
+                f"adapter {adapter.name!r} ({adapter.path}) does not fit {module!r}: it has (in_features, "
+                f"out_features) = {met}, the base model {tuple(allowed)}. It is for another base model."
+            )
+
+
+def _read_json(file: Path, where: str) -> dict[str, Any]:
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidAdapterError(
+            f"{where}: cannot read {CONFIG_FILE}: {error}. An adapter is a folder that PEFT's save_pretrained() writes."
+        ) from error
+    if not isinstance(raw, dict):
+        raise InvalidAdapterError(f"{where}: {CONFIG_FILE} holds a {type(raw).__name__}, not a JSON object.")
+    return raw
+
+
+def _parse_config(raw: Mapping[str, Any], where: str) -> LoraConfig:
+    if raw.get("peft_type") != "LORA":
+        raise UnsupportedAdapterError(f"{where}: peft_type is {raw.get('peft_type')!r}, only 'LORA' is honoured.")
+    fields = {field.name: field for field in dataclasses.fields(LoraConfig)}
+    known: dict[str, Any] = {}
+    for key, value in raw.items():
+        if key in fields and key != "runtime_config":
+            known[key] = value
+        if key not in _FREE_FIELDS and value not in (_default(fields.get(key)), None, False, [], {}):
+            also = f" ({_KNOWN_AS[key]})" if key in _KNOWN_AS else ""
+            raise UnsupportedAdapterError(
+                f"{where} needs {key}={value!r}{also}, which is not honoured here. "
+                "Train it without, or merge it into the base model."
+            )
+    init = str(raw.get("init_lora_weights", True)).lower()
+    if init.startswith(_REBASING_INITS):
+        raise UnsupportedAdapterError(
+            f"{where} has init_lora_weights={init!r}, which changes the base model's weights. Save it again "
+            "with save_pretrained(..., path_initial_model_for_weight_conversion=...), which makes it plain LoRA."
+        )
+    try:
+        return LoraConfig(**known)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InvalidAdapterError(f"{where}: PEFT refuses {CONFIG_FILE}: {error}") from error
+
+
+def _default(field: dataclasses.Field[Any] | None) -> Any:
+    return None if field is None or field.default is dataclasses.MISSING else field.default
+
+
+def _map_file(path: Path, where: str) -> tuple[bytes, torch.Tensor]:
+    """The header, JSON, and the tensor section `[num_bytes]` uint8, mapped."""
+    file = path / WEIGHTS_FILE
+    if not file.is_file():
+        if (path / _PICKLE_FILE).is_file():
+            raise UnsupportedAdapterError(
+                f"{where} has its weights in {_PICKLE_FILE}, a pickle, which can run code when it is read. "
+                "Load it where you trust it and save it again with save_pretrained(safe_serialization=True)."
+            )
+        raise InvalidAdapterError(f"{where} has no {WEIGHTS_FILE}.")
+    try:
+        with safe_open(file, framework="pt"):  # safetensors checks the header, the offsets and the length
+            pass
+        with file.open("rb") as stream:
+            start = 8 + int.from_bytes(stream.read(8), "little")
+            header = stream.read(start - 8)
+        mapped = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise InvalidAdapterError(
+            f"{where}: {WEIGHTS_FILE} is corrupt or truncated: {error}. Copy the adapter again."
+        ) from error
+    return header, mapped[start:]
+
+
+def _shared_layout(header: bytes, raw: Mapping[str, Any], config: LoraConfig, where: str) -> _Layout:
+    """The layout of a file; one object for all files of equal header and configuration."""
+    recipe = {key: sorted(map(str, value)) if isinstance(value, list) else value for key, value in raw.items()}
+    key = hashlib.sha256(header + json.dumps(recipe, sort_keys=True).encode()).digest()
+    layout = _LAYOUTS.get(key)
+    if layout is None:
+        layout = _LAYOUTS[key] = _make_layout(json.loads(header), config, where)
+    return layout
+
+
+def _make_layout(header: Mapping[str, Any], config: LoraConfig, where: str) -> _Layout:
+    """Pair the tensors of the file, and check them against the configuration and against each other."""
+    pairs: dict[str, dict[str, _TensorSpec]] = {}
+    for key, entry in header.items():
+        if key == "__metadata__":
+            continue
+        module, side = _split_key(key, where)
+        pairs.setdefault(module, {})[side] = _tensor_spec(key, entry, where)
+    if not pairs:
+        raise InvalidAdapterError(f"{where}: {WEIGHTS_FILE} holds no tensors.")
+    layout = _Layout()
+    for module, sides in pairs.items():
+        if len(sides) != 2:
+            met, missing = ("lora_A", "lora_B") if "lora_A" in sides else ("lora_B", "lora_A")
+            raise InvalidAdapterError(f"{where}: {module!r} has a {met} but no {missing}.")
+        lora_A, lora_B = sides["lora_A"], sides["lora_B"]
+        r, scaling = _rank_and_scaling(module, config, where)
+        if lora_A[1][0] != r or lora_B[1][1] != r:
+            raise InvalidAdapterError(
+                f"{where}: {module!r} has lora_A {list(lora_A[1])} and lora_B {list(lora_B[1])}, but the "
+                f"configuration gives it rank {r}: allowed are [{r}, in_features] and [out_features, {r}]."
+            )
+        if lora_A[2] != lora_B[2]:
+            raise InvalidAdapterError(f"{where}: {module!r} has lora_A in {lora_A[2]} but lora_B in {lora_B[2]}.")
+        layout[module] = (lora_A, lora_B, scaling)
+    return layout
+
+
+def _split_key(key: str, where: str) -> tuple[str, str]:
+    """`base_model.model.<module>.lora_A.weight` -> (`<module>`, `lora_A`)."""
+    if key.startswith(_PREFIX):
+        for side in ("lora_A", "lora_B"):
+            module = key.removeprefix(_PREFIX).removesuffix(f".{side}.weight")
+            if len(module) < len(key) - len(_PREFIX):
+                return module, side
+        if ".lora_embedding_" in key:
+            raise UnsupportedAdapterError(f"{where} adapts an embedding ({key}); only linear modules can be.")
+        if ".lora_magnitude_vector" in key:
+            raise UnsupportedAdapterError(f"{where} is a DoRA adapter ({key}), which is not honoured here.")
+        if ".lora_" not in key:
+            raise UnsupportedAdapterError(
+                f"{where} brings whole weights of the base model ({key}), which is not honoured here. "
+                "Train without modules_to_save, bias and resized embeddings."
+            )
+    raise InvalidAdapterError(
+        f"{where}: {WEIGHTS_FILE} holds {key!r}; allowed are {_PREFIX}<module>.lora_A.weight and "
+        f"{_PREFIX}<module>.lora_B.weight."
+    )
+
+
+def _tensor_spec(key: str, entry: Mapping[str, Any], where: str) -> _TensorSpec:
+    shape = tuple(entry["shape"])
+    dtype = _DTYPES.get(entry["dtype"])
+    if dtype is None:
+        raise UnsupportedAdapterError(f"{where}: {key} is {entry['dtype']}; allowed are {', '.join(_DTYPES)}.")
+    if len(shape) != 2:
+        raise UnsupportedAdapterError(
+            f"{where}: {key} has shape {list(shape)} (a convolution?); only linear modules can be adapted."
+        )
+    return entry["data_offsets"][0], shape, dtype
+
+
+def _rank_and_scaling(module: str, config: LoraConfig, where: str) -> tuple[int, float]:
+    """Rank and scaling that PEFT would give a module.
+
+    Source: `peft.tuners.lora.LoraModel._create_and_replace` and `LoraLayer.update_layer`.
+    """
+    targets = config.target_modules
+    if targets and targets != "all-linear" and not check_target_module_exists(config, module):
+        raise InvalidAdapterError(
+            f"{where}: {WEIGHTS_FILE} adapts {module!r}, which target_modules={targets!r} does not name; "
+            "PEFT would ignore it."
+        )
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    r = ranks.get(get_pattern_key(tuple(ranks), module), config.r)
+    alpha = alphas.get(get_pattern_key(tuple(alphas), module), config.lora_alpha)
+    if not isinstance(r, int) or r < 1:
+        raise InvalidAdapterError(f"{where}: rank {r!r} for {module!r} is not a positive integer.")
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise InvalidAdapterError(f"{where}: lora_alpha {alpha!r} for {module!r} is not a finite number.")
+    return r, alpha / (math.sqrt(r) if config.use_rslora else r)
+
+
+def _check_finite(weights: MappedWeights, where: str) -> None:
+    for module, lora in weights.items():
+        for side, tensor in (("lora_A", lora.lora_A), ("lora_B", lora.lora_B)):
+            if not torch.isfinite(tensor).all():
+                raise InvalidAdapterError(f"{where}: {side} of {module!r} holds NaN or infinite values.")
+
+
+def _model_key(base_model: str) -> str:
+    return base_model.replace("\\", "/").rstrip("/").rpartition("/")[2].casefold()

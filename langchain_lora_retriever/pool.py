@@ -1,0 +1,393 @@
+"""The adapters there are: a folder of PEFT checkpoints, or adapters gathered in memory.
+
+Readers see an immutable state that writers replace as a whole, so a reader needs no lock and never meets half
+a change. On disk a change is written aside and renamed into place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import shutil
+import threading
+import warnings
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from langchain_lora_retriever.adapters import CONFIG_FILE
+from langchain_lora_retriever.errors import (
+    AdapterError,
+    DuplicateAdapterError,
+    InvalidAdapterError,
+    InvalidSamplesError,
+    PoolError,
+    UnknownAdapterError,
+)
+from langchain_lora_retriever.pool_folder import (
+    FingerprintCache,
+    PoolEntry,
+    folder_lock,
+    install,
+    list_folders,
+    make_embedding,
+    read_entry,
+    recover,
+    uninstall,
+    write_entry,
+)
+from langchain_lora_retriever.samples import Sample, make_samples
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    import numpy as np
+    from numpy.typing import ArrayLike, NDArray
+
+    from langchain_lora_retriever.types import Adapter
+
+__all__ = ["AdapterPool", "PoolEntry", "PoolState", "Sample"]
+
+
+class PoolState:
+    """What a pool holds at one moment. Immutable.
+
+    Attributes:
+        version: Grows with every change of the pool.
+        entries: The adapters, by name.
+        rejected: Why adapters were refused, by name.
+    """
+
+    def __init__(self, version: int, entries: Mapping[str, PoolEntry], rejected: Mapping[str, AdapterError]) -> None:
+        self.version = version
+        self.entries = MappingProxyType(dict(entries))
+        self.rejected = MappingProxyType(dict(rejected))
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The adapters' names, sorted."""
+        return tuple(sorted(self.entries))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sha256 of every name, adapter, sample input and given embedding."""
+        digest = hashlib.sha256()
+        for name in self.names:
+            entry = self.entries[name]
+            digest.update(f"{name}\0{entry.adapter.fingerprint}\0{entry.routing_hash}\0".encode())
+        return digest.hexdigest()
+
+    def __getitem__(self, name: str) -> PoolEntry:
+        if name in self.entries:
+            return self.entries[name]
+        if name in self.rejected:
+            raise UnknownAdapterError(f"adapter {name!r} was refused when the pool was loaded: {self.rejected[name]}")
+        near = difflib.get_close_matches(str(name), self.names, n=3) or self.names[:3]
+        raise UnknownAdapterError(
+            f"no adapter {name!r} in the pool of {len(self.names)}. Near names: "
+            f"{', '.join(map(repr, near)) or 'none, the pool is empty'}."
+        )
+
+
+class AdapterPool:
+    """A set of adapters that may change while it is used. Any thread may call anything.
+
+    Whoever holds an `Adapter` may use it on after it is removed or updated.
+
+    Args:
+        path: A folder with one PEFT checkpoint per subfolder, named by it, each with a `samples.jsonl` or an
+            `embedding.npy` beside its weights. Changes are written there. None keeps the pool in memory.
+        base_model: Refuse adapters whose configuration names another base model.
+        create: Let `path` be missing or hold no adapter yet.
+
+    Raises:
+        PoolError: If `path` is no folder that can be read, or holds no adapter that can be used.
+    """
+
+    def __init__(self, path: str | Path | None = None, *, base_model: str | None = None, create: bool = False) -> None:
+        self._path = None if path is None else Path(path)
+        self._base_model = base_model
+        self._lock = threading.RLock()
+        self._state = PoolState(0, {}, {})
+        if self._path is not None:
+            if create:
+                self._path.mkdir(parents=True, exist_ok=True)
+            self._load(self._path, allow_empty=create)
+
+    def __repr__(self) -> str:
+        where = "in memory" if self._path is None else repr(str(self._path))
+        return f"AdapterPool({where}, {len(self)} adapters)"
+
+    @property
+    def path(self) -> Path | None:
+        """The pool's folder; None if it is in memory."""
+        return self._path
+
+    @property
+    def state(self) -> PoolState:
+        """Everything as it is now, unaffected by later changes."""
+        return self._state
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters' names, sorted."""
+        return self._state.names
+
+    @property
+    def rejected(self) -> Mapping[str, AdapterError]:
+        """Why adapters were refused, by name."""
+        return self._state.rejected
+
+    @property
+    def version(self) -> int:
+        """Grows with every change."""
+        return self._state.version
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex hash of all contents; equal for pools that hold the same."""
+        return self._state.fingerprint
+
+    def __len__(self) -> int:
+        return len(self._state.entries)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._state.entries
+
+    def __getitem__(self, name: str) -> Adapter:
+        return self._state[name].adapter
+
+    def samples(self, name: str) -> tuple[Sample, ...]:
+        """Samples of an adapter's training data; empty if it came with an embedding alone.
+
+        Raises:
+            UnknownAdapterError: If no adapter has that name.
+        """
+        return self._state[name].samples
+
+    def embedding(self, name: str) -> NDArray[np.float32] | None:
+        """The embedding `[d]` an adapter came with, of length 1; None if its samples are to be embedded.
+
+        Raises:
+            UnknownAdapterError: If no adapter has that name.
+        """
+        return self._state[name].embedding
+
+    def add(
+        self,
+        name: str,
+        path: str | Path,
+        *,
+        samples: Sequence[str | Mapping[str, Any]] | None = None,
+        embedding: ArrayLike | None = None,
+        encoder: str | None = None,
+    ) -> Adapter:
+        """Add an adapter. A pool on disk copies the checkpoint; a pool in memory reads it where it lies.
+
+        Args:
+            name: Its name from now on.
+            path: Folder of the PEFT checkpoint.
+            samples: Inputs of its training data, a dozen to 20, as strings or `{"input", "output"}`.
+                By default those in `samples.jsonl` beside the weights.
+            embedding: Its embedding `[d]`, in place of samples.
+            encoder: Name of the encoder that made `embedding`.
+
+        Raises:
+            DuplicateAdapterError: If the pool has that name.
+            AdapterError: If the adapter or its samples cannot be used. The pool is unchanged.
+        """
+        _check_name(name)
+        with self._lock:
+            if name in self:
+                raise DuplicateAdapterError(
+                    f"the pool already has an adapter {name!r}. Choose another name, or call update({name!r}, ...)."
+                )
+            found = read_entry(Path(path), name, base_model=self._base_model)
+            return self._put(_with_routing(found, samples, embedding, encoder), source=Path(path))
+
+    def update(
+        self,
+        name: str,
+        path: str | Path | None = None,
+        *,
+        samples: Sequence[str | Mapping[str, Any]] | None = None,
+        embedding: ArrayLike | None = None,
+        encoder: str | None = None,
+    ) -> Adapter:
+        """Replace an adapter's weights, samples or embedding; what is not given stays.
+
+        New samples without an embedding drop the old embedding. Without any argument the adapter is read again
+        from its folder.
+
+        Raises:
+            UnknownAdapterError: If no adapter has that name.
+            AdapterError: If the new adapter or samples cannot be used. The pool is unchanged.
+        """
+        with self._lock:
+            old = self._state[name]
+            source = Path(path) if path is not None else old.adapter.path
+            assert source is not None, "every adapter of a pool was read from a folder"
+            found = read_entry(source, name, base_model=self._base_model)
+            if not found.samples and found.embedding is None:
+                found = replace(old, adapter=found.adapter)
+            return self._put(_with_routing(found, samples, embedding, encoder), source=source)
+
+    def remove(self, name: str) -> None:
+        """Remove an adapter, or one that was refused; in a pool on disk its folder is deleted.
+
+        Raises:
+            UnknownAdapterError: If no adapter has that name.
+        """
+        with self._lock:
+            state = self._state
+            if name not in state.rejected:
+                state[name]
+            if self._path is not None:
+                with _writing(self._path), folder_lock(self._path):
+                    uninstall(self._path, name)
+            self._replace_state(_without(state.entries, name), _without(state.rejected, name))
+
+    def reject(self, name: str, error: AdapterError) -> None:
+        """Take an adapter out of use because it proved unusable, and warn; its files stay.
+
+        Raises:
+            UnknownAdapterError: If no adapter has that name.
+        """
+        with self._lock:
+            state = self._state
+            state[name]
+            self._replace_state(_without(state.entries, name), {**state.rejected, name: error})
+        _warn_rejected(error)
+
+    def save(self, path: str | Path) -> None:
+        """Write the pool into a folder that `AdapterPool(path)` reads.
+
+        Raises:
+            PoolError: If the folder exists and is not empty, or cannot be written.
+        """
+        target = Path(path)
+        if self._path is not None and target.exists() and target.samefile(self._path):
+            return
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise PoolError(f"{target} exists and is not an empty folder. Save the pool to a new one.")
+        aside = target.with_name(f".incoming-{target.name}")
+        with _writing(target):
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            try:
+                for name, entry in self._state.entries.items():
+                    assert entry.adapter.path is not None
+                    (aside / name).mkdir()
+                    write_entry(aside / name, entry, source=entry.adapter.path)
+                aside.replace(target)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
+
+    def _put(self, entry: PoolEntry, *, source: Path) -> Adapter:
+        name = entry.adapter.name
+        if self._path is not None:
+            root = self._path
+
+            def write(folder: Path) -> PoolEntry:
+                write_entry(folder, entry, source=source)
+                return read_entry(folder, name, base_model=self._base_model)
+
+            with _writing(root), folder_lock(root):
+                entry = install(root, name, write)
+            entry = replace(entry, adapter=replace(entry.adapter, path=root / name))
+        state = self._state
+        self._replace_state({**state.entries, name: entry}, _without(state.rejected, name))
+        return entry.adapter
+
+    def _replace_state(self, entries: Mapping[str, PoolEntry], rejected: Mapping[str, AdapterError]) -> None:
+        self._state = PoolState(self._state.version + 1, entries, rejected)
+
+    def _load(self, root: Path, *, allow_empty: bool) -> None:
+        if (root / CONFIG_FILE).is_file():
+            raise PoolError(f"{root} is one adapter, not a pool. Pass the folder that holds it: {root.parent}.")
+        try:
+            recover(root)
+            folders = list_folders(root)
+        except OSError as error:
+            raise PoolError(
+                f"cannot read the pool {root}: {error}. A pool is a folder with one PEFT checkpoint per subfolder."
+            ) from error
+        if not folders and not allow_empty:
+            raise PoolError(
+                f"the pool {root} is empty. Put PEFT checkpoints into it, each in a subfolder with a samples.jsonl, "
+                "or start one with AdapterPool(path, create=True).add(name, checkpoint, samples=[...])."
+            )
+        entries: dict[str, PoolEntry] = {}
+        rejected: dict[str, AdapterError] = {}
+        cache = FingerprintCache(root)
+        for folder in folders:
+            name = folder.name
+            try:
+                entry = read_entry(folder, name, base_model=self._base_model, fingerprint=cache.get(folder))
+                entries[name] = _with_routing(entry, None, None, None)
+                cache.put(folder, entry.adapter.fingerprint)
+            except AdapterError as error:
+                rejected[name] = error
+                _warn_rejected(error)
+        cache.save()
+        if not entries and not allow_empty:
+            reasons = "\n".join(f"  {error}" for error in list(rejected.values())[:5])
+            raise PoolError(f"no adapter of the pool {root} can be used; {len(rejected)} were refused:\n{reasons}")
+        self._replace_state(entries, rejected)
+
+
+def _with_routing(
+    entry: PoolEntry,
+    samples: Sequence[str | Mapping[str, Any]] | None,
+    embedding: ArrayLike | None,
+    encoder: str | None,
+) -> PoolEntry:
+    """The entry with what the caller gave; refused if nothing is left to find it by."""
+    where = f"adapter {entry.adapter.name!r}"
+    if samples is not None:
+        entry = replace(entry, samples=make_samples(samples, where=where), embedding=None, encoder=None)
+    if embedding is not None:
+        entry = replace(entry, embedding=make_embedding(embedding, where=where), encoder=encoder)
+    if not entry.samples and entry.embedding is None:
+        raise InvalidSamplesError(
+            f"{where} has neither samples nor an embedding, so no prompt could find it. Write a samples.jsonl "
+            "beside its weights, or pass samples=[...] or embedding=[...]."
+        )
+    return entry
+
+
+def _check_name(name: object) -> None:
+    if (
+        not isinstance(name, str)
+        or not name.strip()
+        or name.startswith(".")
+        or len(name.encode()) > 200
+        or any(character in '/\\:*?"<>|' or not character.isprintable() for character in name)
+    ):
+        raise InvalidAdapterError(
+            f"adapter name {name!r} cannot be the name of a folder. Allowed are up to 200 bytes of printable "
+            'characters without / \\ : * ? " < > |, not starting with a dot.'
+        )
+
+
+@contextlib.contextmanager
+def _writing(root: Path) -> Iterator[None]:
+    """Turn an `OSError` of the block into a `PoolError` that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise PoolError(f"cannot write to the pool {root}: {error}") from error
+
+
+def _without(mapping: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in mapping.items() if key != name}
+
+
+def _warn_rejected(error: AdapterError) -> None:
+    warnings.warn(f"refused: {error}", UserWarning, stacklevel=4)
