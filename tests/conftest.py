@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from langchain_lora_retriever.types import Adapter, LoraWeights
 
 VOCAB_SIZE = 320

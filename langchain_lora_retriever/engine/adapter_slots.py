@@ -51,9 +51,7 @@ class AdapterSlots:
         self.num_hits = 0
         self.num_loads = 0
         self._store = store
-        self._residents: OrderedDict[str, _Resident] = (
-            OrderedDict()
-        )  # by fingerprint, least recently used first
+        self._residents: OrderedDict[str, _Resident] = OrderedDict()  # by fingerprint, least recently used first
         self._fingerprint_by_slot: dict[int, str] = {}
         self._free_slots = list(range(max_loras - 1, -1, -1))
 
@@ -111,9 +109,7 @@ class AdapterSlots:
             for slot in slots:
                 pins[slot] += 1
         for slot, fingerprint in self._fingerprint_by_slot.items():
-            assert self._residents[fingerprint].num_pins == pins[slot], (
-                f"slot {slot}: pins disagree with requests"
-            )
+            assert self._residents[fingerprint].num_pins == pins[slot], f"slot {slot}: pins disagree with requests"
         assert len(self._residents) + len(self._free_slots) == self.max_loras, "slots were lost"
         end = 0
         for start, stop in self._occupied():

@@ -162,11 +162,7 @@ class _Plan:
     ) -> torch.Tensor | None:
         """Bool `[num_queries, context_len]`; None where plain causal attention says the same."""
         num_queries, context_len = prefill.span.num_queries, prefill.span.context_len
-        if (
-            num_queries == context_len
-            and not is_softcapped
-            and (not sliding_window or context_len <= sliding_window)
-        ):
+        if num_queries == context_len and not is_softcapped and (not sliding_window or context_len <= sliding_window):
             return None
         key = (id(prefill), sliding_window)
         if key not in self._masks:
@@ -181,9 +177,7 @@ class _Plan:
     def _decode_group(self, members: list[tuple[int, QuerySpan]]) -> _DecodeGroup:
         context_lens = [span.context_len for _, span in members]
         num_pages = -(-max(context_lens) // self._block_size)
-        pages = [
-            (*span.block_ids[:num_pages], *[0] * (num_pages - len(span.block_ids))) for _, span in members
-        ]
+        pages = [(*span.block_ids[:num_pages], *[0] * (num_pages - len(span.block_ids))) for _, span in members]
         return _DecodeGroup(
             self._tensor([start for start, _ in members]), self._tensor(pages), self._tensor(context_lens)
         )
@@ -237,9 +231,7 @@ def _attention(
     softcap: float | None,
 ) -> torch.Tensor:
     if softcap is None:
-        return scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling
-        )
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling)
     assert mask is not None
     scores = (query @ key.transpose(-1, -2)).float() * scaling
     scores = softcap * torch.tanh(scores / softcap)
@@ -247,7 +239,7 @@ def _attention(
 
 
 def _paged_attention_forward(
-    module: torch.nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -259,19 +251,16 @@ def _paged_attention_forward(
     attention_step: AttentionStep | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention signature; `query` is `[1, num_heads, num_tokens, head_dim]`."""
+    """Transformers' attention signature; `query` is `[1, num_heads, num_tokens, head_dim]`."""
     if attention_step is None:
         raise EngineError(
             "This model belongs to a running engine and computes attention over the engine's cache: load a second "
             "copy to call it directly, or close the engine first."
         )
-    if (
-        kwargs.get("s_aux") is not None
-        or kwargs.get("position_bias") is not None
-        or attention_mask is not None
-    ):
+    if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None or attention_mask is not None:
         raise EngineError(
-            f"{type(module).__name__} asks for attention sinks, position biases or masks, which the paged cache does not offer."
+            f"{type(module).__name__} asks for attention sinks, position biases or masks, "
+            "which the paged cache does not offer."
         )
     out = attention_step.attend(
         module.layer_idx,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -12,6 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from langchain_lora_retriever.errors import EngineError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["BaseModel", "ModelSource", "load_base_model"]
@@ -68,4 +69,4 @@ def load_base_model(source: ModelSource, **model_kwargs: Any) -> BaseModel:
             f"{type(model).__name__} does not route its attention through transformers' AttentionInterface, so it "
             "cannot use the paged cache. Use an architecture that does (Llama, Qwen, Gemma, Mistral, Phi, ...)."
         )
-    return BaseModel(model.eval().requires_grad_(False), tokenizer, name)  # noqa: FBT003 - torch's own signature
+    return BaseModel(model.eval().requires_grad_(requires_grad=False), tokenizer, name)

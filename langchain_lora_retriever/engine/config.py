@@ -49,14 +49,10 @@ class EngineConfig:
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise InvalidRequestError(
-                    f"EngineConfig({name}={value!r}): pass a positive integer, or None."
-                )
+                raise InvalidRequestError(f"EngineConfig({name}={value!r}): pass a positive integer, or None.")
         for name in ("block_size", "max_loras"):
             if getattr(self, name) < 1:
-                raise InvalidRequestError(
-                    f"EngineConfig({name}={getattr(self, name)!r}): pass a positive integer."
-                )
+                raise InvalidRequestError(f"EngineConfig({name}={getattr(self, name)!r}): pass a positive integer.")
         if not 1 <= self.max_adapters_per_request <= 8:
             raise InvalidRequestError(
                 f"EngineConfig(max_adapters_per_request={self.max_adapters_per_request!r}): pass 1 to 8."

@@ -91,11 +91,8 @@ class _WindowStream:
         return text[len(known) :]
 
     def _decode(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
-        return text
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def _decode_stream(tokenizer: PreTrainedTokenizerBase) -> _FastStream | _WindowStream:
-    return (
-        _FastStream(tokenizer) if getattr(tokenizer, "backend_tokenizer", None) else _WindowStream(tokenizer)
-    )
+    return _FastStream(tokenizer) if getattr(tokenizer, "backend_tokenizer", None) else _WindowStream(tokenizer)

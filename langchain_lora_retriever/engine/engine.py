@@ -51,9 +51,7 @@ class Engine:
         self.module_shapes = self._runner.probe.module_shapes
         self.max_model_len = memory.max_model_len
         self.max_num_seqs = memory.max_num_seqs
-        self.slots = AdapterSlots(
-            self._runner.lora_layers, max_loras=config.max_loras, num_rows=memory.num_lora_rows
-        )
+        self.slots = AdapterSlots(self._runner.lora_layers, max_loras=config.max_loras, num_rows=memory.num_lora_rows)
         self.kv_cache = KVCacheManager(
             memory.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
         )
@@ -99,9 +97,7 @@ class Engine:
                 f"{self.config.max_adapters_per_request}: lower top_k or raise max_adapters_per_request."
             )
         self.slots.check_fits([adapter for adapter, _ in adapters])
-        ordered = sorted(
-            adapters, key=lambda pair: pair[0].fingerprint
-        )  # one sum, whatever order it was asked in
+        ordered = sorted(adapters, key=lambda pair: pair[0].fingerprint)  # one sum, whatever order it was asked in
         return Request(
             request_id=next(self._ids),
             prompt_token_ids=list(prompt_token_ids),

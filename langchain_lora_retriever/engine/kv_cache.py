@@ -83,9 +83,7 @@ class KVCacheManager:
             block_hash = self._hash(parent, request, index)
             request.block_hashes.append(block_hash)
             block = request.block_ids[index]
-            if (
-                block_hash not in self._block_by_hash
-            ):  # the first of two equal blocks is the one that is shared
+            if block_hash not in self._block_by_hash:  # the first of two equal blocks is the one that is shared
                 self._block_by_hash[block_hash] = block
                 self._hash_by_block[block] = block_hash
 
@@ -107,9 +105,7 @@ class KVCacheManager:
                 counts[block] += 1
         assert counts == self._ref_counts, "reference counts disagree with the running requests"
         held = sum(count > 0 for count in counts)
-        assert held + len(self._free) == self.num_blocks, (
-            f"{held} held + {len(self._free)} free != {self.num_blocks}"
-        )
+        assert held + len(self._free) == self.num_blocks, f"{held} held + {len(self._free)} free != {self.num_blocks}"
         assert all(self._ref_counts[block] == 0 for block in self._free), "a free block is still referenced"
         assert {b: h for h, b in self._block_by_hash.items()} == self._hash_by_block, "hash tables disagree"
 

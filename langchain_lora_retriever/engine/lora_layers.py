@@ -12,18 +12,18 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from lora_kernels import LoraBatch, LoraRows, LoraStack, add_lora
 from torch import nn
 from torch.nn.functional import linear
 
-from langchain_lora_retriever.engine.probe import LinearGroup
 from langchain_lora_retriever.errors import EngineError
+from lora_kernels import LoraBatch, LoraRows, LoraStack, add_lora
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from transformers import PreTrainedModel
 
+    from langchain_lora_retriever.engine.probe import LinearGroup
     from langchain_lora_retriever.types import Adapter
 
 __all__ = ["LoraLayers"]
@@ -73,14 +73,10 @@ class LoraLayers:
             EngineError: If it targets a module this model does not have, or its rank is beyond the kernels' limit.
         """
         if adapter.rank > _MAX_RANK:
-            raise EngineError(
-                f"Adapter {adapter.name!r} has rank {adapter.rank}; the kernels go up to {_MAX_RANK}."
-            )
+            raise EngineError(f"Adapter {adapter.name!r} has rank {adapter.rank}; the kernels go up to {_MAX_RANK}.")
         unknown = set(adapter.weights).difference(*(group.names for group in self._groups))
         if unknown:
-            raise EngineError(
-                f"Adapter {adapter.name!r} targets {min(unknown)!r}, which this model does not have."
-            )
+            raise EngineError(f"Adapter {adapter.name!r} targets {min(unknown)!r}, which this model does not have.")
         for rows, _ in self._devices.values():
             rows.assign(slot, start, adapter.rank)
         for group in self._groups:
@@ -97,9 +93,7 @@ class LoraLayers:
             return
         k = max(len(slots) for _, slots, _ in spans)
         counts = torch.tensor([num_tokens for num_tokens, _, _ in spans])
-        mapping = torch.tensor(
-            [(*slots, *[-1] * (k - len(slots))) for _, slots, _ in spans], dtype=torch.int32
-        )
+        mapping = torch.tensor([(*slots, *[-1] * (k - len(slots))) for _, slots, _ in spans], dtype=torch.int32)
         weights = torch.tensor([(*w, *[0.0] * (k - len(w))) for _, _, w in spans], dtype=torch.float32)
         mapping, weights = mapping.repeat_interleave(counts, 0), weights.repeat_interleave(counts, 0)
         for device, (_, batch) in self._devices.items():
@@ -164,9 +158,7 @@ class _Group:
                 if getattr(hooked, "__func__", None) is not type(module).forward:
                     module.forward = hooked  # accelerate's own wrapper, an attribute of the instance too
 
-    def _forward_single(
-        self, forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
-    ) -> torch.Tensor:
+    def _forward_single(self, forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         y = forward(x)
         flat = y.view(-1, y.shape[-1])
         self._layers.add(flat, x.to(y.device).reshape(flat.shape[0], -1), self._stack, self._batch)
@@ -186,7 +178,8 @@ class _Group:
         flat = x.reshape(-1, x.shape[-1])
         y = linear(flat, *self._fused)
         self._layers.add(y, flat, self._stack, self._batch)
-        return y.view(*x.shape[:-1], -1).split(self._out_features, -1)
+        parts: tuple[torch.Tensor, ...] = y.view(*x.shape[:-1], -1).split(self._out_features, -1)
+        return parts
 
 
 def _split(model: PreTrainedModel, group: LinearGroup) -> Iterator[tuple[LinearGroup, list[nn.Module]]]:
@@ -207,8 +200,9 @@ def _is_plain(module: nn.Module) -> bool:
 
 def _fuse(modules: Sequence[nn.Module]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Lay the weights one under the other and let each module's weight be a view of its part; biases beside them."""
-    weight = torch.cat([module.weight for module in modules])
-    for module, part in zip(modules, weight.split([m.weight.shape[0] for m in modules]), strict=True):
+    linears = [module for module in modules if isinstance(module, nn.Linear)]
+    weight = torch.cat([module.weight for module in linears])
+    for module, part in zip(linears, weight.split([m.out_features for m in linears]), strict=True):
         module.weight = nn.Parameter(part, requires_grad=False)
-    bias = None if modules[0].bias is None else torch.cat([module.bias for module in modules])
+    bias = None if linears[0].bias is None else torch.cat([module.bias for module in linears])
     return weight, bias

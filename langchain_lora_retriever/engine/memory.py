@@ -69,9 +69,7 @@ def plan_memory(base: BaseModel, probe: ModelProbe, config: EngineConfig) -> Mem
     block_bytes = config.block_size * sum(geometry.token_bytes for geometry in probe.attention.values())
     cache_bytes = config.kv_cache_bytes
     if cache_bytes is None:
-        wanted = (
-            max_num_seqs * min(max_model_len, _CPU_CACHE_TOKENS_PER_SEQ) * (block_bytes // config.block_size)
-        )
+        wanted = max_num_seqs * min(max_model_len, _CPU_CACHE_TOKENS_PER_SEQ) * (block_bytes // config.block_size)
         if on_gpu:
             free, total = torch.cuda.mem_get_info()
             hidden = base.model.config.get_text_config().hidden_size

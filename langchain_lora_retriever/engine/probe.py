@@ -80,9 +80,7 @@ class _ProbeStep:
     def attend(
         self, layer_idx: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any
     ) -> torch.Tensor:
-        self.geometry[layer_idx] = AttentionGeometry(
-            key.shape[1], key.shape[2], value.shape[2], key.dtype, key.device
-        )
+        self.geometry[layer_idx] = AttentionGeometry(key.shape[1], key.shape[2], value.shape[2], key.dtype, key.device)
         return query.new_zeros((*query.shape[:2], value.shape[2]))
 
 
@@ -156,5 +154,6 @@ def _group(calls: list[_LinearCall]) -> Iterator[LinearGroup]:
 
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where token ids go; offloaded embeddings have no device of their own, and accelerate moves the ids."""
-    device: torch.device = model.get_input_embeddings().weight.device
-    return torch.device("cpu") if device.type == "meta" else device
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return torch.device("cpu") if weight.is_meta else weight.device

@@ -71,9 +71,7 @@ def apply_top_k_top_p(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Te
     limit = torch.where(top_k > 0, top_k, values.shape[1])
     values = values.masked_fill(ranks >= limit[:, None], -torch.inf)
     probabilities = values.softmax(-1)
-    before = (
-        probabilities.cumsum(-1) - probabilities
-    )  # the likeliest token has nothing before it: it always stays
+    before = probabilities.cumsum(-1) - probabilities  # the likeliest token has nothing before it: it always stays
     values = values.masked_fill((before >= top_p[:, None]) & (ranks > 0), -torch.inf)
     return torch.empty_like(logits).scatter_(1, order, values)
 

@@ -95,9 +95,7 @@ class Scheduler:
         """Assert that blocks and slots are held by running requests and by nobody else."""
         self._kv_cache.check_integrity(self.running)
         self._slots.check_integrity([r.lora_slots for r in self.running if r.lora_slots is not None])
-        assert all(not r.block_ids and r.lora_slots is None for r in self.waiting), (
-            "a waiting request holds memory"
-        )
+        assert all(not r.block_ids and r.lora_slots is None for r in self.waiting), "a waiting request holds memory"
 
     def _admit(self, request: Request, budget: int) -> ScheduledRequest | None:
         slots = self._slots.acquire([adapter for adapter, _ in request.adapters])

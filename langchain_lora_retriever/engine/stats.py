@@ -82,9 +82,7 @@ class StatsRecorder:
     def output_tokens_per_second(self) -> float:
         """Generated tokens per second over the last ten seconds."""
         now = time.monotonic()
-        return (
-            sum(n for at, n in tuple(self._recent) if now - at <= _RATE_WINDOW_SECONDS) / _RATE_WINDOW_SECONDS
-        )
+        return sum(n for at, n in tuple(self._recent) if now - at <= _RATE_WINDOW_SECONDS) / _RATE_WINDOW_SECONDS
 
     @property
     def time_to_first_token(self) -> Percentiles:
@@ -125,9 +123,7 @@ class StatsRecorder:
 
 
 def _percentiles(seconds: Iterable[float]) -> Percentiles:
-    ordered = sorted(tuple(seconds))
+    ordered = sorted(seconds)
     if not ordered:
         return Percentiles(float("nan"), float("nan"), float("nan"))
-    return Percentiles(
-        *(1e3 * ordered[min(int(q * len(ordered)), len(ordered) - 1)] for q in (0.5, 0.95, 0.99))
-    )
+    return Percentiles(*(1e3 * ordered[min(int(q * len(ordered)), len(ordered) - 1)] for q in (0.5, 0.95, 0.99)))

@@ -170,7 +170,7 @@ class EngineWorker:
         try:
             while self._take_news():
                 self._deliver(self._step())
-        except Exception as error:  # noqa: BLE001 - the thread's last words reach every waiting caller
+        except Exception as error:
             _logger.exception("The engine died")
             self._die(error)
         else:
@@ -222,9 +222,7 @@ class EngineWorker:
         for action in actions:  # an accepted request must hear of it, and whoever waits for a check
             action()
         error = EngineDeadError(
-            f"The engine died: {cause!r}"
-            if cause
-            else "The engine was closed while this request was running."
+            f"The engine died: {cause!r}" if cause else "The engine was closed while this request was running."
         )
         error.__cause__ = cause
         for generation in self._generations.values():
