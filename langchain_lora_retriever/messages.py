@@ -1,0 +1,292 @@
+"""Between LangChain messages and the engine: routing text, prompt token ids, answers.
+
+Nothing here chooses an adapter or runs the model.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import jinja2
+from langchain_core.messages import (
+    AIMessage,
+    AIMessageChunk,
+    BaseMessage,
+    ChatMessage,
+    FunctionMessage,
+    HumanMessage,
+    SystemMessage,
+    ToolMessage,
+)
+from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
+from langchain_core.outputs import ChatGenerationChunk
+
+from langchain_lora_retriever.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+    from langchain_lora_retriever.engine import Delta, TokenLogprob, Usage
+
+__all__ = [
+    "AnswerStream",
+    "ChatTurn",
+    "content_text",
+    "encode_chat",
+    "logprobs_metadata",
+    "routing_text",
+    "to_chat",
+    "to_usage_metadata",
+]
+
+ChatTurn: TypeAlias = dict[str, Any]
+"""One turn as chat templates take it: `{"role", "content"}`, and `"tool_calls"` where there are any."""
+
+_ALPACA_PREAMBLE = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+)
+_ALPACA_HEADINGS = {"user": "### Instruction:", "assistant": "### Response:", "tool": "### Input:"}
+_MEDIA_BLOCKS = frozenset({"image", "image_url", "input_image", "audio", "input_audio", "video", "file", "document"})
+# Blocks that repeat what `tool_calls` holds, or that the model is not shown again.
+_SILENT_BLOCKS = frozenset(
+    {"tool_use", "tool_call", "tool_call_chunk", "invalid_tool_call", "function_call", "server_tool_call"}
+    | {"server_tool_result", "reasoning", "thinking", "redacted_thinking"}
+)
+_ROLES = {"human": "user", "ai": "assistant", "developer": "system", "function": "tool"}
+_ROLE_PATTERN = re.compile(r"[A-Za-z][\w-]*")
+
+# A fast tokenizer switches its treatment of special tokens in place while it encodes a sanitized chat, and refuses
+# to be borrowed twice. Encoding takes well under a millisecond, so one lock for all of them is enough.
+_encoding = threading.Lock()
+
+
+def content_text(message: BaseMessage) -> str:
+    """Return the text of a message's content, whatever its form.
+
+    Raises:
+        InvalidRequestError: If the content holds an image, audio, a file, or a block of an unknown type.
+    """
+    content = message.content
+    if isinstance(content, str):
+        return content
+    parts = [_block_text(block, message) for block in content]
+    # Blocks of an answer are pieces of one text; blocks of a prompt are separate texts (documents, say).
+    return ("" if isinstance(message, AIMessage) else "\n").join(part for part in parts if part is not None)
+
+
+def _block_text(block: str | dict[str, Any], message: BaseMessage) -> str | None:
+    if isinstance(block, str):
+        return block
+    kind = block.get("type", "text" if "text" in block else None)
+    if kind in _SILENT_BLOCKS:
+        return None
+    if kind in {"text", "text-plain", "output_text", "input_text"} and isinstance(block.get("text"), str):
+        return str(block["text"])
+    if kind in _MEDIA_BLOCKS:
+        raise InvalidRequestError(
+            f"A {message.type} message holds content of type {kind!r}, but the base model reads text only. "
+            "Pass text blocks, or describe or transcribe the file first."
+        )
+    if isinstance(message, ToolMessage):
+        return json.dumps(block, ensure_ascii=False, default=str)
+    raise InvalidRequestError(
+        f"A {message.type} message holds a content block of type {kind!r}; text blocks "
+        '({"type": "text", "text": ...}) and plain strings are what a text model can be given.'
+    )
+
+
+def routing_text(messages: Sequence[BaseMessage]) -> str:
+    """Return the text that adapters are retrieved for: that of the last human message.
+
+    After a tool's result it is still the human's, so an agent keeps its adapters through a loop of calls. Where no
+    human has spoken it is the last message that has any text.
+    """
+    for message in reversed(messages):
+        if isinstance(message, HumanMessage) or (isinstance(message, ChatMessage) and message.role == "user"):
+            return content_text(message)
+    return next((text for message in reversed(messages) if (text := content_text(message))), "")
+
+
+def to_chat(messages: Sequence[BaseMessage]) -> list[ChatTurn]:
+    """Convert LangChain messages to chat-template turns.
+
+    Raises:
+        InvalidRequestError: If there is no message, or one that a text model cannot be given.
+    """
+    if not messages:
+        raise InvalidRequestError("The message list is empty: pass at least one message.")
+    return [_to_turn(message) for message in messages]
+
+
+def _to_turn(message: BaseMessage) -> ChatTurn:
+    turn: ChatTurn = {"role": _role(message), "content": content_text(message)}
+    if isinstance(message, AIMessage) and (message.tool_calls or message.invalid_tool_calls):
+        calls = [(c["id"], c["name"], c["args"]) for c in message.tool_calls]
+        calls += [(c["id"], c["name"], c["args"]) for c in message.invalid_tool_calls]  # type: ignore[misc]
+        turn["tool_calls"] = [
+            {"type": "function", "id": id_, "function": {"name": name, "arguments": arguments}}
+            for id_, name, arguments in calls
+        ]
+    if isinstance(message, ToolMessage | FunctionMessage):
+        turn["name"] = message.name
+    if isinstance(message, ToolMessage):
+        turn["tool_call_id"] = message.tool_call_id
+    return turn
+
+
+def _role(message: BaseMessage) -> str:
+    if isinstance(message, HumanMessage):
+        return "user"
+    if isinstance(message, AIMessage):
+        return "assistant"
+    if isinstance(message, SystemMessage):
+        return "system"
+    if isinstance(message, ToolMessage | FunctionMessage):
+        return "tool"
+    if isinstance(message, ChatMessage):
+        # Templates paste the role beside control tokens, so it must be one plain word.
+        if not _ROLE_PATTERN.fullmatch(message.role):
+            raise InvalidRequestError(f"The role {message.role!r} is not allowed: pass one word, such as 'user'.")
+        return _ROLES.get(message.role, message.role)
+    raise InvalidRequestError(f"A message of type {message.type!r} cannot be part of a prompt.")
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    chat: Sequence[ChatTurn],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Render turns with the tokenizer's chat template, or in Alpaca format where it has none, and encode them.
+
+    Control tokens that stand in the turns' text are encoded as plain text. A last turn of the assistant's is
+    continued. A template that insists on alternating roles, or knows no system role, is given merged turns.
+
+    Args:
+        tokenizer: The base model's tokenizer.
+        chat: Turns, oldest first; at least one.
+        tools: JSON schemas to hand to the template.
+        template_kwargs: More variables for the template (`enable_thinking=False`).
+
+    Raises:
+        InvalidRequestError: If the template refuses the turns.
+    """
+    turns = list(chat)
+    is_continued = turns[-1]["role"] == "assistant" and not turns[-1].get("tool_calls")
+    if is_continued and not turns[-1]["content"]:
+        turns, is_continued = turns[:-1], False
+        if not turns:
+            raise InvalidRequestError("The only message is an empty answer: pass a message with text.")
+    if not getattr(tokenizer, "chat_template", None):
+        with _encoding:
+            encoded = tokenizer(_alpaca(turns, is_continued=is_continued), split_special_tokens=True)
+        return list(encoded["input_ids"])
+    refusals: list[Exception] = []
+    for variant in (turns, _alternating(turns)):
+        try:
+            with _encoding:
+                token_ids: Any = tokenizer.apply_chat_template(
+                    variant,
+                    tools=[dict(tool) for tool in tools] if tools else None,
+                    add_generation_prompt=not is_continued,
+                    continue_final_message=is_continued,
+                    tokenize=True,
+                    return_dict=False,
+                    sanitize_control_tokens=True,
+                    **(template_kwargs or {}),
+                )
+            return list(token_ids)
+        except jinja2.TemplateError as error:
+            refusals.append(error)
+    raise InvalidRequestError(
+        f"The chat template refuses these messages ({', '.join(turn['role'] for turn in turns)}): {refusals[0]}"
+    ) from refusals[0]
+
+
+def _alternating(turns: Sequence[ChatTurn]) -> list[ChatTurn]:
+    """Merge turns that follow one of the same role, the system's into the user's that follows."""
+    merged: list[ChatTurn] = []
+    for turn in turns:
+        role = "user" if turn["role"] in {"system", "tool"} else turn["role"]
+        if merged and merged[-1]["role"] == role:
+            merged[-1] = {"role": role, "content": f"{merged[-1]['content']}\n\n{turn['content']}"}
+        else:
+            merged.append({**turn, "role": role})
+    return merged
+
+
+def _alpaca(turns: Sequence[ChatTurn], *, is_continued: bool) -> str:
+    """Render turns as Alpaca does: the system's in place of the preamble, each other under its heading."""
+    systems = [turn["content"] for turn in turns if turn["role"] == "system"]
+    sections = systems or [_ALPACA_PREAMBLE]
+    sections += [
+        f"{_ALPACA_HEADINGS.get(turn['role'], '### Input:')}\n{turn['content']}"
+        for turn in turns
+        if turn["role"] != "system"
+    ]
+    if not is_continued:
+        sections.append("### Response:\n")
+    return "\n\n".join(sections)
+
+
+def to_usage_metadata(usage: Usage) -> UsageMetadata:
+    """Convert the engine's token counts."""
+    return UsageMetadata(
+        input_tokens=usage.num_prompt_tokens,
+        output_tokens=usage.num_output_tokens,
+        total_tokens=usage.num_prompt_tokens + usage.num_output_tokens,
+        input_token_details=InputTokenDetails(cache_read=usage.num_cached_tokens),
+    )
+
+
+def logprobs_metadata(
+    tokenizer: PreTrainedTokenizerBase, logprobs: Sequence[TokenLogprob]
+) -> dict[str, list[dict[str, Any]]]:
+    """Lay out log-probabilities as chat-completion APIs do: `{"content": [{"token", "logprob", "top_logprobs"}]}`."""
+
+    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        return {"token": tokenizer.decode([token_id]), "token_id": token_id, "logprob": logprob}
+
+    return {
+        "content": [
+            {**entry(item.token_id, item.logprob), "top_logprobs": [entry(*alternative) for alternative in item.top]}
+            for item in logprobs
+        ]
+    }
+
+
+class AnswerStream:
+    """Turns the engine's deltas of one request into message chunks.
+
+    Args:
+        tokenizer: The base model's, to spell out log-probabilities.
+        metadata: `response_metadata` that does not depend on the answer. It goes into the last chunk only: LangChain
+            adds chunks up, and would join two equal strings into one twice as long.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, metadata: Mapping[str, Any]) -> None:
+        self._tokenizer = tokenizer
+        self._metadata = metadata
+
+    def push(self, delta: Delta) -> Iterator[ChatGenerationChunk]:
+        """Yield the chunk that a delta makes, if there is anything in it to show."""
+        is_last = delta.finish_reason is not None
+        metadata: dict[str, Any] = {}
+        if delta.logprobs is not None and delta.logprobs:
+            metadata["logprobs"] = logprobs_metadata(self._tokenizer, delta.logprobs)
+        if is_last:
+            metadata |= {**self._metadata, "finish_reason": delta.finish_reason}
+        if delta.text or metadata:
+            message = AIMessageChunk(
+                content=delta.text,
+                response_metadata=metadata,
+                usage_metadata=to_usage_metadata(delta.usage) if delta.usage else None,
+                chunk_position="last" if is_last else None,
+            )
+            yield ChatGenerationChunk(message=message)

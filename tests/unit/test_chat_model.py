@@ -1,0 +1,509 @@
+"""The chat model around a fake engine: routing, metadata, concurrency, cancellation, errors."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from typing import Any
+
+import pytest
+from langchain_core.caches import InMemoryCache
+from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.prompts import ChatPromptTemplate
+from pydantic import ValidationError
+
+from langchain_lora_retriever import AdapterPool, ChatLoraRetriever, Composition
+from langchain_lora_retriever.errors import (
+    EngineError,
+    InvalidAdapterError,
+    InvalidRequestError,
+    PromptTooLongError,
+    UnknownAdapterError,
+)
+
+SQL = "How many users are in the table?"
+FRENCH = "Translate good morning into French."
+
+
+def prefix_of(prompt: str) -> str:
+    """What the human said, for answers that tell prompts apart."""
+    return prompt.rsplit("<|im_start|>user\n", 1)[-1].split("<|im_end|>", maxsplit=1)[0]
+
+
+def test_invoke_routes_and_reports(llm: ChatLoraRetriever, engine) -> None:
+    """An answer says which model, which composition and which adapters gave it."""
+    message = llm.invoke(SQL, top_k=2)
+    assert message.content == "The answer."
+    metadata = message.response_metadata
+    assert metadata["model_name"] == "fake/base"
+    assert metadata["model_provider"] == "lora-retriever"
+    assert metadata["finish_reason"] == "stop"
+    assert metadata["composition"] == "mixture"
+    assert metadata["adapters"][0]["name"] == "sql"
+    assert sum(a["weight"] for a in metadata["adapters"]) == pytest.approx(1)
+    assert engine.requests[0]["names"][0] == "sql"
+    assert message.usage_metadata["input_token_details"] == {"cache_read": 2}
+    assert message.usage_metadata["total_tokens"] == message.usage_metadata["input_tokens"] + 5
+
+
+def test_route_is_what_invoke_runs(llm: ChatLoraRetriever, engine) -> None:
+    """`route` decides as a call does and generates nothing."""
+    composition = llm.route(FRENCH, composition="selection")
+    assert isinstance(composition, Composition)
+    assert composition.names == ("french",)
+    assert not engine.requests
+    assert llm.invoke(FRENCH, composition="selection").response_metadata["adapters"][0]["name"] == "french"
+
+
+async def test_aroute_is_route(llm: ChatLoraRetriever) -> None:
+    """The asynchronous decision is the same."""
+    assert (await llm.aroute(FRENCH)).names == llm.route(FRENCH).names
+
+
+def test_route_text_replaces_the_prompt(llm: ChatLoraRetriever) -> None:
+    """A RAG prompt is routed on its question, not on its context."""
+    bound = llm.bind(route_text=SQL, top_k=1)
+    assert bound.invoke(FRENCH).response_metadata["adapters"][0]["name"] == "sql"
+
+
+def test_pinned_adapters(llm: ChatLoraRetriever, engine) -> None:
+    """Names take the place of retrieval, share their weight and have no score."""
+    metadata = llm.bind(adapters=["dates", "french"]).invoke(SQL).response_metadata
+    assert metadata["adapters"] == [
+        {"name": "dates", "score": None, "weight": 0.5},
+        {"name": "french", "score": None, "weight": 0.5},
+    ]
+    assert engine.requests[0]["names"] == ["dates", "french"]
+
+
+def test_no_adapters_is_the_base_model(llm: ChatLoraRetriever, engine) -> None:
+    """`adapters=[]` runs the base model alone."""
+    assert llm.invoke(SQL, adapters=[]).response_metadata["adapters"] == []
+    assert engine.requests[0]["names"] == []
+
+
+def test_the_model_argument_names_an_adapter(llm: ChatLoraRetriever, engine) -> None:
+    """As on OpenAI-style servers, `model` picks an adapter, or the base model by its own name."""
+    assert llm.invoke(FRENCH, model="sql").response_metadata["model_name"] == "sql"
+    llm.invoke(FRENCH, model="fake/base")
+    assert [request["names"] for request in engine.requests] == [["sql"], []]
+
+
+def test_excluded_adapters_are_not_retrieved(llm: ChatLoraRetriever) -> None:
+    """The right adapter can be masked."""
+    assert "sql" not in llm.route(SQL, exclude_adapters=["sql"]).names
+
+
+@pytest.mark.parametrize("argument", ["adapters", "exclude_adapters"])
+def test_an_unknown_adapter_raises(llm: ChatLoraRetriever, engine, argument: str) -> None:
+    """A name that is not in the pool is never silently served by the base model."""
+    with pytest.raises(UnknownAdapterError, match="sqll"):
+        llm.invoke(SQL, **{argument: ["sqll"]})
+    assert not engine.requests
+
+
+def test_min_score_leaves_the_base_model_alone(llm: ChatLoraRetriever) -> None:
+    """Under the minimum similarity nothing is composed."""
+    assert llm.route(SQL, min_score=0.999).names == ()
+
+
+def test_top_k_larger_than_the_pool(llm: ChatLoraRetriever) -> None:
+    """All there are is the most there can be."""
+    assert len(llm.route(SQL, top_k=8).names) == 3
+
+
+def test_selection_of_two_pinned_adapters_is_refused(llm: ChatLoraRetriever) -> None:
+    """Selection runs one adapter; which of two is not guessed."""
+    with pytest.raises(InvalidRequestError, match="runs one adapter"):
+        llm.invoke(SQL, adapters=["sql", "dates"], composition="selection")
+
+
+def test_an_empty_pool_is_the_base_model(engine) -> None:
+    """Before an adapter is added the base model answers alone."""
+    llm = ChatLoraRetriever(base_model="fake/base")
+    assert llm.invoke("hi").response_metadata["adapters"] == []
+
+
+def test_an_adapter_that_does_not_fit_is_rejected(llm: ChatLoraRetriever, pool: AdapterPool, write_adapter) -> None:
+    """Adapters of another base model leave the pool by name when the engine is known; later ones when they come."""
+    pool.add("wide", write_adapter("wide", size=16), samples=[SQL])
+    assert "wide" not in [a["name"] for a in llm.invoke(SQL).response_metadata["adapters"]]
+    assert "wide" in pool.rejected
+    with pytest.raises(InvalidAdapterError, match="wide"):
+        llm.invoke(SQL, adapters=["wide"])
+    pool.update("sql", write_adapter("sql", size=16))
+    assert "sql" not in [a["name"] for a in llm.invoke(SQL).response_metadata["adapters"]]
+
+
+def test_unknown_arguments_are_refused(llm: ChatLoraRetriever) -> None:
+    """A misspelt argument is an error, in a call and at construction."""
+    with pytest.raises(InvalidRequestError, match="Unknown argument 'tempratur'"):
+        llm.invoke(SQL, tempratur=1)
+    with pytest.raises(ValidationError, match="tempratur"):
+        ChatLoraRetriever(base_model="fake/base", tempratur=1)
+
+
+@pytest.mark.parametrize(("name", "value"), [("temperature", -1), ("top_p", 2), ("top_k", 0), ("max_tokens", 0)])
+def test_bad_settings_are_refused(llm: ChatLoraRetriever, name: str, value: Any) -> None:
+    """Out of range is out of range at construction and in a call."""
+    with pytest.raises(ValueError, match=name):
+        ChatLoraRetriever(base_model="fake/base", **{name: value})
+    with pytest.raises(InvalidRequestError, match=name):
+        llm.invoke(SQL, **{name: value})
+
+
+def test_a_bad_engine_config_is_refused() -> None:
+    """A misspelt engine limit names the limits there are."""
+    with pytest.raises(ValueError, match="max_num_seqs"):
+        ChatLoraRetriever(base_model="fake/base", engine_config={"max_seqs": 3})
+
+
+def test_a_retriever_comes_with_its_own_pool(pool: AdapterPool, llm: ChatLoraRetriever) -> None:
+    """Two pools, or an encoder beside a retriever, would be ambiguous."""
+    with pytest.raises(ValueError, match="not the retriever's"):
+        ChatLoraRetriever(base_model="fake/base", retriever=llm.retriever, pool=AdapterPool())
+    with pytest.raises(ValueError, match="its own encoder"):
+        ChatLoraRetriever(base_model="fake/base", retriever=llm.retriever, encoder="x")
+
+
+def test_empty_messages_are_refused(llm: ChatLoraRetriever) -> None:
+    """There is nothing to answer."""
+    with pytest.raises(InvalidRequestError, match="empty"):
+        llm.invoke([])
+
+
+def test_a_prompt_longer_than_the_context_is_refused(llm: ChatLoraRetriever) -> None:
+    """The engine's refusal reaches the caller as it is."""
+    with pytest.raises(PromptTooLongError):
+        llm.invoke("x" * 3000)
+
+
+def test_sampling_arguments_arrive(llm: ChatLoraRetriever, engine) -> None:
+    """No sampling argument is dropped on the way to the engine."""
+    call = {"temperature": 0.5, "sampling_top_k": 4, "top_p": 0.9, "seed": 3, "max_tokens": 7, "stop": ["x"]}
+    llm.invoke(SQL, logprobs=1, **call)
+    sampling = engine.requests[0]["sampling"]
+    assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed) == (0.5, 4, 0.9, 3)
+    assert (sampling.max_tokens, sampling.stop, sampling.logprobs) == (7, ("x",), 1)
+
+
+def test_stop_of_the_model_and_of_the_call(llm: ChatLoraRetriever, engine) -> None:
+    """A call's stop strings take the place of the model's."""
+    stopping = llm.model_copy(update={"stop": ["a"]})
+    stopping.invoke(SQL)
+    stopping.invoke(SQL, stop=["b"])
+    assert [request["sampling"].stop for request in engine.requests] == [("a",), ("b",)]
+
+
+def test_several_answers(llm: ChatLoraRetriever, engine) -> None:
+    """`n` answers come from one call, each drawn with a seed of its own."""
+    result = llm.generate([[HumanMessage(SQL)]], n=3, seed=1, temperature=1.0)
+    assert len(result.generations[0]) == 3
+    assert [request["sampling"].seed for request in engine.requests] == [1, 2, 3]
+    with pytest.raises(InvalidRequestError, match="n=2"):
+        list(llm.stream(SQL, n=2))
+
+
+def test_logprobs_are_reported(llm: ChatLoraRetriever) -> None:
+    """Log-probabilities come as chat-completion APIs give them, streamed or not."""
+    for message in (llm.invoke(SQL, logprobs=2), _added(llm.stream(SQL, logprobs=2))):
+        entries = message.response_metadata["logprobs"]["content"]
+        assert len(entries) == 4
+        assert entries[0]["logprob"] == -0.5
+        assert [alternative["token_id"] for alternative in entries[0]["top_logprobs"]] == [5, 6]
+
+
+def _added(chunks: Any) -> AIMessageChunk:
+    first, *rest = chunks
+    for chunk in rest:
+        first += chunk
+    return first
+
+
+def test_stream_adds_up_to_invoke(llm: ChatLoraRetriever) -> None:
+    """Chunks add up to the answer, its usage, and metadata that appears once."""
+    chunks = list(llm.stream(SQL))
+    assert len(chunks) > 2
+    assert chunks[-1].chunk_position == "last"
+    full, whole = _added(chunks), llm.invoke(SQL)
+    assert full.content == whole.content
+    assert full.response_metadata == whole.response_metadata
+    assert full.usage_metadata == whole.usage_metadata
+
+
+async def test_astream_adds_up_to_ainvoke(llm: ChatLoraRetriever) -> None:
+    """The asynchronous stream is the same answer."""
+    full = _added([chunk async for chunk in llm.astream(SQL)])
+    whole = await llm.ainvoke(SQL)
+    assert (full.content, full.response_metadata) == (whole.content, whole.response_metadata)
+
+
+def test_callbacks_see_every_chunk_once(llm: ChatLoraRetriever) -> None:
+    """`on_llm_new_token` is called once per chunk."""
+    from langchain_core.callbacks import BaseCallbackHandler
+
+    class Tokens(BaseCallbackHandler):
+        def __init__(self) -> None:
+            self.tokens: list[str] = []
+
+        def on_llm_new_token(self, token: str, **kwargs: Any) -> None:
+            self.tokens.append(token)
+
+    handler = Tokens()
+    chunks = list(llm.stream(SQL, config={"callbacks": [handler]}))
+    assert handler.tokens == [chunk.content for chunk in chunks]
+
+
+def test_an_empty_answer_streams(llm: ChatLoraRetriever, engine) -> None:
+    """An answer without text is a message all the same."""
+    engine.answer = lambda prompt, names: ""
+    assert _added(llm.stream(SQL)).content == ""
+    assert llm.invoke(SQL).content == ""
+
+
+def test_batch_runs_at_once(llm: ChatLoraRetriever, engine) -> None:
+    """A batch fills the engine, whatever the number of cores; answers keep their order."""
+    barrier = threading.Barrier(16, timeout=10)
+
+    def answer(prompt: str, names: list[str]) -> str:
+        barrier.wait()
+        return prefix_of(prompt)
+
+    engine.answer = answer
+    prompts = [f"prompt {i}" for i in range(16)]
+    assert [message.content for message in llm.batch(prompts)] == prompts
+
+
+def test_max_concurrency_is_honoured(llm: ChatLoraRetriever, engine) -> None:
+    """Whoever asks for two at a time gets two at a time."""
+    engine.delay = 0.002
+    llm.batch(["x"] * 8, config={"max_concurrency": 2})
+    assert engine.most_running <= 2
+
+
+async def test_abatch_runs_at_once(llm: ChatLoraRetriever, engine) -> None:
+    """So does an asynchronous batch."""
+    barrier = threading.Barrier(40, timeout=10)
+    engine.answer = lambda prompt, names: str(barrier.wait() >= 0) and prefix_of(prompt)
+    prompts = [f"prompt {i}" for i in range(40)]
+    assert [message.content for message in await llm.abatch(prompts)] == prompts
+
+
+def test_generate_runs_at_once(llm: ChatLoraRetriever, engine) -> None:
+    """`generate` of many conversations does not loop over them one by one."""
+    barrier = threading.Barrier(5, timeout=10)
+    engine.answer = lambda prompt, names: str(barrier.wait() >= 0) and prefix_of(prompt)
+    result = llm.generate([[HumanMessage(f"p{i}")] for i in range(5)])
+    assert [generations[0].text for generations in result.generations] == [f"p{i}" for i in range(5)]
+    assert len(result.run) == len({run.run_id for run in result.run}) == 5
+
+
+def test_batch_as_completed(llm: ChatLoraRetriever, engine) -> None:
+    """Answers come as they finish, with the index of their prompt."""
+    engine.answer = lambda prompt, names: time.sleep(0.2 if "slow" in prompt else 0) or prefix_of(prompt)
+    done = list(llm.batch_as_completed(["slow", "quick"]))
+    assert [index for index, _ in done] == [1, 0]
+
+
+def _fail_on_bad(prompt: str, names: list[str]) -> str:
+    if "bad" in prompt:
+        raise EngineError("step failed")
+    return "good"
+
+
+async def test_return_exceptions(llm: ChatLoraRetriever, engine) -> None:
+    """A failing prompt is its own affair where exceptions are returned, and raised where they are not."""
+    engine.answer = _fail_on_bad
+    for results in (
+        llm.batch(["a", "bad", "b"], return_exceptions=True),
+        await llm.abatch(["a", "bad", "b"], return_exceptions=True),
+        (StrOutputParser() | llm).batch([AIMessage("a"), AIMessage("bad"), AIMessage("b")], return_exceptions=True),
+    ):
+        assert [isinstance(result, EngineError) for result in results] == [False, True, False]
+    with pytest.raises(EngineError):
+        llm.batch(["a", "bad"])
+
+
+def test_a_chain_batches(llm: ChatLoraRetriever, engine) -> None:
+    """A chain hands its prompts to the model all at once."""
+    barrier = threading.Barrier(10, timeout=10)
+    engine.answer = lambda prompt, names: str(barrier.wait() >= 0) and prefix_of(prompt)
+    chain = ChatPromptTemplate.from_template("say {word}") | llm | StrOutputParser()
+    assert chain.batch([{"word": str(i)} for i in range(10)]) == [f"say {i}" for i in range(10)]
+
+
+def test_closing_a_stream_aborts(llm: ChatLoraRetriever, engine) -> None:
+    """Whoever stops reading frees the request."""
+    engine.delay = 0.01
+    stream = llm.stream(SQL)
+    next(stream)
+    stream.close()
+    assert engine.num_aborted == 1
+
+
+async def test_closing_an_astream_aborts(llm: ChatLoraRetriever, engine) -> None:
+    """So does leaving an asynchronous stream."""
+    engine.delay = 0.01
+    stream = llm.astream(SQL)
+    await anext(stream)
+    await stream.aclose()
+    await asyncio.sleep(0.05)
+    assert engine.num_aborted == 1
+
+
+async def test_cancelling_ainvoke_aborts(llm: ChatLoraRetriever, engine) -> None:
+    """A cancelled task frees its request and no other."""
+    engine.delay = 0.05
+    cancelled, other = (asyncio.create_task(llm.ainvoke(SQL)) for _ in range(2))
+    await asyncio.sleep(0.1)
+    cancelled.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await cancelled
+    assert (await other).content == "The answer."
+    assert engine.num_aborted == 1
+
+
+async def test_a_late_call_times_out(llm: ChatLoraRetriever, engine) -> None:
+    """A call that takes longer than its timeout is aborted, in all four ways of calling."""
+    engine.delay = 0.2
+    with pytest.raises(TimeoutError, match=r"timeout=0\.05"):
+        llm.invoke(SQL, timeout=0.05)
+    with pytest.raises(TimeoutError):
+        await llm.ainvoke(SQL, timeout=0.05)
+    with pytest.raises(TimeoutError):
+        list(llm.stream(SQL, timeout=0.05))
+    with pytest.raises(TimeoutError):
+        _ = [chunk async for chunk in llm.astream(SQL, timeout=0.05)]
+    assert engine.num_aborted == 4
+
+
+def test_engine_errors_reach_the_caller(llm: ChatLoraRetriever, engine) -> None:
+    """An exception inside a step is the request's, also in a stream."""
+    engine.answer = _fail_on_bad
+    with pytest.raises(EngineError, match="step failed"):
+        llm.invoke("bad")
+    with pytest.raises(EngineError, match="step failed"):
+        list(llm.stream("bad"))
+    assert llm.invoke("fine").content == "good"
+
+
+def test_fallbacks_see_the_packages_errors(llm: ChatLoraRetriever, engine) -> None:
+    """`with_retry` and `with_fallbacks` work with the exceptions raised here."""
+    attempts = iter(["bad", "bad", "good"])
+
+    def answer(prompt: str, names: list[str]) -> str:
+        return _fail_on_bad(next(attempts), names)
+
+    engine.answer = answer
+    assert llm.with_retry(retry_if_exception_type=(EngineError,), wait_exponential_jitter=False).invoke("x").content
+    pinned = llm.bind(adapters=["gone"]).with_fallbacks([llm.bind(adapters=[])])
+    engine.answer = lambda prompt, names: "fallback"
+    assert pinned.invoke("x").content == "fallback"
+
+
+def test_no_two_configurations_share_a_cached_answer(llm: ChatLoraRetriever, engine, pool, write_adapter) -> None:
+    """LangChain's response cache tells every setting apart, and a pool from itself before a change."""
+    cached = llm.model_copy(update={"cache": InMemoryCache()})
+    copies = [cached.model_copy(update=change) for change in ({}, {"top_k": 1}, {"composition": "fusion"},
+              {"temperature": 0.1}, {"weights": "uniform"}, {"min_score": 0.2}, {"adapters": ["sql"]})]  # fmt: skip
+    for copy in copies:
+        copy.invoke(SQL)
+    assert len(engine.requests) == len(copies)
+    cached.invoke(SQL)
+    assert len(engine.requests) == len(copies)
+    cached.invoke(SQL, top_k=2)
+    cached.bind(adapters=["dates"]).invoke(SQL)
+    assert len(engine.requests) == len(copies) + 2
+    pool.update("sql", write_adapter("sql", seed=1))
+    cached.invoke(SQL)
+    assert len(engine.requests) == len(copies) + 3
+
+
+def test_settings_can_be_configurable(llm: ChatLoraRetriever, engine) -> None:
+    """Composition, top_k and adapters can be set per run through `configurable_fields`."""
+    from langchain_core.runnables import ConfigurableField
+
+    runnable = llm.configurable_fields(
+        top_k=ConfigurableField(id="top_k"), adapters=ConfigurableField(id="adapters"),
+        composition=ConfigurableField(id="composition"),
+    )  # fmt: skip
+    config = {"configurable": {"top_k": 1, "composition": "selection"}}
+    metadata = runnable.invoke(SQL, config=config).response_metadata
+    assert (metadata["composition"], len(metadata["adapters"])) == ("selection", 1)
+    pinned = runnable.invoke(SQL, config={"configurable": {"adapters": ["dates"]}})
+    assert pinned.response_metadata["adapters"][0]["name"] == "dates"
+
+
+def test_a_configurable_folder_pool_is_not_embedded_again(llm: ChatLoraRetriever, pool, tmp_path) -> None:
+    """Copies of a chat model share the retriever of their pool and encoder."""
+    encoder = llm.retriever.encoder
+    first = ChatLoraRetriever(base_model="fake/base", pool=pool, encoder=encoder)
+    second = ChatLoraRetriever(base_model="fake/base", pool=pool, encoder=encoder)
+    assert first._router.retriever is second._router.retriever
+
+
+def test_rate_limiter_is_asked(llm: ChatLoraRetriever) -> None:
+    """A rate limiter is acquired for every call."""
+    from langchain_core.rate_limiters import InMemoryRateLimiter
+
+    class Counting(InMemoryRateLimiter):
+        count = 0
+
+        def acquire(self, *, blocking: bool = True) -> bool:
+            Counting.count += 1
+            return True
+
+    limited = llm.model_copy(update={"rate_limiter": Counting()})
+    limited.batch(["a", "b"])
+    assert Counting.count == 2
+
+
+def test_tracing_parameters(llm: ChatLoraRetriever) -> None:
+    """Traces name the provider, the model and the sampling."""
+    params = llm._get_ls_params(stop=["x"])
+    assert params["ls_provider"] == "lora-retriever"
+    assert params["ls_model_name"] == "fake/base"
+    assert (params["ls_temperature"], params["ls_stop"]) == (0.0, ["x"])
+    assert not llm.is_lc_serializable()
+
+
+def test_tokens_are_counted_by_the_tokenizer(llm: ChatLoraRetriever, tokenizer) -> None:
+    """Counts are the base model's own, template included."""
+    assert llm.get_num_tokens("abc") == 3
+    assert llm.get_num_tokens_from_messages([SystemMessage("a"), HumanMessage("b")]) == len(
+        tokenizer.apply_chat_template(
+            [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}],
+            add_generation_prompt=True, return_dict=False,
+        )
+    )  # fmt: skip
+
+
+def test_v1_output(llm: ChatLoraRetriever) -> None:
+    """With `output_version="v1"` content is standard blocks, streamed or not."""
+    v1 = llm.model_copy(update={"output_version": "v1"})
+    assert v1.invoke(SQL).content == [{"type": "text", "text": "The answer."}]
+    assert _added(v1.stream(SQL)).content_blocks[0]["text"] == "The answer."
+
+
+async def test_event_streams(llm: ChatLoraRetriever) -> None:
+    """Both event protocols end with the routed answer."""
+    events = [event async for event in llm.astream_events(SQL, version="v2")]
+    assert events[-1]["data"]["output"].response_metadata["adapters"]
+    stream = llm.stream_events(SQL, version="v3")
+    assert list(stream)
+    assert stream.output.text == "The answer."
+
+
+def test_repr_is_short(llm: ChatLoraRetriever) -> None:
+    """Printing a chat model prints neither weights nor pool."""
+    assert len(repr(llm)) < 1000
+
+
+def test_a_pool_may_be_a_folder(engine, pool: AdapterPool, tmp_path, llm: ChatLoraRetriever) -> None:
+    """A path is read into a pool."""
+    pool.save(tmp_path / "pool")
+    loaded = ChatLoraRetriever(base_model="fake/base", pool=tmp_path / "pool", encoder=llm.retriever.encoder)
+    assert isinstance(loaded.pool, AdapterPool)
+    assert loaded.route(SQL, top_k=1).names == ("sql",)
