@@ -233,7 +233,9 @@ class AdapterPool:
             old = self._state[name]
             source = Path(path) if path is not None else old.adapter.path
             assert source is not None, "every adapter of a pool was read from a folder"
-            found = read_entry(source, name, base_model=self._base_model)
+            found = old
+            if path is not None or (samples is None and embedding is None):
+                found = read_entry(source, name, base_model=self._base_model)
             if not found.samples and found.embedding is None:
                 found = replace(old, adapter=found.adapter)
             return self._put(_with_routing(found, samples, embedding, encoder), source=source)

@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -62,7 +63,7 @@ _REPLACED = ".replaced-"
 _CACHE_ABOVE_BYTES = 256 << 20
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class PoolEntry:
     """An adapter and what it is found by.
 
@@ -78,7 +79,7 @@ class PoolEntry:
     embedding: NDArray[np.float32] | None = None
     encoder: str | None = None
 
-    @property
+    @cached_property
     def routing_hash(self) -> str:
         """Sha256 of what the adapter is found by: its embedding, or else its samples' inputs."""
         if self.embedding is not None:

@@ -1,0 +1,216 @@
+"""Retrieved adapters to a composition, and a composition to the adapters an engine runs.
+
+Selection is one adapter of weight 1, mixture several with weights, and fusion one made of several. So the engine
+only ever sees a short list of (adapter, weight).
+
+Source: LoraRetriever, arXiv:2402.09997, section 3.3.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import threading
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+
+import torch
+
+from langchain_lora_retriever.errors import InvalidRequestError
+from langchain_lora_retriever.types import (
+    Adapter,
+    ComposedAdapter,
+    Composition,
+    CompositionMode,
+    LoraWeights,
+    RetrievedAdapter,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from langchain_lora_retriever.pool import AdapterPool
+
+__all__ = ["FusionCache", "Weighting", "compose", "fuse", "materialize", "pin"]
+
+Weighting: TypeAlias = Literal["uniform", "similarity"]
+
+
+def compose(
+    retrieved: Sequence[RetrievedAdapter],
+    *,
+    mode: CompositionMode,
+    weights: Weighting = "uniform",
+    temperature: float = 0.05,
+) -> Composition:
+    """Decide which adapters run, and with what weight.
+
+    Semantics:
+        selection:        the best adapter, weight 1
+        fusion, mixture:  all of them; "uniform" 1 / k, "similarity" softmax(score / temperature)
+
+    Args:
+        retrieved: Adapters of distinct names; none means that the base model answers alone.
+        mode: How they are composed.
+        weights: How their shares are set; of no effect on selection.
+        temperature: The smaller, the more the best one counts; finite and above 0.
+
+    Raises:
+        InvalidRequestError: If an argument is out of its range.
+    """
+    _check(mode, [adapter.name for adapter in retrieved])
+    if weights not in get_args(Weighting):
+        raise InvalidRequestError(f"weights={weights!r} is not allowed: pass one of {get_args(Weighting)}.")
+    if not 0 < temperature < math.inf:
+        raise InvalidRequestError(f"temperature={temperature!r} is not allowed: pass a finite number above 0.")
+    if not retrieved:
+        return Composition(mode)
+    ranked = sorted(retrieved, key=lambda adapter: (-adapter.score, adapter.name))
+    if mode == "selection":
+        ranked = ranked[:1]
+    if weights == "uniform":
+        shares = [1 / len(ranked)] * len(ranked)
+    else:
+        powers = [math.exp((adapter.score - ranked[0].score) / temperature) for adapter in ranked]
+        shares = [power / sum(powers) for power in powers]
+    members = (ComposedAdapter(a.name, share, a.score) for a, share in zip(ranked, shares, strict=True))
+    return Composition(mode, tuple(members))
+
+
+def pin(names: Sequence[str], *, mode: CompositionMode, weights: Sequence[float] | None = None) -> Composition:
+    """Compose adapters the caller names, without retrieval.
+
+    Args:
+        names: Distinct names; none means that the base model answers alone.
+        mode: How they are composed. Selection takes one name at most.
+        weights: Their shares, finite and above 0, scaled to sum to 1; equal by default.
+
+    Raises:
+        InvalidRequestError: If an argument is out of its range.
+    """
+    if isinstance(names, str):
+        raise InvalidRequestError(f"adapters={names!r} is not allowed: pass a list of names.")
+    _check(mode, names)
+    if mode == "selection" and len(names) > 1:
+        raise InvalidRequestError(
+            f"composition='selection' runs one adapter, but {list(names)!r} were pinned. "
+            "Pin one, or choose 'mixture' or 'fusion'."
+        )
+    shares = [1.0] * len(names) if weights is None else [float(weight) for weight in weights]
+    if len(shares) != len(names) or not all(0 < share < math.inf for share in shares):
+        raise InvalidRequestError(
+            f"weights={weights!r} is not allowed for {len(names)} adapters: pass one finite number above 0 for each."
+        )
+    total = sum(shares)
+    return Composition(mode, tuple(ComposedAdapter(n, share / total) for n, share in zip(names, shares, strict=True)))
+
+
+def fuse(adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
+    """Average adapters' parameters into one new adapter.
+
+    Semantics:
+        lora_A = sum_j w_j A_j,  lora_B = sum_j w_j s_j B_j,  scaling = 1, in every module that any of them adapts.
+        Where an adapter lacks a module it contributes zeros; smaller ranks are padded with zeros.
+
+    Args:
+        adapters: Adapters and weights, at least one.
+
+    Returns:
+        An adapter in float32 whose fingerprint follows from the members' fingerprints and weights.
+
+    Raises:
+        InvalidRequestError: If there is no adapter, or two differ in a module's shape.
+    """
+    if not adapters:
+        raise InvalidRequestError("adapters=[] is not allowed: pass at least one adapter to fuse.")
+    adapters = sorted(adapters, key=lambda member: (member[0].fingerprint, member[1]))  # sums do not depend on order
+    modules = dict.fromkeys(module for adapter, _ in adapters for module in adapter.weights)
+    return Adapter(
+        name="+".join(adapter.name for adapter, _ in adapters),
+        fingerprint=_fusion_key(adapters),
+        weights={module: _fuse_module(module, adapters) for module in modules},
+        base_model=adapters[0][0].base_model,
+    )
+
+
+class FusionCache:
+    """Fused adapters by content, the least recently used dropped. Any thread may call it.
+
+    Args:
+        max_bytes: Most bytes of weights to keep; the last one made is kept in any case.
+    """
+
+    def __init__(self, max_bytes: int = 256 << 20) -> None:
+        self._max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._fused: OrderedDict[str, Adapter] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._fused)
+
+    def fuse(self, adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
+        """`fuse`, or what it returned for adapters of the same content and weights."""
+        key = _fusion_key(adapters)
+        with self._lock:
+            if key not in self._fused:
+                self._fused[key] = fuse(adapters)
+            self._fused.move_to_end(key)
+            while len(self._fused) > 1 and self._num_bytes() > self._max_bytes:
+                self._fused.popitem(last=False)
+            return self._fused[key]
+
+    def _num_bytes(self) -> int:
+        return sum(adapter.num_parameters * torch.float32.itemsize for adapter in self._fused.values())
+
+
+# One for the process: the keys are contents, so whoever fuses the same adapters may share the result.
+_FUSIONS = FusionCache()
+
+
+def materialize(
+    composition: Composition, pool: AdapterPool, *, cache: FusionCache = _FUSIONS
+) -> tuple[tuple[Adapter, float], ...]:
+    """The adapters to run for a composition, with weights; () for the base model alone.
+
+    Args:
+        composition: Selection and mixture run their members as they are; a fusion runs as one adapter of weight 1.
+        pool: Where the names are looked up.
+        cache: Where fusions are kept.
+
+    Raises:
+        UnknownAdapterError: If the pool lacks one of the names.
+    """
+    members = tuple((pool[member.name], member.weight) for member in composition.adapters)
+    if composition.mode != "fusion" or not members:
+        return members
+    return ((cache.fuse(members), 1.0),)
+
+
+def _check(mode: str, names: Sequence[str]) -> None:
+    if mode not in get_args(CompositionMode):
+        raise InvalidRequestError(f"composition={mode!r} is not allowed: pass one of {get_args(CompositionMode)}.")
+    if len(set(names)) != len(names):
+        raise InvalidRequestError(f"adapters={list(names)!r} is not allowed: name each adapter once.")
+
+
+def _fusion_key(adapters: Sequence[tuple[Adapter, float]]) -> str:
+    """The same for the same members in any order."""
+    members = sorted(f"{adapter.fingerprint} {weight!r}" for adapter, weight in adapters)
+    return hashlib.sha256("\n".join(["fusion", *members]).encode()).hexdigest()
+
+
+def _fuse_module(module: str, adapters: Sequence[tuple[Adapter, float]]) -> LoraWeights:
+    members = [(adapter.weights[module], weight) for adapter, weight in adapters if module in adapter.weights]
+    shapes = sorted({(lora.lora_A.shape[1], lora.lora_B.shape[0]) for lora, _ in members})
+    if len(shapes) > 1:
+        raise InvalidRequestError(
+            f"the adapters {[adapter.name for adapter, _ in adapters]!r} cannot be fused: {module!r} has "
+            f"(in_features, out_features) of {shapes!r} in them. Fuse adapters of one base model."
+        )
+    ((in_features, out_features),) = shapes
+    r = max(lora.r for lora, _ in members)
+    lora_A, lora_B = torch.zeros(r, in_features), torch.zeros(out_features, r)
+    for lora, weight in members:
+        lora_A[: lora.r] += weight * lora.lora_A.float()
+        lora_B[:, : lora.r] += weight * lora.scaling * lora.lora_B.float()
+    return LoraWeights(lora_A, lora_B, 1.0)

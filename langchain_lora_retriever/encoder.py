@@ -1,0 +1,141 @@
+"""Texts to unit vectors."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from langchain_lora_retriever.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+    from sentence_transformers import SentenceTransformer
+
+__all__ = ["Encoder", "SentenceTransformerEncoder"]
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """Whatever turns texts into vectors whose inner product is their similarity."""
+
+    @property
+    def name(self) -> str:
+        """Tells this encoder's vectors from every other's; used in cache keys."""
+        ...
+
+    @property
+    def dimension(self) -> int:
+        """Length `d` of a vector."""
+        ...
+
+    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Embed texts.
+
+        Returns:
+            `[len(texts), d]`, float32, each row of length 1.
+        """
+        ...
+
+
+class SentenceTransformerEncoder:
+    """A sentence-transformers model, loaded when it is first needed. Any thread may call it.
+
+    Args:
+        model: Name on the hub, a folder, or a loaded model.
+        device: Where it runs; sentence-transformers' choice by default.
+        batch_size: Texts per forward pass.
+    """
+
+    def __init__(
+        self, model: str | Path | SentenceTransformer, *, device: str | None = None, batch_size: int = 32
+    ) -> None:
+        self._source = model
+        self._model: SentenceTransformer | None = None
+        self._device = device
+        self._batch_size = batch_size
+        self._lock = threading.RLock()
+        self._name = _model_name(model)
+
+    @property
+    def name(self) -> str:
+        """The hub name; for a folder its path and a hash of its weights' size and time."""
+        return self._name
+
+    @property
+    def dimension(self) -> int:
+        """Length of a vector. Loads the model."""
+        with self._lock:
+            model = self._load()
+            # renamed in sentence-transformers 6; 5 knows only the old name
+            measure = getattr(model, "get_embedding_dimension", None) or model.get_sentence_embedding_dimension
+            dimension = measure()
+        assert dimension is not None, "sentence-transformers knows the dimension of a loaded model"
+        return int(dimension)
+
+    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Embed texts, `[len(texts), d]` float32, each row of length 1."""
+        with self._lock:
+            model = self._load()
+            if not texts:
+                return np.empty((0, self.dimension), dtype=np.float32)
+            vectors = model.encode(
+                [shorten(text, model.tokenizer, model.get_max_seq_length()) for text in texts],
+                batch_size=self._batch_size,
+                show_progress_bar=False,
+                convert_to_numpy=True,
+                normalize_embeddings=True,
+            )
+        return np.ascontiguousarray(vectors, dtype=np.float32)
+
+    def _load(self) -> SentenceTransformer:
+        if self._model is None:
+            from sentence_transformers import SentenceTransformer  # noqa: PLC0415  # seconds to import
+
+            if isinstance(self._source, SentenceTransformer):
+                self._model = self._source
+            else:
+                self._model = SentenceTransformer(str(self._source), device=self._device)
+        return self._model
+
+
+def shorten(text: str, tokenizer: Any, max_tokens: int | None) -> str:
+    """Cut the middle out of a text that is too long for the encoder.
+
+    A prompt says what it wants at its start or at its end, so both are kept; the encoder alone would keep the start.
+
+    Args:
+        text: The text.
+        tokenizer: The encoder's tokenizer; one without character offsets leaves the text as it is.
+        max_tokens: Longest input of the encoder, with its special tokens; None for no limit.
+    """
+    if max_tokens is None or len(text) <= max_tokens or not getattr(tokenizer, "is_fast", False):
+        return text
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    offsets = encoded["offset_mapping"]
+    room = max_tokens - tokenizer.num_special_tokens_to_add()
+    if len(offsets) <= room or room < 2:
+        return text
+    head, tail = room - room // 2, room // 2
+    return f"{text[: offsets[head - 1][1]]} {text[offsets[-tail][0] :]}"
+
+
+def _model_name(model: str | Path | SentenceTransformer) -> str:
+    if not isinstance(model, str | Path):
+        card = getattr(model, "model_card_data", None)
+        return f"{getattr(card, 'base_model', None) or type(model).__name__}@{id(model):x}"
+    if not str(model).strip():
+        raise InvalidRequestError(f"encoder={model!r} is not allowed: pass a hub name, a folder or a loaded model.")
+    folder = Path(model)
+    if not folder.is_dir():
+        return str(model)
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.safetensors")) + sorted(folder.rglob("*.json")):
+        stat = file.stat()
+        digest.update(f"{file.relative_to(folder)}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+    return f"{folder.resolve()}@{digest.hexdigest()[:16]}"
