@@ -55,7 +55,9 @@ def demo_arguments(**kwargs: Any) -> dict[str, Any]:
     if not kwargs.keys() & {"pool", "encoder", "instruction", "retriever"}:
         arguments["retriever"] = _shared_retriever()
     elif "retriever" not in kwargs:
-        arguments |= {"pool": kwargs.get("pool") or demo_pool(), "encoder": encoder_source()}
+        arguments["encoder"] = encoder_source()
+        if kwargs.get("pool") is None:
+            arguments["pool"] = demo_pool()
     return arguments | kwargs
 
 
