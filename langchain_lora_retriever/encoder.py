@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from langchain_lora_retriever.errors import InvalidRequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
     from sentence_transformers import SentenceTransformer
@@ -100,7 +101,8 @@ class SentenceTransformerEncoder:
             if isinstance(self._source, SentenceTransformer):
                 self._model = self._source
             else:
-                self._model = SentenceTransformer(str(self._source), device=self._device)
+                with _no_progress_bar():
+                    self._model = SentenceTransformer(str(self._source), device=self._device)
         return self._model
 
 
@@ -123,6 +125,20 @@ def shorten(text: str, tokenizer: Any, max_tokens: int | None) -> str:
         return text
     head, tail = room - room // 2, room // 2
     return f"{text[: offsets[head - 1][1]]} {text[offsets[-tail][0] :]}"
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Load weights without transformers' progress bar, which would tear the caller's output."""
+    from transformers.utils import logging  # noqa: PLC0415  # seconds to import
+
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
 
 
 def _model_name(model: str | Path | SentenceTransformer) -> str:
