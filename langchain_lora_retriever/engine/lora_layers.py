@@ -134,7 +134,7 @@ class _Group:
         self._out_features = group.out_features
         self._batch = batch
         self._stack = LoraStack(rows, num_rows, group.in_features, group.out_features, group.dtype)
-        self._fused = _fuse(modules) if len(modules) > 1 else None
+        self._fused = _fuse(modules) if all(_is_plain(module) for module in modules) else None
         self._input: torch.Tensor | None = None
         self._outputs: tuple[torch.Tensor, ...] = ()
 
@@ -185,8 +185,8 @@ class _Group:
 def _split(model: PreTrainedModel, group: LinearGroup) -> Iterator[tuple[LinearGroup, list[nn.Module]]]:
     """The group as it is if its modules can be computed as one; else a group for each of them."""
     modules = [model.get_submodule(name) for name in group.names]
-    is_biased = {module.bias is not None for module in modules if _is_plain(module)}
-    if len(modules) > 1 and len(is_biased) == 1 and all(_is_plain(module) for module in modules):
+    is_biased = {getattr(module, "bias", None) is not None for module in modules}
+    if len(is_biased) == 1 and all(_is_plain(module) for module in modules):
         yield group, modules
     else:
         for name, out_features, module in zip(group.names, group.out_features, modules, strict=True):
@@ -199,9 +199,15 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _fuse(modules: Sequence[nn.Module]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Lay the weights one under the other and let each module's weight be a view of its part; biases beside them."""
+    """Lay the weights side by side and let each module's weight be a view of its part; biases likewise.
+
+    On a CPU they lie transposed, `[in_features, sum(out_features)]`: a decode step's product of few rows runs up to
+    twice as fast over that layout, a prefill's as fast.
+    """
     linears = [module for module in modules if isinstance(module, nn.Linear)]
     weight = torch.cat([module.weight for module in linears])
+    if weight.device.type == "cpu":
+        weight = weight.t().contiguous().t()
     for module, part in zip(linears, weight.split([m.out_features for m in linears]), strict=True):
         module.weight = nn.Parameter(part, requires_grad=False)
     bias = None if linears[0].bias is None else torch.cat([module.bias for module in linears])
