@@ -104,3 +104,24 @@ def merge_adapters(model: Any, adapters: Any) -> None:
 def tokenizer() -> Any:
     """The byte-level tokenizer."""
     return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint() -> Any:
+    """Write a random PEFT checkpoint for the tiny model: `make_checkpoint(folder, seed=0, r=4, ...)`."""
+    from peft import LoraConfig, get_peft_model
+
+    def make(folder: Any, *, seed: int = 0, model: Any = None, **lora: Any) -> Any:
+        lora = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | lora
+        wrapped = get_peft_model(make_tiny_model() if model is None else model, LoraConfig(**lora))
+        wrapped.peft_config["default"].base_model_name_or_path = "org/tiny-llama"
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in wrapped.named_parameters():
+            if ".lora_" in name:
+                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+        wrapped.save_pretrained(folder, save_embedding_layers=False)
+        if model is not None:
+            wrapped.unload()
+        return folder
+
+    return make

@@ -1,0 +1,276 @@
+"""Reading PEFT checkpoints, and refusing by name what cannot be honoured."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from langchain_lora_retriever.adapters import CONFIG_FILE, WEIGHTS_FILE, check_fits, read_adapter
+from langchain_lora_retriever.errors import InvalidAdapterError, UnsupportedAdapterError
+
+Q0 = "model.layers.0.self_attn.q_proj"
+V1 = "model.layers.1.self_attn.v_proj"
+
+
+@pytest.fixture
+def checkpoint(tmp_path, make_checkpoint):
+    """A plain checkpoint."""
+    return make_checkpoint(tmp_path / "plain")
+
+
+def edit_config(folder, **changes):
+    """Change the configuration of a checkpoint."""
+    file = folder / CONFIG_FILE
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def edit_weights(folder, change):
+    """Change the tensors of a checkpoint."""
+    tensors = {key: tensor.clone() for key, tensor in load_file(folder / WEIGHTS_FILE).items()}
+    save_file(change(tensors) or tensors, folder / WEIGHTS_FILE)
+
+
+def test_reads_what_peft_wrote(checkpoint):
+    """Name, base model, scaling and every tensor are those of the checkpoint."""
+    adapter = read_adapter(checkpoint)
+    assert (adapter.name, adapter.base_model, adapter.rank) == ("plain", "org/tiny-llama", 4)
+    assert sorted(adapter.weights) == sorted(f"model.layers.{i}.self_attn.{p}_proj" for i in range(2) for p in "qv")
+    assert adapter.weights[Q0].scaling == 2.0
+    for key, tensor in load_file(checkpoint / WEIGHTS_FILE).items():
+        module, side = key.removeprefix("base_model.model.").removesuffix(".weight").rsplit(".", 1)
+        assert torch.equal(getattr(adapter.weights[module], side), tensor)
+
+
+@pytest.mark.parametrize(
+    ("lora", "module", "rank", "scaling"),
+    [
+        ({"r": 3, "lora_alpha": 6}, Q0, 3, 2.0),
+        ({"r": 4, "use_rslora": True}, Q0, 4, 8 / math.sqrt(4)),
+        ({"rank_pattern": {"q_proj": 2}}, Q0, 2, 4.0),
+        ({"rank_pattern": {"q_proj": 2}}, V1, 4, 2.0),
+        ({"rank_pattern": {r"layers\.1\..*": 1}}, V1, 1, 8.0),
+        ({"alpha_pattern": {"layers.0.self_attn.q_proj": 16}}, Q0, 4, 4.0),
+        ({"alpha_pattern": {"layers.0.self_attn.q_proj": 16}}, V1, 4, 2.0),
+        ({"rank_pattern": {"v_proj": 8}, "alpha_pattern": {"v_proj": 8}, "use_rslora": True}, V1, 8, 8 / math.sqrt(8)),
+        ({"target_modules": r".*\.self_attn\.(q|v)_proj"}, V1, 4, 2.0),
+        ({"target_modules": "all-linear"}, "model.layers.1.mlp.down_proj", 4, 2.0),
+        ({"layers_to_transform": [1]}, V1, 4, 2.0),
+        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head", 4, 2.0),
+    ],
+)
+def test_rank_and_scaling_are_pefts(tmp_path, make_checkpoint, lora, module, rank, scaling):
+    """Ranks, patterns, rsLoRA and every kind of target_modules give the rank and scaling that PEFT gives."""
+    weights = read_adapter(make_checkpoint(tmp_path / "a", **lora)).weights[module]
+    assert (weights.r, weights.scaling) == (rank, pytest.approx(scaling))
+
+
+def test_layers_to_transform_leaves_others_out(tmp_path, make_checkpoint):
+    """Only the chosen layers are adapted."""
+    assert Q0 not in read_adapter(make_checkpoint(tmp_path / "a", layers_to_transform=[1])).weights
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+        ({"target_parameters": ["mlp.experts"]}, "target_parameters"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication"),
+        ({"alora_invocation_tokens": [5]}, "aLoRA"),
+        ({"use_qalora": True}, "QALoRA"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"megatron_config": {"x": 1}}, "megatron_config"),
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
+        ({"init_lora_weights": "olora"}, "olora"),
+        ({"from_a_later_peft": True}, "from_a_later_peft"),
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"peft_type": None}, "peft_type"),
+    ],
+)
+def test_refuses_what_is_not_honoured(checkpoint, changes, named):
+    """A setting that changes the arithmetic is refused, and the message names the adapter and the setting."""
+    edit_config(checkpoint, **changes)
+    with pytest.raises(UnsupportedAdapterError, match="adapter 'plain'") as caught:
+        read_adapter(checkpoint)
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal"])
+def test_initialisation_that_is_over_does_not_matter(checkpoint, init):
+    """How a finished adapter's matrices were initialised is no reason to refuse it."""
+    edit_config(checkpoint, init_lora_weights=init)
+    assert read_adapter(checkpoint).rank == 4
+
+
+def test_refuses_real_dora(tmp_path, make_checkpoint):
+    """A DoRA checkpoint as PEFT writes it is refused."""
+    with pytest.raises(UnsupportedAdapterError, match="DoRA"):
+        read_adapter(make_checkpoint(tmp_path / "a", use_dora=True))
+
+
+def test_refuses_pickle(checkpoint):
+    """Weights in a pickle are refused without being opened."""
+    (checkpoint / WEIGHTS_FILE).rename(checkpoint / "adapter_model.bin")
+    with pytest.raises(UnsupportedAdapterError, match="pickle"):
+        read_adapter(checkpoint)
+
+
+def rename_key(old, new):
+    """A change that renames part of every key."""
+    return lambda tensors: {key.replace(old, new): tensor for key, tensor in tensors.items()}
+
+
+def drop_first(tensors):
+    """A change that loses a tensor."""
+    del tensors[min(tensors)]
+
+
+def poison(value):
+    """A change that puts a value into one tensor."""
+
+    def change(tensors):
+        tensors[f"base_model.model.{V1}.lora_B.weight"][3, 1] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "named"),
+    [
+        (poison(math.nan), InvalidAdapterError, f"lora_B of '{V1}' holds NaN"),
+        (poison(math.inf), InvalidAdapterError, "infinite"),
+        (drop_first, InvalidAdapterError, "has a lora_B but no lora_A"),
+        (rename_key("base_model.model.", ""), InvalidAdapterError, "allowed are base_model.model."),
+        (rename_key(".lora_A.", ".lora_A.default."), InvalidAdapterError, "lora_A.default"),
+        (rename_key("q_proj.lora_A.weight", "q_proj.weight"), UnsupportedAdapterError, "whole weights"),
+        (rename_key("lora_A.weight", "lora_embedding_A"), UnsupportedAdapterError, "embedding"),
+        (rename_key("q_proj", "o_proj"), InvalidAdapterError, "target_modules"),
+        (lambda t: {k: v[:3] if "lora_A" in k else v for k, v in t.items()}, InvalidAdapterError, "rank 4"),
+        (lambda t: {k: v.half() if "lora_A" in k else v for k, v in t.items()}, InvalidAdapterError, "float16"),
+        (lambda t: {k: v.to(torch.int8) for k, v in t.items()}, UnsupportedAdapterError, "I8"),
+        (lambda t: {k: v[..., None, None] for k, v in t.items()}, UnsupportedAdapterError, "convolution"),
+        (lambda _: {"__nothing__": torch.zeros(1)}, InvalidAdapterError, "__nothing__"),
+    ],
+)
+def test_refuses_bad_tensors(checkpoint, change, error, named):
+    """Tensors that are unpaired, misnamed, misshapen, mistyped or not finite are refused by name."""
+    edit_weights(checkpoint, change)
+    with pytest.raises(error, match="adapter 'plain'") as caught:
+        read_adapter(checkpoint)
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -7])
+def test_refuses_truncated_weights(checkpoint, keep):
+    """A weights file cut anywhere is refused as corrupt."""
+    file = checkpoint / WEIGHTS_FILE
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(InvalidAdapterError, match="corrupt or truncated"):
+        read_adapter(checkpoint)
+
+
+def test_refuses_overwritten_header(checkpoint):
+    """A weights file of random bytes is refused as corrupt."""
+    (checkpoint / WEIGHTS_FILE).write_bytes(os.urandom(5000))
+    with pytest.raises(InvalidAdapterError, match="corrupt or truncated"):
+        read_adapter(checkpoint)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '"x"', "\xff"])
+def test_refuses_bad_config(checkpoint, text):
+    """A configuration that is no JSON object is refused."""
+    (checkpoint / CONFIG_FILE).write_bytes(text.encode("latin-1"))
+    with pytest.raises(InvalidAdapterError, match=CONFIG_FILE):
+        read_adapter(checkpoint)
+
+
+@pytest.mark.parametrize("missing", [CONFIG_FILE, WEIGHTS_FILE])
+def test_refuses_missing_files(checkpoint, missing):
+    """A folder without one of the two files is refused, and the message names the file."""
+    (checkpoint / missing).unlink()
+    with pytest.raises(InvalidAdapterError, match=missing):
+        read_adapter(checkpoint)
+
+
+@pytest.mark.parametrize("changes", [{"r": 0}, {"r": "four"}, {"lora_alpha": "x"}, {"rank_pattern": {"q_proj": -1}}])
+def test_refuses_impossible_numbers(checkpoint, changes):
+    """A rank or alpha that is no sensible number is refused."""
+    edit_config(checkpoint, **changes)
+    with pytest.raises(InvalidAdapterError, match="adapter 'plain'"):
+        read_adapter(checkpoint)
+
+
+@pytest.mark.parametrize("base_model", ["org/tiny-llama", "/models/Tiny-Llama/", "tiny-llama", None, ""])
+def test_same_base_model(checkpoint, base_model):
+    """The base model is recognised by the last component of its name or path."""
+    assert read_adapter(checkpoint, base_model=base_model).base_model == "org/tiny-llama"
+
+
+def test_refuses_other_base_model(checkpoint):
+    """An adapter made for another base model is refused; the message names both."""
+    with pytest.raises(InvalidAdapterError, match=r"org/tiny-llama.*org/tiny-gemma"):
+        read_adapter(checkpoint, base_model="org/tiny-gemma")
+
+
+def test_config_without_base_model_is_taken(checkpoint):
+    """An adapter that names no base model cannot disagree with one."""
+    edit_config(checkpoint, base_model_name_or_path=None)
+    assert read_adapter(checkpoint, base_model="org/anything").base_model is None
+
+
+def test_fingerprint_is_of_content(tmp_path, checkpoint):
+    """A copy under another name has the same fingerprint; another scaling or weight another one."""
+    original = read_adapter(checkpoint)
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    assert read_adapter(copy).fingerprint == original.fingerprint
+    assert read_adapter(copy) == original
+    edit_config(copy, lora_alpha=9)
+    rescaled = read_adapter(copy).fingerprint
+    edit_config(copy, lora_alpha=8)
+    edit_weights(copy, poison(0.5))
+    assert len({original.fingerprint, rescaled, read_adapter(copy).fingerprint}) == 3
+
+
+def test_weights_outlive_their_file(checkpoint):
+    """An adapter whose folder is deleted is still whole for whoever holds it."""
+    before = load_file(checkpoint / WEIGHTS_FILE)[f"base_model.model.{Q0}.lora_A.weight"].clone()
+    adapter = read_adapter(checkpoint)
+    shutil.rmtree(checkpoint)
+    assert torch.equal(adapter.weights[Q0].lora_A, before)
+
+
+def test_no_open_files(checkpoint):
+    """Reading many adapters leaves no file open."""
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0  # noqa: PTH112, PTH208
+    adapters = [read_adapter(checkpoint) for _ in range(50)]
+    after = len(os.listdir("/proc/self/fd")) if before else 0  # noqa: PTH208
+    assert len(adapters) == 50
+    assert after <= before + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_keeps_the_dtype(checkpoint, dtype):
+    """Tensors come in the file's own floating type."""
+    edit_weights(checkpoint, lambda tensors: {key: tensor.to(dtype) for key, tensor in tensors.items()})
+    assert read_adapter(checkpoint).weights[Q0].lora_A.dtype == dtype
+
+
+def test_check_fits(checkpoint):
+    """Shapes that agree pass; another shape or a missing module is refused with what was met and allowed."""
+    adapter = read_adapter(checkpoint)
+    shapes = {module: (w.lora_A.shape[1], w.lora_B.shape[0]) for module, w in adapter.weights.items()}
+    check_fits(adapter, shapes | {"lm_head": (64, 320)})
+    with pytest.raises(InvalidAdapterError, match=rf"'{V1}'.*\(64, 32\).*\(64, 33\)"):
+        check_fits(adapter, shapes | {V1: (64, 33)})
+    del shapes[V1]
+    with pytest.raises(InvalidAdapterError, match=f"'{V1}', which is no linear module"):
+        check_fits(adapter, shapes)
