@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
 from langchain_lora_retriever.engine.adapter_slots import AdapterSlots
 from langchain_lora_retriever.engine.detokenizer import Detokenizer
 from langchain_lora_retriever.engine.kv_cache import KVCacheManager
@@ -117,6 +119,7 @@ class Engine:
         self.scheduler.finish(request)
         self._recorder.on_finished(request)
 
+    @torch.inference_mode()
     def step(self) -> list[StepOutput]:
         """Compute one packed step: prefill what is waiting, decode what is running, sample, deliver.
 

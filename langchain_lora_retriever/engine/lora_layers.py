@@ -7,7 +7,6 @@ computed as one product.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -35,7 +34,7 @@ class LoraLayers:
     """Adapters' tensors for all linear groups of a model, and the wrapped forwards that apply them.
 
     Args:
-        model: The model whose modules are wrapped while `attached`.
+        model: The model whose modules are wrapped from `attach` to `detach`.
         groups: Its linear modules, as the probe saw them.
         num_rows: Rank rows of device memory.
         max_loras: Adapter slots.
@@ -99,16 +98,15 @@ class LoraLayers:
         for device, (_, batch) in self._devices.items():
             batch.update(mapping.to(device), weights.to(device))
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Wrap the modules inside the block."""
+    def attach(self) -> None:
+        """Wrap the modules."""
         for group in self._groups:
             group.attach()
-        try:
-            yield
-        finally:
-            for group in self._groups:
-                group.detach()
+
+    def detach(self) -> None:
+        """Give the modules their own forwards back."""
+        for group in self._groups:
+            group.detach()
 
     def add(self, y: torch.Tensor, x: torch.Tensor, stack: LoraStack, batch: LoraBatch) -> None:
         """Add the adapters' outputs for packed inputs `x` to `y` in place; nothing if no token has one."""
@@ -139,8 +137,8 @@ class _Group:
         self._outputs: tuple[torch.Tensor, ...] = ()
 
     def load(self, slot: int, start: int, adapter: Adapter) -> None:
-        found = [adapter.weights.get(name) for name in self.names]
-        self._stack.load(slot, start, [w and (w.lora_A, w.lora_B, w.scaling) for w in found])
+        found = (adapter.weights.get(name) for name in self.names)
+        self._stack.load(slot, start, [None if w is None else (w.lora_A, w.lora_B, w.scaling) for w in found])
 
     def attach(self) -> None:
         for index, module in enumerate(self._modules):

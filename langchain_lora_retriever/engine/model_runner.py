@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +9,7 @@ import torch
 from langchain_lora_retriever.engine.attention import AttentionStep, PagedCache, QuerySpan
 from langchain_lora_retriever.engine.lora_layers import LoraLayers
 from langchain_lora_retriever.engine.memory import plan_memory
-from langchain_lora_retriever.engine.probe import input_device, paged_attention, probe_model
+from langchain_lora_retriever.engine.probe import input_device, probe_model, use_attention
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,13 +59,11 @@ class ModelRunner:
             )
             for layer, geometry in self.probe.attention.items()
         }
-        self._attached = ExitStack()
-        self._attached.enter_context(paged_attention(base.model))
-        self._attached.enter_context(self.lora_layers.attached())
+        self._own_attention = use_attention(base.model)
+        self.lora_layers.attach()
 
-    @torch.inference_mode()
     def execute(self, scheduled: Sequence[ScheduledRequest]) -> torch.Tensor:
-        """Compute the step's tokens and write their KV.
+        """Compute the step's tokens and write their KV. Call under `torch.inference_mode`.
 
         Returns:
             Logits `[num_sampled, vocab_size]` of the last token of every request that `is_sampled`, in order.
@@ -101,5 +98,6 @@ class ModelRunner:
 
     def close(self) -> None:
         """Give the model back as it was and drop the device memory."""
-        self._attached.close()
+        self.lora_layers.detach()
+        use_attention(self._model, self._own_attention)
         self._caches = {}

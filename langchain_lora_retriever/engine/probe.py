@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-__all__ = ["AttentionGeometry", "LinearGroup", "ModelProbe", "input_device", "paged_attention", "probe_model"]
+__all__ = ["AttentionGeometry", "LinearGroup", "ModelProbe", "input_device", "probe_model", "use_attention"]
 
 _NUM_PROBE_TOKENS = 2
 
@@ -92,9 +92,13 @@ def probe_model(model: PreTrainedModel) -> ModelProbe:
     """
     calls: list[_LinearCall] = []
     step = _ProbeStep()
-    with paged_attention(model), _recording(model, calls), torch.inference_mode():
-        tokens = torch.arange(_NUM_PROBE_TOKENS, device=input_device(model))[None]
-        model(input_ids=tokens, position_ids=tokens, use_cache=False, logits_to_keep=1, attention_step=step)
+    tokens = torch.arange(_NUM_PROBE_TOKENS, device=input_device(model))[None]
+    before = use_attention(model)
+    try:
+        with _recording(model, calls), torch.inference_mode():
+            model(input_ids=tokens, position_ids=tokens, use_cache=False, logits_to_keep=1, attention_step=step)
+    finally:
+        use_attention(model, before)
     num_layers = model.config.get_text_config().num_hidden_layers
     if len(step.geometry) != num_layers:
         raise EngineError(
@@ -104,15 +108,11 @@ def probe_model(model: PreTrainedModel) -> ModelProbe:
     return ModelProbe(step.geometry, tuple(_group(calls)))
 
 
-@contextmanager
-def paged_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Let `model` attend over the paged cache inside the block."""
-    before = model.config._attn_implementation  # noqa: SLF001 - transformers has a public setter but no getter
-    model.set_attn_implementation(ATTENTION_IMPLEMENTATION)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
+def use_attention(model: PreTrainedModel, implementation: str = ATTENTION_IMPLEMENTATION) -> str:
+    """Switch `model` to an attention implementation, by default the paged one; returns the one it had."""
+    before: str = model.config._attn_implementation  # noqa: SLF001 - transformers has a public setter but no getter
+    model.set_attn_implementation(implementation)
+    return before
 
 
 @contextmanager

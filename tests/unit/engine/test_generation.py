@@ -1,0 +1,102 @@
+"""The caller's end: sync and async iteration, results, cancellation."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+from langchain_lora_retriever.engine.generation import Generation
+from langchain_lora_retriever.engine.request import Delta, Usage
+from langchain_lora_retriever.errors import EngineError, RequestAbortedError
+
+FIRST = Delta("ab", (1, 2), None, None, None)
+LAST = Delta("c", (3,), None, "stop", Usage(4, 0, 3))
+
+
+class Feeder:
+    """A generation fed by another thread, and a count of its aborts."""
+
+    def __init__(self, *deltas: Delta, error: Exception | None = None) -> None:
+        self.num_aborts = 0
+        self.generation = Generation(self._on_abort)
+        self._thread = threading.Thread(target=self._feed, args=(deltas, error))
+        self._thread.start()
+
+    def _feed(self, deltas: tuple[Delta, ...], error: Exception | None) -> None:
+        for delta in deltas:
+            time.sleep(0.01)
+            self.generation.put(delta)
+        if error:
+            self.generation.fail(error)
+
+    def _on_abort(self) -> None:
+        self.num_aborts += 1
+
+
+def test_iteration_gives_every_delta() -> None:
+    """A sync iterator yields the deltas in order and ends; nothing is aborted."""
+    feeder = Feeder(FIRST, LAST)
+    assert list(feeder.generation) == [FIRST, LAST]
+    assert feeder.num_aborts == 0
+
+
+async def test_async_iteration_gives_every_delta() -> None:
+    """An async iterator does the same without blocking the loop."""
+    feeder = Feeder(FIRST, LAST)
+    assert [delta async for delta in feeder.generation] == [FIRST, LAST]
+    assert feeder.num_aborts == 0
+
+
+async def test_results_join_the_deltas() -> None:
+    """`result` and `aresult` give the whole text, tokens and usage, as often as asked."""
+    generation = Feeder(FIRST, LAST).generation
+    completion = await generation.aresult()
+    assert (completion.text, completion.token_ids, completion.usage) == ("abc", (1, 2, 3), Usage(4, 0, 3))
+    assert generation.result() == completion
+
+
+def test_leaving_an_iterator_aborts() -> None:
+    """Closing a stream early tells the engine, once."""
+    feeder = Feeder(FIRST)
+    iterator = iter(feeder.generation)
+    next(iterator)
+    iterator.close()  # type: ignore[attr-defined]
+    assert feeder.num_aborts == 1
+
+
+async def test_cancelling_an_awaiting_task_aborts() -> None:
+    """Cancellation of `aresult` and of an async iterator reaches the engine."""
+    for use in (lambda g: g.aresult(), lambda g: anext(aiter(g))):
+        feeder = Feeder()
+        task = asyncio.ensure_future(use(feeder.generation))
+        await asyncio.sleep(0.02)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await asyncio.sleep(0)
+        assert feeder.num_aborts == 1
+
+
+def test_errors_reach_the_caller() -> None:
+    """A failed step raises from an iterator, after what had arrived, and from `result`."""
+    feeder = Feeder(FIRST, error=EngineError("boom"))
+    iterator = iter(feeder.generation)
+    assert next(iterator) == FIRST
+    with pytest.raises(EngineError, match="boom"):
+        next(iterator)
+    with pytest.raises(EngineError, match="boom"):
+        feeder.generation.result()
+
+
+def test_a_result_may_time_out_and_still_come() -> None:
+    """A timeout leaves the request running; an abort ends it."""
+    feeder = Feeder()
+    with pytest.raises(TimeoutError):
+        feeder.generation.result(timeout=0.01)
+    assert not feeder.generation.is_done
+    feeder.generation.abort()
+    with pytest.raises(RequestAbortedError):
+        feeder.generation.result()

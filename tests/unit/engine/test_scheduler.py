@@ -1,0 +1,103 @@
+"""Who runs next: admission, chunked prefill, preemption."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from langchain_lora_retriever.engine.adapter_slots import AdapterSlots
+from langchain_lora_retriever.engine.kv_cache import KVCacheManager
+from langchain_lora_retriever.engine.request import Request
+from langchain_lora_retriever.engine.scheduler import Scheduler
+from langchain_lora_retriever.types import Adapter, LoraWeights, SamplingParams
+
+
+class NoStore:
+    """Takes adapters and does nothing with them."""
+
+    def load(self, slot: int, start: int, adapter: Adapter) -> None:
+        """Ignore the adapter."""
+
+
+def make_scheduler(num_blocks: int = 8, max_num_seqs: int = 4, max_num_batched_tokens: int = 16) -> Scheduler:
+    """A scheduler over blocks of four tokens and two slots of four rows."""
+    slots = AdapterSlots(NoStore(), max_loras=2, num_rows=8)
+    cache = KVCacheManager(num_blocks, 4)
+    return Scheduler(cache, slots, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
+
+
+def make_request(num_tokens: int, first: int = 0, *adapters: Adapter) -> Request:
+    """A request whose tokens count up from `first`."""
+    pairs: Any = tuple((adapter, 1.0) for adapter in adapters)
+    return Request(first, list(range(first, first + num_tokens)), SamplingParams(), pairs, detokenizer=None)  # type: ignore[arg-type]
+
+
+def run_step(scheduler: Scheduler) -> list[tuple[int, int, bool]]:
+    """Schedule, pretend to compute, append a token where one is sampled; `(id, tokens, sampled)` rows."""
+    scheduled = scheduler.schedule()
+    rows = [(item.request.request_id, item.num_new_tokens, item.is_sampled) for item in scheduled]
+    for item, (_, _, is_sampled) in zip(scheduled, rows, strict=True):
+        item.request.num_computed_tokens += item.num_new_tokens
+        if is_sampled:
+            item.request.output_token_ids.append(7)
+    scheduler.check_integrity()
+    return rows
+
+
+def test_a_long_prompt_is_prefilled_beside_decoding() -> None:
+    """A running stream gets its token in every step while a prompt longer than the budget comes in chunks."""
+    scheduler = make_scheduler()
+    scheduler.add(make_request(3))
+    assert run_step(scheduler) == [(0, 3, True)]
+    scheduler.add(make_request(20, 100))
+    assert run_step(scheduler) == [(0, 1, True), (100, 15, False)]
+    assert run_step(scheduler) == [(0, 1, True), (100, 5, True)]
+
+
+def test_requests_beyond_the_limit_wait_their_turn() -> None:
+    """At most `max_num_seqs` run; the next is admitted when one finishes."""
+    scheduler = make_scheduler(max_num_seqs=1)
+    first, second = make_request(2), make_request(2, 50)
+    scheduler.add(first)
+    scheduler.add(second)
+    assert run_step(scheduler) == [(0, 2, True)]
+    scheduler.finish(first)
+    assert run_step(scheduler) == [(50, 2, True)]
+
+
+def test_the_youngest_is_preempted_and_comes_back_first() -> None:
+    """When blocks run out the last admitted request is sent back to the queue's head, and loses no token."""
+    scheduler = make_scheduler(num_blocks=4)
+    old, young = make_request(8), make_request(7, 100)
+    scheduler.add(old)
+    scheduler.add(young)
+    run_step(scheduler)
+    assert [r.request_id for r in scheduler.running] == [0, 100]
+    run_step(scheduler)
+    assert scheduler.num_preemptions == 1
+    assert list(scheduler.waiting) == [young]
+    assert young.output_token_ids == [7]
+    scheduler.finish(old)
+    assert run_step(scheduler) == [(100, 8, True)]
+
+
+def test_a_request_waits_while_its_adapters_do_not_fit() -> None:
+    """Slots pinned by others delay a request; it holds nothing meanwhile."""
+    scheduler = make_scheduler()
+    a, b, c = (Adapter(n, n, {"m": LoraWeights(torch.zeros(4, 1), torch.zeros(1, 4), 1.0)}) for n in "abc")
+    first, second = make_request(2, 0, a, b), make_request(2, 50, c)
+    scheduler.add(first)
+    scheduler.add(second)
+    assert run_step(scheduler) == [(0, 2, True)]
+    scheduler.finish(first)
+    assert run_step(scheduler) == [(50, 2, True)]
+
+
+def test_a_waiting_request_can_be_forgotten() -> None:
+    """Finishing a request that never ran takes it from the queue."""
+    scheduler = make_scheduler()
+    request = make_request(2)
+    scheduler.add(request)
+    scheduler.finish(request)
+    assert scheduler.schedule() == []
