@@ -1,0 +1,141 @@
+"""One step's assignment of adapters to tokens, grouped on the device."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from lora_kernels import plan
+from lora_kernels.dense import DensePlan, plan_dense
+
+if TYPE_CHECKING:
+    from lora_kernels.rows import LoraRows
+
+Backend = Literal["torch", "triton"]
+
+
+class LoraBatch:
+    """Which adapters each token of a step uses; shared by all layers of the step.
+
+    Allocated once. On a GPU `update` is two kernel launches into buffers that never move, without synchronisation,
+    so it may stand inside or outside a captured graph. On a CPU it groups on the host.
+
+    Args:
+        rows: The row map that the model's stacks share.
+        max_num_tokens: Most tokens in a step.
+        max_k: Most adapters per token.
+        backend: "triton" or "torch"; by default Triton on a GPU that has it, else PyTorch.
+
+    Attributes:
+        token_lora_mapping: `[max_num_tokens, max_k]`, int32, filled with -1: a place where a caller may write the
+            slots of a captured step before replay, passing `token_lora_mapping[:num_tokens]` to `update`.
+        token_lora_weights: `[max_num_tokens, max_k]`, fp32, likewise.
+        num_tokens: Tokens of the last `update`.
+
+    Raises:
+        ValueError: If a size is out of range or the backend is unknown.
+    """
+
+    def __init__(self, rows: LoraRows, max_num_tokens: int, max_k: int = 1, backend: Backend | None = None) -> None:
+        if max_num_tokens < 1 or not 1 <= max_k <= 8:
+            raise ValueError(
+                f"max_num_tokens must be at least 1 and max_k lie in 1..8, got {max_num_tokens} and {max_k}"
+            )
+        if backend is None:
+            has_triton = importlib.util.find_spec("triton") is not None
+            backend = "triton" if has_triton and rows.device.type == "cuda" else "torch"
+        if backend not in {"torch", "triton"}:
+            raise ValueError(f'backend must be "torch" or "triton", got {backend!r}')
+        self.rows = rows
+        self.max_num_tokens = max_num_tokens
+        self.max_k = max_k
+        self.backend = backend
+        self.num_tokens = 0
+        self.k = 1
+        self.token_lora_mapping = torch.full((max_num_tokens, max_k), -1, dtype=torch.int32, device=rows.device)
+        self.token_lora_weights = torch.zeros(max_num_tokens, max_k, dtype=torch.float32, device=rows.device)
+        self.dense = DensePlan((), None, ())
+        self._step = (self.token_lora_mapping[:0], self.token_lora_weights[:0])
+        if backend == "triton":
+            self._allocate()
+
+    def _allocate(self) -> None:
+        """Allocate the buffers of the Triton path for the largest step."""
+        n, max_loras = self.max_num_tokens, self.rows.max_loras
+        sizes = [1 << i for i in range(n.bit_length())] + [n]
+        num_pairs = n * self.max_k
+        num_tiles = max(plan.max_pair_tiles(t, k, max_loras) for t in sizes for k in range(1, self.max_k + 1))
+        num_token_tiles = max(plan.cdiv(t, plan.token_block(t)) for t in sizes)
+        num_items = max(
+            plan.cdiv(t, plan.token_block(t)) * plan.max_items(t, self.max_k, max_loras, self.rows.max_rank)
+            for t in sizes
+        )
+        device = self.rows.device
+        self._mapping = torch.full((num_pairs,), -1, dtype=torch.int32, device=device)
+        self._weights = torch.zeros(num_pairs, dtype=torch.float32, device=device)
+        self._pairs = torch.zeros(num_pairs, dtype=torch.int32, device=device)
+        self._segments = torch.zeros(2, max_loras, dtype=torch.int32, device=device)
+        self._tiles = torch.full((num_tiles, 3), -1, dtype=torch.int32, device=device)
+        self._order = torch.full((n,), -1, dtype=torch.int32, device=device)
+        self._items = torch.zeros(num_items, dtype=torch.int32, device=device)
+        self._num_items = torch.zeros(num_token_tiles, dtype=torch.int32, device=device)
+
+    def update(self, token_lora_mapping: torch.Tensor, token_lora_weights: torch.Tensor) -> None:
+        """Group the tokens of a step by adapter.
+
+        Args:
+            token_lora_mapping: Slot per token `[num_tokens, k]`, int32, contiguous; -1 contributes nothing. Slots below
+                `max_loras` only (not checked on a GPU). A slot named twice counts with the sum of its weights.
+            token_lora_weights: Weight per slot `[num_tokens, k]`, fp32, contiguous.
+
+        Raises:
+            ValueError: If shapes, dtypes or devices do not fit.
+        """
+        shape = tuple(token_lora_mapping.shape)
+        if len(shape) != 2 or shape[0] > self.max_num_tokens or not 1 <= shape[1] <= self.max_k:
+            raise ValueError(
+                f"token_lora_mapping must be [num_tokens <= {self.max_num_tokens}, 1 <= k <= {self.max_k}], got "
+                f"{list(shape)}"
+            )
+        if tuple(token_lora_weights.shape) != shape:
+            raise ValueError(
+                f"token_lora_weights must be {list(shape)} like token_lora_mapping, got "
+                f"{list(token_lora_weights.shape)}"
+            )
+        if token_lora_mapping.dtype != torch.int32 or token_lora_weights.dtype != torch.float32:
+            raise ValueError(
+                "token_lora_mapping must be int32 and token_lora_weights float32, got "
+                f"{token_lora_mapping.dtype} and {token_lora_weights.dtype}"
+            )
+        for name, tensor in (("token_lora_mapping", token_lora_mapping), ("token_lora_weights", token_lora_weights)):
+            if tensor.device.type != self.rows.device.type:
+                raise ValueError(f"{name} must be on {self.rows.device}, got {tensor.device}")
+        if self.backend == "torch":
+            highest = int(token_lora_mapping.max()) if token_lora_mapping.numel() else -1
+            if highest >= self.rows.max_loras:
+                raise ValueError(f"slots must be below max_loras {self.rows.max_loras}, got {highest}")
+        self.num_tokens, self.k = shape
+        if self.backend == "torch":
+            self.dense = plan_dense(token_lora_mapping, token_lora_weights, self.rows.counts, self.dense.slots)
+            self._step = (token_lora_mapping, token_lora_weights)
+            return
+        from lora_kernels.group import group_tokens  # noqa: PLC0415 - Triton is optional
+
+        group_tokens(self, token_lora_mapping.contiguous(), token_lora_weights.contiguous())
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return what the operators read: the step's mapping and weights, and the Triton path's groups."""
+        if self.backend == "torch":
+            return list(self._step)
+        n, k = self.num_tokens, self.k
+        return [
+            self._mapping[: n * k].view(n, k),
+            self._weights[: n * k].view(n, k),
+            self._pairs,
+            self._tiles,
+            self._order,
+            self._items,
+            self._num_items,
+        ]

@@ -1,0 +1,120 @@
+"""Launch shapes by rule: what each kernel's blocks are for a given step and stack.
+
+Everything here depends on sizes the host knows (tokens, k, widths, the largest rank), never on which adapters the
+tokens name: that stays on the device, so a captured graph replays with any mapping.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# Programs a launch should have so that an H100 or A100 (132 or 108 multiprocessors) is full and balanced.
+_TARGET_PROGRAMS = 512
+# The unit in which an expand program walks through the rank rows of its tile.
+ITEM_ROWS = 16
+
+
+def cdiv(a: int, b: int) -> int:
+    """Divide and round up."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """Return the smallest power of two that is at least `n`."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def pair_block(num_tokens: int, k: int) -> int:
+    """Pairs (token, slot) of one adapter that one shrink program takes."""
+    return 16 if num_tokens * k <= 512 else 64
+
+
+def token_block(num_tokens: int) -> int:
+    """Tokens that one expand program takes; 1 = each token on its own, without a matrix unit."""
+    if num_tokens <= 64:
+        return 1
+    return 32 if num_tokens <= 256 else 64
+
+
+def max_pair_tiles(num_tokens: int, k: int, max_loras: int) -> int:
+    """Most tiles that the pairs of a step can fill, grouped by adapter."""
+    pairs = num_tokens * k
+    return cdiv(pairs, pair_block(num_tokens, k)) + min(max_loras, pairs)
+
+
+def max_items(num_tokens: int, k: int, max_loras: int, max_rank: int) -> int:
+    """Most blocks of `ITEM_ROWS` rank rows that the adapters of one token tile can own."""
+    return min(max_loras, token_block(num_tokens) * k) * cdiv(max_rank, ITEM_ROWS)
+
+
+@dataclass(frozen=True)
+class ShrinkPlan:
+    """Launch shape of `shrink`.
+
+    Attributes:
+        slices: Slices one program computes: all of them (rounded up to a power of two) where reading `x` once matters.
+        block_r: Rank rows of each slice per program.
+        block_k: Input features per step.
+        chunk: Input features per program, a multiple of `block_k`.
+        num_splits: Programs that share the input features.
+    """
+
+    slices: int
+    block_r: int
+    block_k: int
+    chunk: int
+    num_splits: int
+    num_warps: int
+    num_stages: int
+
+
+def plan_shrink(
+    num_tokens: int, k: int, max_loras: int, max_rank: int, in_features: int, num_slices: int, itemsize: int
+) -> ShrinkPlan:
+    """Choose the launch shape of `shrink`."""
+    block_m = pair_block(num_tokens, k)
+    if block_m == 16:
+        slices, block_r, block_k, num_warps, num_stages = 1, 16, 256 if itemsize == 2 else 128, 4, 3
+    else:
+        slices = power_of_2(num_slices)
+        block_r = max(16, min(power_of_2(max_rank), 256 // slices, 64))
+        block_k, num_warps, num_stages = 64 if itemsize == 2 else 32, 4, 4
+        if slices * block_r >= 128:
+            num_warps = 8
+    tiles = cdiv(num_tokens * k, block_m) + (min(max_loras, num_tokens * k) if block_m == 16 else 0)
+    programs = tiles * cdiv(num_slices, slices)
+    steps = cdiv(in_features, block_k)
+    num_splits = max(1, min(cdiv(_TARGET_PROGRAMS, programs), 16, steps))
+    chunk = cdiv(steps, num_splits) * block_k
+    return ShrinkPlan(slices, block_r, block_k, chunk, cdiv(in_features, chunk), num_warps, num_stages)
+
+
+@dataclass(frozen=True)
+class ExpandPlan:
+    """Launch shape of `expand`.
+
+    Attributes:
+        block_m: Tokens per program, as `token_block`.
+        block_n: Output columns per program.
+        block_rows: Rank rows per step.
+    """
+
+    block_m: int
+    block_n: int
+    block_rows: int
+    num_warps: int
+    num_stages: int
+
+
+def plan_expand(num_tokens: int, k: int, max_rank: int, out_features: Sequence[int]) -> ExpandPlan:
+    """Choose the launch shape of `expand`."""
+    block_m = token_block(num_tokens)
+    widest = power_of_2(max(out_features))
+    if block_m == 1:
+        rows = min(power_of_2(max_rank), 32 if k == 1 else 16)
+        return ExpandPlan(1, max(16, min(256, widest)), max(rows, 1), 4, 1)
+    return ExpandPlan(block_m, max(16, min(128, widest)), 64, 4, 2)

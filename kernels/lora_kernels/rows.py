@@ -1,0 +1,68 @@
+"""Which rank rows belong to which adapter slot."""
+
+from __future__ import annotations
+
+import torch
+
+
+class LoraRows:
+    """The map from adapter slots to rank rows, shared by every `LoraStack` of a model.
+
+    Device memory for adapters is a pool of rank rows. The adapter in slot `s` owns the contiguous rows
+    `starts[s] : starts[s] + counts[s]` of every stack, so ranks are stored true. Who allocates the rows is the
+    caller's business; this class records the result on the device.
+
+    Args:
+        max_loras: Number of adapter slots.
+        max_rank: Largest number of rows one adapter may own, 1 to 256.
+        device: Where the stacks and batches live.
+
+    Attributes:
+        starts: First row of each slot, `[max_loras]`, int32.
+        counts: Rows of each slot, `[max_loras]`, int32; 0 = the slot is empty.
+        version: Grows with every change, so that what was derived from a slot's weights can be told stale.
+
+    Raises:
+        ValueError: If `max_loras` or `max_rank` is out of range.
+    """
+
+    def __init__(self, max_loras: int, max_rank: int, device: torch.device | str = "cpu") -> None:
+        if max_loras < 1:
+            raise ValueError(f"max_loras must be at least 1, got {max_loras}")
+        if not 1 <= max_rank <= 256:
+            raise ValueError(f"max_rank must lie in 1..256, got {max_rank}")
+        self.max_loras = max_loras
+        self.max_rank = max_rank
+        self.device = torch.device(device)
+        self.starts = torch.zeros(max_loras, dtype=torch.int32, device=device)
+        self.counts = torch.zeros(max_loras, dtype=torch.int32, device=device)
+        self.version = 0
+
+    def assign(self, slot: int, start: int, count: int) -> None:
+        """Give `slot` the rows `start : start + count`. Call it whenever the slot's weights change.
+
+        Args:
+            slot: Adapter slot.
+            start: First row.
+            count: Number of rows, 0 to `max_rank`; 0 empties the slot.
+
+        Raises:
+            ValueError: If an argument is out of range.
+        """
+        if not 0 <= slot < self.max_loras:
+            raise ValueError(f"slot must lie in 0..{self.max_loras - 1}, got {slot}")
+        if start < 0:
+            raise ValueError(f"start must not be negative, got {start}")
+        if not 0 <= count <= self.max_rank:
+            raise ValueError(f"count must lie in 0..{self.max_rank} (max_rank), got {count}")
+        self.starts[slot] = start
+        self.counts[slot] = count
+        self.version += 1
+
+    def release(self, slot: int) -> None:
+        """Empty `slot`; its rows may be given to another.
+
+        Raises:
+            ValueError: If `slot` is out of range.
+        """
+        self.assign(slot, 0, 0)
