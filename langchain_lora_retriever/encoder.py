@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from sentence_transformers import SentenceTransformer
 
-__all__ = ["Encoder", "SentenceTransformerEncoder"]
+__all__ = ["DEFAULT_ENCODER", "DEFAULT_INSTRUCTION", "Encoder", "SentenceTransformerEncoder"]
+
+DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+DEFAULT_INSTRUCTION = "Represent the sentence for similar task retrieval: "
 
 
 @runtime_checkable

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from langchain_lora_retriever.encoder import Encoder, SentenceTransformerEncoder
+from langchain_lora_retriever.encoder import DEFAULT_ENCODER, DEFAULT_INSTRUCTION, Encoder, SentenceTransformerEncoder
 from langchain_lora_retriever.errors import InvalidAdapterError, InvalidRequestError
 from langchain_lora_retriever.index import AdapterIndex
 from langchain_lora_retriever.micro_batcher import MicroBatcher
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from langchain_lora_retriever.pool import AdapterPool, PoolEntry
 
 __all__ = ["DEFAULT_ENCODER", "DEFAULT_INSTRUCTION", "LoraRetriever"]
-
-DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
-DEFAULT_INSTRUCTION = "Represent the sentence for similar task retrieval: "
 
 Vectors: TypeAlias = "NDArray[np.float32]"
 
