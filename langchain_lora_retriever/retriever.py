@@ -130,12 +130,13 @@ class LoraRetriever:
         """`retrieve` without blocking the event loop; concurrent calls are embedded together."""
         exclusions = self._check([text], top_k, exclude)
         vectors = self._texts.get([text])
-        if vectors is None:
-            vectors = await asyncio.wrap_future(self._batcher.submit([text]))
-            self._texts.put([text], vectors)
+        if not vectors:
+            (vector,) = await asyncio.wrap_future(self._batcher.submit([text]))
+            vectors = {text: vector}
+            self._texts.put(vectors)
         if self._version != self.pool.version:
             await asyncio.wrap_future(self._batcher.executor.submit(self._synchronise))
-        return self._search(vectors, top_k, exclusions)[0]
+        return self._search(vectors[text][None], top_k, exclusions)[0]
 
     def embed(self, texts: Sequence[str]) -> Vectors:
         """Embed texts, the instruction before each, as queries are.
@@ -143,11 +144,15 @@ class LoraRetriever:
         Returns:
             `[len(texts), d]`, float32, each row of length 1.
         """
+        if not texts:
+            return np.empty((0, self.encoder.dimension), dtype=np.float32)
         vectors = self._texts.get(texts)
-        if vectors is None:
-            vectors = self._batcher.run(texts)
-            self._texts.put(texts, vectors)
-        return vectors
+        missing = [text for text in dict.fromkeys(texts) if text not in vectors]
+        if missing:
+            made = dict(zip(missing, self._batcher.run(missing), strict=True))
+            self._texts.put(made)
+            vectors |= made
+        return np.stack([vectors[text] for text in texts])
 
     def _encode(self, texts: Sequence[str]) -> Vectors:
         vectors = np.asarray(self.encoder.encode([self.instruction + text for text in texts]), dtype=np.float32)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -29,20 +29,19 @@ class TextVectors:
         self._lock = threading.Lock()
         self._vectors: OrderedDict[str, NDArray[np.float32]] = OrderedDict()
 
-    def get(self, texts: Sequence[str]) -> NDArray[np.float32] | None:
-        """`[len(texts), d]`, or None unless all are known."""
+    def get(self, texts: Iterable[str]) -> dict[str, NDArray[np.float32]]:
+        """The embeddings `[d]` of those texts that are known."""
         with self._lock:
-            if not texts or any(text not in self._vectors for text in texts):
-                return None
-            for text in texts:
+            known = {text: self._vectors[text] for text in texts if text in self._vectors}
+            for text in known:
                 self._vectors.move_to_end(text)
-            return np.stack([self._vectors[text] for text in texts])
+            return known
 
-    def put(self, texts: Sequence[str], vectors: NDArray[np.float32]) -> None:
-        """Remember embeddings `[len(texts), d]`; the least recently used go."""
+    def put(self, vectors: Mapping[str, NDArray[np.float32]]) -> None:
+        """Remember embeddings `[d]`; the least recently used go."""
         with self._lock:
-            for text, vector in zip(texts, vectors, strict=True):
-                self._vectors[text] = vector.copy()
+            for text, vector in vectors.items():
+                self._vectors[text] = vector.copy()  # not a view that keeps its whole batch
                 self._vectors.move_to_end(text)
             while len(self._vectors) > self._max_texts:
                 self._vectors.popitem(last=False)

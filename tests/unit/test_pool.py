@@ -1,0 +1,412 @@
+"""The pool: loading, changing, surviving crashes, refusing by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from langchain_lora_retriever.adapters import CONFIG_FILE, WEIGHTS_FILE
+from langchain_lora_retriever.errors import (
+    DuplicateAdapterError,
+    InvalidAdapterError,
+    InvalidSamplesError,
+    PoolError,
+    UnknownAdapterError,
+    UnsupportedAdapterError,
+)
+from langchain_lora_retriever.pool import AdapterPool, Sample
+from langchain_lora_retriever.pool_folder import FingerprintCache
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory, make_checkpoint):
+    """Three checkpoints, without samples."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {name: make_checkpoint(root / name, seed=i) for i, name in enumerate(["sql", "dates", "units"])}
+
+
+@pytest.fixture
+def folder(tmp_path, checkpoints):
+    """A pool on disk of `sql` and `dates`."""
+    root = tmp_path / "pool"
+    for name in ("sql", "dates"):
+        shutil.copytree(checkpoints[name], root / name)
+        rows = [{"input": f"{name} question {i}", "output": "answer"} for i in range(3)]
+        (root / name / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return root
+
+
+def test_loads_a_folder(folder):
+    """Every checkpoint of the folder is there, with its samples, by the folder's name."""
+    pool = AdapterPool(folder)
+    assert pool.names == ("dates", "sql") == tuple(pool)
+    assert len(pool) == 2
+    assert "sql" in pool
+    assert pool["sql"].path == folder / "sql"
+    assert pool.samples("sql")[1] == Sample("sql question 1", "answer")
+    assert pool.embedding("sql") is None
+    assert not pool.rejected
+
+
+def test_a_bad_adapter_is_refused_and_the_rest_loads(folder, checkpoints):
+    """A bad adapter is named in one warning and in `rejected`; the others load."""
+    shutil.copytree(checkpoints["units"], folder / "units")
+    config = json.loads((folder / "units" / CONFIG_FILE).read_text())
+    (folder / "units" / CONFIG_FILE).write_text(json.dumps(config | {"use_dora": True}))
+    with pytest.warns(UserWarning, match="adapter 'units'") as warned:
+        pool = AdapterPool(folder)
+    assert len([w for w in warned if w.category is UserWarning]) == 1
+    assert pool.names == ("dates", "sql")
+    assert isinstance(pool.rejected["units"], UnsupportedAdapterError)
+    with pytest.raises(UnknownAdapterError, match=r"was refused.*DoRA"):
+        pool["units"]
+    pool.remove("units")
+    assert not pool.rejected
+    assert not (folder / "units").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"plain text", "line 1"),
+        (b'{"input": "a"}\n["b"]', "line 2"),
+        (b'{"input": "a"}\n\n{"output": "b"}', "line 3"),
+        (b'{"input": 7}', "input=7"),
+        (b'{"input": "a", "output": 7}', "output=7"),
+        (b'{"input": "  "}', "blank"),
+        (b"", "empty"),
+        (b"\xff\xfe", "cannot read"),
+    ],
+)
+def test_bad_samples_are_refused_by_line(folder, content, named):
+    """A samples file that is not JSON lines of inputs refuses its adapter, and names the line."""
+    (folder / "sql" / "samples.jsonl").write_bytes(content)
+    with pytest.warns(UserWarning, match="adapter 'sql'"):
+        pool = AdapterPool(folder)
+    assert pool.names == ("dates",)
+    assert isinstance(pool.rejected["sql"], InvalidSamplesError)
+    assert named in str(pool.rejected["sql"])
+
+
+def test_an_adapter_without_samples_or_embedding_is_refused(folder):
+    """Nothing could find it."""
+    (folder / "sql" / "samples.jsonl").unlink()
+    with pytest.warns(UserWarning, match="neither samples nor an embedding"):
+        assert AdapterPool(folder).names == ("dates",)
+
+
+def test_samples_may_hold_line_separators(folder):
+    """Only line feeds end a line; Unicode's other separators belong to the text."""
+    (folder / "sql" / "samples.jsonl").write_text('{"input": "a\u2028b\x85c"}\r\n', encoding="utf-8")
+    assert AdapterPool(folder).samples("sql") == (Sample("a\u2028b\x85c"),)
+
+
+@pytest.mark.parametrize("kind", ["missing", "file", "empty", "unrelated"])
+def test_no_pool_there(tmp_path, kind):
+    """A path that is missing, no folder, or holds no adapter is a PoolError that says so."""
+    path = tmp_path / "pool"
+    if kind == "file":
+        path.write_text("x")
+    if kind in {"empty", "unrelated"}:
+        path.mkdir()
+    if kind == "unrelated":
+        (path / "__pycache__").mkdir()
+        (path / "README.md").write_text("x")
+    with pytest.raises(PoolError, match=str(path)):
+        AdapterPool(path)
+
+
+def test_no_usable_adapter(folder):
+    """A pool whose every adapter is refused is a PoolError that gives the reasons."""
+    with (
+        pytest.warns(UserWarning, match="refused"),
+        pytest.raises(PoolError, match=r"2 were refused:\n.*org/tiny-llama"),
+    ):
+        AdapterPool(folder, base_model="org/other")
+
+
+def test_an_adapter_is_no_pool(checkpoints):
+    """Passing one adapter's folder says to pass its parent."""
+    with pytest.raises(PoolError, match="is one adapter, not a pool"):
+        AdapterPool(checkpoints["sql"])
+
+
+def test_add_is_persistent(folder, checkpoints):
+    """An added adapter is copied into the folder and is there at the next start."""
+    pool = AdapterPool(folder)
+    version = pool.version
+    adapter = pool.add("units", checkpoints["units"], samples=["3 km in miles", {"input": "2 lb", "output": "0.9 kg"}])
+    assert pool.version > version
+    assert adapter.path == folder / "units"
+    again = AdapterPool(folder)
+    assert again.names == ("dates", "sql", "units")
+    assert again.samples("units") == (Sample("3 km in miles"), Sample("2 lb", "0.9 kg"))
+    assert again.fingerprint == pool.fingerprint
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_create_starts_a_pool(tmp_path, checkpoints):
+    """`create` makes the folder, and allows it to be empty until the first add."""
+    pool = AdapterPool(tmp_path / "a" / "pool", create=True)
+    assert len(pool) == 0
+    pool.add("sql", checkpoints["sql"], embedding=[3.0, 4.0], encoder="org/encoder")
+    again = AdapterPool(tmp_path / "a" / "pool")
+    assert np.allclose(again.embedding("sql"), [0.6, 0.8])
+    assert again.state["sql"].encoder == "org/encoder"
+    assert again.samples("sql") == ()
+
+
+def test_memory_pool_references_its_checkpoints(checkpoints):
+    """A pool in memory may be empty, and reads adapters where they lie."""
+    pool = AdapterPool()
+    assert pool.names == ()
+    assert pool.add("x", checkpoints["sql"], samples=["a"]).path == checkpoints["sql"]
+
+
+def test_duplicate_names(folder, checkpoints):
+    """A name that is taken is refused, and the one that has it stays."""
+    pool = AdapterPool(folder)
+    before = pool.fingerprint
+    with pytest.raises(DuplicateAdapterError, match="'sql'"):
+        pool.add("sql", checkpoints["units"], samples=["a"])
+    assert pool.fingerprint == before
+
+
+@pytest.mark.parametrize("name", ["", " ", ".hidden", "a/b", "a\\b", "..", "a\0b", "a\nb", "x" * 300, 7, None])
+def test_bad_names(checkpoints, name):
+    """A name that cannot name a folder is refused."""
+    with pytest.raises(InvalidAdapterError, match="adapter name"):
+        AdapterPool().add(name, checkpoints["sql"], samples=["a"])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"samples": []},
+        {"samples": "one string"},
+        {"samples": [""]},
+        {"samples": [3]},
+        {"samples": [{"text": "a"}]},
+        {"embedding": []},
+        {"embedding": [[1.0]]},
+        {"embedding": [0.0, 0.0]},
+        {"embedding": [float("nan")]},
+        {"embedding": ["a"]},
+    ],
+)
+def test_bad_routing_leaves_the_pool_alone(folder, checkpoints, given):
+    """Samples or an embedding that cannot be used are refused, and nothing is written."""
+    pool = AdapterPool(folder)
+    with pytest.raises(InvalidSamplesError, match="adapter 'units'"):
+        pool.add("units", checkpoints["units"], **given)
+    assert pool.names == ("dates", "sql")
+    assert sorted(path.name for path in folder.iterdir()) == ["dates", "sql"]
+
+
+def test_unknown_names_are_answered_with_near_ones(folder):
+    """An unknown name says what was probably meant."""
+    pool = AdapterPool(folder)
+    with pytest.raises(UnknownAdapterError, match="'dates'"):
+        pool["date"]
+    for call in (pool.samples, pool.embedding, pool.remove, pool.update):
+        with pytest.raises(UnknownAdapterError):
+            call("nothing")
+
+
+def test_remove_deletes_the_folder_and_spares_its_users(folder):
+    """After removal the adapter is gone from memory and disk; whoever holds it still has its weights."""
+    pool = AdapterPool(folder)
+    held = pool["sql"]
+    module = next(iter(held.weights))
+    before = held.weights[module].lora_A.clone()
+    pool.remove("sql")
+    assert pool.names == ("dates",) == AdapterPool(folder).names
+    assert not (folder / "sql").exists()
+    assert torch.equal(held.weights[module].lora_A, before)
+
+
+def test_update_replaces_weights_and_keeps_samples(folder, checkpoints):
+    """New weights under an old name change the fingerprint; samples not given stay."""
+    pool = AdapterPool(folder)
+    old, samples, version = pool["sql"], pool.samples("sql"), pool.version
+    new = pool.update("sql", checkpoints["units"])
+    assert new.fingerprint != old.fingerprint
+    assert pool.samples("sql") == samples
+    assert pool.version > version
+    assert AdapterPool(folder).fingerprint == pool.fingerprint
+
+
+def test_update_samples_and_embedding(folder):
+    """New samples drop the old embedding; a new embedding keeps the samples; the weights stay."""
+    pool = AdapterPool(folder)
+    fingerprint = pool["sql"].fingerprint
+    pool.update("sql", embedding=[1.0, 0.0])
+    assert pool.embedding("sql") is not None
+    assert len(pool.samples("sql")) == 3
+    pool.update("sql", samples=["new"])
+    assert pool.embedding("sql") is None
+    assert AdapterPool(folder).samples("sql") == (Sample("new"),)
+    assert pool["sql"].fingerprint == fingerprint
+
+
+def test_update_reads_again(folder, checkpoints):
+    """Without arguments the adapter's folder is read again."""
+    pool = AdapterPool(folder)
+    before = pool["sql"].fingerprint
+    aside = folder / "sql" / "new"
+    shutil.copyfile(checkpoints["units"] / WEIGHTS_FILE, aside)
+    aside.replace(folder / "sql" / WEIGHTS_FILE)
+    assert pool.update("sql").fingerprint != before
+
+
+def test_a_failed_update_changes_nothing(folder, checkpoints, tmp_path):
+    """If the new checkpoint is bad the old one stays, in memory and on disk."""
+    bad = shutil.copytree(checkpoints["units"], tmp_path / "bad")
+    (bad / WEIGHTS_FILE).write_bytes(b"broken")
+    pool = AdapterPool(folder)
+    before = pool.fingerprint
+    with pytest.raises(InvalidAdapterError):
+        pool.update("sql", bad)
+    assert pool.fingerprint == before == AdapterPool(folder).fingerprint
+
+
+def test_reject_takes_out_of_use(folder):
+    """An adapter rejected later is warned about and not used, but its files stay."""
+    pool = AdapterPool(folder)
+    with pytest.warns(UserWarning, match="does not fit"):
+        pool.reject("sql", InvalidAdapterError("adapter 'sql' does not fit"))
+    assert pool.names == ("dates",)
+    assert (folder / "sql").is_dir()
+
+
+def test_add_may_replace_a_refused_one(folder, checkpoints):
+    """A name whose adapter was refused is free."""
+    (folder / "sql" / WEIGHTS_FILE).write_bytes(b"broken")
+    with pytest.warns(UserWarning, match="corrupt"):
+        pool = AdapterPool(folder)
+    pool.add("sql", checkpoints["sql"], samples=["a"])
+    assert not pool.rejected
+    assert AdapterPool(folder).names == ("dates", "sql")
+
+
+def test_recovers_from_crashes(folder):
+    """A half-written folder is deleted; one that was on its way out with nothing in its place is put back."""
+    shutil.copytree(folder / "sql", folder / ".incoming-new")
+    (folder / ".incoming-new" / WEIGHTS_FILE).write_bytes(b"half")
+    (folder / "dates").rename(folder / ".replaced-dates")
+    shutil.copytree(folder / "sql", folder / ".replaced-sql")
+    assert AdapterPool(folder).names == ("dates", "sql")
+    assert sorted(path.name for path in folder.iterdir()) == ["dates", "sql"]
+
+
+def test_a_crash_while_writing_is_undone(folder, checkpoints, monkeypatch):
+    """If renaming the new folder into place fails, the old one is back."""
+    pool = AdapterPool(folder)
+    before = pool.fingerprint
+    real = Path.rename
+
+    def failing(self, target):
+        if self.name.startswith(".incoming-"):
+            raise OSError("disk gone")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(PoolError, match="disk gone"):
+        pool.update("sql", checkpoints["units"])
+    monkeypatch.undo()
+    assert pool.fingerprint == before == AdapterPool(folder).fingerprint
+
+
+def test_save_and_load(folder, tmp_path):
+    """A saved pool loads as the same; an existing folder is not overwritten."""
+    pool = AdapterPool(folder)
+    pool.update("dates", embedding=[1.0, 2.0], encoder="e")
+    pool.save(tmp_path / "copy")
+    assert AdapterPool(tmp_path / "copy").fingerprint == pool.fingerprint
+    with pytest.raises(PoolError, match="not an empty folder"):
+        pool.save(tmp_path / "copy")
+    pool.save(folder)
+    assert AdapterPool(folder).fingerprint == pool.fingerprint
+
+
+def test_fingerprint_is_of_all_contents(checkpoints):
+    """Equal contents have equal fingerprints whatever the order of adding; names, samples, embeddings count."""
+
+    def build(*names, **routing):
+        pool = AdapterPool()
+        for name in names:
+            pool.add(name, checkpoints[name], **(routing or {"samples": ["a"]}))
+        return pool.fingerprint
+
+    assert build("sql", "dates") == build("dates", "sql")
+    assert len({build("sql"), build("dates"), build("sql", samples=["b"]), build("sql", embedding=[1.0])}) == 4
+
+
+def test_readers_keep_their_snapshot(folder):
+    """A state taken before a change is not touched by it."""
+    pool = AdapterPool(folder)
+    state = pool.state
+    pool.remove("sql")
+    assert state.names == ("dates", "sql")
+    assert state["sql"].adapter.name == "sql"
+
+
+def test_many_threads(checkpoints):
+    """Readers beside a writer always see whole states."""
+    pool = AdapterPool()
+    pool.add("sql", checkpoints["sql"], samples=["a"])
+    stop, errors = threading.Event(), []
+
+    def read():
+        while not stop.is_set():
+            time.sleep(0.001)
+            state = pool.state
+            try:
+                assert [state[name].adapter.name for name in state.names] == list(state.names)
+                assert state.fingerprint
+            except Exception as error:  # noqa: BLE001
+                errors.append(error)
+
+    threads = [threading.Thread(target=read) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in range(20):
+        pool.add("dates", checkpoints["dates"], samples=["b"])
+        pool.remove("dates")
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+def test_known_fingerprints_spare_hashing(folder, monkeypatch):
+    """A big pool remembers fingerprints of unchanged files; a changed file is hashed again."""
+    monkeypatch.setattr("langchain_lora_retriever.pool_folder._CACHE_ABOVE_BYTES", 1)
+    first = AdapterPool(folder)
+    assert FingerprintCache(folder).get(folder / "sql") == first["sql"].fingerprint
+    (folder / "sql" / WEIGHTS_FILE).write_bytes((folder / "sql" / WEIGHTS_FILE).read_bytes())
+    assert FingerprintCache(folder).get(folder / "sql") is None
+    assert FingerprintCache(folder).get(folder / "dates") == first["dates"].fingerprint
+    assert AdapterPool(folder).fingerprint == first.fingerprint
+
+
+def test_small_pools_are_left_clean(folder):
+    """Loading a small pool writes nothing into it."""
+    before = sorted(folder.rglob("*"))
+    AdapterPool(folder)
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_embedding_file_that_is_no_array(folder):
+    """A stored embedding that cannot be read refuses its adapter by name."""
+    (folder / "sql" / "embedding.npy").write_bytes(b"no array")
+    with pytest.warns(UserWarning, match=r"adapter 'sql'.*embedding\.npy"):
+        assert AdapterPool(folder).names == ("dates",)
