@@ -63,24 +63,25 @@ class LoraBatch:
 
     def _allocate(self) -> None:
         """Allocate the buffers of the Triton path for the largest step."""
-        n, max_loras = self.max_num_tokens, self.rows.max_loras
-        sizes = [1 << i for i in range(n.bit_length())] + [n]
+        n, max_loras, max_rank = self.max_num_tokens, self.rows.max_loras, self.rows.max_rank
         num_pairs = n * self.max_k
-        num_tiles = max(plan.max_pair_tiles(t, k, max_loras) for t in sizes for k in range(1, self.max_k + 1))
-        num_token_tiles = max(plan.cdiv(t, plan.token_block(t)) for t in sizes)
+        num_tiles = plan.cdiv(num_pairs, 16) + max_loras
+        num_token_tiles = plan.cdiv(n, 16)
         num_items = max(
-            plan.cdiv(t, plan.token_block(t)) * plan.max_items(t, self.max_k, max_loras, self.rows.max_rank)
-            for t in sizes
+            plan.cdiv(t, plan.token_block(t)) * plan.max_items(t, self.max_k, max_loras, max_rank)
+            for t in range(1, n + 1)
         )
         device = self.rows.device
-        self._mapping = torch.full((num_pairs,), -1, dtype=torch.int32, device=device)
-        self._weights = torch.zeros(num_pairs, dtype=torch.float32, device=device)
-        self._pairs = torch.zeros(num_pairs, dtype=torch.int32, device=device)
         self._segments = torch.zeros(2, max_loras, dtype=torch.int32, device=device)
-        self._tiles = torch.full((num_tiles, 3), -1, dtype=torch.int32, device=device)
-        self._order = torch.full((n,), -1, dtype=torch.int32, device=device)
-        self._items = torch.zeros(num_items, dtype=torch.int32, device=device)
-        self._num_items = torch.zeros(num_token_tiles, dtype=torch.int32, device=device)
+        self._buffers = (
+            torch.full((num_pairs,), -1, dtype=torch.int32, device=device),  # mapping
+            torch.zeros(num_pairs, dtype=torch.float32, device=device),  # weights
+            torch.zeros(num_pairs, dtype=torch.int32, device=device),  # pairs, sorted by slot
+            torch.full((num_tiles, 3), -1, dtype=torch.int32, device=device),  # tiles of pairs: slot, begin, end
+            torch.full((n,), -1, dtype=torch.int32, device=device),  # tokens, sorted by first slot
+            torch.zeros(num_items, dtype=torch.int32, device=device),  # row blocks of each tile of tokens
+            torch.zeros(num_token_tiles, dtype=torch.int32, device=device),  # how many
+        )
 
     def update(self, token_lora_mapping: torch.Tensor, token_lora_weights: torch.Tensor) -> None:
         """Group the tokens of a step by adapter.
@@ -123,19 +124,18 @@ class LoraBatch:
             return
         from lora_kernels.group import group_tokens  # noqa: PLC0415 - Triton is optional
 
-        group_tokens(self, token_lora_mapping.contiguous(), token_lora_weights.contiguous())
+        group_tokens(
+            token_lora_mapping.contiguous(),
+            token_lora_weights.contiguous(),
+            self.rows.counts,
+            self.rows.max_rank,
+            (*self._buffers, self._segments),
+        )
 
     def tensors(self) -> list[torch.Tensor]:
         """Return what the operators read: the step's mapping and weights, and the Triton path's groups."""
         if self.backend == "torch":
             return list(self._step)
         n, k = self.num_tokens, self.k
-        return [
-            self._mapping[: n * k].view(n, k),
-            self._weights[: n * k].view(n, k),
-            self._pairs,
-            self._tiles,
-            self._order,
-            self._items,
-            self._num_items,
-        ]
+        mapping, weights, *groups = self._buffers
+        return [mapping[: n * k].view(n, k), weights[: n * k].view(n, k), *groups]

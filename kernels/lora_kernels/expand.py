@@ -1,0 +1,237 @@
+# mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
+# ruff: noqa: ANN001, ANN202 - Triton types the kernels' arguments itself
+"""Expand: the shrunk inputs times B, added to the outputs. One program owns a piece of `y` for all its adapters."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+
+from lora_kernels import plan
+from lora_kernels.launch import pdl_options
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+
+@triton.jit
+def _locate(block, OUT: tl.constexpr, NUM_SLICES: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return the slice, first column and end column of a column block; blocks never straddle slices."""
+    index = 0
+    column = block * BLOCK_N
+    end = OUT[0]
+    first = 0
+    offset = 0
+    for i in tl.static_range(NUM_SLICES):
+        inside = block >= first
+        index = tl.where(inside, i, index)
+        column = tl.where(inside, offset + (block - first) * BLOCK_N, column)
+        end = tl.where(inside, offset + OUT[i], end)
+        first += (OUT[i] + BLOCK_N - 1) // BLOCK_N
+        offset += OUT[i]
+    return index, column, end
+
+
+@triton.jit
+def _expand_token_kernel(
+    y,
+    v,
+    b,
+    ranks,
+    starts,
+    mapping,
+    weights,
+    stride_y,
+    stride_b,
+    stride_split,
+    K: tl.constexpr,
+    K_PADDED: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    OUT: tl.constexpr,
+    NUM_SLICES: tl.constexpr,
+    MAX_RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One token, one column block: the k adapters' rows form one list, and y is touched once."""
+    token = tl.program_id(0)
+    index, column, end = _locate(tl.program_id(1), OUT, NUM_SLICES, BLOCK_N)
+    i = tl.arange(0, K_PADDED * BLOCK_R)
+    j = i // BLOCK_R
+    slot = tl.load(mapping + token * K + j, mask=j < K, other=-1)
+    rank = tl.load(ranks + slot * NUM_SLICES + index, mask=slot >= 0, other=0)
+    start = tl.load(starts + slot, mask=slot >= 0, other=0)
+    weight = tl.load(weights + token * K + j, mask=j < K, other=0.0)
+    highest = tl.max(rank)
+    if highest == 0:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        return
+    n = tl.multiple_of(column, ALIGN) + tl.arange(0, BLOCK_N)
+    acc = tl.zeros([BLOCK_N], tl.float32)
+    for r0 in range(0, highest, BLOCK_R):
+        r = r0 + i % BLOCK_R
+        has_row = r < rank
+        b_ptr = b + (start + r).to(tl.int64)[:, None] * stride_b + n[None, :]
+        b_part = tl.load(b_ptr, mask=has_row[:, None] & (n < end)[None, :], other=0.0)
+        if PDL:
+            # B does not depend on the shrink: its loads are in flight before the wait.
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        v_ptr = v + ((token.to(tl.int64) * K + j) * NUM_SLICES + index) * MAX_RANK + r
+        v_part = tl.zeros([K_PADDED * BLOCK_R], tl.float32)
+        for s in tl.static_range(NUM_SPLITS):
+            v_part += tl.load(v_ptr + s * stride_split, mask=has_row, other=0.0)
+        acc += tl.sum((v_part * weight)[:, None] * b_part.to(tl.float32), 0)
+    y_ptr = y + token.to(tl.int64) * stride_y + n
+    old = tl.load(y_ptr, mask=n < end, other=0.0).to(tl.float32)
+    tl.store(y_ptr, (old + acc).to(y.dtype.element_ty), mask=n < end)
+
+
+@triton.jit
+def _expand_tile_kernel(
+    y,
+    v,
+    b,
+    ranks,
+    starts,
+    mapping,
+    weights,
+    order,
+    items,
+    num_items,
+    num_tokens,
+    max_items,
+    stride_y,
+    stride_b,
+    stride_split,
+    K: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    OUT: tl.constexpr,
+    NUM_SLICES: tl.constexpr,
+    MAX_RANK: tl.constexpr,
+    ITEM_ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A tile of tokens, one column block: a product over the rows of all adapters in the tile.
+
+    A token's row of `scaled` is zero where it does not use the adapter, so the product adds exact zeros there.
+    """
+    tile = tl.program_id(1)
+    count = tl.load(num_items + tile)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    if count == 0:
+        return
+    index, column, end = _locate(tl.program_id(0), OUT, NUM_SLICES, BLOCK_N)
+    t = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    token = tl.load(order + t, mask=t < num_tokens, other=-1)
+    n = tl.multiple_of(column, ALIGN) + tl.arange(0, BLOCK_N)
+    i = tl.arange(0, BLOCK_ROWS)
+    y_ptr = y + token.to(tl.int64)[:, None] * stride_y + n[None, :]
+    y_mask = (token >= 0)[:, None] & (n < end)[None, :]
+    old = tl.load(y_ptr, mask=y_mask, other=0.0)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for first in range(0, count, BLOCK_ROWS // ITEM_ROWS):
+        position = first + i // ITEM_ROWS
+        item = tl.load(items + tile * max_items + position, mask=position < count, other=-1)
+        slot = item >> 4
+        r = (item & 15) * ITEM_ROWS + i % ITEM_ROWS
+        rank = tl.load(ranks + slot * NUM_SLICES + index, mask=item >= 0, other=0)
+        row = tl.load(starts + slot, mask=item >= 0, other=0) + r
+        has_row = r < rank
+        b_ptr = b + row.to(tl.int64)[:, None] * stride_b + n[None, :]
+        b_part = tl.load(b_ptr, mask=has_row[:, None] & (n < end)[None, :], other=0.0)
+        chosen = tl.full([BLOCK_M, BLOCK_ROWS], -1, tl.int32)
+        weight = tl.zeros([BLOCK_M, BLOCK_ROWS], tl.float32)
+        for j in tl.static_range(K):
+            m = tl.load(mapping + token * K + j, mask=token >= 0, other=-2)
+            w = tl.load(weights + token * K + j, mask=token >= 0, other=0.0)
+            hit = m[:, None] == slot[None, :]
+            chosen = tl.where(hit, j, chosen)
+            weight += tl.where(hit, w[:, None], 0.0)
+        pair = token.to(tl.int64)[:, None] * K + chosen
+        v_ptr = v + (pair * NUM_SLICES + index) * MAX_RANK + r[None, :]
+        v_mask = (chosen >= 0) & has_row[None, :]
+        v_part = tl.load(v_ptr, mask=v_mask, other=0.0)
+        for s in tl.static_range(1, NUM_SPLITS):
+            v_part += tl.load(v_ptr + s * stride_split, mask=v_mask, other=0.0)
+        scaled = (v_part * weight).to(b.dtype.element_ty)
+        acc = tl.dot(scaled, b_part, acc, input_precision="ieee")
+    tl.store(y_ptr, (old.to(tl.float32) + acc).to(y.dtype.element_ty), mask=y_mask)
+
+
+def expand(
+    y: torch.Tensor,
+    v: torch.Tensor,
+    b: torch.Tensor,
+    ranks: torch.Tensor,
+    starts: torch.Tensor,
+    out_features: Sequence[int],
+    batch: list[torch.Tensor],
+) -> None:
+    """Add `v`'s products with B to `y` in place; see `ops.lora_expand`."""
+    num_splits, num_tokens, k, num_slices, max_rank = v.shape
+    mapping, weights, _, _, order, items, num_items = batch
+    p = plan.plan_expand(num_tokens, k, max_rank, out_features)
+    blocks = sum(plan.cdiv(width, p.block_n) for width in out_features)
+    strides = (y.stride(0), b.stride(0), v.stride(0))
+    common = {
+        "K": k,
+        "NUM_SPLITS": num_splits,
+        "OUT": tuple(out_features),
+        "NUM_SLICES": num_slices,
+        "MAX_RANK": max_rank,
+        "BLOCK_N": p.block_n,
+        "ALIGN": math.gcd(16, *out_features),
+        "num_warps": p.num_warps,
+        "num_stages": p.num_stages,
+        **pdl_options(y.device),
+    }
+    if p.block_m == 1:
+        _expand_token_kernel[(num_tokens, blocks)](
+            y,
+            v,
+            b,
+            ranks,
+            starts,
+            mapping,
+            weights,
+            *strides,
+            K_PADDED=plan.power_of_2(k),
+            BLOCK_R=p.block_rows,
+            **common,
+        )
+        return
+    _expand_tile_kernel[(blocks, plan.cdiv(num_tokens, p.block_m))](
+        y,
+        v,
+        b,
+        ranks,
+        starts,
+        mapping,
+        weights,
+        order,
+        items,
+        num_items,
+        num_tokens,
+        plan.max_items(num_tokens, k, ranks.shape[0], max_rank),
+        *strides,
+        ITEM_ROWS=plan.ITEM_ROWS,
+        BLOCK_M=p.block_m,
+        BLOCK_ROWS=p.block_rows,
+        **common,
+    )

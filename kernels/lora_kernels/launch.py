@@ -1,0 +1,21 @@
+"""What the Triton launches have in common."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+
+
+@functools.cache
+def pdl_options(device: torch.device) -> dict[str, bool]:
+    """Return the launch options for programmatic dependent launch, which Hopper and newer have.
+
+    With it a kernel starts while the one before it drains, and waits inside for that one's results.
+    """
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+        if os.environ.get("LORA_KERNELS_PDL") == "0":
+            return {"PDL": False}
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
