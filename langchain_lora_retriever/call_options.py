@@ -14,7 +14,7 @@ from langchain_lora_retriever.types import CompositionMode, SamplingParams
 __all__ = ["CallOptions"]
 
 # Arguments that LangChain passes along for its own purposes; they change nothing here.
-_LANGCHAIN_ARGUMENTS = frozenset({"stream", "stream_usage"})
+_LANGCHAIN_ARGUMENTS = frozenset({"stream", "stream_usage", "ls_structured_output_format"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,11 @@ class CallOptions:
         n: Answers to generate.
         timeout: Seconds the call may take; None does not limit it.
         chat_template_kwargs: More variables for the chat template.
+        tools: Tools the model may call.
+        tool_choice: "auto", "any", "none" or the name of a tool.
+        parallel_tool_calls: Whether one answer may hold several calls.
+        response_format: OpenAI's `{"type": "json_schema", ...}`, or a schema.
+        guided: One of `{"json": schema}`, `{"regex": ...}`, `{"choice": [...]}` and `{"grammar": ...}`.
     """
 
     adapters: Sequence[str] | None = None
@@ -64,6 +69,11 @@ class CallOptions:
     n: int = 1
     timeout: float | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None
+    tools: Sequence[Any] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    response_format: Any = None
+    guided: Mapping[str, Any] | None = None
 
     @classmethod
     def merge(cls, settings: object, call: Mapping[str, Any]) -> CallOptions:
@@ -147,5 +157,6 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "min_score": (_is_cosine, "a cosine similarity, from -1 to 1"),
     "route_text": (lambda value: isinstance(value, str), "a string"),
     "model": (lambda value: isinstance(value, str), "an adapter's name, or the base model's"),
+    "guided": (lambda value: isinstance(value, Mapping), "a mapping of one of json, regex, choice and grammar"),
     "chat_template_kwargs": (lambda value: isinstance(value, Mapping), "a mapping of template variables"),
 }

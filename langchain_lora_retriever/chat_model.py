@@ -3,36 +3,39 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self
 
-from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput
+from langchain_core.language_models import LangSmithParams, LanguageModelInput, ModelProfile
 from langchain_core.language_models.chat_models import generate_from_stream
-from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult
-from langchain_core.runnables.config import ContextThreadPoolExecutor, get_config_list, patch_config
+from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from pydantic import ConfigDict, Field, PrivateAttr, SkipValidation, field_validator, model_validator
 
+from langchain_lora_retriever.answers import AnswerStream, reasoning_state
 from langchain_lora_retriever.call_options import CallOptions
 from langchain_lora_retriever.composer import Weighting  # noqa: TC001 - pydantic reads the annotations
+from langchain_lora_retriever.concurrency import ConcurrentChatModel, owned
+from langchain_lora_retriever.constraints import make_constraint
 from langchain_lora_retriever.encoder import Encoder  # noqa: TC001 - pydantic reads the annotations at run time
 from langchain_lora_retriever.engine import Completion, Delta, EngineConfig, EngineWorker, Generation
-from langchain_lora_retriever.errors import InvalidRequestError, RequestAbortedError
-from langchain_lora_retriever.messages import AnswerStream, encode_chat, routing_text, to_chat
+from langchain_lora_retriever.errors import InvalidRequestError
+from langchain_lora_retriever.messages import encode_chat, routing_text, to_chat
 from langchain_lora_retriever.pool import AdapterPool
 from langchain_lora_retriever.retriever import DEFAULT_ENCODER, DEFAULT_INSTRUCTION, LoraRetriever
 from langchain_lora_retriever.routing import Router
 from langchain_lora_retriever.shared import reject_unfit, shared_engine, shared_retriever
+from langchain_lora_retriever.structured_output import AnswerFormat, answer_format, structured_output
+from langchain_lora_retriever.tools import to_tool_choice, to_tools
 from langchain_lora_retriever.types import CompositionMode  # noqa: TC001 - pydantic reads the annotations
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 
     from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
     from langchain_core.messages import AIMessage, BaseMessage
-    from langchain_core.runnables import RunnableConfig
+    from langchain_core.runnables import Runnable
+    from langchain_core.tools import BaseTool
 
     from langchain_lora_retriever.types import Adapter, Composition
 
@@ -43,12 +46,13 @@ class _Call(NamedTuple):
     """A call, understood: what is asked, of which engine, with which prompt, routed on which text."""
 
     options: CallOptions
+    format: AnswerFormat
     engine: EngineWorker
     prompt_token_ids: list[int]
     text: str
 
 
-class ChatLoraRetriever(BaseChatModel):
+class ChatLoraRetriever(ConcurrentChatModel):
     """A chat model that retrieves, composes and runs LoRA adapters per prompt.
 
     Every call is routed on its last human message, and runs in one continuous batch with all others of the process
@@ -181,7 +185,7 @@ class ChatLoraRetriever(BaseChatModel):
         call = self._understand(messages, stop, kwargs)
         composition, adapters = self._router.plan(call.text, call.options)
         generations = self._submit(call, adapters)
-        with _owned(generations, call.options.timeout):
+        with owned(generations, call.options.timeout):
             completions = [generation.result() for generation in generations]
         return self._result(call, composition, completions)
 
@@ -196,7 +200,7 @@ class ChatLoraRetriever(BaseChatModel):
         call = self._understand(messages, stop, kwargs)
         composition, adapters = await self._router.aplan(call.text, call.options)
         generations = self._submit(call, adapters)
-        with _owned(generations, call.options.timeout):
+        with owned(generations, call.options.timeout):
             completions = await asyncio.gather(*(generation.aresult() for generation in generations))
         return self._result(call, composition, completions)
 
@@ -211,7 +215,7 @@ class ChatLoraRetriever(BaseChatModel):
         composition, adapters = self._router.plan(call.text, call.options)
         (generation,) = self._submit(call, adapters, is_stream=True)
         answer = self._answer(call, composition)
-        with _owned([generation], call.options.timeout):
+        with owned([generation], call.options.timeout):
             for delta in generation:
                 yield from answer.push(delta)
 
@@ -227,7 +231,7 @@ class ChatLoraRetriever(BaseChatModel):
         composition, adapters = await self._router.aplan(call.text, call.options)
         (generation,) = self._submit(call, adapters, is_stream=True)
         answer = self._answer(call, composition)
-        with _owned([generation], call.options.timeout):
+        with owned([generation], call.options.timeout):
             async for delta in generation:
                 for chunk in answer.push(delta):
                     yield chunk
@@ -236,11 +240,13 @@ class ChatLoraRetriever(BaseChatModel):
         self, messages: Sequence[BaseMessage], stop: Sequence[str] | None, kwargs: Mapping[str, Any]
     ) -> _Call:
         options = CallOptions.merge(self, {**kwargs, "stop": stop})
-        chat = to_chat(messages)
+        chat, answer = to_chat(messages), answer_format(options)
         engine = self._engine()
         reject_unfit(self._router.pool, engine)
-        prompt_token_ids = encode_chat(engine.tokenizer, chat, template_kwargs=options.chat_template_kwargs)
-        return _Call(options, engine, prompt_token_ids, _text_to_route(messages, options))
+        prompt_token_ids = encode_chat(
+            engine.tokenizer, chat, tools=answer.tools, template_kwargs=options.chat_template_kwargs
+        )
+        return _Call(options, answer, engine, prompt_token_ids, _text_to_route(messages, options))
 
     def _submit(
         self, call: _Call, adapters: Sequence[tuple[Adapter, float]], *, is_stream: bool = False
@@ -248,8 +254,11 @@ class ChatLoraRetriever(BaseChatModel):
         options = call.options
         if is_stream and options.n > 1:
             raise InvalidRequestError(f"n={options.n} cannot be streamed: pass n=1, or use generate().")
+        grammar = call.format.grammar
+        constraints = [grammar and make_constraint(call.engine.tokenizer, grammar) for _ in range(options.n)]
         return [
-            call.engine.submit(call.prompt_token_ids, options.sampling(index), adapters) for index in range(options.n)
+            call.engine.submit(call.prompt_token_ids, options.sampling(index), adapters, constraint=constraint or None)
+            for index, constraint in enumerate(constraints)
         ]
 
     def _answer(self, call: _Call, composition: Composition) -> AnswerStream:
@@ -258,7 +267,13 @@ class ChatLoraRetriever(BaseChatModel):
             "model_provider": "lora-retriever",
             **composition.to_metadata(),
         }
-        return AnswerStream(call.engine.tokenizer, metadata)
+        tokenizer = call.engine.tokenizer
+        return AnswerStream(
+            tokenizer,
+            metadata,
+            reads_calls=bool(call.format.tools),
+            is_reasoning=reasoning_state(tokenizer, call.prompt_token_ids) if call.format.is_free_text else None,
+        )
 
     def _result(self, call: _Call, composition: Composition, completions: Sequence[Completion]) -> ChatResult:
         results = [
@@ -266,59 +281,11 @@ class ChatLoraRetriever(BaseChatModel):
         ]
         return ChatResult(generations=[result.generations[0] for result in results])
 
-    # Many prompts at once
+    # The engine
 
-    def batch(
-        self,
-        inputs: list[LanguageModelInput],
-        config: RunnableConfig | list[RunnableConfig] | None = None,
-        **kwargs: Any,
-    ) -> list[AIMessage]:
-        """Answer prompts together; `max_concurrency` in the config limits how many the engine is given at once."""
-        return super().batch(inputs, self._concurrent(config, inputs), **kwargs)
-
-    def batch_as_completed(
-        self,
-        inputs: Sequence[LanguageModelInput],
-        config: RunnableConfig | Sequence[RunnableConfig] | None = None,
-        **kwargs: Any,
-    ) -> Iterator[tuple[int, Any]]:
-        """Answer prompts together and yield `(index, answer)` as they finish."""
-        return super().batch_as_completed(inputs, self._concurrent(config, inputs), **kwargs)
-
-    def generate(
-        self, messages: list[list[BaseMessage]], stop: list[str] | None = None, callbacks: Any = None, **kwargs: Any
-    ) -> LLMResult:
-        """Answer conversations together. Each is a run of its own; a `run_id` belongs to the first."""
-        if len(messages) <= 1:
-            return super().generate(messages, stop, callbacks, **kwargs)
-        run_id = kwargs.pop("run_id", None)
-
-        def generate_one(index: int) -> LLMResult:
-            own = {"run_id": run_id} if run_id is not None and index == 0 else {}
-            return BaseChatModel.generate(self, [messages[index]], stop, callbacks, **own, **kwargs)
-
-        with ContextThreadPoolExecutor(max_workers=self._capacity()) as executor:
-            results = list(executor.map(generate_one, range(len(messages))))
-        return LLMResult(
-            generations=[result.generations[0] for result in results],
-            llm_output=results[0].llm_output,
-            run=[run for result in results for run in result.run or []] or None,
-        )
-
-    def _capacity(self) -> int:
+    def _max_concurrency(self) -> int:
         # Twice what runs at once, so that the engine never waits for a prompt to be routed and tokenized.
         return 2 * self._engine().max_num_seqs
-
-    def _concurrent(
-        self, config: RunnableConfig | Sequence[RunnableConfig] | None, inputs: Sequence[Any]
-    ) -> list[RunnableConfig]:
-        configs = get_config_list(config, len(inputs))
-        if configs and configs[0].get("max_concurrency") is None:
-            configs[0] = patch_config(configs[0], max_concurrency=self._capacity())
-        return configs
-
-    # The engine
 
     def _engine(self) -> EngineWorker:
         """Return the engine, loading the base model at first use."""
@@ -330,6 +297,64 @@ class ChatLoraRetriever(BaseChatModel):
         await asyncio.to_thread(self._engine)
 
     # What LangChain asks of a chat model
+
+    def bind_tools(
+        self,
+        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
+        *,
+        tool_choice: str | dict[str, Any] | bool | None = None,
+        strict: bool | None = None,
+        parallel_tool_calls: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """Let the model call tools.
+
+        Args:
+            tools: Functions, `BaseTool`s, pydantic classes, TypedDicts or JSON schemas.
+            tool_choice: "auto" (or None) leaves it to the model, "any" (or "required", True) forces a call, a tool's
+                name forces that one, "none" hides the tools. Forced calls always parse.
+            strict: Close the tools' schemas: every property is required, and there are no others.
+            parallel_tool_calls: False allows one call per answer.
+            **kwargs: Settings to bind along.
+
+        Raises:
+            InvalidRequestError: If a tool is not a function, or the choice names none of them.
+        """
+        converted = to_tools(tools, strict=strict)
+        to_tool_choice(tool_choice, converted)
+        return self.bind(tools=converted, tool_choice=tool_choice, parallel_tool_calls=parallel_tool_calls, **kwargs)
+
+    def with_structured_output(
+        self, schema: dict[str, Any] | type, *, include_raw: bool = False, **kwargs: Any
+    ) -> Runnable[LanguageModelInput, Any]:
+        """Have every answer satisfy a schema, and read it.
+
+        Args:
+            schema: A pydantic class, TypedDict or JSON schema.
+            include_raw: Return `{"raw", "parsed", "parsing_error"}` in place of the parsed answer.
+            **kwargs: `method` ("json_schema", "function_calling" or "json_mode"), `strict`, and settings to bind along.
+
+        Raises:
+            InvalidRequestError: If the schema cannot be understood.
+        """
+        return structured_output(self, schema, include_raw=include_raw, **kwargs)
+
+    def _resolve_model_profile(self) -> ModelProfile:
+        return ModelProfile(
+            name=self.model_name or _name_of(self.base_model),
+            open_weights=True,
+            text_inputs=True,
+            image_inputs=False,
+            audio_inputs=False,
+            video_inputs=False,
+            pdf_inputs=False,
+            text_outputs=True,
+            tool_calling=True,
+            tool_choice=True,
+            tool_call_streaming=True,
+            structured_output=True,
+            temperature=True,
+        )
 
     @property
     def _llm_type(self) -> str:
@@ -362,39 +387,10 @@ class ChatLoraRetriever(BaseChatModel):
     def get_num_tokens_from_messages(
         self,
         messages: list[BaseMessage],
-        tools: Sequence[Any] | None = None,  # noqa: ARG002 - LangChain's signature
+        tools: Sequence[Any] | None = None,
     ) -> int:
-        """Count the tokens of the prompt that `messages` make, template and all."""
-        return len(self._understand(messages, None, {}).prompt_token_ids)
-
-
-@contextmanager
-def _owned(generations: Sequence[Generation], timeout: float | None) -> Iterator[None]:
-    """Abort generations that their caller leaves before they end: by an error, a cancellation, a close, a timeout."""
-    is_late = threading.Event()
-
-    def abort() -> None:
-        for generation in generations:
-            generation.abort()
-
-    def expire() -> None:
-        is_late.set()
-        abort()
-
-    timer = threading.Timer(timeout, expire) if timeout is not None else None
-    if timer is not None:
-        timer.daemon = True
-        timer.start()
-    try:
-        yield
-    except RequestAbortedError as error:
-        if is_late.is_set():
-            raise TimeoutError(f"The call took longer than timeout={timeout} s and was aborted.") from error
-        raise
-    finally:
-        if timer is not None:
-            timer.cancel()
-        abort()
+        """Count the tokens of the prompt that `messages` and `tools` make, template and all."""
+        return len(self._understand(messages, None, {"tools": tools}).prompt_token_ids)
 
 
 def _text_to_route(messages: Sequence[BaseMessage], options: CallOptions) -> str:

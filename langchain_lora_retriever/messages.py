@@ -1,7 +1,4 @@
-"""Between LangChain messages and the engine: routing text, prompt token ids, answers.
-
-Nothing here chooses an adapter or runs the model.
-"""
+"""From LangChain messages to what is routed on and what the model reads."""
 
 from __future__ import annotations
 
@@ -13,7 +10,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import jinja2
 from langchain_core.messages import (
     AIMessage,
-    AIMessageChunk,
     BaseMessage,
     ChatMessage,
     FunctionMessage,
@@ -21,27 +17,23 @@ from langchain_core.messages import (
     SystemMessage,
     ToolMessage,
 )
-from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
-from langchain_core.outputs import ChatGenerationChunk
 
 from langchain_lora_retriever.errors import InvalidRequestError
+from langchain_lora_retriever.tools import add_tools_section, template_writes_tools
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
-    from langchain_lora_retriever.engine import Delta, TokenLogprob, Usage
+    from langchain_lora_retriever.tools import Tool
 
 __all__ = [
-    "AnswerStream",
     "ChatTurn",
     "content_text",
     "encode_chat",
-    "logprobs_metadata",
     "routing_text",
     "to_chat",
-    "to_usage_metadata",
 ]
 
 ChatTurn: TypeAlias = dict[str, Any]
@@ -160,7 +152,7 @@ def encode_chat(
     tokenizer: PreTrainedTokenizerBase,
     chat: Sequence[ChatTurn],
     *,
-    tools: Sequence[Mapping[str, Any]] | None = None,
+    tools: Sequence[Tool] = (),
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Render turns with the tokenizer's chat template, or in Alpaca format where it has none, and encode them.
@@ -171,7 +163,7 @@ def encode_chat(
     Args:
         tokenizer: The base model's tokenizer.
         chat: Turns, oldest first; at least one.
-        tools: JSON schemas to hand to the template.
+        tools: Tools the model may call; the template writes them, or a section of the system message does.
         template_kwargs: More variables for the template (`enable_thinking=False`).
 
     Raises:
@@ -183,6 +175,8 @@ def encode_chat(
         turns, is_continued = turns[:-1], False
         if not turns:
             raise InvalidRequestError("The only message is an empty answer: pass a message with text.")
+    if not template_writes_tools(tokenizer):
+        turns, tools = add_tools_section(turns, tools), ()
     if not getattr(tokenizer, "chat_template", None):
         with _encoding:
             encoded = tokenizer(_alpaca(turns, is_continued=is_continued), split_special_tokens=True)
@@ -193,7 +187,7 @@ def encode_chat(
             with _encoding:
                 token_ids: Any = tokenizer.apply_chat_template(
                     variant,
-                    tools=[dict(tool) for tool in tools] if tools else None,
+                    tools=list(tools) or None,
                     add_generation_prompt=not is_continued,
                     continue_final_message=is_continued,
                     tokenize=True,
@@ -233,60 +227,3 @@ def _alpaca(turns: Sequence[ChatTurn], *, is_continued: bool) -> str:
     if not is_continued:
         sections.append("### Response:\n")
     return "\n\n".join(sections)
-
-
-def to_usage_metadata(usage: Usage) -> UsageMetadata:
-    """Convert the engine's token counts."""
-    return UsageMetadata(
-        input_tokens=usage.num_prompt_tokens,
-        output_tokens=usage.num_output_tokens,
-        total_tokens=usage.num_prompt_tokens + usage.num_output_tokens,
-        input_token_details=InputTokenDetails(cache_read=usage.num_cached_tokens),
-    )
-
-
-def logprobs_metadata(
-    tokenizer: PreTrainedTokenizerBase, logprobs: Sequence[TokenLogprob]
-) -> dict[str, list[dict[str, Any]]]:
-    """Lay out log-probabilities as chat-completion APIs do: `{"content": [{"token", "logprob", "top_logprobs"}]}`."""
-
-    def entry(token_id: int, logprob: float) -> dict[str, Any]:
-        return {"token": tokenizer.decode([token_id]), "token_id": token_id, "logprob": logprob}
-
-    return {
-        "content": [
-            {**entry(item.token_id, item.logprob), "top_logprobs": [entry(*alternative) for alternative in item.top]}
-            for item in logprobs
-        ]
-    }
-
-
-class AnswerStream:
-    """Turns the engine's deltas of one request into message chunks.
-
-    Args:
-        tokenizer: The base model's, to spell out log-probabilities.
-        metadata: `response_metadata` that does not depend on the answer. It goes into the last chunk only: LangChain
-            adds chunks up, and would join two equal strings into one twice as long.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, metadata: Mapping[str, Any]) -> None:
-        self._tokenizer = tokenizer
-        self._metadata = metadata
-
-    def push(self, delta: Delta) -> Iterator[ChatGenerationChunk]:
-        """Yield the chunk that a delta makes, if there is anything in it to show."""
-        is_last = delta.finish_reason is not None
-        metadata: dict[str, Any] = {}
-        if delta.logprobs is not None and delta.logprobs:
-            metadata["logprobs"] = logprobs_metadata(self._tokenizer, delta.logprobs)
-        if is_last:
-            metadata |= {**self._metadata, "finish_reason": delta.finish_reason}
-        if delta.text or metadata:
-            message = AIMessageChunk(
-                content=delta.text,
-                response_metadata=metadata,
-                usage_metadata=to_usage_metadata(delta.usage) if delta.usage else None,
-                chunk_position="last" if is_last else None,
-            )
-            yield ChatGenerationChunk(message=message)

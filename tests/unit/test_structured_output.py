@@ -1,0 +1,303 @@
+"""Grammars, and reading answers that follow them."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from langchain_core.messages import HumanMessage
+from langchain_core.tools import tool
+from pydantic import BaseModel, field_validator
+from typing_extensions import TypedDict
+
+from langchain_lora_retriever.call_options import CallOptions
+from langchain_lora_retriever.constraints import (
+    calls_grammar,
+    choice_grammar,
+    json_grammar,
+    make_constraint,
+    regex_grammar,
+)
+from langchain_lora_retriever.errors import InvalidRequestError, StructuredOutputError
+from langchain_lora_retriever.structured_output import answer_format
+
+if TYPE_CHECKING:
+    from langchain_lora_retriever import ChatLoraRetriever
+
+WEATHER = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+           "required": ["city", "days"]}  # fmt: skip
+TAGS = ("<tool_call>", "</tool_call>")
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Łódź", "days": 3}}\n</tool_call>'
+
+
+class Joke(BaseModel):
+    """A joke."""
+
+    setup: str
+    rating: int
+
+    @field_validator("rating")
+    @classmethod
+    def _at_most_ten(cls, value: int) -> int:
+        if value > 10:
+            raise ValueError("the rating is above 10")
+        return value
+
+
+class JokeDict(TypedDict):
+    """A joke."""
+
+    setup: str
+    rating: int
+
+
+JOKE = '{"setup": "Why?", "rating": 7}'
+
+
+@tool
+def weather(city: str, days: int) -> str:
+    """Forecast."""
+    return f"{city} {days}"
+
+
+def follows(tokenizer: Any, grammar: str, text: str) -> bool:
+    """Say whether a grammar lets a text through, token by token, and may end there; forced tokens must agree."""
+    constraint = make_constraint(tokenizer, grammar)
+    ids, at = tokenizer.encode(text, add_special_tokens=False), 0
+    row = torch.zeros(-(-len(tokenizer) // 32) + 2, dtype=torch.int32)
+
+    def allows(token_id: int) -> bool:
+        constraint.fill_bitmask(row)
+        return bool((int(row[token_id // 32]) >> (token_id % 32)) & 1)
+
+    while at < len(ids):
+        if constraint.is_finished or not allows(ids[at]):
+            return False
+        constraint.accept(ids[at])
+        at += 1
+        for forced in constraint.forced_tokens():
+            if ids[at : at + 1] != [forced]:
+                return False
+            constraint.accept(forced)
+            at += 1
+    return constraint.is_finished or allows(tokenizer.eos_token_id)
+
+
+def generate(tokenizer: Any, grammar: str, seed: int, limit: int = 400) -> str:
+    """Draw a text from a grammar, as a model without any ability would."""
+    constraint, rng = make_constraint(tokenizer, grammar), random.Random(seed)
+    row = torch.zeros(-(-len(tokenizer) // 32), dtype=torch.int32)
+    ids: list[int] = []
+    while len(ids) < limit and not constraint.is_finished:
+        constraint.fill_bitmask(row)
+        allowed = [i for i in range(len(tokenizer)) if (int(row[i // 32]) >> (i % 32)) & 1]
+        # Close strings and numbers soon, so that the text ends.
+        ends = [i for i in allowed if tokenizer.decode([i]) in {'"', "}", ","}]
+        ids.append(rng.choice(ends if ends and rng.random() < 0.3 else allowed))
+        if ids[-1] == tokenizer.eos_token_id:
+            return str(tokenizer.decode(ids[:-1]))
+        constraint.accept(ids[-1])
+        for forced in constraint.forced_tokens():
+            ids.append(forced)
+            constraint.accept(forced)
+    return str(tokenizer.decode(ids))
+
+
+def test_json_follows_its_schema_without_free_white_space(tokenizer) -> None:
+    """Only the separators of `json.dumps` are let through: a weak model would emit blanks for ever."""
+    grammar = json_grammar(WEATHER)
+    assert follows(tokenizer, grammar, '{"city": "Oslo 你好", "days": 3}')
+    for blanks in ('{"city":"Oslo","days":3}', '{ "city": "x", "days": 3}'):
+        assert not follows(tokenizer, grammar, blanks), blanks
+    for wrong in ('{"city": "x"}', '{"city": "x", "days": "3"}', '{"city": "x", "days": 3, "more": 1}', "text"):
+        assert not follows(tokenizer, grammar, wrong), wrong
+
+
+def test_any_draw_from_a_schema_parses(tokenizer) -> None:
+    """Whatever the model's ability, the text is JSON of the schema."""
+    for seed in range(10):
+        value = json.loads(generate(tokenizer, json_grammar(WEATHER), seed), strict=False)
+        assert isinstance(value["city"], str)
+        assert isinstance(value["days"], int)
+
+
+def test_references_and_unions_are_honoured(tokenizer) -> None:
+    """`$defs` and `anyOf` work, as pydantic writes them."""
+    schema = {
+        "$defs": {"Colour": {"enum": ["red", "blue"]}},
+        "type": "object",
+        "properties": {"c": {"$ref": "#/$defs/Colour"}, "n": {"anyOf": [{"type": "number"}, {"type": "null"}]}},
+        "required": ["c", "n"],
+    }
+    assert follows(tokenizer, json_grammar(schema), '{"c": "blue", "n": null}')
+    assert not follows(tokenizer, json_grammar(schema), '{"c": "green", "n": null}')
+
+
+@pytest.mark.parametrize("schema", [{"not": {"type": "string"}}, {"type": "nonsense"},
+                                    {"type": "array", "uniqueItems": True}])  # fmt: skip
+def test_a_schema_that_cannot_be_honoured_raises(llm: ChatLoraRetriever, engine, schema: Any) -> None:
+    """It raises before anything is generated."""
+    with pytest.raises(InvalidRequestError, match="cannot be constrained"):
+        llm.invoke("x", response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
+    assert not engine.requests
+
+
+def test_a_forced_call(tokenizer) -> None:
+    """A forced call is one call of one of the tools, or several where that is allowed."""
+    tools = {"weather": WEATHER, "stop": {"type": "object", "properties": {}}}
+    once = calls_grammar(tools, tags=TAGS, is_forced=True, is_repeatable=False)
+    many = calls_grammar(tools, tags=TAGS, is_forced=True, is_repeatable=True)
+    assert follows(tokenizer, once, CALL)
+    assert follows(tokenizer, many, f"{CALL}\n{CALL}")
+    assert follows(tokenizer, once, '<tool_call>\n{"name": "stop", "arguments": {}}\n</tool_call>')
+    for wrong in (f"{CALL}\n{CALL}", "text", f"text {CALL}", CALL.replace("weather", "wether")):
+        assert not follows(tokenizer, once, wrong)
+
+
+def test_a_free_answer_is_free_until_a_call_begins(tokenizer) -> None:
+    """Any text goes, and from the opening tag on only a call of the tools there are."""
+    grammar = calls_grammar({"weather": WEATHER}, tags=TAGS, is_forced=False, is_repeatable=True)
+    for right in ("text with <b> and <tool", CALL, f"Let me see.\n{CALL}", f"{CALL}\n{CALL}"):
+        assert follows(tokenizer, grammar, right), right
+    for wrong in (CALL.replace("weather", "wether"), "<tool_call>text", CALL.replace("3", '"3"')):
+        assert not follows(tokenizer, grammar, wrong), wrong
+
+
+def test_tools_and_a_response_format_together(tokenizer) -> None:
+    """An agent with structured output either calls a tool or answers in the schema."""
+    response_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": JokeSchema}}
+    grammar = answer_format(CallOptions(tools=[weather], response_format=response_format)).grammar
+    assert follows(tokenizer, grammar, JOKE)
+    assert follows(tokenizer, grammar, CALL)
+    assert not follows(tokenizer, grammar, "Well, ...")
+
+
+JokeSchema = Joke.model_json_schema()
+
+
+def test_guided_choice_regex_and_grammar(tokenizer) -> None:
+    """An answer can be one of some texts, match a pattern or a grammar."""
+    assert follows(tokenizer, choice_grammar(["yes", "né"]), "né")
+    assert not follows(tokenizer, choice_grammar(["yes", "no"]), "maybe")
+    assert follows(tokenizer, regex_grammar(r"\d{3}-\d{2}"), "123-45")
+    assert not follows(tokenizer, regex_grammar(r"\d{3}"), "12")
+    lark = answer_format(CallOptions(guided={"grammar": 'start: "a" | "b"'})).grammar
+    assert follows(tokenizer, lark, "b")
+
+
+@pytest.mark.parametrize("guided", [{}, {"json": {}, "regex": "x"}, {"yaml": "x"}])
+def test_guided_wants_one_known_kind(llm: ChatLoraRetriever, guided: dict[str, Any]) -> None:
+    """No kind, two kinds or an unknown kind is refused."""
+    with pytest.raises(InvalidRequestError, match="guided="):
+        llm.invoke("x", guided=guided)
+
+
+def test_guided_goes_alone(llm: ChatLoraRetriever) -> None:
+    """It would contradict tools."""
+    with pytest.raises(InvalidRequestError, match="without tools"):
+        llm.bind_tools([weather], guided={"choice": ["a"]}).invoke("x")
+
+
+def test_a_response_format_without_a_schema_is_refused(llm: ChatLoraRetriever) -> None:
+    """The error shows the form."""
+    with pytest.raises(InvalidRequestError, match="holds no schema"):
+        llm.invoke("x", response_format={"type": "json_schema"})
+
+
+@pytest.mark.parametrize("response_format", [{"type": "text"}, None])
+def test_plain_text_is_not_constrained(response_format: Any) -> None:
+    """The format "text" changes nothing."""
+    assert answer_format(CallOptions(response_format=response_format)).grammar is None
+
+
+def test_every_request_has_a_constraint_of_its_own(llm: ChatLoraRetriever, engine) -> None:
+    """A constraint advances with its request; two must not share one."""
+    engine.answer = lambda prompt, names: JOKE
+    llm.generate([[HumanMessage("x")]], n=2, response_format=Joke)
+    first, second = (request["constraint"] for request in engine.requests)
+    assert first is not None
+    assert first is not second
+
+
+@pytest.mark.parametrize("method", ["json_schema", "json_mode", "function_calling"])
+@pytest.mark.parametrize("schema", [Joke, JokeDict, JokeSchema], ids=["pydantic", "typeddict", "json_schema"])
+def test_every_method_reads_every_schema(llm: ChatLoraRetriever, engine, method: str, schema: Any) -> None:
+    """Invoked or streamed, the answer is read and validated."""
+    name = "Joke" if schema is Joke or isinstance(schema, dict) else "JokeDict"
+    engine.answer = lambda prompt, names: (
+        JOKE if method != "function_calling"
+        else f'<tool_call>\n{{"name": "{name}", "arguments": {JOKE}}}\n</tool_call>'
+    )  # fmt: skip
+    chain = llm.with_structured_output(schema, method=method)
+    expected: Any = json.loads(JOKE)
+    if schema is Joke:
+        expected = Joke(**expected)
+    assert chain.invoke("x") == expected
+    assert list(chain.stream("x"))[-1] == expected
+
+
+def test_dictionaries_stream_as_they_grow(llm: ChatLoraRetriever, engine) -> None:
+    """A dictionary is given part by part, an object only once it is whole."""
+    engine.answer = lambda prompt, names: JOKE
+    assert len(list(llm.with_structured_output(JokeDict).stream("x"))) > 2
+    assert len(list(llm.with_structured_output(Joke).stream("x"))) == 1
+
+
+@pytest.mark.parametrize("text", [JOKE[:-5], '{"setup": "x", "rating": 11}', "no json", ""])
+def test_an_answer_that_is_cut_off_or_invalid_raises(llm: ChatLoraRetriever, engine, text: str) -> None:
+    """Half an answer is no answer, streamed or not."""
+    engine.answer = lambda prompt, names: text
+    chain = llm.with_structured_output(Joke)
+    with pytest.raises(StructuredOutputError, match="does not satisfy"):
+        chain.invoke("x")
+    with pytest.raises(StructuredOutputError, match="does not satisfy"):
+        list(chain.stream("x"))
+
+
+def test_a_dictionary_that_is_cut_off_raises(llm: ChatLoraRetriever, engine) -> None:
+    """LangChain's own parser would complete it."""
+    engine.answer = lambda prompt, names: JOKE[:-5]
+    with pytest.raises(StructuredOutputError):
+        llm.with_structured_output(JokeDict).invoke("x")
+
+
+def test_include_raw(llm: ChatLoraRetriever, engine) -> None:
+    """The raw message comes along, and a parsing error in place of an exception."""
+    chain = llm.with_structured_output(Joke, include_raw=True)
+    engine.answer = lambda prompt, names: JOKE
+    good = chain.invoke("x")
+    assert (good["parsed"].rating, good["parsing_error"], good["raw"].content) == (7, None, JOKE)
+    engine.answer = lambda prompt, names: "{"
+    bad = chain.invoke("x")
+    assert bad["parsed"] is None
+    assert isinstance(bad["parsing_error"], StructuredOutputError)
+
+
+def test_an_unknown_method_is_refused(llm: ChatLoraRetriever) -> None:
+    """The methods there are are listed."""
+    with pytest.raises(InvalidRequestError, match="function_calling"):
+        llm.with_structured_output(Joke, method="yaml")
+
+
+def test_the_profile_claims_what_is_honoured(llm: ChatLoraRetriever) -> None:
+    """Agents choose their strategy by it."""
+    assert llm.profile["structured_output"]
+    assert llm.profile["tool_calling"]
+    assert not llm.profile["image_inputs"]
+
+
+def test_reasoning_becomes_a_block_of_its_own(llm: ChatLoraRetriever, engine, tokenizer, monkeypatch) -> None:
+    """What a model thinks between tags is reasoning, not answer."""
+    monkeypatch.setattr(tokenizer, "chat_template", tokenizer.chat_template + "{# </think> #}")
+    for answer in ("<think>\nHm.\n</think>\n\nYes.", "Yes."):
+        engine.answer = lambda prompt, names, answer=answer: answer
+        first, *rest = llm.stream("x")
+        for chunk in rest:
+            first += chunk
+        for message in (first, llm.invoke("x")):
+            assert message.text == "Yes."
+            kinds = [block["type"] for block in message.content_blocks]
+            assert kinds == (["reasoning", "text"] if "think" in answer else ["text"])
