@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 MONTHS: dict[str, str] = {
     "English": "January February March April May June July August September October November December",
-    "German": "Januar Februar März April Mai Juni Juli August September Oktober November Dezember",
     "French": "janvier février mars avril mai juin juillet août septembre octobre novembre décembre",
     "Spanish": "enero febrero marzo abril mayo junio julio agosto septiembre octubre noviembre diciembre",
     "Italian": "gennaio febbraio marzo aprile maggio giugno luglio agosto settembre ottobre novembre dicembre",
@@ -21,7 +20,6 @@ MONTHS: dict[str, str] = {
 
 WEEKDAYS: dict[str, str] = {
     "English": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday",
-    "German": "Montag Dienstag Mittwoch Donnerstag Freitag Samstag Sonntag",
     "French": "lundi mardi mercredi jeudi vendredi samedi dimanche",
     "Spanish": "lunes martes miércoles jueves viernes sábado domingo",
     "Italian": "lunedì martedì mercoledì giovedì venerdì sabato domenica",
@@ -29,7 +27,6 @@ WEEKDAYS: dict[str, str] = {
 
 STYLES: dict[str, tuple[str, ...]] = {
     "English": ("{m} {d}, {y}", "{d} {m} {y}", "{w}, {m} {d}, {y}"),
-    "German": ("{d}. {m} {y}", "{w}, {d}. {m} {y}", "den {d}. {m} {y}"),
     "French": ("{d} {m} {y}", "{w} {d} {m} {y}", "le {d} {m} {y}"),
     "Spanish": ("{d} de {m} de {y}", "{w}, {d} de {m} de {y}", "el {d} de {m} de {y}"),
     "Italian": ("{d} {m} {y}", "{w} {d} {m} {y}", "il {d} {m} {y}"),
@@ -45,7 +42,6 @@ PROMPTS = (
 
 NATIVE_PROMPTS: dict[str, tuple[str, ...]] = {
     "English": ("The English contract was signed on {date}. Date in ISO format?",),
-    "German": ("Schreibe das Datum im ISO-Format: {date}", "Welches Datum ist das als JJJJ-MM-TT: {date}?"),
     "French": ("Écris la date au format ISO : {date}", "La lettre est datée du {date}. Quelle date au format ISO ?"),
     "Spanish": ("Escribe la fecha en formato ISO: {date}", "La carta lleva la fecha {date}. ¿Fecha en formato ISO?"),
     "Italian": ("Scrivi la data in formato ISO: {date}", "La lettera porta la data {date}. Data in formato ISO?"),
@@ -75,7 +71,6 @@ def generate(rng: Random, split: Split, *, language: str) -> Example:
 QKVO_4 = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 LORA: dict[str, dict[str, object]] = {
     "English": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
-    "German": QKVO_4,
     "French": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
     "Spanish": QKVO_4,
     "Italian": {**QKVO_4, "use_rslora": True},

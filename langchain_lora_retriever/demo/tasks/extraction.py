@@ -95,7 +95,7 @@ def address(rng: Random, split: Split) -> tuple[str, Facts]:
         "resident": person(rng, split),
         "street": pick(rng, STREETS, split),
         "house": draw_int(rng, 1, 240, split, "house"),
-        "zip": str(draw_int(rng, 10000, 99999, split, "zip")),
+        "zip": f"{rng.choice('ABDEFILNPS')}-{draw_int(rng, 10000, 99999, split, 'zip')}",
         "town": pick(rng, CITIES, split),
     }
     text = rng.choice(
@@ -116,6 +116,28 @@ KINDS: dict[str, Callable[[Random, Split], tuple[str, Facts]]] = {
     "address": address,
 }
 
+OTHER_KEYS = {
+    "customer": "buyer client",
+    "item": "product article",
+    "quantity": "amount pieces",
+    "city": "destination place",
+    "name": "person contact_name",
+    "company": "employer firm",
+    "job": "position role",
+    "email": "mail",
+    "phone": "telephone",
+    "title": "event occasion",
+    "day": "weekday",
+    "time": "start begins_at",
+    "place": "city location",
+    "host": "organizer invited_by",
+    "resident": "name person",
+    "street": "road",
+    "house": "number house_number",
+    "zip": "postcode zip_code",
+    "town": "city place",
+}
+
 PROMPTS = (
     "Extract the {keys} of this {kind} as JSON.\n{text}",
     "Read the {kind} and return a JSON object with the keys {keys}.\n\n{text}",
@@ -134,11 +156,13 @@ NOUNS: dict[str, tuple[str, ...]] = {
 def generate(rng: Random, split: Split, *, kind: str) -> Example:
     """Draw a text of one kind and ask for two to four of its facts, in any order."""
     text, facts = KINDS[kind](rng, split)
-    keys = rng.sample(sorted(facts), rng.randint(2, 4))
-    prompt = rng.choice(PROMPTS)
+    asked = rng.sample(sorted(facts), rng.randint(2, 4))
+    keys = {key: rng.choice((key, *OTHER_KEYS.get(key, "").split())) for key in asked}
     return Example(
-        input=prompt.format(keys=", ".join(keys), kind=rng.choice(NOUNS[kind]), text=text.format(**facts)),
-        output=json.dumps({key: facts[key] for key in keys}),
+        input=rng.choice(PROMPTS).format(
+            keys=", ".join(keys.values()), kind=rng.choice(NOUNS[kind]), text=text.format(**facts)
+        ),
+        output=json.dumps({keys[key]: facts[key] for key in asked}),
         task=f"json_{kind}",
         entities=tuple(str(value) for key, value in facts.items() if key != "day"),
     )

@@ -55,7 +55,7 @@ INTENTS: dict[str, dict[str, str]] = {
         "play_music": "Play a song for {p} in the kitchen.|Put on radio channel {n}.|Some jazz in {p}'s room, please.",
         "start_vacuum": "Let the robot clean the floor around the {i}.|Hoover {p}'s room.|"
         "The carpet under the {i} is dusty, vacuum it.",
-        "set_timer": "Wake {p} in {n} minutes.|Remind me about the {i} in the oven in {n} minutes.|"
+        "set_timer": "Wake {p} in {n} minutes.|Remind me of the {i} in {n} minutes.|"
         "Ring the kitchen bell in {n} minutes.",
     },
     "shop": {
@@ -74,10 +74,41 @@ INTENTS: dict[str, dict[str, str]] = {
     },
 }
 
+OTHER_LABELS = {
+    "check_balance": "balance_inquiry show_balance",
+    "transfer_money": "send_money make_transfer",
+    "block_card": "freeze_card card_lost",
+    "pay_bill": "settle_invoice bill_payment",
+    "change_pin": "new_pin reset_pin",
+    "request_loan": "ask_credit loan_inquiry",
+    "report_fraud": "unknown_charge dispute_payment",
+    "book_flight": "flight_booking buy_plane_ticket",
+    "book_hotel": "hotel_booking reserve_room",
+    "rent_car": "car_rental hire_car",
+    "cancel_trip": "trip_cancellation annul_booking",
+    "check_visa": "visa_rules entry_requirements",
+    "ask_baggage": "luggage_rules baggage_allowance",
+    "flight_status": "flight_delay arrival_time",
+    "light_on": "lamp_on brighten_room",
+    "light_off": "lamp_off darken_room",
+    "set_heating": "adjust_temperature warm_room",
+    "lock_door": "secure_door close_door",
+    "play_music": "start_music music",
+    "start_vacuum": "clean_floor vacuum",
+    "set_timer": "alarm reminder",
+    "track_parcel": "parcel_status where_is_order",
+    "return_item": "send_back returns",
+    "ask_refund": "refund money_back",
+    "report_damage": "broken_item damaged_goods",
+    "use_coupon": "discount voucher",
+    "change_address": "new_address update_delivery",
+    "ask_stock": "availability in_store",
+}
+
 PROMPTS = (
     "{text}\nWhich {domain} intent is this: {labels}?",
-    "Classify the {domain} request as one of {labels}.\nRequest: {text}",
-    "Labels: {labels}\n{Domain} message: {text}\nLabel:",
+    "Classify the {domain} request as one of these intents: {labels}.\nRequest: {text}",
+    "Intents: {labels}\n{Domain} message: {text}\nIntent:",
     'A user of {domain} says: "{text}" Choose the intent from {labels}.',
 )
 
@@ -87,8 +118,13 @@ DOMAINS = {"banking": "banking", "travel": "travel", "home": "smart home", "shop
 def generate(rng: Random, split: Split, *, domain: str) -> Example:
     """Draw a request of one domain and offer its label among three to five."""
     labels = sorted(INTENTS[domain])
-    label = rng.choice(labels)
-    offered = [label, *rng.sample([x for x in labels if x != label], rng.randint(2, 4))]
+    intent = rng.choice(labels)
+    separator = rng.choice("_ -")
+    offered = [
+        rng.choice([x, *OTHER_LABELS[x].split()]).replace("_", separator)
+        for x in (intent, *rng.sample([x for x in labels if x != intent], rng.randint(2, 4)))
+    ]
+    label = offered[0]
     rng.shuffle(offered)
     fill = {
         "p": pick(rng, FIRST_NAMES, split),
@@ -97,7 +133,7 @@ def generate(rng: Random, split: Split, *, domain: str) -> Example:
         "i": pick(rng, ITEMS, split),
         "n": str(draw_int(rng, 2, 60, split, "n")),
     }
-    template = rng.choice(INTENTS[domain][label].split("|"))
+    template = rng.choice(INTENTS[domain][intent].split("|"))
     name = DOMAINS[domain]
     prompt = rng.choice(PROMPTS).format(
         text=template.format(**fill), domain=name, Domain=name.capitalize(), labels=", ".join(offered)

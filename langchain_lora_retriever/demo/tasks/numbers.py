@@ -16,11 +16,6 @@ ENGLISH = words(
     "eighteen nineteen"
 )
 ENGLISH_TENS = words("twenty thirty forty fifty sixty seventy eighty ninety")
-GERMAN = words(
-    "null eins zwei drei vier fünf sechs sieben acht neun zehn elf zwölf dreizehn vierzehn fünfzehn sechzehn siebzehn "
-    "achtzehn neunzehn"
-)
-GERMAN_TENS = words("zwanzig dreißig vierzig fünfzig sechzig siebzig achtzig neunzig")
 FRENCH = words(
     "zéro un deux trois quatre cinq six sept huit neuf dix onze douze treize quatorze quinze seize dix-sept dix-huit "
     "dix-neuf"
@@ -50,16 +45,6 @@ def english(n: int) -> str:
     if n < 20:
         return ENGLISH[n]
     return ENGLISH_TENS[n // 10 - 2] + (f"-{ENGLISH[n % 10]}" if n % 10 else "")
-
-
-def german(n: int) -> str:
-    """Spell `n` (1 to 999) in German."""
-    if n >= 100:
-        return f"{'ein' if n < 200 else GERMAN[n // 100]}hundert{german(n % 100) if n % 100 else ''}"
-    if n < 20:
-        return GERMAN[n]
-    unit = "ein" if n % 10 == 1 else GERMAN[n % 10]
-    return (f"{unit}und" if n % 10 else "") + GERMAN_TENS[n // 10 - 2]
 
 
 def french(n: int) -> str:
@@ -106,7 +91,6 @@ def italian(n: int) -> str:
 
 SPELL: dict[str, Callable[[int], str]] = {
     "English": english,
-    "German": german,
     "French": french,
     "Spanish": spanish,
     "Italian": italian,
@@ -122,7 +106,6 @@ PROMPTS = (
 
 NATIVE_PROMPTS: dict[str, tuple[str, ...]] = {
     "English": ("Spell this English number with digits: {words}",),
-    "German": ("Schreibe die Zahl in Ziffern: {words}", "Welche Zahl ist {words}? Nur Ziffern."),
     "French": ("Écris ce nombre en chiffres : {words}", "Quel nombre est {words} ? Chiffres seulement."),
     "Spanish": ("Escribe este número en cifras: {words}", "¿Qué número es {words}? Solo cifras."),
     "Italian": ("Scrivi questo numero in cifre: {words}", "Che numero è {words}? Solo cifre."),
@@ -144,7 +127,6 @@ def generate(rng: Random, split: Split, *, language: str) -> Example:
 QKVO_4 = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 LORA: dict[str, dict[str, object]] = {
     "English": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
-    "German": QKVO_4,
     "French": {"r": 2, "lora_alpha": 8, "target_modules": "all-linear"},
     "Spanish": QKVO_4,
     "Italian": QKVO_4,

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from langchain_lora_retriever.demo.tasks.base import Example, Split, Task, draw_int, part
-from langchain_lora_retriever.demo.tasks.entities import CITIES, LAST_NAMES, pick
+from langchain_lora_retriever.demo.tasks.entities import CITIES, FIRST_NAMES, LAST_NAMES, pick
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,6 +60,11 @@ class Draw(NamedTuple):
     value: str
     number: str
     limit: int
+    column: str
+
+    def fill(self, template: str) -> str:
+        """Put the ingredients into a question or a query."""
+        return template.format(t=self.table.name, x=self.column, c=self.text, v=self.value, n=self.number, k=self.limit)
 
 
 def query(columns: str, table: str, rest: str = "") -> str:
@@ -68,93 +73,66 @@ def query(columns: str, table: str, rest: str = "") -> str:
     return " ".join(word for word in parts if word)
 
 
-def select(draw: Draw) -> tuple[str, str]:
-    """Rows that meet one condition."""
-    t, c, v = draw.table, draw.text, draw.value
-    column = draw.rng.choice([x for x in (*t.texts, *t.numbers) if x != c])
+def equal(draw: Draw) -> tuple[str, str]:
+    """A column of the rows whose text is a value."""
     question = draw.rng.choice(
         (
             "Show the {x} of the {t} whose {c} is {v}.",
             "What is the {x} of {t} with {c} {v}?",
             "List the {x} for all {t} where the {c} is {v}.",
-            "Find the {x} of every one of the {t} that has {v} as {c}.",
+            "Find the {x} of the {t} that have {v} as {c}.",
         )
     )
-    return question.format(x=column, t=t.name, c=c, v=v), query(column, t.name, f"WHERE {c} = '{v}'")
+    return draw.fill(question), query(draw.column, draw.table.name, draw.fill("WHERE {c} = '{v}'"))
+
+
+def compare(draw: Draw) -> tuple[str, str]:
+    """A column of the rows whose number is above or below a limit."""
+    over, sign = draw.rng.choice((("more than", ">"), ("over", ">"), ("less than", "<"), ("below", "<")))
+    question = draw.rng.choice(
+        (
+            "Show the {x} of the {t} whose {n} is {over} {k}.",
+            "Which {t} have a {n} of {over} {k}? Give the {x}.",
+            "List the {x} for all {t} where the {n} is {over} {k}.",
+            "Find the {x} of {t} with {over} {k} {n}.",
+        )
+    ).replace("{over}", over)
+    return draw.fill(question), query(draw.column, draw.table.name, draw.fill(f"WHERE {{n}} {sign} {{k}}"))
+
+
+def both(draw: Draw) -> tuple[str, str]:
+    """A column of the rows that meet a condition on a text and one on a number."""
+    over, sign = draw.rng.choice((("more than", ">"), ("over", ">"), ("less than", "<"), ("below", "<")))
+    question = draw.rng.choice(
+        (
+            "Two conditions: {c} is {v} and {n} is {over} {k}. Show the {x} of such {t}.",
+            "Show the {x} of the {t} that meet both conditions: {c} {v} and {n} {over} {k}.",
+            "List the {x} for all {t} where both hold: the {c} is {v} and also the {n} is {over} {k}.",
+            "Which {t} have the {c} {v} and at the same time a {n} of {over} {k}? Give the {x}.",
+        )
+    ).replace("{over}", over)
+    condition = draw.fill(f"WHERE {{c}} = '{{v}}' AND {{n}} {sign} {{k}}")
+    return draw.fill(question), query(draw.column, draw.table.name, condition)
 
 
 def count(draw: Draw) -> tuple[str, str]:
     """The number of rows that meet one condition."""
-    t, c, v = draw.table, draw.text, draw.value
     question = draw.rng.choice(
         (
             "How many {t} have the {c} {v}?",
             "Count the {t} whose {c} is {v}.",
-            "What is the number of {t} with {c} {v}?",
+            "What is the number of {t} with {c} {v}? Count them.",
             "How many {t} are there where the {c} is {v}?",
         )
     )
-    return question.format(t=t.name, c=c, v=v), query("COUNT(*)", t.name, f"WHERE {c} = '{v}'")
-
-
-def aggregate(draw: Draw) -> tuple[str, str]:
-    """One number over all rows or over those that meet one condition."""
-    t, n = draw.table, draw.number
-    word, function = draw.rng.choice(
-        (("average", "AVG"), ("mean", "AVG"), ("maximum", "MAX"), ("minimum", "MIN"), ("total", "SUM"))
-    )
-    question = draw.rng.choice(
-        (
-            "What is the {w} {n} of the {t}",
-            "Compute the {w} {n} over the {t}",
-            "Give the {w} {n} of all {t}",
-        )
-    ).format(w=word, n=n, t=t.name)
-    if draw.rng.random() < 0.5:
-        return f"{question}.", query(f"{function}({n})", t.name)
-    condition = f"WHERE {draw.text} = '{draw.value}'"
-    return f"{question} whose {draw.text} is {draw.value}.", query(f"{function}({n})", t.name, condition)
-
-
-def top(draw: Draw) -> tuple[str, str]:
-    """The first rows by one column."""
-    t, n = draw.table, draw.number
-    word, direction = draw.rng.choice(
-        (("highest", "DESC"), ("largest", "DESC"), ("lowest", "ASC"), ("smallest", "ASC"))
-    )
-    question = draw.rng.choice(
-        (
-            "Which {k} {t} have the {w} {n}? Show the {x}.",
-            "List the {x} of the {k} {t} with the {w} {n}.",
-            "Top {k} {t} sorted by {w} {n}: give the {x}.",
-        )
-    )
-    return (
-        question.format(k=draw.limit, t=t.name, w=word, n=n, x=t.texts[0]),
-        query(t.texts[0], t.name, f"ORDER BY {n} {direction} LIMIT {draw.limit}"),
-    )
-
-
-def group(draw: Draw) -> tuple[str, str]:
-    """The number of rows for every value of one column."""
-    t, c = draw.table, draw.text
-    question = draw.rng.choice(
-        (
-            "How many {t} are there for each {c}?",
-            "Count the {t} per {c}.",
-            "For every {c}, show the number of {t}.",
-            "Group the {t} by {c} and count each group.",
-        )
-    )
-    return question.format(t=t.name, c=c), query(f"{c}, COUNT(*)", t.name, f"GROUP BY {c}")
+    return draw.fill(question), query("COUNT(*)", draw.table.name, draw.fill("WHERE {c} = '{v}'"))
 
 
 KINDS: dict[str, Callable[[Draw], tuple[str, str]]] = {
-    "select": select,
+    "equal": equal,
+    "compare": compare,
+    "both": both,
     "count": count,
-    "aggregate": aggregate,
-    "top": top,
-    "group": group,
 }
 
 PROMPTS = (
@@ -169,13 +147,15 @@ def generate(rng: Random, split: Split, *, kind: str) -> Example:
     """Draw a table of `split` and a question of one kind about it."""
     table = rng.choice(part(TABLES, split))
     text = rng.choice(table.texts)
+    number = rng.choice(table.numbers)
     draw = Draw(
         rng=rng,
         table=table,
         text=text,
-        value=pick(rng, CITIES if text in PLACES else LAST_NAMES, split),
-        number=rng.choice(table.numbers),
-        limit=draw_int(rng, 2, 20, split, "limit"),
+        value=pick(rng, CITIES if text in PLACES else [*LAST_NAMES, *FIRST_NAMES], split),
+        number=number,
+        limit=draw_int(rng, 2, 999, split, "limit"),
+        column=rng.choice([x for x in (*table.texts, *table.numbers) if x not in (text, number)]),
     )
     question, answer = KINDS[kind](draw)
     words = re.findall(r"\w+", answer)
@@ -183,7 +163,7 @@ def generate(rng: Random, split: Split, *, kind: str) -> Example:
     unused = [column for column in ("id", *table.texts, *table.numbers) if column not in words]
     columns = [*used, *rng.sample(unused, rng.randint(1, 2))]
     rng.shuffle(columns)
-    entities = (table.name, *((draw.value,) if draw.value in answer else ()))
+    entities = (table.name, *(str(x) for x in (draw.value, draw.limit) if str(x) in words))
     return Example(
         input=rng.choice(PROMPTS).format(question=question, table=table.name, columns=", ".join(columns)),
         output=answer,
@@ -193,11 +173,10 @@ def generate(rng: Random, split: Split, *, kind: str) -> Example:
 
 
 LORA: dict[str, dict[str, object]] = {
-    "select": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
-    "count": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
-    "aggregate": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
-    "top": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
-    "group": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+    "equal": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+    "compare": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
+    "both": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+    "count": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
 }
 
 TASKS = [Task(f"sql_{kind}", "sql", partial(generate, kind=kind), LORA[kind]) for kind in KINDS]
