@@ -1,0 +1,375 @@
+"""How well composed adapters answer, in distribution and with the right adapter masked.
+
+Source: LoraRetriever, arXiv:2402.09997, table 1; AdapterSoup, arXiv:2302.07027; LoraHub, arXiv:2307.13269.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+
+import numpy as np
+
+from langchain_lora_retriever.call_options import CallOptions
+from langchain_lora_retriever.composer import compose, materialize, pin
+from langchain_lora_retriever.errors import InvalidRequestError
+from langchain_lora_retriever.evaluation.metrics import Interval, bootstrap_macro, corpus_bleu, score_answers
+from langchain_lora_retriever.messages import encode_chat
+from langchain_lora_retriever.types import Adapter, Composition, RetrievedAdapter, SamplingParams
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from langchain_lora_retriever.composer import Weighting
+    from langchain_lora_retriever.engine import EngineWorker, Generation
+    from langchain_lora_retriever.evaluation.benchmark import Benchmark, TestRow
+    from langchain_lora_retriever.pool import AdapterPool
+    from langchain_lora_retriever.retriever import LoraRetriever
+    from langchain_lora_retriever.training import Progress
+
+__all__ = ["CompositionReport", "CompositionScores", "Method", "Setting", "evaluate_composition", "paper_settings"]
+
+Method: TypeAlias = Literal["base", "oracle", "selection", "fusion", "mixture", "soup", "random"]
+"""What answers a prompt. "base" is the base model alone, "oracle" the adapter trained for the task, "soup" one uniform
+fusion of the top k of all prompts together (AdapterSoup), "random" a uniform fusion of k adapters drawn for each task
+(what LoraHub starts from). The other three are the paper's."""
+
+_MAIN = {"em": "em", "rouge": "rougeL", "bleu": "bleu"}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One way to answer prompts.
+
+    Attributes:
+        method: What answers.
+        top_k: Adapters retrieved; of no effect on "base", "oracle" and "selection".
+        weights: "uniform" or "similarity" weights of fusions and mixtures.
+        temperature: Of similarity weights.
+        label: What tables call it; made of the above by default.
+
+    Raises:
+        InvalidRequestError: If a value is out of its range.
+    """
+
+    method: Method
+    top_k: int = 3
+    weights: Weighting = "uniform"
+    temperature: float = 0.05
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse methods there are not, and make the label."""
+        if self.method not in get_args(Method):
+            raise InvalidRequestError(f"method={self.method!r} is not allowed: pass one of {get_args(Method)}.")
+        if self.top_k < 1:
+            raise InvalidRequestError(f"top_k={self.top_k!r} is not allowed: pass an integer >= 1.")
+        if not self.label:
+            object.__setattr__(self, "label", self._default_label())
+
+    def _default_label(self) -> str:
+        if self.method in {"base", "oracle", "selection"}:
+            return self.method
+        weights = "" if self.weights == "uniform" else f", softmax(score / {self.temperature:g})"
+        return f"{self.method} k={self.top_k}{weights}"
+
+    @classmethod
+    def default(cls) -> Setting:
+        """Return what `ChatLoraRetriever` does unless told otherwise."""
+        options = CallOptions()
+        return cls(
+            options.composition,
+            top_k=options.top_k,
+            weights=options.weights,
+            temperature=options.weight_temperature,
+            label="default",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CompositionScores:
+    """Scores of one setting under one condition.
+
+    Attributes:
+        setting: The setting.
+        is_masked: Whether the right adapter was kept out of retrieval.
+        overall: Macro average over the tasks, each by its own metric, with its 95 % bootstrap interval.
+        per_domain: The same by domain, without interval.
+        per_task: Every metric by task: "main", "em", "rouge1", "rouge2", "rougeL", "bleu" (of the corpus), and
+            "right_adapter", the share of rows in which the right adapter has the largest weight.
+        row_scores: The main metric of every row, by task, in the order of the benchmark.
+    """
+
+    setting: Setting
+    is_masked: bool
+    overall: Interval
+    per_domain: Mapping[str, float]
+    per_task: Mapping[str, Mapping[str, float]]
+    row_scores: Mapping[str, Sequence[float]]
+
+
+@dataclass(frozen=True, slots=True)
+class CompositionReport:
+    """Composition on one benchmark.
+
+    Attributes:
+        base_model: Its name.
+        encoder: Its name.
+        num_adapters: Adapters in the pool.
+        num_rows: Test rows.
+        num_excluded: Rows left out because they are among the adapters' samples.
+        num_generated: Answers generated in this run; the others were in the cache.
+        scores: One per setting and condition.
+    """
+
+    base_model: str
+    encoder: str
+    num_adapters: int
+    num_rows: int
+    num_excluded: int
+    num_generated: int
+    scores: tuple[CompositionScores, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON-ready values."""
+        return asdict(self)
+
+
+def paper_settings(top_k: Iterable[int] = (3,)) -> tuple[Setting, ...]:
+    """Return the paper's rows: the base model, the oracle, selection, and fusion and mixture for each k."""
+    ks = tuple(top_k)
+    return (
+        Setting("base"),
+        Setting("oracle"),
+        Setting("selection"),
+        *(Setting("fusion", top_k=k) for k in ks),
+        *(Setting("mixture", top_k=k) for k in ks),
+    )
+
+
+def evaluate_composition(
+    benchmark: Benchmark,
+    pool: AdapterPool,
+    engine: EngineWorker,
+    retriever: LoraRetriever,
+    *,
+    settings: Sequence[Setting] | None = None,
+    masked: Sequence[bool] = (False, True),
+    max_tokens: int = 48,
+    cache: str | Path | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> CompositionReport:
+    """Answer every test row under every setting, greedily.
+
+    The base model and the oracle have no masked condition.
+
+    Args:
+        benchmark: Its rows are answered; every task needs an adapter of its name in the pool.
+        pool: The adapters.
+        engine: Runs the base model.
+        retriever: Retrieves among `pool`.
+        settings: What to compare; `paper_settings()` and the default by default.
+        masked: Conditions: False retrieves among all, True keeps the adapter of the row's task out.
+        max_tokens: Longest answer.
+        cache: A JSON-lines file of answers. What is in it is not generated again, whichever settings asked for it, so
+            an evaluation that was cut off goes on where it stopped.
+        seed: Of the random fusions and of the bootstrap.
+        progress: Called with the answers generated and those to generate.
+
+    Raises:
+        InvalidRequestError: If a task has no adapter in the pool.
+    """
+    settings = (*paper_settings(), Setting.default()) if settings is None else tuple(settings)
+    missing = sorted({row.task for row in benchmark.rows} - set(pool.names))
+    if missing:
+        raise InvalidRequestError(
+            f"the pool has no adapter for the tasks {', '.join(map(repr, missing))}; it has {', '.join(pool.names)}. "
+            "Name adapters as the benchmark names tasks, or drop these rows."
+        )
+    runs = [
+        (setting, is_masked)
+        for setting in settings
+        for is_masked in masked
+        if not (is_masked and setting.method in {"base", "oracle"})
+    ]
+    plans = [_Planner(benchmark.rows, pool, retriever, is_masked, seed).plan(setting) for setting, is_masked in runs]
+    answers = _Answers(engine, pool, max_tokens, None if cache is None else Path(cache))
+    keys = [[answers.want(row.input, c) for row, c in zip(benchmark.rows, plan, strict=True)] for plan in plans]
+    num_generated = answers.generate(progress)
+    scores = [
+        _score(benchmark.rows, [answers[key] for key in run_keys], plan, setting, is_masked, seed)
+        for run_keys, plan, (setting, is_masked) in zip(keys, plans, runs, strict=True)
+    ]
+    return CompositionReport(
+        base_model=engine.name,
+        encoder=retriever.encoder.name,
+        num_adapters=len(pool),
+        num_rows=len(benchmark.rows),
+        num_excluded=benchmark.num_excluded,
+        num_generated=num_generated,
+        scores=tuple(scores),
+    )
+
+
+class _Planner:
+    """Decides the composition of every row under a setting."""
+
+    def __init__(
+        self, rows: Sequence[TestRow], pool: AdapterPool, retriever: LoraRetriever, is_masked: bool, seed: int
+    ) -> None:
+        self._rows = rows
+        self._pool = pool
+        self._retriever = retriever
+        self._is_masked = is_masked
+        self._seed = seed
+
+    def plan(self, setting: Setting) -> list[Composition]:
+        """Return one composition per row."""
+        match setting.method:
+            case "base":
+                return [Composition("selection")] * len(self._rows)
+            case "oracle":
+                return [pin([row.task], mode="selection") for row in self._rows]
+            case "soup":
+                return self._soup(setting)
+            case "random":
+                return self._random(setting)
+            case mode:
+                top_k = 1 if mode == "selection" else setting.top_k
+                return [
+                    compose(found, mode=mode, weights=setting.weights, temperature=setting.temperature)
+                    for found in self._retrieve(top_k)
+                ]
+
+    def _retrieve(self, top_k: int) -> list[list[RetrievedAdapter]]:
+        exclude = [{row.task} if self._is_masked else set[str]() for row in self._rows]
+        return self._retriever.retrieve_batch([row.input for row in self._rows], top_k=top_k, exclude=exclude)
+
+    def _soup(self, setting: Setting) -> list[Composition]:
+        totals = dict.fromkeys(self._pool.names, 0.0)
+        for found in self._retriever.retrieve_batch([row.input for row in self._rows], top_k=len(self._pool)):
+            for adapter in found:
+                totals[adapter.name] += adapter.score
+        ranked = sorted(totals, key=lambda name: (-totals[name], name))
+        return [pin(self._allowed(ranked, row)[: setting.top_k], mode="fusion") for row in self._rows]
+
+    def _random(self, setting: Setting) -> list[Composition]:
+        drawn = {}
+        for number, task in enumerate(dict.fromkeys(row.task for row in self._rows)):
+            generator = np.random.default_rng((self._seed, number))
+            drawn[task] = generator.permutation(np.array(self._pool.names)).tolist()
+        return [pin(self._allowed(drawn[row.task], row)[: setting.top_k], mode="fusion") for row in self._rows]
+
+    def _allowed(self, names: Sequence[str], row: TestRow) -> list[str]:
+        return [name for name in names if not (self._is_masked and name == row.task)]
+
+
+class _Answers:
+    """Greedy answers by what determines them: the prompt, the adapters' contents and weights, the length allowed."""
+
+    def __init__(self, engine: EngineWorker, pool: AdapterPool, max_tokens: int, cache: Path | None) -> None:
+        self._engine = engine
+        self._pool = pool
+        self._sampling = SamplingParams(max_tokens=max_tokens)
+        self._cache = cache
+        self._texts: dict[str, str] = {}
+        self._wanted: dict[str, tuple[str, Composition]] = {}
+        if cache is not None and cache.is_file():
+            for line in cache.read_text(encoding="utf-8").splitlines():
+                if line.endswith("}"):  # a run that was cut off may leave half a line
+                    entry = json.loads(line)
+                    self._texts[entry["key"]] = entry["text"]
+
+    def __getitem__(self, key: str) -> str:
+        return self._texts[key]
+
+    def want(self, prompt: str, composition: Composition) -> str:
+        """Note an answer to generate, unless it is known; return its key."""
+        members = [(self._pool[member.name].fingerprint, round(member.weight, 6)) for member in composition.adapters]
+        mode = "fusion" if composition.mode == "fusion" and len(members) > 1 else "sum"
+        facts = [self._engine.name, prompt, mode, sorted(members), self._sampling.max_tokens]
+        key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+        if key not in self._texts:
+            self._wanted[key] = (prompt, composition)
+        return key
+
+    def generate(self, progress: Progress | None) -> int:
+        """Generate what is wanted, as many at once as the engine runs; return how many."""
+        total = len(self._wanted)
+        if self._cache is not None:
+            self._cache.parent.mkdir(parents=True, exist_ok=True)
+        for number, (key, text) in enumerate(self._run(), start=1):
+            self._texts[key] = text
+            if self._cache is not None:
+                with self._cache.open("a", encoding="utf-8") as stream:
+                    stream.write(json.dumps({"key": key, "text": text}, ensure_ascii=False) + "\n")
+            if progress is not None:
+                progress(number, total)
+        self._wanted.clear()
+        return total
+
+    def _run(self) -> Iterator[tuple[str, str]]:
+        running: deque[tuple[str, Generation]] = deque()
+        try:
+            # By composition, so that neighbours in the queue share adapters and few have to be loaded.
+            for key, (prompt, composition) in sorted(self._wanted.items(), key=lambda item: item[1][1].names):
+                if len(running) >= 2 * self._engine.max_num_seqs:
+                    yield _finish(running)
+                ids = encode_chat(self._engine.tokenizer, [{"role": "user", "content": prompt}])
+                adapters: tuple[tuple[Adapter, float], ...] = materialize(composition, self._pool)
+                running.append((key, self._engine.submit(ids, self._sampling, adapters)))
+            while running:
+                yield _finish(running)
+        finally:
+            for _, generation in running:
+                generation.abort()
+
+
+def _finish(running: deque[tuple[str, Generation]]) -> tuple[str, str]:
+    key, generation = running[0]
+    text = generation.result().text
+    running.popleft()
+    return key, text
+
+
+def _score(
+    rows: Sequence[TestRow],
+    answers: Sequence[str],
+    plan: Sequence[Composition],
+    setting: Setting,
+    is_masked: bool,
+    seed: int,
+) -> CompositionScores:
+    per_task: dict[str, dict[str, float]] = {}
+    row_scores: dict[str, list[float]] = {}
+    for task in dict.fromkeys(row.task for row in rows):
+        chosen = [i for i, row in enumerate(rows) if row.task == task]
+        texts, targets = [answers[i] for i in chosen], [rows[i].target for i in chosen]
+        scores = score_answers(texts, targets)
+        row_scores[task] = scores[_MAIN[rows[chosen[0]].metric]]
+        per_task[task] = {"main": float(np.mean(row_scores[task]))}
+        per_task[task] |= {key: float(np.mean(values)) for key, values in scores.items()}
+        per_task[task]["bleu"] = corpus_bleu(texts, targets)
+        is_right = [bool(plan[i].adapters) and _heaviest(plan[i]) == task for i in chosen]
+        per_task[task]["right_adapter"] = float(np.mean(is_right))
+    domains = {row.task: row.domain for row in rows}
+    return CompositionScores(
+        setting=setting,
+        is_masked=is_masked,
+        overall=bootstrap_macro(row_scores, seed=seed),
+        per_domain={
+            domain: float(np.mean([per_task[task]["main"] for task in per_task if domains[task] == domain]))
+            for domain in dict.fromkeys(domains.values())
+        },
+        per_task=per_task,
+        row_scores=row_scores,
+    )
+
+
+def _heaviest(composition: Composition) -> str:
+    return max(composition.adapters, key=lambda member: member.weight).name

@@ -1,0 +1,102 @@
+"""Composition tables, with an engine that answers with the name of its strongest adapter."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from langchain_lora_retriever.errors import InvalidRequestError
+from langchain_lora_retriever.evaluation import Setting, evaluate_composition, paper_settings
+from langchain_lora_retriever.retriever import LoraRetriever
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_settings_are_scored_in_and_out_of_distribution(benchmark_: Any, pool: Any, engine: Any, encoder: Any) -> None:
+    """The oracle is always right, the base model never, selection when the right adapter is not masked."""
+    report = evaluate_composition(benchmark_, pool, engine, LoraRetriever(pool, encoder), settings=paper_settings())
+    overall = {(s.setting.label, s.is_masked): s.overall.value for s in report.scores}
+    assert overall["base", False] == 0.0
+    assert overall["oracle", False] == 1.0
+    assert overall["selection", False] == 1.0
+    assert overall["selection", True] == 0.0
+    assert ("oracle", True) not in overall
+    selected = next(s for s in report.scores if s.setting.label == "selection" and not s.is_masked)
+    assert selected.per_task["sql"]["right_adapter"] == 1.0
+    assert selected.per_domain == {"code": 1.0, "translation": 1.0}
+    assert set(selected.per_task["sql"]) == {"main", "em", "rouge1", "rouge2", "rougeL", "bleu", "right_adapter"}
+    json.dumps(report.to_dict())
+
+
+def test_masking_never_uses_the_right_adapter(benchmark_: Any, pool: Any, engine: Any, encoder: Any) -> None:
+    """Under the mask no method composes the adapter of the row's own task."""
+    settings = [Setting(method, top_k=3) for method in ("selection", "fusion", "mixture", "soup", "random")]
+    report = evaluate_composition(
+        benchmark_, pool, engine, LoraRetriever(pool, encoder), settings=settings, masked=[True]
+    )
+    assert {s.per_task[task]["right_adapter"] for s in report.scores for task in s.per_task} == {0.0}
+
+
+def test_soup_is_one_for_all_prompts(benchmark_: Any, pool: Any, engine: Any, encoder: Any) -> None:
+    """AdapterSoup answers every prompt with the same fusion."""
+    report = evaluate_composition(
+        benchmark_, pool, engine, LoraRetriever(pool, encoder), settings=[Setting("soup", top_k=2)], masked=[False]
+    )
+    assert engine.num_submitted == len(benchmark_.rows)
+    (scores,) = report.scores
+    assert sorted(scores.per_task[task]["right_adapter"] for task in scores.per_task) == [0.0, 0.0, 0.0, 1.0]
+
+
+def test_answers_are_generated_once(benchmark_: Any, pool: Any, engine: Any, encoder: Any, tmp_path: Path) -> None:
+    """Oracle and selection share answers, and a cut-off evaluation goes on from its cache."""
+    retriever, cache = LoraRetriever(pool, encoder), tmp_path / "cache" / "answers.jsonl"
+    settings = [Setting("oracle"), Setting("selection")]
+    calls: list[tuple[int, int]] = []
+
+    def run() -> Any:
+        return evaluate_composition(
+            benchmark_,
+            pool,
+            engine,
+            retriever,
+            settings=settings,
+            masked=[False],
+            cache=cache,
+            progress=lambda *at: calls.append(at),
+        )
+
+    first = run()
+    assert first.num_generated == len(benchmark_.rows)
+    assert calls[-1] == (8, 8)
+    lines = cache.read_text().splitlines()
+    cache.write_text("\n".join([*lines[:5], lines[5][:10]]))
+    second = run()
+    assert second.num_generated == 3
+    assert second.scores == first.scores
+
+
+def test_default_follows_the_chat_model(benchmark_: Any, pool: Any, engine: Any, encoder: Any) -> None:
+    """Without settings the paper's rows are compared with what the chat model does unless told otherwise."""
+    report = evaluate_composition(benchmark_, pool, engine, LoraRetriever(pool, encoder), masked=[False])
+    labels = [s.setting.label for s in report.scores]
+    assert labels == ["base", "oracle", "selection", "fusion k=3", "mixture k=3", "default"]
+
+
+def test_labels_tell_settings_apart() -> None:
+    """A label names the method, k and how weights are made."""
+    assert Setting("selection", top_k=5).label == "selection"
+    assert Setting("mixture", weights="similarity", temperature=0.02).label == "mixture k=3, softmax(score / 0.02)"
+
+
+def test_unusable_settings_are_refused(benchmark_: Any, pool: Any, engine: Any, encoder: Any) -> None:
+    """A method there is not, k of 0, and a pool without a task's adapter are refused."""
+    with pytest.raises(InvalidRequestError, match="method='best'"):
+        Setting("best")  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequestError, match="top_k=0"):
+        Setting("mixture", top_k=0)
+    pool.remove("sql")
+    with pytest.raises(InvalidRequestError, match="no adapter for the tasks 'sql'"):
+        evaluate_composition(benchmark_, pool, engine, LoraRetriever(pool, encoder))
