@@ -210,6 +210,7 @@ def train_encoder(
 
     output_dir = Path(output_dir)
     model = SentenceTransformer(str(encoder), device=device)
+    model.float()  # a checkpoint in half precision would be loaded, and trained, as such
     probe = _Probe(usable, heldout or trained, instruction)
     before = probe.accuracy(model)
     num_steps = 0
@@ -281,7 +282,7 @@ def whiten(
         init_bias=torch.from_numpy((-weight @ centre).astype(np.float32)),
     )
     for module in (layer, Normalize()):
-        model.append(module.to(model.device))
+        model.append(module.to(model.device, next(model.parameters()).dtype))
 
 
 def _embed(model: SentenceTransformer, texts: Sequence[str], instruction: str) -> NDArray[np.float64]:
