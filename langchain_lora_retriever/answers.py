@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
+    from langchain_lora_retriever.constraints import GrammarConstraint
     from langchain_lora_retriever.engine import Delta, TokenLogprob, Usage
 
 __all__ = ["AnswerStream", "reasoning_state"]
@@ -32,6 +33,7 @@ class AnswerStream:
         reads_calls: Look for tool calls in the text.
         is_reasoning: True if the answer begins inside a `<think>` block, False if it may open one, None if the
             model knows no such block.
+        constraint: What the answer is constrained by, if anything; it knows whether the answer was shortened to fit.
     """
 
     def __init__(
@@ -41,11 +43,13 @@ class AnswerStream:
         *,
         reads_calls: bool = False,
         is_reasoning: bool | None = None,
+        constraint: GrammarConstraint | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._metadata = metadata
         self._calls = ToolCallParser() if reads_calls else None
         self._reasoning = _ReasoningParser(is_open=is_reasoning) if is_reasoning is not None else None
+        self._constraint = constraint
         self._has_calls = False
 
     def push(self, delta: Delta) -> Iterator[ChatGenerationChunk]:
@@ -57,9 +61,7 @@ class AnswerStream:
         if delta.logprobs:
             metadata["logprobs"] = _logprobs_metadata(self._tokenizer, delta.logprobs)
         if is_last:
-            metadata |= {**self._metadata, "finish_reason": delta.finish_reason}
-            if self._has_calls and delta.finish_reason == "stop":
-                metadata["finish_reason"] = "tool_calls"
+            metadata |= {**self._metadata, "finish_reason": self._finish_reason(delta)}
         if metadata:
             usage = _usage_metadata(delta.usage) if delta.usage else None
             position: Any = "last" if is_last else None
@@ -67,6 +69,11 @@ class AnswerStream:
                 content="", response_metadata=metadata, usage_metadata=usage, chunk_position=position
             )
             yield ChatGenerationChunk(message=message)
+
+    def _finish_reason(self, delta: Delta) -> str | None:
+        if self._constraint is not None and self._constraint.is_shortened:
+            return "length"
+        return "tool_calls" if self._has_calls and delta.finish_reason == "stop" else delta.finish_reason
 
     def _read(self, text: str, *, is_last: bool) -> Iterator[AIMessageChunk]:
         if self._reasoning is not None:

@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from langchain_core.language_models import LangSmithParams, LanguageModelInput, ModelProfile
 from langchain_core.language_models.chat_models import generate_from_stream
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
-from pydantic import ConfigDict, Field, PrivateAttr, SkipValidation, field_validator, model_validator
 
 from langchain_lora_retriever.answers import AnswerStream, reasoning_state
 from langchain_lora_retriever.call_options import CallOptions
-from langchain_lora_retriever.composer import Weighting  # noqa: TC001 - pydantic reads the annotations
-from langchain_lora_retriever.concurrency import ConcurrentChatModel, owned
-from langchain_lora_retriever.constraints import make_constraint
-from langchain_lora_retriever.encoder import Encoder  # noqa: TC001 - pydantic reads the annotations at run time
+from langchain_lora_retriever.chat_settings import ChatSettings
+from langchain_lora_retriever.concurrency import owned
 from langchain_lora_retriever.engine import Completion, Delta, EngineConfig, EngineWorker, Generation
 from langchain_lora_retriever.errors import InvalidRequestError
 from langchain_lora_retriever.messages import encode_chat, routing_text, to_chat
-from langchain_lora_retriever.pool import AdapterPool
-from langchain_lora_retriever.retriever import DEFAULT_ENCODER, DEFAULT_INSTRUCTION, LoraRetriever
-from langchain_lora_retriever.routing import Router
-from langchain_lora_retriever.shared import reject_unfit, shared_engine, shared_retriever
+from langchain_lora_retriever.shared import reject_unfit, shared_engine
 from langchain_lora_retriever.structured_output import AnswerFormat, answer_format, structured_output
 from langchain_lora_retriever.tools import to_tool_choice, to_tools
-from langchain_lora_retriever.types import CompositionMode  # noqa: TC001 - pydantic reads the annotations
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 
     from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+    from langchain_core.language_models import LanguageModelInput
     from langchain_core.messages import AIMessage, BaseMessage
     from langchain_core.runnables import Runnable
     from langchain_core.tools import BaseTool
@@ -52,105 +43,28 @@ class _Call(NamedTuple):
     text: str
 
 
-class ChatLoraRetriever(ConcurrentChatModel):
+class _Run(NamedTuple):
+    """A request in the engine, and what reads its answer."""
+
+    generation: Generation
+    answer: AnswerStream
+
+
+class ChatLoraRetriever(ChatSettings):
     """A chat model that retrieves, composes and runs LoRA adapters per prompt.
 
     Every call is routed on its last human message, and runs in one continuous batch with all others of the process
     that use the same base model. Weights are loaded at first use, once per process.
 
-    The settings from `adapters` on may also be given per call (`llm.invoke(..., top_k=1)`,
-    `llm.bind(adapters=["sql"])`), and so may those that only `CallOptions` has: `route_text`, `n`, `model`.
+    The constructor takes the settings that `ChatSettings` describes. Most of them may also be given per call
+    (`llm.invoke(..., top_k=1)`, `llm.bind(adapters=["sql"])`).
 
-    Attributes:
-        base_model: A hub name, a folder, or `(model, tokenizer)` already loaded.
-        pool: The adapters to choose from, or the folder they lie in; None for none yet.
-        encoder: Embeds prompts and samples: a sentence-transformers name or folder, or an `Encoder`.
-        instruction: Prefix under which texts are embedded.
-        retriever: A retriever that is ready, in place of `pool`, `encoder` and `instruction`.
-        model_name: The base model's name in traces and metadata; by default what it is loaded from.
-        model_kwargs: For `from_pretrained`: `device_map`, `dtype`, `quantization_config`, ...
-        engine_config: Limits of the engine, as an `EngineConfig` or a dict of its fields.
-        streaming: Generate by streaming even where the caller did not ask for a stream.
-        adapters: Names that take the place of retrieval; `[]` runs the base model alone.
-        exclude_adapters: Names retrieval must not return.
-        composition: How several adapters act together: "selection", "fusion" or "mixture".
-        top_k: Most adapters to compose.
-        weights: "similarity" or "uniform" weights of retrieved adapters.
-        weight_temperature: Temperature of similarity weights; lower favours the best more.
-        min_score: Cosine similarity under which an adapter is not used.
-        temperature: 0 is greedy.
-        max_tokens: Most tokens to generate.
-        sampling_top_k: Keep the most probable tokens only; 0 keeps all.
-        top_p: Keep the smallest set of tokens of this probability.
-        seed: Makes sampled answers repeatable.
-        stop: Strings that end the answer.
-        logprobs: Report log-probabilities: True, or the number of alternatives per token.
-        timeout: Seconds a call may take before it is aborted with `TimeoutError`.
-        chat_template_kwargs: More variables for the chat template, such as `{"enable_thinking": False}`.
+    Example:
+        >>> llm = ChatLoraRetriever(base_model="HuggingFaceTB/SmolLM2-135M-Instruct", pool="path/to/pool")
+        ... # doctest: +SKIP
+        >>> llm.invoke("How many users signed up in May?").response_metadata["adapters"]  # doctest: +SKIP
+        [{'name': 'sql', 'score': 0.83, 'weight': 0.97}, ...]
     """
-
-    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
-
-    base_model: str | Path | tuple[Any, Any] = Field(repr=False)
-    pool: AdapterPool | str | Path | None = Field(default=None, repr=False)
-    encoder: Annotated[str | Encoder | None, SkipValidation] = Field(default=None, repr=False)
-    instruction: str | None = None
-    retriever: LoraRetriever | None = Field(default=None, repr=False)
-    model_name: str = ""
-    model_kwargs: dict[str, Any] = Field(default_factory=dict)
-    engine_config: EngineConfig | dict[str, Any] = Field(default_factory=EngineConfig)
-    streaming: bool = False
-    adapters: list[str] | None = None
-    exclude_adapters: list[str] = Field(default_factory=list)
-    composition: CompositionMode = CallOptions.composition
-    top_k: int = CallOptions.top_k
-    weights: Weighting = CallOptions.weights
-    weight_temperature: float = CallOptions.weight_temperature
-    min_score: float | None = None
-    temperature: float = CallOptions.temperature
-    max_tokens: int = CallOptions.max_tokens
-    sampling_top_k: int = CallOptions.sampling_top_k
-    top_p: float = CallOptions.top_p
-    seed: int | None = None
-    stop: list[str] = Field(default_factory=list)
-    logprobs: bool | int | None = None
-    timeout: float | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-
-    _router: Router = PrivateAttr()
-
-    @field_validator("engine_config", mode="before")
-    @classmethod
-    def _to_engine_config(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        try:
-            return EngineConfig(**value)
-        except TypeError as error:
-            allowed = ", ".join(field.name for field in fields(EngineConfig))
-            raise InvalidRequestError(f"engine_config={value!r} is not allowed: pass some of {allowed}.") from error
-
-    @field_validator("pool", mode="before")
-    @classmethod
-    def _to_pool(cls, value: Any) -> Any:
-        return AdapterPool(value) if isinstance(value, str | Path) else value
-
-    @model_validator(mode="after")
-    def _connect(self) -> Self:
-        """Check the settings and find the retriever."""
-        CallOptions.merge(self, {}).sampling()
-        self.model_name = self.model_name or _name_of(self.base_model)
-        retriever = self.retriever
-        if retriever is None:
-            pool = self.pool if isinstance(self.pool, AdapterPool) else AdapterPool()
-            retriever = shared_retriever(pool, self.encoder or DEFAULT_ENCODER, self.instruction or DEFAULT_INSTRUCTION)
-        elif self.encoder is not None or self.instruction is not None:
-            raise InvalidRequestError("A retriever has its own encoder and instruction: pass it without these.")
-        elif self.pool is not None and self.pool is not retriever.pool:
-            raise InvalidRequestError("The pool is not the retriever's: pass one of the two.")
-        self.pool = retriever.pool
-        self._router = Router(retriever, self.model_name)
-        return self
 
     # Routing
 
@@ -183,11 +97,9 @@ class ChatLoraRetriever(ConcurrentChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         call = self._understand(messages, stop, kwargs)
-        composition, adapters = self._router.plan(call.text, call.options)
-        generations = self._submit(call, adapters)
-        with owned(generations, call.options.timeout):
-            completions = [generation.result() for generation in generations]
-        return self._result(call, composition, completions)
+        runs = self._start(call, *self._router.plan(call.text, call.options))
+        with owned([run.generation for run in runs], call.options.timeout):
+            return _to_result(runs, [run.generation.result() for run in runs])
 
     async def _agenerate(
         self,
@@ -198,11 +110,9 @@ class ChatLoraRetriever(ConcurrentChatModel):
     ) -> ChatResult:
         await self._load()
         call = self._understand(messages, stop, kwargs)
-        composition, adapters = await self._router.aplan(call.text, call.options)
-        generations = self._submit(call, adapters)
-        with owned(generations, call.options.timeout):
-            completions = await asyncio.gather(*(generation.aresult() for generation in generations))
-        return self._result(call, composition, completions)
+        runs = self._start(call, *await self._router.aplan(call.text, call.options))
+        with owned([run.generation for run in runs], call.options.timeout):
+            return _to_result(runs, await asyncio.gather(*(run.generation.aresult() for run in runs)))
 
     def _stream(
         self,
@@ -211,13 +121,11 @@ class ChatLoraRetriever(ConcurrentChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,  # noqa: ARG002 - LangChain reports tokens itself
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        call = self._understand(messages, stop, kwargs)
-        composition, adapters = self._router.plan(call.text, call.options)
-        (generation,) = self._submit(call, adapters, is_stream=True)
-        answer = self._answer(call, composition)
-        with owned([generation], call.options.timeout):
-            for delta in generation:
-                yield from answer.push(delta)
+        call = self._understand(messages, stop, kwargs, is_stream=True)
+        (run,) = self._start(call, *self._router.plan(call.text, call.options))
+        with owned([run.generation], call.options.timeout):
+            for delta in run.generation:
+                yield from run.answer.push(delta)
 
     async def _astream(
         self,
@@ -227,19 +135,24 @@ class ChatLoraRetriever(ConcurrentChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         await self._load()
-        call = self._understand(messages, stop, kwargs)
-        composition, adapters = await self._router.aplan(call.text, call.options)
-        (generation,) = self._submit(call, adapters, is_stream=True)
-        answer = self._answer(call, composition)
-        with owned([generation], call.options.timeout):
-            async for delta in generation:
-                for chunk in answer.push(delta):
+        call = self._understand(messages, stop, kwargs, is_stream=True)
+        (run,) = self._start(call, *await self._router.aplan(call.text, call.options))
+        with owned([run.generation], call.options.timeout):
+            async for delta in run.generation:
+                for chunk in run.answer.push(delta):
                     yield chunk
 
     def _understand(
-        self, messages: Sequence[BaseMessage], stop: Sequence[str] | None, kwargs: Mapping[str, Any]
+        self,
+        messages: Sequence[BaseMessage],
+        stop: Sequence[str] | None,
+        kwargs: Mapping[str, Any],
+        *,
+        is_stream: bool = False,
     ) -> _Call:
         options = CallOptions.merge(self, {**kwargs, "stop": stop})
+        if is_stream and options.n > 1:
+            raise InvalidRequestError(f"n={options.n} cannot be streamed: pass n=1, or use generate().")
         chat, answer = to_chat(messages), answer_format(options)
         engine = self._engine()
         reject_unfit(self._router.pool, engine)
@@ -248,38 +161,28 @@ class ChatLoraRetriever(ConcurrentChatModel):
         )
         return _Call(options, answer, engine, prompt_token_ids, _text_to_route(messages, options))
 
-    def _submit(
-        self, call: _Call, adapters: Sequence[tuple[Adapter, float]], *, is_stream: bool = False
-    ) -> list[Generation]:
-        options = call.options
-        if is_stream and options.n > 1:
-            raise InvalidRequestError(f"n={options.n} cannot be streamed: pass n=1, or use generate().")
-        grammar = call.format.grammar
-        constraints = [grammar and make_constraint(call.engine.tokenizer, grammar) for _ in range(options.n)]
-        return [
-            call.engine.submit(call.prompt_token_ids, options.sampling(index), adapters, constraint=constraint or None)
-            for index, constraint in enumerate(constraints)
-        ]
-
-    def _answer(self, call: _Call, composition: Composition) -> AnswerStream:
+    def _start(self, call: _Call, composition: Composition, adapters: Sequence[tuple[Adapter, float]]) -> list[_Run]:
+        options, tokenizer = call.options, call.engine.tokenizer
         metadata = {
-            "model_name": call.options.model or self.model_name,
+            "model_name": options.model or self.model_name,
             "model_provider": "lora-retriever",
             **composition.to_metadata(),
         }
-        tokenizer = call.engine.tokenizer
-        return AnswerStream(
-            tokenizer,
-            metadata,
-            reads_calls=bool(call.format.tools),
-            is_reasoning=reasoning_state(tokenizer, call.prompt_token_ids) if call.format.is_free_text else None,
-        )
-
-    def _result(self, call: _Call, composition: Composition, completions: Sequence[Completion]) -> ChatResult:
-        results = [
-            generate_from_stream(self._answer(call, composition).push(Delta(*completion))) for completion in completions
+        is_reasoning = reasoning_state(tokenizer, call.prompt_token_ids) if call.format.is_free_text else None
+        constraints = [call.format.make_constraint(tokenizer, options.max_tokens) for _ in range(options.n)]
+        return [
+            _Run(
+                call.engine.submit(call.prompt_token_ids, options.sampling(index), adapters, constraint=constraint),
+                AnswerStream(
+                    tokenizer,
+                    metadata,
+                    reads_calls=bool(call.format.tools),
+                    is_reasoning=is_reasoning,
+                    constraint=constraint,
+                ),
+            )
+            for index, constraint in enumerate(constraints)
         ]
-        return ChatResult(generations=[result.generations[0] for result in results])
 
     # The engine
 
@@ -296,7 +199,7 @@ class ChatLoraRetriever(ConcurrentChatModel):
         """Load the base model without holding up the event loop."""
         await asyncio.to_thread(self._engine)
 
-    # What LangChain asks of a chat model
+    # Tools and structured output
 
     def bind_tools(
         self,
@@ -339,46 +242,7 @@ class ChatLoraRetriever(ConcurrentChatModel):
         """
         return structured_output(self, schema, include_raw=include_raw, **kwargs)
 
-    def _resolve_model_profile(self) -> ModelProfile:
-        return ModelProfile(
-            name=self.model_name or _name_of(self.base_model),
-            open_weights=True,
-            text_inputs=True,
-            image_inputs=False,
-            audio_inputs=False,
-            video_inputs=False,
-            pdf_inputs=False,
-            text_outputs=True,
-            tool_calling=True,
-            tool_choice=True,
-            tool_call_streaming=True,
-            structured_output=True,
-            temperature=True,
-        )
-
-    @property
-    def _llm_type(self) -> str:
-        return "lora-retriever"
-
-    @property
-    def _identifying_params(self) -> dict[str, Any]:
-        """Everything that changes an answer: LangChain's response cache keys on it."""
-        settings = CallOptions.merge(self, {})
-        return {
-            "base_model": self.model_name,
-            "source": str(self.base_model) if isinstance(self.base_model, str | Path) else id(self.base_model[0]),
-            "model_kwargs": repr(sorted(self.model_kwargs.items())),
-            "pool": self._router.pool.fingerprint,
-            "encoder": self._router.retriever.encoder.name,
-            "instruction": self._router.retriever.instruction,
-            **{field.name: getattr(settings, field.name) for field in fields(settings) if field.name != "timeout"},
-        }
-
-    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
-        params = super()._get_ls_params(stop=stop or self.stop or None, **kwargs)
-        params["ls_provider"] = "lora-retriever"
-        params["ls_model_name"] = kwargs.get("model") or self.model_name
-        return params
+    # Counting
 
     def get_token_ids(self, text: str) -> list[int]:
         """Return the base model's token ids of a plain text."""
@@ -393,11 +257,13 @@ class ChatLoraRetriever(ConcurrentChatModel):
         return len(self._understand(messages, None, {"tools": tools}).prompt_token_ids)
 
 
+def _to_result(runs: Sequence[_Run], completions: Sequence[Completion]) -> ChatResult:
+    results = [
+        generate_from_stream(run.answer.push(Delta(*completion)))
+        for run, completion in zip(runs, completions, strict=True)
+    ]
+    return ChatResult(generations=[result.generations[0] for result in results])
+
+
 def _text_to_route(messages: Sequence[BaseMessage], options: CallOptions) -> str:
     return routing_text(messages) if options.route_text is None else options.route_text
-
-
-def _name_of(base_model: str | Path | tuple[Any, Any]) -> str:
-    if isinstance(base_model, tuple):
-        return str(getattr(base_model[0], "name_or_path", "") or type(base_model[0]).__name__)
-    return base_model.name if isinstance(base_model, Path) else base_model

@@ -10,6 +10,7 @@ import threading
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from llguidance import LLMatcher, hf
 
 from langchain_lora_retriever.errors import EngineError, InvalidRequestError
@@ -17,7 +18,6 @@ from langchain_lora_retriever.errors import EngineError, InvalidRequestError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    import torch
     from llguidance import LLTokenizer
     from transformers import PreTrainedTokenizerBase
 
@@ -26,6 +26,8 @@ __all__ = ["GrammarConstraint", "calls_grammar", "choice_grammar", "json_grammar
 # No free white space: a weak model would emit blanks until the token limit. The separators are json.dumps's, so the
 # forced text is what models were trained on.
 _JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+_LONGEST_CLOSE = 512  # tokens; an answer that needs more to end is not made to fit
 
 _compiling = threading.Lock()
 
@@ -102,15 +104,25 @@ def _closed(schema: Any) -> Any:
     return closed
 
 
-def make_constraint(tokenizer: PreTrainedTokenizerBase, grammar: str) -> GrammarConstraint:
+def make_constraint(tokenizer: PreTrainedTokenizerBase, grammar: str, *, fit: int | None = None) -> GrammarConstraint:
     """Compile a grammar for a request.
+
+    Args:
+        tokenizer: The base model's.
+        grammar: What the answer must follow.
+        fit: Token limit that JSON is to be closed within: near it strings, lists and objects end as soon as the
+            grammar lets them. None leaves the answer to be cut off there.
 
     Raises:
         InvalidRequestError: If the grammar, or the schema in it, asks for what cannot be honoured.
     """
     with _compiling:
         matcher = _compile(tokenizer, grammar).deep_copy()
-        return GrammarConstraint(matcher, _tokenizer(tokenizer).vocab_size)
+        closers = _closers(tokenizer)
+        free = None
+        if fit is not None and (shortest := _shortest(tokenizer, grammar)) is not None:
+            free = max(fit - 2 * shortest - 8, 0)
+    return GrammarConstraint(matcher, closers, num_free_tokens=free)
 
 
 class GrammarConstraint:
@@ -118,12 +130,19 @@ class GrammarConstraint:
 
     Args:
         matcher: A matcher of its own, at its start.
-        vocab_size: Tokens the tokenizer knows; a model may have rows for more.
+        closers: Bits of the tokens that close JSON, int32 `[ceil(vocab_size / 32)]`.
+        num_free_tokens: Tokens after which only closing tokens are allowed wherever there are any; None for never.
+
+    Attributes:
+        is_shortened: Whether the answer was made to end early.
     """
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
+    def __init__(self, matcher: LLMatcher, closers: torch.Tensor, *, num_free_tokens: int | None = None) -> None:
         self._matcher = matcher
-        self._num_words = -(-vocab_size // 32)
+        self._closers = closers
+        self._num_free_tokens = num_free_tokens
+        self._num_tokens = 0
+        self.is_shortened = False
 
     @property
     def is_active(self) -> bool:
@@ -137,14 +156,20 @@ class GrammarConstraint:
 
     def fill_bitmask(self, row: torch.Tensor) -> None:
         """Write the allowed tokens into `row`, int32 `[ceil(vocab_size / 32)]` on the CPU, bit = 1: allowed."""
-        known = row[: self._num_words]
+        known = row[: len(self._closers)]  # a model may have rows for more tokens than its tokenizer knows
         self._matcher.unsafe_compute_mask_ptr(known.data_ptr(), known.numel() * known.element_size())
-        row[self._num_words :] = 0
+        row[len(self._closers) :] = 0
         self._check()
+        if self._num_free_tokens is not None and self._num_tokens >= self._num_free_tokens:
+            closing = known & self._closers
+            if closing.any() and not torch.equal(closing, known):
+                known.copy_(closing)
+                self.is_shortened = True
 
     def accept(self, token_id: int) -> None:
         """Advance by a token."""
         self._matcher.consume_token(token_id)
+        self._num_tokens += 1
         self._check()
 
     def forced_tokens(self) -> list[int]:
@@ -175,3 +200,29 @@ def _compile(tokenizer: PreTrainedTokenizerBase, grammar: str) -> LLMatcher:
             "Simplify the schema, pattern or grammar."
         )
     return matcher
+
+
+@lru_cache(maxsize=8)
+def _closers(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Find the tokens made of nothing but closing quotes and brackets."""
+    vocab_size = _tokenizer(tokenizer).vocab_size
+    bits = torch.zeros(-(-vocab_size // 32) * 32, dtype=torch.int64)
+    texts = tokenizer.batch_decode([[token_id] for token_id in range(min(vocab_size, len(tokenizer)))])
+    bits[[token_id for token_id, text in enumerate(texts) if text and not text.strip('"}]')]] = 1
+    words = (bits.view(-1, 32) << torch.arange(32)).sum(1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+@lru_cache(maxsize=256)
+def _shortest(tokenizer: PreTrainedTokenizerBase, grammar: str) -> int | None:
+    """Count the tokens of an answer that closes everything at once; None if it does not end so."""
+    constraint = GrammarConstraint(_compile(tokenizer, grammar).deep_copy(), _closers(tokenizer), num_free_tokens=0)
+    row = torch.zeros_like(constraint._closers)  # noqa: SLF001 - its own class's helper
+    for num_tokens in range(_LONGEST_CLOSE):
+        if constraint.is_finished:
+            return num_tokens
+        constraint.fill_bitmask(row)
+        word = int(row.nonzero()[0])
+        bits = int(row[word]) & 0xFFFFFFFF
+        constraint.accept(32 * word + (bits & -bits).bit_length() - 1)
+    return None

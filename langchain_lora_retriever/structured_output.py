@@ -17,7 +17,14 @@ from langchain_core.utils.function_calling import convert_to_json_schema, conver
 from langchain_core.utils.json import parse_partial_json
 from pydantic import BaseModel, ValidationError
 
-from langchain_lora_retriever.constraints import calls_grammar, choice_grammar, json_grammar, regex_grammar
+from langchain_lora_retriever.constraints import (
+    GrammarConstraint,
+    calls_grammar,
+    choice_grammar,
+    json_grammar,
+    make_constraint,
+    regex_grammar,
+)
 from langchain_lora_retriever.errors import InvalidRequestError, StructuredOutputError
 from langchain_lora_retriever.tools import CALL_CLOSE, CALL_OPEN, Tool, to_tool_choice, to_tools, tool_name
 
@@ -25,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from langchain_core.language_models import BaseChatModel, LanguageModelInput
+    from transformers import PreTrainedTokenizerBase
 
     from langchain_lora_retriever.call_options import CallOptions
 
@@ -40,11 +48,23 @@ class AnswerFormat(NamedTuple):
         tools: Tools to show the model.
         grammar: What decoding is constrained to; None leaves it free.
         is_free_text: The grammar allows any text, up to a tool call.
+        is_json: The answer is JSON, between tags or alone, and can be closed to fit the token limit.
     """
 
     tools: list[Tool]
-    grammar: str | None
-    is_free_text: bool
+    grammar: str | None = None
+    is_free_text: bool = False
+    is_json: bool = False
+
+    def make_constraint(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> GrammarConstraint | None:
+        """Compile the grammar for one request.
+
+        Raises:
+            InvalidRequestError: If it asks for what cannot be honoured.
+        """
+        if self.grammar is None:
+            return None
+        return make_constraint(tokenizer, self.grammar, fit=max_tokens if self.is_json else None)
 
 
 def answer_format(options: CallOptions) -> AnswerFormat:
@@ -59,9 +79,11 @@ def answer_format(options: CallOptions) -> AnswerFormat:
     if options.guided is not None:
         if tools or schema is not None:
             raise InvalidRequestError("guided constrains the whole answer: pass it without tools and response_format.")
-        return AnswerFormat([], _guided_grammar(options.guided), is_free_text=False)
+        return AnswerFormat([], _guided_grammar(options.guided), is_json="json" in options.guided)
     if not tools or choice == "none":
-        return AnswerFormat([], None if schema is None else json_grammar(schema), is_free_text=schema is None)
+        if schema is None:
+            return AnswerFormat([], is_free_text=True)
+        return AnswerFormat([], json_grammar(schema), is_json=True)
     is_forced = choice != "auto"
     callable_tools = [tool for tool in tools if not isinstance(choice, tuple) or tool_name(tool) == choice[0]]
     grammar = calls_grammar(
@@ -72,7 +94,8 @@ def answer_format(options: CallOptions) -> AnswerFormat:
         is_repeatable=options.parallel_tool_calls is not False and not isinstance(choice, tuple),
         otherwise=None if is_forced else schema,
     )  # fmt: skip
-    return AnswerFormat(tools, grammar, is_free_text=not is_forced and schema is None)
+    is_free_text = not is_forced and schema is None
+    return AnswerFormat(tools, grammar, is_free_text=is_free_text, is_json=not is_free_text)
 
 
 def _response_schema(response_format: Any) -> dict[str, Any] | None:

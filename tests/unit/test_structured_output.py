@@ -124,6 +124,32 @@ def test_any_draw_from_a_schema_parses(tokenizer) -> None:
         assert isinstance(value["days"], int)
 
 
+@pytest.mark.parametrize("limit", [60, 120, 200])
+def test_json_is_closed_to_fit_the_token_limit(tokenizer, limit: int) -> None:
+    """A model that never ends a string gets valid JSON all the same, and the answer says that it was shortened."""
+    constraint = make_constraint(tokenizer, json_grammar(WEATHER), fit=limit)
+    row = torch.zeros(-(-len(tokenizer) // 32), dtype=torch.int32)
+    wanted, ids = tokenizer.encode("a1", add_special_tokens=False), []
+    while not constraint.is_finished:
+        constraint.fill_bitmask(row)
+        allowed = [i for i in range(len(tokenizer)) if (int(row[i // 32]) >> (i % 32)) & 1]
+        ids.append(next((i for i in wanted if i in allowed), allowed[0]))
+        constraint.accept(ids[-1])
+        for forced in constraint.forced_tokens():
+            ids.append(forced)
+            constraint.accept(forced)
+    assert set(json.loads(tokenizer.decode(ids))) == {"city", "days"}
+    assert constraint.is_shortened
+    assert len(ids) <= limit
+
+
+def test_a_pattern_is_not_closed_early(tokenizer) -> None:
+    """Quotes mean nothing outside JSON, so other grammars are left alone."""
+    assert (
+        answer_format(CallOptions(guided={"regex": '[a-z"]*'})).make_constraint(tokenizer, 4)._num_free_tokens is None
+    )
+
+
 def test_references_and_unions_are_honoured(tokenizer) -> None:
     """`$defs` and `anyOf` work, as pydantic writes them."""
     schema = {

@@ -1,0 +1,170 @@
+"""The settings of the chat model, checked, and what LangChain reads off them: traces, cache keys, the profile."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from langchain_core.language_models import LangSmithParams, ModelProfile
+from pydantic import ConfigDict, Field, PrivateAttr, SkipValidation, field_validator, model_validator
+
+from langchain_lora_retriever.call_options import CallOptions
+from langchain_lora_retriever.composer import Weighting  # noqa: TC001 - pydantic reads the annotations
+from langchain_lora_retriever.concurrency import ConcurrentChatModel
+from langchain_lora_retriever.encoder import Encoder  # noqa: TC001 - pydantic reads the annotations
+from langchain_lora_retriever.engine import EngineConfig
+from langchain_lora_retriever.errors import InvalidRequestError
+from langchain_lora_retriever.pool import AdapterPool
+from langchain_lora_retriever.retriever import DEFAULT_ENCODER, DEFAULT_INSTRUCTION, LoraRetriever
+from langchain_lora_retriever.routing import Router
+from langchain_lora_retriever.shared import shared_retriever
+from langchain_lora_retriever.types import CompositionMode  # noqa: TC001 - pydantic reads the annotations
+
+__all__ = ["ChatSettings"]
+
+
+class ChatSettings(ConcurrentChatModel):
+    """The settings of `ChatLoraRetriever`.
+
+    Those from `adapters` on may also be given per call, and so may those that only `CallOptions` has.
+
+    Attributes:
+        base_model: A hub name, a folder, or `(model, tokenizer)` already loaded.
+        pool: The adapters to choose from, or the folder they lie in; None for none yet.
+        encoder: Embeds prompts and samples: a sentence-transformers name or folder, or an `Encoder`.
+        instruction: Prefix under which texts are embedded.
+        retriever: A retriever that is ready, in place of `pool`, `encoder` and `instruction`.
+        model_name: The base model's name in traces and metadata; by default what it is loaded from.
+        model_kwargs: For `from_pretrained`: `device_map`, `dtype`, `quantization_config`, ...
+        engine_config: Limits of the engine, as an `EngineConfig` or a dict of its fields.
+        streaming: Generate by streaming even where the caller did not ask for a stream.
+        adapters: Names that take the place of retrieval; `[]` runs the base model alone.
+        exclude_adapters: Names retrieval must not return.
+        composition: How several adapters act together: "selection", "fusion" or "mixture".
+        top_k: Most adapters to compose.
+        weights: "similarity" or "uniform" weights of retrieved adapters.
+        weight_temperature: Temperature of similarity weights; lower favours the best more.
+        min_score: Cosine similarity under which an adapter is not used.
+        temperature: 0 is greedy.
+        max_tokens: Most tokens to generate.
+        sampling_top_k: Keep the most probable tokens only; 0 keeps all.
+        top_p: Keep the smallest set of tokens of this probability.
+        seed: Makes sampled answers repeatable.
+        stop: Strings that end the answer.
+        logprobs: Report log-probabilities: True, or the number of alternatives per token.
+        timeout: Seconds a call may take before it is aborted with `TimeoutError`.
+        chat_template_kwargs: More variables for the chat template, such as `{"enable_thinking": False}`.
+    """
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
+
+    base_model: str | Path | tuple[Any, Any] = Field(repr=False)
+    pool: AdapterPool | str | Path | None = Field(default=None, repr=False)
+    encoder: Annotated[str | Encoder | None, SkipValidation] = Field(default=None, repr=False)
+    instruction: str | None = None
+    retriever: LoraRetriever | None = Field(default=None, repr=False)
+    model_name: str = ""
+    model_kwargs: dict[str, Any] = Field(default_factory=dict)
+    engine_config: EngineConfig | dict[str, Any] = Field(default_factory=EngineConfig)
+    streaming: bool = False
+    adapters: list[str] | None = None
+    exclude_adapters: list[str] = Field(default_factory=list)
+    composition: CompositionMode = CallOptions.composition
+    top_k: int = CallOptions.top_k
+    weights: Weighting = CallOptions.weights
+    weight_temperature: float = CallOptions.weight_temperature
+    min_score: float | None = None
+    temperature: float = CallOptions.temperature
+    max_tokens: int = CallOptions.max_tokens
+    sampling_top_k: int = CallOptions.sampling_top_k
+    top_p: float = CallOptions.top_p
+    seed: int | None = None
+    stop: list[str] = Field(default_factory=list)
+    logprobs: bool | int | None = None
+    timeout: float | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    _router: Router = PrivateAttr()
+
+    @field_validator("engine_config", mode="before")
+    @classmethod
+    def _to_engine_config(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        try:
+            return EngineConfig(**value)
+        except TypeError as error:
+            allowed = ", ".join(field.name for field in fields(EngineConfig))
+            raise InvalidRequestError(f"engine_config={value!r} is not allowed: pass some of {allowed}.") from error
+
+    @field_validator("pool", mode="before")
+    @classmethod
+    def _to_pool(cls, value: Any) -> Any:
+        return AdapterPool(value) if isinstance(value, str | Path) else value
+
+    @model_validator(mode="after")
+    def _connect(self) -> Self:
+        """Check the settings and find the retriever."""
+        CallOptions.merge(self, {}).sampling()
+        self.model_name = self.model_name or _name_of(self.base_model)
+        retriever = self.retriever
+        if retriever is None:
+            pool = self.pool if isinstance(self.pool, AdapterPool) else AdapterPool()
+            instruction = DEFAULT_INSTRUCTION if self.instruction is None else self.instruction
+            retriever = shared_retriever(pool, self.encoder or DEFAULT_ENCODER, instruction)
+        elif self.encoder is not None or self.instruction is not None:
+            raise InvalidRequestError("A retriever has its own encoder and instruction: pass it without these.")
+        elif self.pool is not None and self.pool is not retriever.pool:
+            raise InvalidRequestError("The pool is not the retriever's: pass one of the two.")
+        self.pool = retriever.pool
+        self._router = Router(retriever, self.model_name)
+        return self
+
+    @property
+    def _llm_type(self) -> str:
+        return "lora-retriever"
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        """Everything that changes an answer: LangChain's response cache keys on it."""
+        settings = CallOptions.merge(self, {})
+        return {
+            "base_model": self.model_name,
+            "source": str(self.base_model) if isinstance(self.base_model, str | Path) else id(self.base_model[0]),
+            "model_kwargs": repr(sorted(self.model_kwargs.items())),
+            "pool": self._router.pool.fingerprint,
+            "encoder": self._router.retriever.encoder.name,
+            "instruction": self._router.retriever.instruction,
+            "retriever_min_score": self._router.retriever.min_score,
+            **{field.name: getattr(settings, field.name) for field in fields(settings) if field.name != "timeout"},
+        }
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        params = super()._get_ls_params(stop=stop or self.stop or None, **kwargs)
+        params["ls_provider"] = "lora-retriever"
+        params["ls_model_name"] = kwargs.get("model") or self.model_name
+        return params
+
+    def _resolve_model_profile(self) -> ModelProfile:
+        return ModelProfile(
+            name=self.model_name or _name_of(self.base_model),
+            open_weights=True,
+            text_inputs=True,
+            image_inputs=False,
+            audio_inputs=False,
+            video_inputs=False,
+            pdf_inputs=False,
+            text_outputs=True,
+            tool_calling=True,
+            tool_choice=True,
+            tool_call_streaming=True,
+            structured_output=True,
+            temperature=True,
+        )
+
+
+def _name_of(base_model: str | Path | tuple[Any, Any]) -> str:
+    if isinstance(base_model, tuple):
+        return str(getattr(base_model[0], "name_or_path", "") or type(base_model[0]).__name__)
+    return base_model.name if isinstance(base_model, Path) else base_model
