@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import torch
 import triton
 import triton.language as tl
 
@@ -15,8 +16,6 @@ from lora_kernels.launch import pdl_options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import torch
 
 
 @triton.jit
@@ -97,10 +96,10 @@ def _expand_token_kernel(
 
 
 @triton.jit
-def _expand_tile_kernel(
-    y,
+def _mix_kernel(
+    mixed,
+    rows,
     v,
-    b,
     ranks,
     starts,
     mapping,
@@ -110,14 +109,73 @@ def _expand_tile_kernel(
     num_items,
     num_tokens,
     max_items,
-    stride_y,
-    stride_b,
+    max_rows,
     stride_split,
     K: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
-    OUT: tl.constexpr,
     NUM_SLICES: tl.constexpr,
     MAX_RANK: tl.constexpr,
+    ITEM_ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """mixed[tile, slice, m, row] = the weighted sum of `v` for the row's adapter, 0 where the token does not use it.
+
+    `rows[tile, slice, row]` is the row of B that goes with it, -1 past the slice's rank.
+    """
+    tile = tl.program_id(0)
+    index = tl.program_id(1)
+    count = tl.load(num_items + tile)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    t = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    token = tl.load(order + t, mask=t < num_tokens, other=-1)
+    i = tl.arange(0, BLOCK_ROWS)
+    out = (tile * NUM_SLICES + index).to(tl.int64)
+    step: tl.constexpr = BLOCK_ROWS // ITEM_ROWS
+    for first in range(tl.program_id(2) * step, count, PARTS * step):
+        position = first + i // ITEM_ROWS
+        item = tl.load(items + tile * max_items + position, mask=position < count, other=-1)
+        slot = item >> 4
+        r = (item & 15) * ITEM_ROWS + i % ITEM_ROWS
+        has_row = r < tl.load(ranks + slot * NUM_SLICES + index, mask=item >= 0, other=0)
+        row = tl.load(starts + slot, mask=has_row, other=0) + r
+        tl.store(rows + out * max_rows + first * ITEM_ROWS + i, tl.where(has_row, row, -1))
+        chosen = tl.full([BLOCK_M, BLOCK_ROWS], -1, tl.int32)
+        weight = tl.zeros([BLOCK_M, BLOCK_ROWS], tl.float32)
+        for j in tl.static_range(K):
+            m = tl.load(mapping + token * K + j, mask=token >= 0, other=-1)
+            w = tl.load(weights + token * K + j, mask=token >= 0, other=0.0)
+            hit = m[:, None] == slot[None, :]
+            chosen = tl.where(hit, j, chosen)
+            weight += tl.where(hit, w[:, None], 0.0)
+        pair = token.to(tl.int64)[:, None] * K + chosen
+        v_ptr = v + (pair * NUM_SLICES + index) * MAX_RANK + r[None, :]
+        v_mask = (chosen >= 0) & has_row[None, :]
+        total = tl.load(v_ptr, mask=v_mask, other=0.0)
+        for s in tl.static_range(1, NUM_SPLITS):
+            total += tl.load(v_ptr + s * stride_split, mask=v_mask, other=0.0)
+        target = mixed + (out * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]) * max_rows + first * ITEM_ROWS + i[None, :]
+        tl.store(target, (total * weight).to(mixed.dtype.element_ty))
+
+
+@triton.jit
+def _expand_tile_kernel(
+    y,
+    mixed,
+    rows,
+    b,
+    order,
+    num_items,
+    num_tokens,
+    max_rows,
+    stride_y,
+    stride_b,
+    OUT: tl.constexpr,
+    NUM_SLICES: tl.constexpr,
     ITEM_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -125,10 +183,7 @@ def _expand_tile_kernel(
     ALIGN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A tile of tokens, one column block: a product over the rows of all adapters in the tile.
-
-    A token's row of `scaled` is zero where it does not use the adapter, so the product adds exact zeros there.
-    """
+    """A tile of tokens, one column block: a product over the rows of all adapters in the tile, y touched once."""
     tile = tl.program_id(1)
     count = tl.load(num_items + tile)
     if PDL:
@@ -144,33 +199,15 @@ def _expand_tile_kernel(
     y_ptr = y + token.to(tl.int64)[:, None] * stride_y + n[None, :]
     y_mask = (token >= 0)[:, None] & (n < end)[None, :]
     old = tl.load(y_ptr, mask=y_mask, other=0.0)
+    out = (tile * NUM_SLICES + index).to(tl.int64)
+    row_ptr = rows + out * max_rows + i
+    mixed_ptr = mixed + (out * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]) * max_rows + i[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for first in range(0, count, BLOCK_ROWS // ITEM_ROWS):
-        position = first + i // ITEM_ROWS
-        item = tl.load(items + tile * max_items + position, mask=position < count, other=-1)
-        slot = item >> 4
-        r = (item & 15) * ITEM_ROWS + i % ITEM_ROWS
-        rank = tl.load(ranks + slot * NUM_SLICES + index, mask=item >= 0, other=0)
-        row = tl.load(starts + slot, mask=item >= 0, other=0) + r
-        has_row = r < rank
-        b_ptr = b + row.to(tl.int64)[:, None] * stride_b + n[None, :]
-        b_part = tl.load(b_ptr, mask=has_row[:, None] & (n < end)[None, :], other=0.0)
-        chosen = tl.full([BLOCK_M, BLOCK_ROWS], -1, tl.int32)
-        weight = tl.zeros([BLOCK_M, BLOCK_ROWS], tl.float32)
-        for j in tl.static_range(K):
-            m = tl.load(mapping + token * K + j, mask=token >= 0, other=-2)
-            w = tl.load(weights + token * K + j, mask=token >= 0, other=0.0)
-            hit = m[:, None] == slot[None, :]
-            chosen = tl.where(hit, j, chosen)
-            weight += tl.where(hit, w[:, None], 0.0)
-        pair = token.to(tl.int64)[:, None] * K + chosen
-        v_ptr = v + (pair * NUM_SLICES + index) * MAX_RANK + r[None, :]
-        v_mask = (chosen >= 0) & has_row[None, :]
-        v_part = tl.load(v_ptr, mask=v_mask, other=0.0)
-        for s in tl.static_range(1, NUM_SPLITS):
-            v_part += tl.load(v_ptr + s * stride_split, mask=v_mask, other=0.0)
-        scaled = (v_part * weight).to(b.dtype.element_ty)
-        acc = tl.dot(scaled, b_part, acc, input_precision="ieee")
+    for first in range(0, count * ITEM_ROWS, BLOCK_ROWS):
+        row = tl.load(row_ptr + first)
+        b_mask = (row >= 0)[:, None] & (n < end)[None, :]
+        b_part = tl.load(b + row.to(tl.int64)[:, None] * stride_b + n[None, :], mask=b_mask, other=0.0)
+        acc = tl.dot(tl.load(mixed_ptr + first), b_part, acc, input_precision="ieee")
     tl.store(y_ptr, (old.to(tl.float32) + acc).to(y.dtype.element_ty), mask=y_mask)
 
 
@@ -188,19 +225,9 @@ def expand(
     mapping, weights, _, _, order, items, num_items = batch
     p = plan.plan_expand(num_tokens, k, max_rank, out_features)
     blocks = sum(plan.cdiv(width, p.block_n) for width in out_features)
-    strides = (y.stride(0), b.stride(0), v.stride(0))
-    common = {
-        "K": k,
-        "NUM_SPLITS": num_splits,
-        "OUT": tuple(out_features),
-        "NUM_SLICES": num_slices,
-        "MAX_RANK": max_rank,
-        "BLOCK_N": p.block_n,
-        "ALIGN": math.gcd(16, *out_features),
-        "num_warps": p.num_warps,
-        "num_stages": p.num_stages,
-        **pdl_options(y.device),
-    }
+    v_shape = {"K": k, "NUM_SPLITS": num_splits, "NUM_SLICES": num_slices, "MAX_RANK": max_rank}
+    columns = {"OUT": tuple(out_features), "BLOCK_N": p.block_n, "ALIGN": math.gcd(16, *out_features)}
+    options = {"num_warps": p.num_warps, "num_stages": p.num_stages, **pdl_options(y.device)}
     if p.block_m == 1:
         _expand_token_kernel[(num_tokens, blocks)](
             y,
@@ -210,16 +237,29 @@ def expand(
             starts,
             mapping,
             weights,
-            *strides,
+            y.stride(0),
+            b.stride(0),
+            v.stride(0),
             K_PADDED=plan.power_of_2(k),
             BLOCK_R=p.block_rows,
-            **common,
+            **v_shape,
+            **columns,
+            **options,
         )
         return
-    _expand_tile_kernel[(blocks, plan.cdiv(num_tokens, p.block_m))](
-        y,
+    tiles = plan.cdiv(num_tokens, p.block_m)
+    max_items = plan.max_items(num_tokens, k, ranks.shape[0], max_rank)
+    # The pool's own size bounds the rows too: an adapter of r rows fills cdiv(r, ITEM_ROWS) items.
+    adapters = min(ranks.shape[0], p.block_m * k)
+    pool_items = plan.cdiv(b.shape[0], plan.ITEM_ROWS) + adapters
+    max_rows = plan.cdiv(min(max_items, pool_items) * plan.ITEM_ROWS, p.block_rows) * p.block_rows
+    mixed = torch.empty(tiles, num_slices, p.block_m, max_rows, dtype=y.dtype, device=y.device)
+    rows = torch.empty(tiles, num_slices, max_rows, dtype=torch.int32, device=y.device)
+    parts = min(4, plan.cdiv(max_rows, p.block_rows))
+    _mix_kernel[(tiles, num_slices, parts)](
+        mixed,
+        rows,
         v,
-        b,
         ranks,
         starts,
         mapping,
@@ -228,10 +268,32 @@ def expand(
         items,
         num_items,
         num_tokens,
-        plan.max_items(num_tokens, k, ranks.shape[0], max_rank),
-        *strides,
+        max_items,
+        max_rows,
+        v.stride(0),
         ITEM_ROWS=plan.ITEM_ROWS,
         BLOCK_M=p.block_m,
         BLOCK_ROWS=p.block_rows,
-        **common,
+        PARTS=parts,
+        num_stages=1,
+        **v_shape,
+        **pdl_options(y.device),
+    )
+    _expand_tile_kernel[(blocks, tiles)](
+        y,
+        mixed,
+        rows,
+        b,
+        order,
+        num_items,
+        num_tokens,
+        max_rows,
+        y.stride(0),
+        b.stride(0),
+        NUM_SLICES=num_slices,
+        ITEM_ROWS=plan.ITEM_ROWS,
+        BLOCK_M=p.block_m,
+        BLOCK_ROWS=p.block_rows,
+        **columns,
+        **options,
     )

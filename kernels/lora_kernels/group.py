@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def _sort_kernel(
+def _sort_kernel(  # noqa: C901 - two scans over pairs, two over tokens
     mapping,
     weights,
     mapping_out,
@@ -31,8 +31,8 @@ def _sort_kernel(
 ):
     """Counting sort, one program per slot: pairs by slot, and tokens by their first slot.
 
-    Each program counts for itself what comes before its slot, so none waits for another and ties keep their order. The program
-    past the last slot copies the step's mapping and marks the end of `order` with -1.
+    Each program counts for itself what comes before its slot, so none waits for another and ties keep their order. The
+    program past the last slot copies the step's mapping and marks the end of `order` with -1.
     """
     slot = tl.program_id(0)
     i = tl.arange(0, BLOCK)
@@ -115,8 +115,8 @@ def _tile_kernel(
             tl.store(tiles + i * 3 + 2, end)
         else:
             tl.store(tiles + i * 3, -1)
-    if TOKEN_BLOCK > 1:
-        if i < num_token_tiles:  # noqa: SIM102 - the outer test is the compiler's
+    if TOKEN_BLOCK > 1:  # noqa: SIM102 - only this one is decided at compile time
+        if i < num_token_tiles:
             t = i * TOKEN_BLOCK + tl.arange(0, TOKEN_BLOCK)
             token = tl.load(order + t, mask=t < num_tokens, other=-1)
             hits = tl.zeros([SLOTS], tl.int32)

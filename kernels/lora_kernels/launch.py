@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 
 import torch
 
@@ -15,7 +14,5 @@ def pdl_options(device: torch.device) -> dict[str, bool]:
     With it a kernel starts while the one before it drains, and waits inside for that one's results.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
-        if os.environ.get("LORA_KERNELS_PDL") == "0":
-            return {"PDL": False}
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}

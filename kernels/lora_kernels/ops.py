@@ -139,16 +139,12 @@ def lora_shrink(x: torch.Tensor, stack: LoraStack, batch: LoraBatch) -> torch.Te
     return v
 
 
-def _empty_v(
-    x: torch.Tensor, a: torch.Tensor, max_loras: int, max_rank: int, batch: list[torch.Tensor]
-) -> torch.Tensor:
+def _empty_v(x: torch.Tensor, a: torch.Tensor, max_rank: int, batch: list[torch.Tensor]) -> torch.Tensor:
     """Allocate the partial sums."""
     num_tokens, k = batch[0].shape
     splits = 1
     if len(batch) > 2:
-        splits = plan.plan_shrink(
-            num_tokens, k, max_loras, max_rank, x.shape[1], a.shape[0], x.element_size()
-        ).num_splits
+        splits = plan.plan_shrink(num_tokens, k, max_rank, x.shape[1], a.shape[0], x.element_size()).num_splits
     return torch.empty(splits, num_tokens, k, a.shape[0], max_rank, dtype=torch.float32, device=x.device)
 
 
@@ -161,7 +157,7 @@ def _lora_shrink(
     max_rank: int,
     batch: list[torch.Tensor],
 ) -> torch.Tensor:
-    v = _empty_v(x, a, ranks.shape[0], max_rank, batch)
+    v = _empty_v(x, a, max_rank, batch)
     if v.numel() == 0:
         return v
     if len(batch) == 2:
@@ -181,12 +177,12 @@ def _lora_shrink(
 def _(
     x: torch.Tensor,
     a: torch.Tensor,
-    ranks: torch.Tensor,
+    ranks: torch.Tensor,  # noqa: ARG001 - the schema's
     starts: torch.Tensor,  # noqa: ARG001 - the schema's
     max_rank: int,
     batch: list[torch.Tensor],
 ) -> torch.Tensor:
-    return _empty_v(x, a, ranks.shape[0], max_rank, batch)
+    return _empty_v(x, a, max_rank, batch)
 
 
 def lora_expand(y: torch.Tensor, v: torch.Tensor, stack: LoraStack, batch: LoraBatch) -> None:

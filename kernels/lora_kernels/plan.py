@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-# Programs a launch should have so that an H100 or A100 (132 or 108 multiprocessors) is full and balanced.
-_TARGET_PROGRAMS = 512
 # The unit in which an expand program walks through the rank rows of its tile.
 ITEM_ROWS = 16
 
@@ -72,25 +70,25 @@ class ShrinkPlan:
     num_stages: int
 
 
-def plan_shrink(
-    num_tokens: int, k: int, max_loras: int, max_rank: int, in_features: int, num_slices: int, itemsize: int
-) -> ShrinkPlan:
+def plan_shrink(num_tokens: int, k: int, max_rank: int, in_features: int, num_slices: int, itemsize: int) -> ShrinkPlan:
     """Choose the launch shape of `shrink`."""
-    block_m = pair_block(num_tokens, k)
-    if block_m == 16:
-        slices, block_r, block_k, num_warps, num_stages = 1, 16, 256 if itemsize == 2 else 128, 4, 3
-    else:
-        slices = power_of_2(num_slices)
-        block_r = max(16, min(power_of_2(max_rank), 256 // slices, 64))
-        block_k, num_warps, num_stages = 64 if itemsize == 2 else 32, 4, 4
-        if slices * block_r >= 128:
-            num_warps = 8
-    tiles = cdiv(num_tokens * k, block_m) + (min(max_loras, num_tokens * k) if block_m == 16 else 0)
-    programs = tiles * cdiv(num_slices, slices)
-    steps = cdiv(in_features, block_k)
-    num_splits = max(1, min(cdiv(_TARGET_PROGRAMS, programs), 16, steps))
-    chunk = cdiv(steps, num_splits) * block_k
-    return ShrinkPlan(slices, block_r, block_k, chunk, cdiv(in_features, chunk), num_warps, num_stages)
+    pairs = num_tokens * k
+    if pair_block(num_tokens, k) == 16:
+        # Reading A is all there is: many small programs, or fewer and longer ones if there are many adapters.
+        wide = 256 if itemsize == 2 else 128
+        if pairs <= 24:
+            chunk = max(wide, cdiv(in_features, 32 * wide) * wide)
+            return ShrinkPlan(1, 16, wide, chunk, cdiv(in_features, chunk), 4, 1 if chunk == wide else 2)
+        return ShrinkPlan(1, 16, wide // 2, 4 * wide, cdiv(in_features, 4 * wide), 2, 4)
+    # Reading x is most of it: one program takes all slices.
+    slices = power_of_2(num_slices)
+    block_r = max(16, min(power_of_2(max_rank), 256 // slices, 64))
+    block_k = 128 if itemsize == 2 else 64
+    while (64 + slices * block_r) * block_k * itemsize > 40960 and block_k > 32:
+        block_k //= 2
+    num_splits = max(1, min(8, power_of_2(256 // cdiv(pairs, 64) + 1) // 2))
+    chunk = cdiv(cdiv(in_features, block_k), num_splits) * block_k
+    return ShrinkPlan(slices, block_r, block_k, chunk, cdiv(in_features, chunk), 4 if slices * block_r <= 64 else 8, 3)
 
 
 @dataclass(frozen=True)
@@ -113,8 +111,11 @@ class ExpandPlan:
 def plan_expand(num_tokens: int, k: int, max_rank: int, out_features: Sequence[int]) -> ExpandPlan:
     """Choose the launch shape of `expand`."""
     block_m = token_block(num_tokens)
-    widest = power_of_2(max(out_features))
+    widest = max(16, power_of_2(max(out_features)))
     if block_m == 1:
-        rows = min(power_of_2(max_rank), 32 if k == 1 else 16)
-        return ExpandPlan(1, max(16, min(256, widest)), max(rows, 1), 4, 1)
-    return ExpandPlan(block_m, max(16, min(128, widest)), 64, 4, 2)
+        # One warp holds up to 8,192 elements of B in flight.
+        rows = max(1, min(power_of_2(max_rank), 16))
+        block_n = min(256, 8192 // (rows * power_of_2(k)), widest)
+        return ExpandPlan(1, block_n, rows, 1, 1)
+    rows = 16 if k * max_rank <= 16 and num_tokens > 256 else 64
+    return ExpandPlan(block_m, min(128, widest), rows, 4, 2)

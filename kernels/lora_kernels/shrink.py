@@ -43,7 +43,7 @@ def _shrink_kernel(
 ):
     """v[split, pair, slice, r] = x[token(pair), chunk(split)] . a[slice, start(slot) + r, chunk(split)]."""
     if PDL:
-        # Every program waits, also one without work: a later kernel counts on this one having ended after its predecessors.
+        # Every program waits, also one without work: a later kernel trusts this one to end after its predecessors.
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(0)
@@ -95,9 +95,7 @@ def shrink(
     """Fill the partial sums `v [num_splits, num_tokens, k, num_slices, max_rank]`; see `ops.lora_shrink`."""
     _, num_tokens, k, num_slices, max_rank = v.shape
     in_features, max_loras = x.shape[1], ranks.shape[0]
-    p = plan.plan_shrink(
-        num_tokens, k, max_loras, max_rank, in_features, num_slices, x.element_size()
-    )
+    p = plan.plan_shrink(num_tokens, k, max_rank, in_features, num_slices, x.element_size())
     rank_blocks = plan.cdiv(max_rank, p.block_r)
     grid = (
         plan.max_pair_tiles(num_tokens, k, max_loras),
