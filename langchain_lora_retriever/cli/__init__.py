@@ -1,0 +1,35 @@
+"""The command line: `lora-retriever demo | chat | route | pool | train | evaluate | bench`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from langchain_lora_retriever.cli import ask, bench, demo, evaluate, pool, train
+from langchain_lora_retriever.errors import LoraRetrieverError
+
+__all__ = ["app", "commands"]
+
+commands = typer.Typer(
+    help="Retrieve, compose and run LoRA adapters per prompt.", no_args_is_help=True, add_completion=False
+)
+commands.command("demo")(demo.demo)
+commands.command("chat")(ask.chat)
+commands.command("route")(ask.route)
+commands.add_typer(pool.commands, name="pool")
+commands.command("train")(train.train)
+commands.command("evaluate")(evaluate.evaluate)
+commands.command("bench")(bench.bench)
+
+
+def app(*arguments: Any, **options: Any) -> None:
+    """Run the command line; an error of this package is printed without a traceback, and the exit status is 1."""
+    try:
+        commands(*arguments, **options)
+    except LoraRetrieverError as error:
+        Console(stderr=True).print(f"[bold red]Error:[/] {type(error).__name__}", highlight=False)
+        Console(stderr=True, soft_wrap=True).print(str(error), markup=False, highlight=False)
+        sys.exit(1)

@@ -1,0 +1,76 @@
+"""`lora-retriever bench`: what batching over adapters brings on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import platform
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from langchain_lora_retriever.cli.options import (
+    BaseModelOption,
+    EncoderOption,
+    JsonOption,
+    PoolOption,
+    make_chat_model,
+    print_json,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from langchain_lora_retriever.chat_model import ChatLoraRetriever
+
+__all__ = ["bench"]
+
+
+def bench(
+    *,
+    base_model: BaseModelOption = None,
+    pool: PoolOption = None,
+    encoder: EncoderOption = None,
+    prompts: Annotated[int, typer.Option("--prompts", help="Prompts, drawn from the adapters' samples.", min=1)] = 32,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Longest answer.", min=1)] = 24,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure tokens per second one by one and together, on prompts that need many different adapters."""
+    llm = make_chat_model(base_model, pool, encoder, max_tokens=max_tokens)
+    texts = _texts(llm, prompts)
+    llm.invoke(texts[0])  # loads and warms up
+    runs = {"one by one": 1, "8 at once": 8, "all at once": prompts}
+    results = [{"run": label, **_measure(llm, texts, limit)} for label, limit in runs.items()]
+    device = str(getattr(llm._engine(), "device", "")) or platform.processor() or platform.machine()  # noqa: SLF001 - ours
+    if as_json:
+        print_json({"device": device, "base_model": llm.model_name, "prompts": len(texts), "results": results})
+        return
+    table = Table("run", "seconds", "tokens", "tokens/s", "adapters", title=f"{llm.model_name} on {device}")
+    for row in results:
+        table.add_row(
+            row["run"],
+            f"{row['seconds']:.1f}",
+            str(row["tokens"]),
+            f"{row['tokens_per_second']:.0f}",
+            str(row["adapters"]),
+        )
+    Console().print(table)
+
+
+def _texts(llm: ChatLoraRetriever, num: int) -> list[str]:
+    pool: Any = llm.pool
+    columns = [[sample.input for sample in pool.samples(name)] for name in pool.names]
+    texts = [column[i] for i in range(max(map(len, columns), default=0)) for column in columns if i < len(column)]
+    texts = texts or ["Tell me something about rivers.", "What is two plus two?"]
+    return (texts * (num // len(texts) + 1))[:num]
+
+
+def _measure(llm: ChatLoraRetriever, texts: Sequence[str], limit: int) -> dict[str, Any]:
+    start = time.perf_counter()
+    answers = asyncio.run(llm.abatch(list(texts), config={"max_concurrency": limit}))
+    seconds = time.perf_counter() - start
+    tokens = sum(answer.usage_metadata["output_tokens"] for answer in answers if answer.usage_metadata)
+    names = {adapter["name"] for answer in answers for adapter in answer.response_metadata["adapters"]}
+    return {"seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds, "adapters": len(names)}
