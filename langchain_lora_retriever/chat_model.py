@@ -169,7 +169,8 @@ class ChatLoraRetriever(ChatSettings):
             **composition.to_metadata(),
         }
         is_reasoning = reasoning_state(tokenizer, call.prompt_token_ids) if call.format.is_free_text else None
-        constraints = [call.format.make_constraint(tokenizer, options.max_tokens) for _ in range(options.n)]
+        limit = min(options.max_tokens, call.engine.max_model_len - len(call.prompt_token_ids))
+        constraints = [call.format.make_constraint(tokenizer, limit) for _ in range(options.n)]
         return [
             _Run(
                 call.engine.submit(call.prompt_token_ids, options.sampling(index), adapters, constraint=constraint),

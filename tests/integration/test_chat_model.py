@@ -1,0 +1,246 @@
+"""The chat model on a real engine and a tiny random model: LangChain, retrieval, adapters and decoding together."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import threading
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.prompts import ChatPromptTemplate
+from pydantic import BaseModel
+
+from langchain_lora_retriever import AdapterPool, ChatLoraRetriever, LoraRetriever
+from langchain_lora_retriever.errors import EngineDeadError, PromptTooLongError
+from langchain_lora_retriever.shared import close_engines
+from makers import make_checkpoint, make_tiny_model, make_tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+WORDS = ("red", "green", "blue", "white")
+TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+ENGINE = {"max_num_seqs": 16, "max_num_batched_tokens": 1024, "kv_cache_bytes": 8 << 20, "lora_cache_bytes": 4 << 20}
+
+
+class WordEncoder:
+    """Embeds a text by the colours in it."""
+
+    name = "colours"
+    dimension = 5
+
+    def encode(self, texts: Sequence[str]) -> Any:
+        """Return counts of the colours, and a little of everything, `[n, 5]`."""
+        rows = np.array([[*(text.count(word) for word in WORDS), 0.1] for text in texts], np.float32)
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+class Reply(BaseModel):
+    """A reply."""
+
+    text: str
+    number: int
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChatLoraRetriever]:
+    """Four adapters on a tiny llama; answers of at most 12 tokens."""
+    model, tokenizer = make_tiny_model(max_position_embeddings=2048), make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    pool = AdapterPool()
+    for seed, word in enumerate(WORDS):
+        folder = make_checkpoint(tmp_path_factory.mktemp("adapters") / word, seed=seed, r=2 + seed)
+        pool.add(word, folder, samples=[f"a {word} thing", f"{word} again"])
+    yield ChatLoraRetriever(
+        base_model=(model, tokenizer),
+        retriever=LoraRetriever(pool, WordEncoder()),
+        engine_config=ENGINE,
+        max_tokens=12,
+    )
+    close_engines()
+
+
+def prompts(num: int) -> list[str]:
+    """Prompts of all adapters, in turn."""
+    return [f"Prompt {i}: paint it {WORDS[i % 4]} and {WORDS[(i // 4) % 4]}." for i in range(num)]
+
+
+def test_adapters_change_answers(llm: ChatLoraRetriever) -> None:
+    """What is routed is what runs: another adapter, another answer."""
+    answers = {llm.invoke("Paint it.", adapters=names).content for names in ([], ["red"], ["blue"])}
+    assert len(answers) == 3
+    routed = llm.invoke("red red", composition="selection")
+    assert routed.content == llm.invoke("red red", adapters=["red"]).content
+    assert routed.response_metadata["finish_reason"] in {"stop", "length"}
+
+
+def test_batch_equals_one_by_one(llm: ChatLoraRetriever) -> None:
+    """Who else is in the batch changes no greedy answer, by whichever way it is asked."""
+    texts = prompts(24)
+    solo = [llm.invoke(text).content for text in texts]
+    assert [message.content for message in llm.batch(texts)] == solo
+    assert [message.content for message in asyncio.run(llm.abatch(texts))] == solo
+    chain = ChatPromptTemplate.from_template("{text}") | llm | StrOutputParser()
+    assert chain.batch([{"text": text} for text in texts]) == solo
+    assert ["".join(str(chunk.content) for chunk in llm.stream(text)) for text in texts[:4]] == solo[:4]
+
+
+def test_load_with_cancellations(llm: ChatLoraRetriever) -> None:
+    """200 calls and 50 streams, a third of them cancelled: survivors answer as alone, nothing is lost or leaks."""
+    texts = prompts(250)
+    rng = random.Random(0)
+    doomed = {index for index in range(250) if rng.random() < 1 / 3}
+
+    async def read(text: str) -> str:
+        return "".join([str(chunk.content) async for chunk in llm.astream(text)])
+
+    async def ask(text: str) -> str:
+        return str((await llm.ainvoke(text)).content)
+
+    async def run() -> list[Any]:
+        tasks = [asyncio.create_task(read(text) if i >= 200 else ask(text)) for i, text in enumerate(texts)]
+        for index in doomed:
+            await asyncio.sleep(0.004)
+            tasks[index].cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0.2)
+        assert len(asyncio.all_tasks()) == 1
+        return results
+
+    engine = llm._engine()
+    asyncio.run(run())
+    num_threads = threading.active_count()
+    results = asyncio.run(run())
+    solo = llm.batch(texts)
+    for index, (result, message) in enumerate(zip(results, solo, strict=True)):
+        if not isinstance(result, BaseException):
+            assert result == message.content
+        else:
+            assert isinstance(result, asyncio.CancelledError), result
+            assert index in doomed
+    engine.check_integrity()
+    assert engine.stats().num_running == engine.stats().num_waiting == 0
+    assert threading.active_count() <= num_threads + 1
+
+
+def test_constrained_and_free_requests_share_a_batch(llm: ChatLoraRetriever) -> None:
+    """A model without any ability gives valid JSON in the schema, beside free answers that it leaves alone."""
+    texts = prompts(8)
+    free = [llm.invoke(text).content for text in texts]
+    structured = llm.with_structured_output(Reply, max_tokens=80)
+
+    async def run() -> tuple[list[Any], list[Any]]:
+        constrained = asyncio.gather(*(structured.ainvoke(text) for text in texts))
+        plain = asyncio.gather(*(llm.ainvoke(text) for text in texts))
+        return await constrained, await plain
+
+    replies, messages = asyncio.run(run())
+    assert all(isinstance(reply, Reply) for reply in replies)
+    assert [message.content for message in messages] == free
+
+
+def test_a_random_model_calls_a_tool_when_forced(llm: ChatLoraRetriever) -> None:
+    """Forced calls parse whatever the model, streamed or not."""
+    bound = llm.bind_tools([Reply], tool_choice="any", parallel_tool_calls=False, max_tokens=160)
+    message = bound.invoke("red")
+    assert message.tool_calls[0]["name"] == "Reply"
+    assert isinstance(message.tool_calls[0]["args"]["number"], int)
+    first, *rest = bound.stream("red")
+    for chunk in rest:
+        first += chunk
+    assert first.tool_calls[0]["args"] == message.tool_calls[0]["args"]
+
+
+def test_guided_answers(llm: ChatLoraRetriever) -> None:
+    """Choices, patterns and JSON are followed."""
+    assert llm.invoke("red", guided={"choice": ["yes", "no"]}).content in {"yes", "no"}
+    assert llm.invoke("red", guided={"regex": "[0-9]{3}"}).content.isdigit()
+    reply = json.loads(llm.invoke("red", guided={"json": Reply}, max_tokens=80).content)
+    assert set(reply) == {"text", "number"}
+
+
+def test_logprobs_and_sampling(llm: ChatLoraRetriever) -> None:
+    """A seed repeats a sampled answer, and log-probabilities cover its tokens."""
+    sampled = [llm.invoke("red", temperature=1.0, seed=5, logprobs=2) for _ in range(2)]
+    assert sampled[0].content == sampled[1].content
+    entries = sampled[0].response_metadata["logprobs"]["content"]
+    assert len(entries) == sampled[0].usage_metadata["output_tokens"]
+    assert all(entry["logprob"] <= 0 and len(entry["top_logprobs"]) == 2 for entry in entries)
+    answers = llm.generate([llm._convert_input("red").to_messages()], n=3, temperature=1.0, seed=1)
+    assert len({generation.text for generation in answers.generations[0]}) > 1
+
+
+def test_stop_strings(llm: ChatLoraRetriever) -> None:
+    """A stop string ends the answer and is no part of it."""
+    whole = str(llm.invoke("red").content)
+    stop = whole[3:5]
+    assert llm.invoke("red", stop=[stop]).content == whole[: whole.index(stop)]
+
+
+def test_the_prefix_cache_is_reported(llm: ChatLoraRetriever) -> None:
+    """A repeated prompt is read from the cache, unless its adapters differ."""
+    prompt = "white " * 12
+    llm.invoke(prompt)
+    usage = [llm.invoke(prompt, **call).usage_metadata for call in ({}, {"adapters": ["red", "blue"]})]
+    assert [u["input_token_details"]["cache_read"] > 0 for u in usage] == [True, False]
+
+
+async def test_an_adapter_removed_while_it_runs(llm: ChatLoraRetriever, tmp_path) -> None:
+    """The request finishes as it began; the next one finds the adapter gone."""
+    pool: Any = llm.pool
+    pool.add("grey", make_checkpoint(tmp_path / "grey", seed=9), samples=["grey grey"])
+    expected = (await llm.ainvoke("x", adapters=["grey"], max_tokens=60)).content
+    stream = llm.astream("x", adapters=["grey"], max_tokens=60)
+    text = str((await anext(stream)).content)
+    pool.remove("grey")
+    text += "".join([str(chunk.content) async for chunk in stream])
+    assert text == expected
+    with pytest.raises(KeyError, match="grey"):
+        await llm.ainvoke("x", adapters=["grey"])
+
+
+def test_an_adapter_replaced_under_its_name(llm: ChatLoraRetriever, tmp_path) -> None:
+    """The new content answers, not the old one's cache."""
+    pool: Any = llm.pool
+    pool.add("grey", make_checkpoint(tmp_path / "old", seed=9), samples=["grey grey"])
+    old = llm.invoke("x", adapters=["grey"]).content
+    pool.update("grey", make_checkpoint(tmp_path / "new", seed=10))
+    assert llm.invoke("x", adapters=["grey"]).content != old
+    pool.remove("grey")
+
+
+def test_a_prompt_longer_than_the_context(llm: ChatLoraRetriever) -> None:
+    """It is refused, and others go on."""
+    with pytest.raises(PromptTooLongError):
+        llm.invoke("red " * 600)
+    assert llm.invoke("red").content
+
+
+def test_equal_configurations_share_an_engine(llm: ChatLoraRetriever) -> None:
+    """Weights are loaded once per process; another configuration is another engine."""
+    copy = ChatLoraRetriever(base_model=llm.base_model, retriever=llm.retriever, engine_config=ENGINE, top_k=1)
+    assert copy._engine() is llm._engine()
+
+
+def test_closed_engines_say_so(tmp_path) -> None:
+    """A call under way when engines are closed gets the reason; the next one loads afresh."""
+    model, tokenizer = make_tiny_model(seed=1), make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    other = ChatLoraRetriever(base_model=(model, tokenizer), engine_config=ENGINE, max_tokens=300)
+    from langchain_lora_retriever import shared
+
+    engine = other._engine()
+    stream = other.stream("x", temperature=1.0, seed=0)
+    next(stream)
+    shared._engines = {key: value for key, value in shared._engines.items() if value is not engine}
+    engine.close()
+    with pytest.raises(EngineDeadError):
+        list(stream)
+    assert other.invoke("x", max_tokens=3) is not None
