@@ -1,0 +1,38 @@
+"""The examples run as they are, on the demo model."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import inspect
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+pytestmark = [pytest.mark.demo, pytest.mark.slow]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected"),
+    [
+        ("rag", [], "documents"),
+        ("agent", [], "function_calling"),
+        ("mixed_batch", ["--prompts", "60", "--one-by-one", "6"], "tokens/s"),
+        ("streaming_chain", [], "input_tokens"),
+        ("multi_turn", [], "assistant"),
+    ],
+)
+def test_example(name: str, arguments: list[str], expected: str, capsys, monkeypatch) -> None:
+    """The script runs through and prints what it promises."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    spec.loader.exec_module(module)
+    result = module.main()
+    if inspect.iscoroutine(result):
+        asyncio.run(result)
+    assert expected in capsys.readouterr().out
