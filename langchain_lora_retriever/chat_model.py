@@ -198,7 +198,9 @@ class ChatLoraRetriever(ChatSettings):
 
     async def _load(self) -> None:
         """Load the base model without holding up the event loop."""
-        await asyncio.to_thread(self._engine)
+        if not self._is_loaded:
+            await asyncio.to_thread(self._engine)
+            self._is_loaded = True
 
     # Tools and structured output
 

@@ -86,6 +86,7 @@ class ChatSettings(ConcurrentChatModel):
     chat_template_kwargs: dict[str, Any] | None = None
 
     _router: Router = PrivateAttr()
+    _is_loaded: bool = PrivateAttr(default=False)
 
     @field_validator("engine_config", mode="before")
     @classmethod
