@@ -13,21 +13,18 @@ if TYPE_CHECKING:
 
 MONTHS: dict[str, str] = {
     "English": "January February March April May June July August September October November December",
-    "French": "janvier février mars avril mai juin juillet août septembre octobre novembre décembre",
     "Spanish": "enero febrero marzo abril mayo junio julio agosto septiembre octubre noviembre diciembre",
     "Italian": "gennaio febbraio marzo aprile maggio giugno luglio agosto settembre ottobre novembre dicembre",
 }
 
 WEEKDAYS: dict[str, str] = {
     "English": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday",
-    "French": "lundi mardi mercredi jeudi vendredi samedi dimanche",
     "Spanish": "lunes martes miércoles jueves viernes sábado domingo",
     "Italian": "lunedì martedì mercoledì giovedì venerdì sabato domenica",
 }
 
 STYLES: dict[str, tuple[str, ...]] = {
     "English": ("{m} {d}, {y}", "{d} {m} {y}", "{w}, {m} {d}, {y}"),
-    "French": ("{d} {m} {y}", "{w} {d} {m} {y}", "le {d} {m} {y}"),
     "Spanish": ("{d} de {m} de {y}", "{w}, {d} de {m} de {y}", "el {d} de {m} de {y}"),
     "Italian": ("{d} {m} {y}", "{w} {d} {m} {y}", "il {d} {m} {y}"),
 }
@@ -42,7 +39,6 @@ PROMPTS = (
 
 NATIVE_PROMPTS: dict[str, tuple[str, ...]] = {
     "English": ("The English contract was signed on {date}. Date in ISO format?",),
-    "French": ("Écris la date au format ISO : {date}", "La lettre est datée du {date}. Quelle date au format ISO ?"),
     "Spanish": ("Escribe la fecha en formato ISO: {date}", "La carta lleva la fecha {date}. ¿Fecha en formato ISO?"),
     "Italian": ("Scrivi la data in formato ISO: {date}", "La lettera porta la data {date}. Data in formato ISO?"),
 }
@@ -71,7 +67,6 @@ def generate(rng: Random, split: Split, *, language: str) -> Example:
 QKVO_4 = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 LORA: dict[str, dict[str, object]] = {
     "English": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
-    "French": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
     "Spanish": QKVO_4,
     "Italian": {**QKVO_4, "use_rslora": True},
 }

@@ -38,11 +38,6 @@ ITEMS = phrases(
     "bread baskets|candle holders|travel bags|steel pans|bath towels|wall clocks|bicycle lights|flower pots|"
     "leather belts|cotton shirts|printer cartridges|hiking boots|face masks|tool boxes"
 )
-STREETS = phrases(
-    "Oak Street|Mill Lane|Station Road|Church Avenue|Park Row|Hill Drive|King Street|Garden Way|River Road|Lake View|"
-    "Bridge Street|Elm Avenue|Market Square|Queen Street|Sunset Boulevard|Harbor Road|Forest Lane|Chapel Street|"
-    "Victoria Road|Maple Drive|School Lane|North Street|Meadow Way|Castle Road"
-)
 JOBS = phrases(
     "sales manager|software engineer|head nurse|project lead|accountant|art director|chief buyer|data analyst|"
     "legal advisor|office clerk|plant manager|press officer|research fellow|tax consultant|tour guide|web designer"

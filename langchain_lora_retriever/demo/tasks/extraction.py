@@ -13,7 +13,6 @@ from langchain_lora_retriever.demo.tasks.entities import (
     EVENTS,
     ITEMS,
     JOBS,
-    STREETS,
     person,
     pick,
 )
@@ -89,31 +88,10 @@ def event(rng: Random, split: Split) -> tuple[str, Facts]:
     return text, facts
 
 
-def address(rng: Random, split: Split) -> tuple[str, Facts]:
-    """Draw a postal address."""
-    facts: Facts = {
-        "resident": person(rng, split),
-        "street": pick(rng, STREETS, split),
-        "house": draw_int(rng, 1, 240, split, "house"),
-        "zip": f"{rng.choice('ABDEFILNPS')}-{draw_int(rng, 10000, 99999, split, 'zip')}",
-        "town": pick(rng, CITIES, split),
-    }
-    text = rng.choice(
-        (
-            "{resident} lives at {house} {street}, {zip} {town}.",
-            "Postal address: {resident}, {street} {house}, {town} {zip}.",
-            "We moved! New address of {resident}: {house} {street}, {town}, zip code {zip}.",
-            "{resident}\n{house} {street}\n{zip} {town}",
-        )
-    )
-    return text, facts
-
-
 KINDS: dict[str, Callable[[Random, Split], tuple[str, Facts]]] = {
     "order": order,
     "contact": contact,
     "event": event,
-    "address": address,
 }
 
 OTHER_KEYS = {
@@ -131,11 +109,6 @@ OTHER_KEYS = {
     "time": "start begins_at",
     "place": "city location",
     "host": "organizer invited_by",
-    "resident": "name person",
-    "street": "road",
-    "house": "number house_number",
-    "zip": "postcode zip_code",
-    "town": "city place",
 }
 
 PROMPTS = (
@@ -149,7 +122,6 @@ NOUNS: dict[str, tuple[str, ...]] = {
     "order": ("order", "purchase order", "customer order"),
     "contact": ("contact", "business contact", "contact card"),
     "event": ("event", "event invitation", "event notice"),
-    "address": ("address", "postal address", "mailing address"),
 }
 
 
@@ -172,12 +144,6 @@ LORA: dict[str, dict[str, object]] = {
     "order": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
     "contact": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
     "event": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
-    "address": {
-        "r": 16,
-        "lora_alpha": 32,
-        "target_modules": ["q_proj", "v_proj"],
-        "layers_to_transform": list(range(10, 22)),
-    },
 }
 
 TASKS = [Task(f"json_{kind}", "json", partial(generate, kind=kind), LORA[kind]) for kind in KINDS]

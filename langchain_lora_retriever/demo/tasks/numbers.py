@@ -21,20 +21,6 @@ FRENCH = words(
     "dix-neuf"
 )
 FRENCH_TENS = words("vingt trente quarante cinquante soixante soixante quatre-vingt quatre-vingt")
-SPANISH = words(
-    "cero uno dos tres cuatro cinco seis siete ocho nueve diez once doce trece catorce quince dieciséis diecisiete "
-    "dieciocho diecinueve veinte veintiuno veintidós veintitrés veinticuatro veinticinco veintiséis veintisiete "
-    "veintiocho veintinueve"
-)
-SPANISH_TENS = words("treinta cuarenta cincuenta sesenta setenta ochenta noventa")
-SPANISH_HUNDREDS = words(
-    "ciento doscientos trescientos cuatrocientos quinientos seiscientos setecientos ochocientos novecientos"
-)
-ITALIAN = words(
-    "zero uno due tre quattro cinque sei sette otto nove dieci undici dodici tredici quattordici quindici sedici "
-    "diciassette diciotto diciannove"
-)
-ITALIAN_TENS = words("venti trenta quaranta cinquanta sessanta settanta ottanta novanta")
 
 
 def english(n: int) -> str:
@@ -65,35 +51,9 @@ def french(n: int) -> str:
     return f"{tens}{joint}{FRENCH[rest_below_20]}"
 
 
-def spanish(n: int) -> str:
-    """Spell `n` (1 to 999) in Spanish."""
-    if n == 100:
-        return "cien"
-    if n > 100:
-        return SPANISH_HUNDREDS[n // 100 - 1] + (f" {spanish(n % 100)}" if n % 100 else "")
-    if n < 30:
-        return SPANISH[n]
-    return SPANISH_TENS[n // 10 - 3] + (f" y {SPANISH[n % 10]}" if n % 10 else "")
-
-
-def italian(n: int) -> str:
-    """Spell `n` (1 to 999) in Italian."""
-    if n >= 100:
-        return f"{'' if n < 200 else ITALIAN[n // 100]}cento{italian(n % 100) if n % 100 else ''}"
-    if n < 20:
-        return ITALIAN[n]
-    tens = ITALIAN_TENS[n // 10 - 2]
-    if n % 10 in (1, 8):
-        tens = tens[:-1]
-    unit = "tré" if n % 10 == 3 else ITALIAN[n % 10]
-    return tens + (unit if n % 10 else "")
-
-
 SPELL: dict[str, Callable[[int], str]] = {
     "English": english,
     "French": french,
-    "Spanish": spanish,
-    "Italian": italian,
 }
 
 PROMPTS = (
@@ -107,8 +67,6 @@ PROMPTS = (
 NATIVE_PROMPTS: dict[str, tuple[str, ...]] = {
     "English": ("Spell this English number with digits: {words}",),
     "French": ("Écris ce nombre en chiffres : {words}", "Quel nombre est {words} ? Chiffres seulement."),
-    "Spanish": ("Escribe este número en cifras: {words}", "¿Qué número es {words}? Solo cifras."),
-    "Italian": ("Scrivi questo numero in cifre: {words}", "Che numero è {words}? Solo cifre."),
 }
 
 
@@ -124,12 +82,9 @@ def generate(rng: Random, split: Split, *, language: str) -> Example:
     )
 
 
-QKVO_4 = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 LORA: dict[str, dict[str, object]] = {
     "English": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
     "French": {"r": 2, "lora_alpha": 8, "target_modules": "all-linear"},
-    "Spanish": QKVO_4,
-    "Italian": QKVO_4,
 }
 
 TASKS = [

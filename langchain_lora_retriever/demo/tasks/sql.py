@@ -100,39 +100,9 @@ def compare(draw: Draw) -> tuple[str, str]:
     return draw.fill(question), query(draw.column, draw.table.name, draw.fill(f"WHERE {{n}} {sign} {{k}}"))
 
 
-def both(draw: Draw) -> tuple[str, str]:
-    """A column of the rows that meet a condition on a text and one on a number."""
-    over, sign = draw.rng.choice((("more than", ">"), ("over", ">"), ("less than", "<"), ("below", "<")))
-    question = draw.rng.choice(
-        (
-            "Two conditions: {c} is {v} and {n} is {over} {k}. Show the {x} of such {t}.",
-            "Show the {x} of the {t} that meet both conditions: {c} {v} and {n} {over} {k}.",
-            "List the {x} for all {t} where both hold: the {c} is {v} and also the {n} is {over} {k}.",
-            "Which {t} have the {c} {v} and at the same time a {n} of {over} {k}? Give the {x}.",
-        )
-    ).replace("{over}", over)
-    condition = draw.fill(f"WHERE {{c}} = '{{v}}' AND {{n}} {sign} {{k}}")
-    return draw.fill(question), query(draw.column, draw.table.name, condition)
-
-
-def count(draw: Draw) -> tuple[str, str]:
-    """The number of rows that meet one condition."""
-    question = draw.rng.choice(
-        (
-            "How many {t} have the {c} {v}?",
-            "Count the {t} whose {c} is {v}.",
-            "What is the number of {t} with {c} {v}? Count them.",
-            "How many {t} are there where the {c} is {v}?",
-        )
-    )
-    return draw.fill(question), query("COUNT(*)", draw.table.name, draw.fill("WHERE {c} = '{v}'"))
-
-
 KINDS: dict[str, Callable[[Draw], tuple[str, str]]] = {
     "equal": equal,
     "compare": compare,
-    "both": both,
-    "count": count,
 }
 
 PROMPTS = (
@@ -175,8 +145,6 @@ def generate(rng: Random, split: Split, *, kind: str) -> Example:
 LORA: dict[str, dict[str, object]] = {
     "equal": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
     "compare": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
-    "both": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
-    "count": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
 }
 
 TASKS = [Task(f"sql_{kind}", "sql", partial(generate, kind=kind), LORA[kind]) for kind in KINDS]

@@ -15,7 +15,6 @@ UNITS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
     "length": (("km", "kilometres", "m", "metres"), ("m", "metres", "mm", "millimetres")),
     "mass": (("kg", "kilograms", "g", "grams"), ("t", "tonnes", "kg", "kilograms")),
     "volume": (("l", "litres", "ml", "millilitres"), ("m3", "cubic metres", "l", "litres")),
-    "power": (("kW", "kilowatts", "W", "watts"), ("MW", "megawatts", "kW", "kilowatts")),
 }
 
 STORIES: dict[str, tuple[str, ...]] = {
@@ -36,12 +35,6 @@ STORIES: dict[str, tuple[str, ...]] = {
         "A tank contains {x} {a} of water. How much liquid is that in {b}?",
         "We poured {x} {A} of juice; state the volume in {b}.",
         "The aquarium has a capacity of {x} {a}. Capacity in {b}?",
-    ),
-    "power": (
-        "The engine delivers {x} {a}. Give the power in {b}.",
-        "A solar panel array produces {x} {a}. What is its electric power in {b}?",
-        "The heater draws {x} {A}; state the power in {b}.",
-        "The generator is rated at {x} {a}. Rating in {b}?",
     ),
 }
 
@@ -75,7 +68,6 @@ LORA: dict[str, dict[str, object]] = {
         "rank_pattern": {"v_proj": 8, "k_proj": 2},
         "alpha_pattern": {"v_proj": 16, "k_proj": 4},
     },
-    "power": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
 }
 
 TASKS = [Task(f"unit_{q}", "units", partial(generate, quantity=q), LORA[q]) for q in UNITS]
