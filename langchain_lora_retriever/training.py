@@ -82,7 +82,7 @@ class TrainingConfig:
     holdout_fraction: float = 0.2
     eval_steps: int = 20
     patience: int = 3
-    whitening: float | None = 1.0
+    whitening: float | None = 3.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -245,7 +245,7 @@ def whiten(
     model: SentenceTransformer,
     samples: Mapping[str, Sequence[str]],
     *,
-    shrinkage: float = 1.0,
+    shrinkage: float = 3.0,
     instruction: str = DEFAULT_INSTRUCTION,
 ) -> None:
     """Append a linear layer that evens out how the samples of one adapter spread. Changes `model` in place.

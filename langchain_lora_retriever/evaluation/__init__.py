@@ -13,6 +13,7 @@ from langchain_lora_retriever.evaluation.composition import (
     evaluate_composition,
     paper_settings,
 )
+from langchain_lora_retriever.evaluation.inspection import PoolInspection, inspect_pool
 from langchain_lora_retriever.evaluation.retrieval import (
     RetrievalReport,
     SplitsReport,
@@ -24,6 +25,7 @@ __all__ = [
     "Benchmark",
     "CardPool",
     "CompositionReport",
+    "PoolInspection",
     "RetrievalReport",
     "Setting",
     "SplitsReport",
@@ -32,6 +34,7 @@ __all__ = [
     "evaluate_composition",
     "evaluate_retrieval",
     "evaluate_splits",
+    "inspect_pool",
     "load_benchmark",
     "paper_settings",
 ]

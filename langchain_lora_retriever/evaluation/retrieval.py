@@ -9,7 +9,6 @@ import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -18,6 +17,7 @@ import numpy as np
 from langchain_lora_retriever.encoder import DEFAULT_ENCODER, DEFAULT_INSTRUCTION
 from langchain_lora_retriever.errors import InvalidRequestError
 from langchain_lora_retriever.evaluation.benchmark import CardPool
+from langchain_lora_retriever.evaluation.inspection import find_twins
 from langchain_lora_retriever.retriever import LoraRetriever
 from langchain_lora_retriever.training import TrainingConfig, split_adapters, train_encoder
 
@@ -35,7 +35,6 @@ __all__ = [
     "SplitsReport",
     "evaluate_retrieval",
     "evaluate_splits",
-    "find_twins",
 ]
 
 Accuracy: TypeAlias = Mapping[int, float]
@@ -146,7 +145,7 @@ def evaluate_retrieval(
         if progress is not None:
             progress(len(ranked), len(rows))
     ranks = np.array([names.index(row.task) + 1 for names, row in zip(ranked, rows, strict=True)])
-    pairs = tuple(twins) if twins is not None else find_twins(retriever, benchmark)
+    pairs = [(pair.first, pair.second) for pair in find_twins(retriever)] if twins is None else twins
     best = [names[0] for names in ranked]
     ks = tuple(sorted(set(top_k)))
     is_seen = np.array([row.task in set(seen) for row in rows])
@@ -161,7 +160,7 @@ def evaluate_retrieval(
         seen=_accuracy(ranks[is_seen], ks) if seen else None,
         unseen=_accuracy(ranks[~is_seen], ks) if seen else None,
         confusions=_confusions(rows, best),
-        twins=pairs,
+        twins=tuple(pairs),
         twin_error=_twin_error(rows, best, pairs),
         ceiling=_ceiling(rows, pairs),
     )
@@ -230,39 +229,6 @@ def evaluate_splits(
         mean={part: {k: float(np.mean([t[k] for t in table])) for k in table[0]} for part, table in tables.items()},
         deviation={part: {k: float(np.std([t[k] for t in table])) for k in table[0]} for part, table in tables.items()},
     )
-
-
-def find_twins(retriever: LoraRetriever, benchmark: Benchmark, *, z: float = 1.645) -> tuple[tuple[str, str], ...]:
-    """Find pairs of adapters whose own samples the encoder cannot tell apart.
-
-    Each sample of the two is put to the nearer one's mean, its own mean being without it. The two are twins if that is
-    right no more often than a coin would be in 95 % of the cases.
-
-    Args:
-        retriever: Embeds the samples.
-        benchmark: Its cards.
-        z: How many standard deviations of the coin's count a pair must exceed to be told apart.
-    """
-    groups = {
-        name: retriever.embed([sample.input for sample in samples]).astype(np.float64)
-        for name, samples in benchmark.cards.items()
-        if len(samples) > 1
-    }
-    sums = {name: group.sum(axis=0) for name, group in groups.items()}
-
-    def margins(name: str, other: str) -> NDArray[np.bool_]:
-        group = groups[name]
-        without = sums[name] - group
-        own = (group * without).sum(axis=1) / np.maximum(np.linalg.norm(without, axis=1), 1e-12)
-        is_nearer: NDArray[np.bool_] = own > group @ (sums[other] / max(float(np.linalg.norm(sums[other])), 1e-12))
-        return is_nearer
-
-    twins = []
-    for first, second in combinations(groups, 2):
-        is_right = np.concatenate([margins(first, second), margins(second, first)])
-        if is_right.sum() <= len(is_right) / 2 + z * np.sqrt(len(is_right)) / 2:
-            twins.append((first, second))
-    return tuple(twins)
 
 
 def _accuracy(ranks: NDArray[np.int64], top_k: Sequence[int]) -> dict[int, float]:
