@@ -166,7 +166,9 @@ def _read_rows(file: Path) -> list[TestRow]:
         if metric not in get_args(Metric):
             raise InvalidRequestError(f"{where}: metric={metric!r} is not allowed: pass one of {get_args(Metric)}.")
         domain = _text(row, "domain", where) if "domain" in row else task
-        rows.append(TestRow(_text(row, "inputs", where), _text(row, "targets", where), task, domain, metric))
+        rows.append(
+            TestRow(_text(row, "inputs", where), _text(row, "targets", where, may_be_blank=True), task, domain, metric)
+        )
     return rows
 
 
@@ -180,8 +182,9 @@ def _read_list(file: Path) -> list[dict[str, Any]]:
     return values
 
 
-def _text(value: object, field: str, where: str) -> str:
+def _text(value: object, field: str, where: str, *, may_be_blank: bool = False) -> str:
     text = value.get(field) if isinstance(value, Mapping) else None
-    if not isinstance(text, str) or not text.strip():
-        raise InvalidRequestError(f"{where}: {field}={text!r} is not allowed: pass a string that is not blank.")
+    if not isinstance(text, str) or not (may_be_blank or text.strip()):
+        allowed = "a string" if may_be_blank else "a string that is not blank"
+        raise InvalidRequestError(f"{where}: {field}={text!r} is not allowed: pass {allowed}.")
     return text
