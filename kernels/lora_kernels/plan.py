@@ -113,9 +113,10 @@ def plan_expand(num_tokens: int, k: int, max_rank: int, out_features: Sequence[i
     block_m = token_block(num_tokens)
     widest = max(16, power_of_2(max(out_features)))
     if block_m == 1:
-        # One warp holds up to 8,192 elements of B in flight.
-        rows = max(1, min(power_of_2(max_rank), 16))
-        block_n = min(256, 8192 // (rows * power_of_2(k)), widest)
-        return ExpandPlan(1, block_n, rows, 1, 1)
-    rows = 16 if k * max_rank <= 16 and num_tokens > 256 else 64
-    return ExpandPlan(block_m, min(128, widest), rows, 4, 2)
+        # One warp per program, with at most 8,192 elements of B in flight.
+        rows = max(1, min(power_of_2(max_rank), 32 if k == 1 and max_rank > 16 else 16))
+        block_n = 256 if k == 1 and rows <= 16 and num_tokens > 32 else 128
+        return ExpandPlan(1, min(block_n, 8192 // (rows * power_of_2(k)), widest), rows, 1, 1)
+    if num_tokens <= 256:
+        return ExpandPlan(block_m, min(64, widest), 64, 4, 3)
+    return ExpandPlan(block_m, min(128, widest), 16 if k * max_rank <= 16 else 64, 4, 2)

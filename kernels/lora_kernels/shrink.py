@@ -1,4 +1,4 @@
-# mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
 # ruff: noqa: ANN001, ANN202 - Triton types the kernels' arguments itself
 """Shrink: inputs times A, one program per tile of pairs that share an adapter."""
 
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from lora_kernels import plan
-from lora_kernels.launch import pdl_options
+from lora_kernels.launch import pdl_options, stages_that_fit
 
 if TYPE_CHECKING:
     import torch
@@ -97,6 +97,8 @@ def shrink(
     in_features, max_loras = x.shape[1], ranks.shape[0]
     p = plan.plan_shrink(num_tokens, k, max_rank, in_features, num_slices, x.element_size())
     rank_blocks = plan.cdiv(max_rank, p.block_r)
+    block_m = plan.pair_block(num_tokens, k)
+    stage_bytes = (block_m + p.slices * p.block_r) * p.block_k * x.element_size()
     grid = (
         plan.max_pair_tiles(num_tokens, k, max_loras),
         plan.cdiv(num_slices, p.slices) * rank_blocks,
@@ -119,12 +121,12 @@ def shrink(
         MAX_RANK=max_rank,
         SLICES=p.slices,
         RANK_BLOCKS=rank_blocks,
-        BLOCK_M=plan.pair_block(num_tokens, k),
+        BLOCK_M=block_m,
         BLOCK_R=p.block_r,
         BLOCK_K=p.block_k,
         CHUNK=p.chunk,
         EVEN_K=in_features % p.block_k == 0,
         num_warps=p.num_warps,
-        num_stages=p.num_stages,
+        num_stages=stages_that_fit(x.device, p.num_stages, stage_bytes),
         **pdl_options(x.device),
     )
