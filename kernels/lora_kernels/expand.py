@@ -1,4 +1,5 @@
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# mypy: disallow-untyped-decorators=False, disallow-untyped-calls=False
 # ruff: noqa: ANN001, ANN202 - Triton types the kernels' arguments itself
 """Expand: the shrunk inputs times B, added to the outputs. One program owns a piece of `y` for all its adapters."""
 

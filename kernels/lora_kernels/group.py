@@ -1,4 +1,5 @@
-# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False, disallow-untyped-calls=False
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# mypy: disallow-untyped-decorators=False, disallow-untyped-calls=False
 # ruff: noqa: ANN001, ANN202 - Triton types the kernels' arguments itself
 """Grouping a step's tokens by adapter on the device, in two launches."""
 
