@@ -1,7 +1,8 @@
 """The embedded default: a small base model, an encoder, a pool of trained adapters and prompts to try them on.
 
 >>> from langchain_lora_retriever.demo import demo_chat_model
->>> demo_chat_model().invoke("Write the number 417 in German words.").response_metadata["adapters"]  # doctest: +SKIP
+>>> demo_chat_model().invoke("A cable measures 730.1 km. How long is it in m?").content  # doctest: +SKIP
+'730100 m'
 """
 
 from __future__ import annotations
@@ -62,10 +63,14 @@ def demo_arguments(**kwargs: Any) -> dict[str, Any]:
 
 
 def demo_pool() -> AdapterPool:
-    """Read the demo's adapters into a new pool, which the caller may change."""
+    """Read the demo's adapters into a new pool in memory, which the caller may change: their files stay as they are."""
     from langchain_lora_retriever.pool import AdapterPool  # noqa: PLC0415 - loads torch
+    from langchain_lora_retriever.pool_folder import list_folders  # noqa: PLC0415 - the same
 
-    return AdapterPool(_POOL_FOLDER)
+    pool = AdapterPool()
+    for folder in list_folders(_POOL_FOLDER):
+        pool.add(folder.name, folder)
+    return pool
 
 
 def demo_test_set(num: int = 25, *, seed: int = 0) -> list[DemoRow]:
