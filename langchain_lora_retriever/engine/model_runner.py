@@ -90,7 +90,7 @@ class ModelRunner:
             input_ids=torch.tensor([token_ids], device=self._device),
             position_ids=torch.tensor([positions], device=self._device),
             use_cache=False,
-            logits_to_keep=torch.tensor(sampled, device=self._device),
+            logits_to_keep=torch.tensor(sampled, dtype=torch.int64, device=self._device),
             attention_step=AttentionStep(spans, self._caches),
         )
         logits: torch.Tensor = output.logits[0]
