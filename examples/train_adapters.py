@@ -13,6 +13,9 @@ A row may hold "messages" (chat messages up to the answer) for prompts of more t
 the text the adapter is found by. A `<name>.json` beside the rows holds fields of `peft.LoraConfig` for that
 adapter; the others get `--rank` on `--target-modules`. Each adapter folder gets `adapter_config.json`,
 `adapter_model.safetensors` (bf16) and `samples.jsonl` (the samples that the retriever embeds).
+
+The demo's own adapters were trained with `--rows 3000`, three epochs for function_calling and number_*, two for
+the others. docs/train-adapters.md has more.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import get_cosine_schedule_with_warmup as cosine_schedule
 
@@ -70,6 +73,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--evaluate", action="store_true", help="exact match on held-out rows, base and adapter")
+    parser.add_argument("--max-new-tokens", type=int, default=96, help="longest answer of --evaluate")
     return parser.parse_args()
 
 
@@ -91,18 +95,38 @@ def demo_jobs(args: argparse.Namespace) -> list[Job]:
 
 
 def file_jobs(args: argparse.Namespace) -> list[Job]:
-    """Read the tasks of `--data`; with `--evaluate` every tenth row is held out."""
+    """Read the tasks of `--data`, their rows shuffled; with `--evaluate` every tenth is held out."""
     jobs = []
     for path in sorted(args.data.glob("*.jsonl")):
         if args.tasks and path.stem not in args.tasks:
             continue
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = read_rows(path)
+        random.Random(args.seed).shuffle(rows)  # noqa: S311 - row order
         test = rows[::10] if args.evaluate else []
         train = [row for i, row in enumerate(rows) if i % 10] if args.evaluate else rows
+        if not train:
+            raise SystemExit(f"{path} has {len(rows)} rows, which leaves none to train on.")
         lora_path = path.with_suffix(".json")
-        lora = json.loads(lora_path.read_text()) if lora_path.exists() else default_lora(args)
+        lora = json.loads(lora_path.read_text(encoding="utf-8")) if lora_path.exists() else default_lora(args)
         jobs.append(Job(path.stem, train[: args.rows], test, lora))
     return jobs
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read the rows of one task; the first line that is none is named."""
+    rows: list[Row] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise SystemExit(f"Line {number} of {path} is not JSON ({error}): {line[:80]!r}") from error
+        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("input", "output")):
+            allowed = '{"input": "...", "output": "..."}'
+            raise SystemExit(f"Line {number} of {path} is {line[:80]!r}; allowed is {allowed}.")
+        rows.append(row)
+    return rows
 
 
 def default_lora(args: argparse.Namespace) -> dict[str, Any]:
@@ -126,7 +150,7 @@ def load_base(base_model: str, device: str) -> tuple[PreTrainedModel, PreTrained
     tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **kwargs)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **kwargs)
     return model.to(device), tokenizer
 
 
@@ -170,7 +194,8 @@ def train(job: Job, args: argparse.Namespace, *, show: bool) -> dict[str, Any]:
     shuffler = random.Random(args.seed)  # noqa: S311 - row order
     base, tokenizer = load_base(args.base_model, args.device)
     base.name_or_path = args.base_model_name
-    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **job.lora))
+    config = LoraConfig(**{"task_type": "CAUSAL_LM", **job.lora})
+    model = get_peft_model(base, config)
     data = [
         (prompt_ids(tokenizer, row), tokenizer(row["output"] + tokenizer.eos_token, add_special_tokens=False).input_ids)
         for row in job.train
@@ -180,6 +205,7 @@ def train(job: Job, args: argparse.Namespace, *, show: bool) -> dict[str, Any]:
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
     scheduler = cosine_schedule(optimizer, num_warmup_steps=max(1, steps // 20), num_training_steps=steps)
+    device_type = torch.device(args.device).type
     losses: list[float] = []
     skipped = 0
     model.train()
@@ -189,7 +215,7 @@ def train(job: Job, args: argparse.Namespace, *, show: bool) -> dict[str, Any]:
         for i in range(min(steps_per_epoch, steps - len(losses))):
             batch = data[i * args.batch_size : (i + 1) * args.batch_size]
             input_ids, labels = collate(batch, tokenizer.pad_token_id)
-            with torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.device != "cpu"):
+            with torch.autocast(device_type, dtype=torch.bfloat16, enabled=device_type != "cpu"):
                 loss = answer_loss(base, input_ids.to(args.device), labels.to(args.device))
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -212,19 +238,18 @@ def train(job: Job, args: argparse.Namespace, *, show: bool) -> dict[str, Any]:
     for parameter in parameters:
         parameter.data = parameter.data.bfloat16().float()
     if args.evaluate and job.test:
-        result["adapter"] = exact_match(model, tokenizer, job.test, args.batch_size)
+        result["adapter"] = exact_match(model, tokenizer, job.test, args)
         with model.disable_adapter():
-            result["base"] = exact_match(model, tokenizer, job.test, args.batch_size)
-    save(model, job, args)
+            result["base"] = exact_match(model, tokenizer, job.test, args)
+    save(model, config, job, args)
     model.unload()
     return result
 
 
-def save(model: PeftModel, job: Job, args: argparse.Namespace) -> None:
+def save(model: PeftModel, config: LoraConfig, job: Job, args: argparse.Namespace) -> None:
     """Write the adapter as PEFT does, in bf16, and the samples it is found by."""
     folder = args.out / job.name
     folder.mkdir(parents=True, exist_ok=True)
-    config = model.peft_config["default"]
     config.inference_mode = True
     if isinstance(config.target_modules, set):
         config.target_modules = sorted(config.target_modules)
@@ -238,14 +263,18 @@ def save(model: PeftModel, job: Job, args: argparse.Namespace) -> None:
 
 
 @torch.inference_mode()
-def exact_match(model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: list[Row], batch_size: int) -> float:
+def exact_match(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: list[Row], args: argparse.Namespace
+) -> float:
     """Answer the rows greedily; the share that is right, letter case and a trailing full stop aside."""
     right = 0
-    for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
+    for start in range(0, len(rows), args.batch_size):
+        part = rows[start : start + args.batch_size]
         prompts = [prompt_ids(tokenizer, row) for row in part]
         inputs = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
-        output = model.generate(**inputs, do_sample=False, max_new_tokens=96, pad_token_id=tokenizer.pad_token_id)
+        output = model.generate(
+            **inputs, do_sample=False, max_new_tokens=args.max_new_tokens, pad_token_id=tokenizer.pad_token_id
+        )
         texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         right += sum(normal(text) == normal(row["output"]) for text, row in zip(texts, part, strict=True))
     return right / len(rows)
@@ -264,8 +293,11 @@ def main() -> None:
         HUB_NAME if args.base_model == demo_base_model() else args.base_model
     )
     jobs = file_jobs(args) if args.data else demo_jobs(args)
+    missing = set(args.tasks or ()) - {job.name for job in jobs}
+    if missing:
+        raise SystemExit(f"There is no task {', '.join(sorted(missing))}.")
     if not jobs:
-        raise SystemExit("No task to train: --data holds no <name>.jsonl, or --tasks names none of them.")
+        raise SystemExit(f"No task to train: {args.data} holds no <name>.jsonl.")
     results = []
     if args.workers == 1:
         for job in jobs:
