@@ -6,6 +6,7 @@ Source: LoraRetriever, arXiv:2402.09997, section 3.2.
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import warnings
 from functools import cached_property
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
+from langchain_lora_retriever.answer_fit import AnswerFit
 from langchain_lora_retriever.encoder import DEFAULT_ENCODER, DEFAULT_INSTRUCTION, Encoder, SentenceTransformerEncoder
 from langchain_lora_retriever.errors import InvalidAdapterError, InvalidRequestError
 from langchain_lora_retriever.index import AdapterIndex
@@ -32,6 +34,9 @@ __all__ = ["DEFAULT_ENCODER", "DEFAULT_INSTRUCTION", "LoraRetriever"]
 
 Vectors: TypeAlias = "NDArray[np.float32]"
 
+_NUM_CANDIDATES = 32
+"""Adapters whose answers are looked at, the nearest by cosine."""
+
 
 class LoraRetriever:
     """Finds the adapters of a pool for texts, and follows the pool's changes. Any thread or event loop may call it.
@@ -39,19 +44,21 @@ class LoraRetriever:
     Semantics:
         embedding(text)    = E(instruction + text)
         embedding(adapter) = normalised mean over its samples' inputs of embedding(input), or the one it came with
-        score              = cosine(embedding(text), embedding(adapter))
+        score              = cosine(embedding(text), embedding(adapter)) - answer_weight * lack(text, adapter)
+        lack               = how much the text lacks of the answers that the adapter's samples offer (`AnswerFit`)
 
     Args:
         pool: The adapters.
         encoder: A sentence-transformers name or folder, or an `Encoder`.
         instruction: Put before every text and sample.
         min_score: Adapters below it are not returned; with none left the base model answers alone.
+        answer_weight: How much an adapter loses whose answers a text does not offer; 0 scores by cosine alone.
         cache_size: How many texts' embeddings are kept.
         cache_dir: Folder that keeps adapters' embeddings for the next start; None keeps none. Use it only
             with an encoder whose name changes whenever its weights do.
 
     Raises:
-        InvalidRequestError: If `min_score` or `cache_size` is out of range.
+        InvalidRequestError: If `min_score`, `answer_weight` or `cache_size` is out of range.
     """
 
     def __init__(
@@ -61,23 +68,28 @@ class LoraRetriever:
         *,
         instruction: str = DEFAULT_INSTRUCTION,
         min_score: float | None = None,
+        answer_weight: float = 0.0,
         cache_size: int = 4096,
         cache_dir: str | Path | None = None,
     ) -> None:
         if min_score is not None and not -1 <= min_score <= 1:
             raise InvalidRequestError(f"min_score={min_score!r} is not allowed: pass a number from -1 to 1, or None.")
+        if not 0 <= answer_weight < math.inf:
+            raise InvalidRequestError(f"answer_weight={answer_weight!r} is not allowed: pass a finite number >= 0.")
         if cache_size < 0:
             raise InvalidRequestError(f"cache_size={cache_size!r} is not allowed: pass 0 or more texts.")
         self.pool = pool
         self.encoder: Encoder = SentenceTransformerEncoder(encoder) if isinstance(encoder, str | Path) else encoder
         self.instruction = instruction
         self.min_score = min_score
+        self.answer_weight = answer_weight
         self._batcher = MicroBatcher(self._encode)
         self._texts = TextVectors(cache_size)
         self._cache_dir = None if cache_dir is None else Path(cache_dir)
         self._sync_lock = threading.Lock()  # one thread follows the pool; guards indexed and version
         self._index_lock = threading.Lock()  # never held while texts are embedded
         self._indexed: Mapping[str, PoolEntry] = {}
+        self._fits: Mapping[str, AnswerFit] = {}
         self._version = -1
 
     @cached_property
@@ -124,7 +136,7 @@ class LoraRetriever:
         exclusions = self._check(texts, top_k, exclude)
         vectors = self.embed(texts)
         self._synchronise()
-        return self._search(vectors, top_k, exclusions)
+        return self._search(texts, vectors, top_k, exclusions)
 
     async def aretrieve(self, text: str, *, top_k: int = 3, exclude: Collection[str] = ()) -> list[RetrievedAdapter]:
         """`retrieve` without blocking the event loop; concurrent calls are embedded together."""
@@ -136,7 +148,7 @@ class LoraRetriever:
             self._texts.put(vectors)
         if self._version != self.pool.version:
             await asyncio.wrap_future(self._batcher.executor.submit(self._synchronise))
-        return self._search(vectors[text][None], top_k, exclusions)[0]
+        return self._search([text], vectors[text][None], top_k, exclusions)[0]
 
     def embed(self, texts: Sequence[str]) -> Vectors:
         """Embed texts, the instruction before each, as queries are.
@@ -186,9 +198,22 @@ class LoraRetriever:
                 state[name]
         return exclusions
 
-    def _search(self, queries: Vectors, top_k: int, exclude: Sequence[frozenset[str]]) -> list[list[RetrievedAdapter]]:
+    def _search(
+        self, texts: Sequence[str], queries: Vectors, top_k: int, exclude: Sequence[frozenset[str]]
+    ) -> list[list[RetrievedAdapter]]:
+        # An adapter can only lose by its answers, so those to choose from are a few more than are wanted.
+        fetch = top_k if not self.answer_weight else max(_NUM_CANDIDATES, 2 * top_k)
         with self._index_lock:
-            found = self._index.search(queries, top_k=top_k, exclude=exclude)
+            found = self._index.search(queries, top_k=fetch, exclude=exclude)
+            fits = self._fits
+        if self.answer_weight:
+            found = [
+                sorted(
+                    ((name, score - self.answer_weight * fits[name].lack(text)) for name, score in row),
+                    key=lambda pair: (-pair[1], pair[0]),
+                )[:top_k]
+                for text, row in zip(texts, found, strict=True)
+            ]
         # Six digits: the last bits of a score depend on what else was embedded in the same batch.
         results = [[RetrievedAdapter(name, round(score, 6)) for name, score in row] for row in found]
         if self.min_score is not None:
@@ -209,7 +234,9 @@ class LoraRetriever:
                 self.pool.reject(name, error)
             changed = [name for name in sorted(entries) if not _found_alike(self._indexed.get(name), entries[name])]
             vectors = self._embed_adapters([entries[name] for name in changed])
+            fits = {name: self._fit(name, entry) for name, entry in entries.items()} if self.answer_weight else {}
             with self._index_lock:
+                self._fits = fits
                 self._index.remove([name for name in self._indexed if name not in entries])
                 self._index.update(changed, vectors)
             self._indexed = entries
@@ -231,6 +258,11 @@ class LoraRetriever:
         if self._saved is not None and made:
             self._saved.save(known | made)
         return vectors
+
+    def _fit(self, name: str, entry: PoolEntry) -> AnswerFit:
+        if entry is self._indexed.get(name):
+            return self._fits[name]
+        return AnswerFit(entry.samples)
 
     def _misfits(self, entries: Mapping[str, PoolEntry]) -> list[tuple[str, InvalidAdapterError]]:
         """Adapters that came with an embedding of another size; warns about other encoders' of the same size."""
