@@ -1,13 +1,15 @@
 """The PyTorch path: two matrix products over the rows of the adapters in use.
 
 The batch's distinct adapters are gathered once per change of the set, so that a decode step of many tokens with
-many adapters is two plain products per group of projections and slice:
+many adapters is two plain products per group of projections:
 
-    v = x @ A_active.T          [num_tokens, active rows]
+    v = x @ A_active            [num_tokens, active rows of every slice]
     y += (v * row_weights) @ B_active
 
-`row_weights[t, i]` is the weight token `t` gives to the adapter that owns row `i`, 0 where it does not use it. In a
-long prefill most of these products would be with zeros, so there each adapter visits its own tokens only.
+`B_active` is block-diagonal: the rows of a slice reach its own outputs only. With many rows the zeros would cost more
+than the calls they save, and each slice has a product of its own. `row_weights[t, i]` is the weight token `t` gives to
+the adapter that owns row `i`, 0 where it does not use it. In a long prefill most of these products would be with zeros,
+so there each adapter visits its own tokens only.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 # over a token's inputs and outputs.
 _SEGMENT_COST = 512
 _TOKEN_COST = 40
+_MAX_BLOCK_DIAGONAL_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,8 @@ def gather(
     """Copy the rows of `slots` side by side; rows past a slice's own rank become zero.
 
     Returns:
-        `A_active [num_slices * R, in_features]` and `B_active [R, sum(out_features)]`.
+        `A_active [in_features, num_slices * R]`, and `B_active`: block-diagonal `[num_slices * R, sum(out_features)]`
+        where R is small, else `[R, sum(out_features)]`.
     """
     first, count, rank = starts.tolist(), counts.tolist(), ranks.tolist()
     index = [row for s in slots for row in range(first[s], first[s] + count[s])]
@@ -131,7 +135,10 @@ def gather(
             b_active[lo + rank[s][i] : lo + count[s], offset : offset + width] = 0
             offset += width
         lo += count[s]
-    return a_active.flatten(0, 1), b_active
+    if len(index) <= _MAX_BLOCK_DIAGONAL_ROWS:
+        slices = b_active.split(list(out_features), dim=1)
+        b_active = torch.block_diag(*slices)
+    return a_active.flatten(0, 1).t().contiguous(), b_active
 
 
 def add_dense(
@@ -142,15 +149,21 @@ def add_dense(
     out_features: Sequence[int],
     row_weights: torch.Tensor,
 ) -> None:
-    """Add the adapters' outputs to `y` in place by two products per slice."""
-    num_rows = b_active.shape[0]
-    v = torch.mm(x, a_active.t())
-    offset = 0
-    for i, width in enumerate(out_features):
-        part = v[:, i * num_rows : (i + 1) * num_rows] * row_weights
-        out = y[:, offset : offset + width]
-        out.addmm_(part.to(y.dtype), b_active[:, offset : offset + width])
-        offset += width
+    """Add the adapters' outputs to `y` in place; see `gather` for the operands."""
+    num_tokens, num_rows = row_weights.shape
+    v = torch.mm(x, a_active).view(num_tokens, -1, num_rows) * row_weights[:, None]
+    v = v.to(y.dtype).flatten(1)
+    if b_active.shape[0] == v.shape[1]:
+        y.addmm_(v, b_active)
+        return
+    slices = zip(
+        v.split(num_rows, dim=1),
+        y.split(list(out_features), dim=1),
+        b_active.split(list(out_features), dim=1),
+        strict=True,
+    )
+    for v_slice, out, b_slice in slices:
+        out.addmm_(v_slice, b_slice)
 
 
 def add_segments(
