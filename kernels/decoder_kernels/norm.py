@@ -1,0 +1,106 @@
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# mypy: disallow-untyped-decorators=False, disallow-untyped-calls=False
+# ruff: noqa: ANN001, ANN202 - Triton types the kernels' arguments itself
+"""RMS norm, together with the residual addition before it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+
+class RmsNorm(NamedTuple):
+    """`x * rsqrt(mean(x^2) + eps) * (weight + offset)`."""
+
+    weight: torch.Tensor
+    eps: float
+    offset: float
+
+
+@triton.jit
+def _norm_kernel(
+    out, total, x, residual, weight, inner_weight, eps, offset, inner_eps, inner_offset, width, x_stride,
+    HAS_RESIDUAL: tl.constexpr, HAS_INNER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per token."""
+    token = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK)
+    ok = d < width
+    y = tl.load(x + token * x_stride + d, mask=ok, other=0.0).to(tl.float32)
+    if HAS_INNER:
+        inner = tl.load(inner_weight + d, mask=ok, other=0.0).to(tl.float32) + inner_offset
+        y = y * tl.rsqrt(tl.sum(y * y, 0) / width + inner_eps) * inner
+        y = y.to(x.dtype.element_ty).to(tl.float32)
+    if HAS_RESIDUAL:
+        y += tl.load(residual + token * width + d, mask=ok, other=0.0).to(tl.float32)
+        rounded = y.to(total.dtype.element_ty)
+        tl.store(total + token * width + d, rounded, mask=ok)
+        y = rounded.to(tl.float32)
+    w = tl.load(weight + d, mask=ok, other=0.0).to(tl.float32) + offset
+    y = y * tl.rsqrt(tl.sum(y * y, 0) / width + eps) * w
+    tl.store(out + token * width + d, y.to(out.dtype.element_ty), mask=ok)
+
+
+def rms_norm(x: torch.Tensor, norm: RmsNorm) -> torch.Tensor:
+    """Normalise each row of `x` `[num_tokens, width]`, unit stride in a row."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch(out, out, x, None, norm, None)
+    return out
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, norm: RmsNorm, inner: RmsNorm | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add a layer's output to the residual stream and normalise the sum.
+
+    Semantics:
+        total = residual + inner(x); out = norm(total)
+
+    Args:
+        x: `[num_tokens, width]`, unit stride in a row.
+        residual: `[num_tokens, width]`, contiguous.
+        norm: Norm of the sum.
+        inner: Norm of `x` before the addition; None adds `x` as it is.
+
+    Returns:
+        `total` and `out`, both new.
+    """
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty_like(total)
+    _launch(out, total, x, residual, norm, inner)
+    return total, out
+
+
+def _launch(
+    out: torch.Tensor,
+    total: torch.Tensor,
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    norm: RmsNorm,
+    inner: RmsNorm | None,
+) -> None:
+    num_tokens, width = x.shape
+    block = triton.next_power_of_2(width)
+    if num_tokens == 0:
+        return
+    _norm_kernel[(num_tokens,)](
+        out,
+        total,
+        x,
+        residual if residual is not None else x,
+        norm.weight,
+        inner.weight if inner is not None else norm.weight,
+        norm.eps,
+        norm.offset,
+        inner.eps if inner is not None else 0.0,
+        inner.offset if inner is not None else 0.0,
+        width,
+        x.stride(0),
+        HAS_RESIDUAL=residual is not None,
+        HAS_INNER=inner is not None,
+        BLOCK=block,
+        num_warps=max(1, min(16, block // 512)),
+    )

@@ -1,0 +1,51 @@
+"""Norms and activations in one launch against the same in plain PyTorch."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch.nn import functional
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs a GPU or TRITON_INTERPRET=1; test_interpreter.py runs it so",
+)
+
+
+def plain(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> torch.Tensor:
+    """The definition of the norm."""
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * (weight + offset)
+
+
+@pytest.mark.parametrize("width", [64, 133])
+@pytest.mark.parametrize("has_inner", [False, True])
+def test_norms_and_additions(width: int, has_inner: bool) -> None:
+    """With and without a norm of the addend, over rows that lie apart."""
+    from decoder_kernels import RmsNorm, add_rms_norm, rms_norm
+
+    x = torch.randn(5, 2 * width, device=DEVICE)[:, :width]
+    residual, weight, inner_weight = (torch.randn(*s, device=DEVICE) for s in ((5, width), (width,), (width,)))
+    norm, inner = RmsNorm(weight, 1e-5, 1.0), RmsNorm(inner_weight, 1e-6, 0.0)
+    torch.testing.assert_close(rms_norm(x, norm), plain(x, weight, 1e-5, 1.0))
+    expected = residual + (plain(x, inner_weight, 1e-6, 0.0) if has_inner else x)
+    total, out = add_rms_norm(x, residual, norm, inner if has_inner else None)
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(out, plain(expected, weight, 1e-5, 1.0))
+
+
+@pytest.mark.parametrize("width", [16, 1033])
+@pytest.mark.parametrize("name", ["silu", "gelu_pytorch_tanh", "gelu"])
+def test_gated_activation(name: str, width: int) -> None:
+    """Each activation by the name that configurations give it."""
+    from decoder_kernels import gated_activation
+
+    x = torch.randn(3, 2 * width, device=DEVICE)
+    activation = {
+        "silu": functional.silu,
+        "gelu": functional.gelu,
+        "gelu_pytorch_tanh": lambda gate: functional.gelu(gate, approximate="tanh"),
+    }[name]
+    torch.testing.assert_close(gated_activation(x, name), activation(x[:, :width]) * x[:, width:])
