@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from langchain_lora_retriever.errors import InvalidRequestError
 
@@ -16,7 +17,10 @@ class EngineConfig:
     Attributes:
         max_num_seqs: Most requests running at once; None picks 16 on a CPU and 128 on a GPU.
         max_num_batched_tokens: Most tokens computed in one step, >= `max_num_seqs`. A longer prompt is prefilled
-            in chunks beside the decoding of others; None picks 512 on a CPU and 2,048 on a GPU.
+            in chunks beside the decoding of others; None picks 512 on a CPU and 4,096 on a GPU.
+        max_num_prefill_tokens: Most prompt tokens of a step that also serves streams, while those are more than the
+            requests that wait for their first token: bounds the pause that a long prompt causes. None picks 512 on a
+            GPU and sets no limit on a CPU.
         max_model_len: Most tokens of prompt and answer together; None takes the model's context window.
         block_size: Tokens per block of the paged KV cache.
         kv_cache_bytes: Size of the KV cache; None sizes it from what is free after loading.
@@ -25,10 +29,17 @@ class EngineConfig:
         max_loras: Most distinct adapters resident on the device at once.
         max_adapters_per_request: Longest composition (`k`), at most 8.
         enable_prefix_caching: Share the KV of equal prefixes between requests that run the same composition.
+        attention_backend: "torch" runs anywhere, "triton" needs the whole model on one device; "auto" picks Triton on
+            a GPU and PyTorch elsewhere.
+        enable_cuda_graphs: Replay decode steps as CUDA graphs, where the Triton backend runs on a GPU.
+        enable_fused_layers: Run decoder layers of a known shape with fused kernels, where the Triton backend runs; the
+            result is checked against the model's own layers when the engine starts.
+        enable_async_scheduling: Launch a step before the tokens of the last one are known here; None does on a GPU.
     """
 
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
+    max_num_prefill_tokens: int | None = None
     max_model_len: int | None = None
     block_size: int = 16
     kv_cache_bytes: int | None = None
@@ -37,12 +48,17 @@ class EngineConfig:
     max_loras: int = 256
     max_adapters_per_request: int = 8
     enable_prefix_caching: bool = True
+    attention_backend: Literal["auto", "torch", "triton"] = "auto"
+    enable_cuda_graphs: bool = True
+    enable_fused_layers: bool = True
+    enable_async_scheduling: bool | None = None
 
     def __post_init__(self) -> None:
         """Refuse limits under which nothing could run."""
         for name in (
             "max_num_seqs",
             "max_num_batched_tokens",
+            "max_num_prefill_tokens",
             "max_model_len",
             "kv_cache_bytes",
             "lora_cache_bytes",
@@ -56,6 +72,10 @@ class EngineConfig:
         if not 1 <= self.max_adapters_per_request <= 8:
             raise InvalidRequestError(
                 f"EngineConfig(max_adapters_per_request={self.max_adapters_per_request!r}): pass 1 to 8."
+            )
+        if self.attention_backend not in {"auto", "torch", "triton"}:
+            raise InvalidRequestError(
+                f'EngineConfig(attention_backend={self.attention_backend!r}): pass "auto", "torch" or "triton".'
             )
         if not 0 < self.gpu_memory_utilization <= 1:
             raise InvalidRequestError(

@@ -12,7 +12,6 @@ from langchain_lora_retriever.engine.detokenizer import Detokenizer
 from langchain_lora_retriever.engine.kv_cache import KVCacheManager
 from langchain_lora_retriever.engine.model_runner import ModelRunner
 from langchain_lora_retriever.engine.request import Delta, FinishReason, Request
-from langchain_lora_retriever.engine.sampler import sample
 from langchain_lora_retriever.engine.scheduler import Scheduler
 from langchain_lora_retriever.engine.stats import EngineStats, StatsRecorder
 from langchain_lora_retriever.errors import EngineError, InvalidRequestError, PromptTooLongError
@@ -22,8 +21,8 @@ if TYPE_CHECKING:
 
     from langchain_lora_retriever.engine.base_model import BaseModel
     from langchain_lora_retriever.engine.config import EngineConfig
+    from langchain_lora_retriever.engine.flight import Flight
     from langchain_lora_retriever.engine.request import Constraint, TokenLogprob
-    from langchain_lora_retriever.engine.scheduler import ScheduledRequest
     from langchain_lora_retriever.types import Adapter, SamplingParams
 
 __all__ = ["Engine", "StepOutput"]
@@ -62,16 +61,20 @@ class Engine:
             self.slots,
             max_num_seqs=memory.max_num_seqs,
             max_num_batched_tokens=memory.max_num_batched_tokens,
+            max_num_prefill_tokens=memory.max_num_prefill_tokens,
         )
         self._recorder = StatsRecorder()
         self._eos_token_ids = _eos_token_ids(base)
         self._ids = itertools.count()
-        self._in_step: list[Request] = []
+        self._is_async = self._runner.is_async
+        self._in_flight: Flight | None = None
+        self._in_step: Sequence[Request] = []
+        self._outputs: list[StepOutput] = []
 
     @property
     def has_unfinished_requests(self) -> bool:
         """Whether a `step` would do anything."""
-        return bool(self.scheduler.waiting or self.scheduler.running)
+        return bool(self.scheduler.waiting or self.scheduler.running or self._in_flight)
 
     def make_request(
         self,
@@ -107,6 +110,7 @@ class Engine:
             adapters=tuple(ordered),
             detokenizer=Detokenizer(self.tokenizer, sampling.stop),
             constraint=constraint,
+            max_num_tokens=min(len(prompt_token_ids) + sampling.max_tokens, self.max_model_len),
         )
 
     def add(self, request: Request) -> None:
@@ -121,22 +125,25 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
-        """Compute one packed step: prefill what is waiting, decode what is running, sample, deliver.
+        """Compute one packed step: prefill what is waiting, decode what is running, choose tokens, deliver.
+
+        With asynchronous scheduling a step is launched before the tokens of the last one are read, so that the device
+        need not wait for this thread. It takes those tokens from where the device keeps them, and a request that turns
+        out to have ended leaves one surplus token, which is dropped. A grammar needs the token first, and gets it.
 
         An exception that one request causes (its grammar, its tokens) ends that request alone and is in its output.
         An exception of the step itself is raised, with the step's requests still scheduled: see `fail_step`.
         """
-        scheduled = self.scheduler.schedule()
-        self._in_step = [item.request for item in scheduled]
-        logits = self._runner.execute(scheduled)
-        sampled = [item.request for item in scheduled if item.is_sampled]
-        self._advance(scheduled)
-        if not sampled:
-            return []
-        token_ids, logprobs = sample(logits, sampled)
-        self._recorder.on_step(sampled)
-        outputs = [self._deliver(*row) for row in zip(sampled, token_ids, logprobs, strict=True)]
-        return [output for output in outputs if output.delta is not None or output.error is not None]
+        if self._in_flight is not None and any(r.constraint is not None for r in self._in_flight.requests):
+            self._collect(self._in_flight)
+        launched = self._launch()
+        landing, self._in_flight = self._in_flight, launched
+        if landing is not None:
+            self._collect(landing)
+        if self._in_flight is not None and not self._is_async:
+            self._collect(self._in_flight)
+        outputs, self._outputs = self._outputs, []
+        return outputs
 
     def fail_step(self, cause: Exception) -> list[StepOutput]:
         """After `step` raised: end the requests that were in it, keep all others.
@@ -144,8 +151,10 @@ class Engine:
         Raises:
             AssertionError: If the bookkeeping did not survive; the engine must not be used any more.
         """
-        outputs = []
+        outputs, self._outputs = self._outputs, []
         for request in self._in_step:
+            if request.is_finished:
+                continue
             self.abort(request)
             error = EngineError(f"The step that served this request failed: {cause!r}")
             error.__cause__ = cause
@@ -183,10 +192,30 @@ class Engine:
         """Give the model back as it was and drop the device memory."""
         self._runner.close()
 
-    def _advance(self, scheduled: list[ScheduledRequest]) -> None:
+    def _launch(self) -> Flight | None:
+        """Schedule a step and start it; None if there is nothing that could run before tokens are collected."""
+        scheduled = self.scheduler.schedule()
+        if not scheduled:
+            return None
+        self._in_step = [item.request for item in scheduled]
+        flight = self._runner.launch(scheduled)
         for item in scheduled:
             item.request.num_computed_tokens += item.num_new_tokens
             self.kv_cache.commit(item.request)
+        for request in flight.requests:
+            request.num_pending_tokens = 1
+        return flight
+
+    def _collect(self, flight: Flight) -> None:
+        """Read a step's tokens and append what they are worth to the outputs."""
+        if flight is self._in_flight:
+            self._in_flight = None
+        self._in_step = flight.requests
+        token_ids, logprobs = flight.read()
+        served = [row for row in zip(flight.requests, token_ids, logprobs, strict=True) if not row[0].is_finished]
+        self._recorder.on_step([request for request, _, _ in served])
+        outputs = [self._deliver(*row) for row in served]
+        self._outputs += [output for output in outputs if output.delta is not None or output.error is not None]
 
     def _deliver(self, request: Request, token_id: int, logprob: TokenLogprob | None) -> StepOutput:
         try:
@@ -201,6 +230,7 @@ class Engine:
 
     def _accept(self, request: Request, token_id: int, logprob: TokenLogprob | None) -> Delta | None:
         """Append a sampled token, and the tokens the grammar forces after it; None if no text is certain yet."""
+        request.num_pending_tokens = 0
         if logprob is not None:
             request.logprobs.append(logprob)
         text, finish_reason = self._append(request, token_id)
@@ -232,8 +262,7 @@ class Engine:
         text = request.detokenizer.push(token_id)
         if request.detokenizer.is_stopped:
             return text, "stop"
-        num_output = len(request.output_token_ids)
-        if num_output >= request.sampling.max_tokens or request.num_tokens >= self.max_model_len:
+        if request.num_tokens >= request.max_num_tokens:
             return text, "length"
         return text, None
 

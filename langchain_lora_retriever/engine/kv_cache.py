@@ -78,7 +78,8 @@ class KVCacheManager:
         """Make the request's newly filled blocks findable. Call after `num_computed_tokens` grew."""
         if not self._enable_prefix_caching:
             return
-        for index in range(len(request.block_hashes), request.num_computed_tokens // self.block_size):
+        num_known = min(request.num_computed_tokens, request.num_tokens - request.num_pending_tokens)
+        for index in range(len(request.block_hashes), num_known // self.block_size):
             parent = request.block_hashes[-1] if request.block_hashes else request.salt
             block_hash = self._hash(parent, request, index)
             request.block_hashes.append(block_hash)
@@ -93,8 +94,8 @@ class KVCacheManager:
             self._ref_counts[block] -= 1
             if self._ref_counts[block] == 0:
                 self._free[block] = None
-        request.block_ids.clear()
-        request.block_hashes.clear()
+        request.block_ids = []  # a new list: whoever mirrors the old one sees that it is over
+        request.block_hashes = []
         request.num_computed_tokens = 0
 
     def check_integrity(self, holders: list[Request]) -> None:

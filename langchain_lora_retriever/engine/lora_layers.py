@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from langchain_lora_retriever.engine.upload import copy_to_device
 from langchain_lora_retriever.errors import EngineError
 from lora_kernels import LoraBatch, LoraRows, LoraStack, add_lora
 
@@ -96,7 +97,27 @@ class LoraLayers:
         weights = torch.tensor([(*w, *[0.0] * (k - len(w))) for _, _, w in spans], dtype=torch.float32)
         mapping, weights = mapping.repeat_interleave(counts, 0), weights.repeat_interleave(counts, 0)
         for device, (_, batch) in self._devices.items():
-            batch.update(mapping.to(device), weights.to(device))
+            batch.update(copy_to_device(mapping, device), copy_to_device(weights, device))
+
+    def set_device_batch(self, mapping: torch.Tensor | None, weights: torch.Tensor | None) -> None:
+        """Say the same with tensors that are on the model's one device already; nothing is read from them here.
+
+        Args:
+            mapping: Slot per token `[num_tokens, k]`, int32; None if no token has adapters.
+            weights: Weight per slot, fp32.
+        """
+        self._is_active = mapping is not None
+        if mapping is not None and weights is not None:
+            for _, batch in self._devices.values():
+                batch.update(mapping, weights)
+
+    def find_product(self, names: tuple[str, ...]) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """The product of packed inputs `[num_tokens, in_features]` with the modules `names`, adapters included.
+
+        Returns:
+            A function that gives the modules' outputs side by side; None if they are not computed as one.
+        """
+        return next((g.compute for g in self._groups if g.names == names and g.is_fused), None)
 
     def attach(self) -> None:
         """Wrap the modules."""
@@ -136,6 +157,10 @@ class _Group:
         self._input: torch.Tensor | None = None
         self._outputs: tuple[torch.Tensor, ...] = ()
 
+    @property
+    def is_fused(self) -> bool:
+        return self._fused is not None
+
     def load(self, slot: int, start: int, adapter: Adapter) -> None:
         found = (adapter.weights.get(name) for name in self.names)
         self._stack.load(slot, start, [None if w is None else (w.lora_A, w.lora_B, w.scaling) for w in found])
@@ -172,12 +197,15 @@ class _Group:
         return output
 
     def _forward_fused(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        assert self._fused is not None
-        flat = x.reshape(-1, x.shape[-1])
-        y = linear(flat, *self._fused)
-        self._layers.add(y, flat, self._stack, self._batch)
+        y = self.compute(x.reshape(-1, x.shape[-1]))
         parts: tuple[torch.Tensor, ...] = y.view(*x.shape[:-1], -1).split(self._out_features, -1)
         return parts
+
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        assert self._fused is not None
+        y = linear(x, *self._fused)
+        self._layers.add(y, x, self._stack, self._batch)
+        return y
 
 
 def _split(model: PreTrainedModel, group: LinearGroup) -> Iterator[tuple[LinearGroup, list[nn.Module]]]:

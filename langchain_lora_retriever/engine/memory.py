@@ -32,6 +32,7 @@ class MemoryPlan(NamedTuple):
         max_model_len: Most tokens of one request.
         max_num_seqs: Most running requests.
         max_num_batched_tokens: Most tokens of one step.
+        max_num_prefill_tokens: Most prompt tokens of a step that serves more streams than prompts; None: no limit.
     """
 
     num_blocks: int
@@ -39,6 +40,7 @@ class MemoryPlan(NamedTuple):
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_num_prefill_tokens: int | None
 
 
 def plan_memory(base: BaseModel, probe: ModelProbe, config: EngineConfig) -> MemoryPlan:
@@ -49,7 +51,7 @@ def plan_memory(base: BaseModel, probe: ModelProbe, config: EngineConfig) -> Mem
     """
     on_gpu = any(geometry.device.type == "cuda" for geometry in probe.attention.values())
     max_num_seqs = config.max_num_seqs or (128 if on_gpu else 16)
-    max_num_batched_tokens = max(config.max_num_batched_tokens or (2048 if on_gpu else 512), max_num_seqs)
+    max_num_batched_tokens = max(config.max_num_batched_tokens or (4096 if on_gpu else 512), max_num_seqs)
     window = base.model.config.get_text_config().max_position_embeddings
     max_model_len = min(config.max_model_len or window, window)
 
@@ -87,5 +89,5 @@ def plan_memory(base: BaseModel, probe: ModelProbe, config: EngineConfig) -> Mem
         )
     return MemoryPlan(
         num_blocks, num_lora_rows, min(max_model_len, num_blocks * config.block_size), max_num_seqs,
-        max_num_batched_tokens,
+        max_num_batched_tokens, config.max_num_prefill_tokens or (512 if on_gpu else None),
     )  # fmt: skip

@@ -1,24 +1,35 @@
-"""Turn a scheduled step into one forward pass over packed tokens, and its logits."""
+"""Turn a scheduled step into one forward pass over packed tokens, and their next ones."""
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 from typing import TYPE_CHECKING
 
 import torch
 
 from langchain_lora_retriever.engine.attention import AttentionStep, PagedCache, QuerySpan
+from langchain_lora_retriever.engine.flight import Flight
 from langchain_lora_retriever.engine.lora_layers import LoraLayers
 from langchain_lora_retriever.engine.memory import plan_memory
+from langchain_lora_retriever.engine.packed_batch import PackedBatch
 from langchain_lora_retriever.engine.probe import input_device, probe_model, use_attention
+from langchain_lora_retriever.engine.sampler import choose
+from langchain_lora_retriever.engine.upload import upload
+from langchain_lora_retriever.errors import EngineError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from langchain_lora_retriever.engine.base_model import BaseModel
     from langchain_lora_retriever.engine.config import EngineConfig
+    from langchain_lora_retriever.engine.paged_executor import PagedExecutor
+    from langchain_lora_retriever.engine.request import Request
     from langchain_lora_retriever.engine.scheduler import ScheduledRequest
 
 __all__ = ["ModelRunner"]
+
+_logger = logging.getLogger(__name__)
 
 
 class ModelRunner:
@@ -61,36 +72,53 @@ class ModelRunner:
         }
         self._own_attention = use_attention(base.model)
         self.lora_layers.attach()
+        self._chosen = torch.zeros(self.memory.max_num_seqs, dtype=torch.int64, device=self._device)
+        self._last_choice: dict[Request, int] = {}
+        self._executor = self._make_executor(config)
+        is_on_gpu = self._device.type == "cuda"
+        self._is_async = is_on_gpu if config.enable_async_scheduling is None else config.enable_async_scheduling
 
-    def execute(self, scheduled: Sequence[ScheduledRequest]) -> torch.Tensor:
-        """Compute the step's tokens and write their KV. Call under `torch.inference_mode`.
+    @property
+    def is_async(self) -> bool:
+        """Whether a step should be launched before the last one's tokens are read."""
+        return self._is_async
 
-        Returns:
-            Logits `[num_sampled, vocab_size]` of the last token of every request that `is_sampled`, in order.
+    def launch(self, scheduled: Sequence[ScheduledRequest]) -> Flight:
+        """Compute the step's tokens, write their KV and choose the next ones. Call under `torch.inference_mode`.
+
+        On a GPU this returns before the device is done. A pending token must have been chosen by the launch before.
         """
-        token_ids: list[int] = []
-        positions: list[int] = []
-        sampled: list[int] = []
-        spans: list[QuerySpan] = []
-        for item in scheduled:
-            request, start = item.request, item.request.num_computed_tokens
-            end = start + item.num_new_tokens
-            token_ids += request.tokens_between(start, end)
-            positions += range(start, end)
-            spans.append(QuerySpan(item.num_new_tokens, end, request.block_ids))
-            if item.is_sampled:
-                sampled.append(len(token_ids) - 1)
+        batch = PackedBatch.pack(scheduled, self._last_choice)
+        logits = self._forward(batch) if self._executor is None else self._executor.forward(batch)
+        requests = batch.sampled_requests
+        choice = choose(logits, requests)
+        self._chosen[: len(requests)] = choice.token_ids
+        self._last_choice = {request: place for place, request in enumerate(requests)}
+        return Flight(requests, choice)
+
+    def _forward(self, batch: PackedBatch) -> torch.Tensor:
+        """Logits `[num_sampled, vocab_size]` by PyTorch's attention, wherever the model's layers lie."""
+        device = self._device
         self.lora_layers.set_batch(
             [
                 (item.num_new_tokens, item.request.lora_slots or (), [w for _, w in item.request.adapters])
-                for item in scheduled
+                for item in batch.scheduled
             ]
         )
+        token_ids = upload(batch.token_ids, torch.int64, device)
+        if max(batch.sources) >= 0:
+            sources = upload(batch.sources, torch.int64, device)
+            token_ids = torch.where(sources >= 0, self._chosen[sources.clamp_min(0)], token_ids)
+        spans = [
+            QuerySpan(num, item.request.num_computed_tokens + num, item.request.block_ids)
+            for item in batch.scheduled
+            for num in (item.num_new_tokens,)
+        ]
         output = self._model(
-            input_ids=torch.tensor([token_ids], device=self._device),
-            position_ids=torch.tensor([positions], device=self._device),
+            input_ids=token_ids[None],
+            position_ids=upload([batch.positions], torch.int64, device),
             use_cache=False,
-            logits_to_keep=torch.tensor(sampled, dtype=torch.int64, device=self._device),
+            logits_to_keep=upload(batch.sampled_tokens, torch.int64, device),
             attention_step=AttentionStep(spans, self._caches),
         )
         logits: torch.Tensor = output.logits[0]
@@ -98,6 +126,37 @@ class ModelRunner:
 
     def close(self) -> None:
         """Give the model back as it was and drop the device memory."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        if self._executor is not None:
+            self._executor.close()
         self.lora_layers.detach()
         use_attention(self._model, self._own_attention)
         self._caches = {}
+
+    def _make_executor(self, config: EngineConfig) -> PagedExecutor | None:
+        """The Triton backend, where it is asked for or serves; None leaves PyTorch's attention.
+
+        Raises:
+            EngineError: If Triton is asked for and cannot be used.
+        """
+        devices = {self._device, *(geometry.device for geometry in self.probe.attention.values())}
+        devices |= {group.device for group in self.probe.linear_groups}
+        is_whole = len(devices) == 1 and not any(hasattr(module, "_hf_hook") for module in self._model.modules())
+        has_triton = importlib.util.find_spec("triton") is not None
+        if config.attention_backend == "triton" and not (is_whole and has_triton):
+            raise EngineError(
+                'attention_backend="triton" needs Triton and a model that lies on one device without offloading; '
+                f"Triton is {'' if has_triton else 'not '}installed and the model is on "
+                f"{', '.join(sorted(map(str, devices)))}. Use \"auto\"."
+            )
+        serves = is_whole and has_triton and self._device.type == "cuda"
+        if config.attention_backend == "torch" or (config.attention_backend == "auto" and not serves):
+            if self._device.type == "cuda":
+                _logger.warning("This placement of the model runs without CUDA graphs and fused kernels.")
+            return None
+        from langchain_lora_retriever.engine.paged_executor import PagedExecutor  # noqa: PLC0415 - needs Triton
+
+        return PagedExecutor(
+            self._model, self.probe, self._caches, self.lora_layers, self.memory, config, self._chosen
+        )

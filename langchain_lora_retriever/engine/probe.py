@@ -25,13 +25,17 @@ _NUM_PROBE_TOKENS = 2
 
 
 class AttentionGeometry(NamedTuple):
-    """What one attention layer keeps per token, and where."""
+    """What one attention layer keeps per token, where, and how it attends."""
 
     num_kv_heads: int
     head_dim: int
     value_dim: int
     dtype: torch.dtype
     device: torch.device
+    num_heads: int
+    scaling: float
+    sliding_window: int | None
+    softcap: float | None
 
     @property
     def token_bytes(self) -> int:
@@ -78,9 +82,20 @@ class _ProbeStep:
         self.geometry: dict[int, AttentionGeometry] = {}
 
     def attend(
-        self, layer_idx: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: Any
+        self,
+        layer_idx: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None,
     ) -> torch.Tensor:
-        self.geometry[layer_idx] = AttentionGeometry(key.shape[1], key.shape[2], value.shape[2], key.dtype, key.device)
+        self.geometry[layer_idx] = AttentionGeometry(
+            key.shape[1], key.shape[2], value.shape[2], key.dtype, key.device, query.shape[1],
+            scaling, sliding_window, softcap,
+        )  # fmt: skip
         return query.new_zeros((*query.shape[:2], value.shape[2]))
 
 

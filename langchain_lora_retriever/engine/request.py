@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 
@@ -110,11 +111,15 @@ class Request:
         seed: Seed of its random choices.
         salt: Root of its prefix-cache hash chain.
         output_token_ids: Tokens generated so far.
-        num_computed_tokens: Leading tokens whose KV is in the cache.
+        max_num_tokens: Prompt and answer together end here at the latest.
+        num_computed_tokens: Leading tokens whose KV is in the cache, or will be once the launched steps are done.
+        num_pending_tokens: 1 while the last token is chosen on the device but not yet known here, else 0.
         num_cached_tokens: Prompt tokens found in the prefix cache at first admission.
         block_ids: Its pages of the KV cache, in order.
         block_hashes: Hash chain over its full pages.
         lora_slots: Slots its adapters are pinned to while it runs.
+        row: Its place among the running requests, kept while it runs; -1 while it does not.
+        is_finished: Whether it has left the engine.
     """
 
     request_id: int
@@ -123,16 +128,20 @@ class Request:
     adapters: tuple[tuple[Adapter, float], ...]
     detokenizer: Detokenizer
     constraint: Constraint | None = None
+    max_num_tokens: int = sys.maxsize
     seed: int = 0
     salt: bytes = b""
     output_token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     num_computed_tokens: int = 0
+    num_pending_tokens: int = 0
     num_cached_tokens: int | None = None
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     lora_slots: tuple[int, ...] | None = None
     num_delivered_tokens: int = 0
+    row: int = -1
+    is_finished: bool = False
 
     def __post_init__(self) -> None:
         """Fix the seed and the salt for its whole life."""
@@ -141,12 +150,22 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens known so far, prompt and output."""
-        return len(self.prompt_token_ids) + len(self.output_token_ids)
+        """Tokens so far, prompt and output, a pending one included."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids) + self.num_pending_tokens
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far, a pending one included."""
+        return len(self.output_token_ids) + self.num_pending_tokens
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether the pending token is the last there may be."""
+        return self.num_pending_tokens > 0 and self.num_tokens >= self.max_num_tokens
 
     @property
     def token_ids(self) -> list[int]:
-        """Prompt and output, in order."""
+        """Prompt and output, in order, without a pending one."""
         return self.prompt_token_ids + self.output_token_ids
 
     @property

@@ -6,30 +6,67 @@ request draws depends on nothing else in the batch, on no generator's state, and
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from langchain_lora_retriever.engine.request import TokenLogprob
+from langchain_lora_retriever.engine.upload import copy_to_device, upload
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from langchain_lora_retriever.engine.request import Request
 
-__all__ = ["apply_bitmask", "apply_top_k_top_p", "gumbel_noise", "sample"]
+__all__ = ["Choice", "apply_bitmask", "apply_top_k_top_p", "choose", "gumbel_noise", "is_plain_greedy"]
 
 
-def sample(logits: torch.Tensor, requests: Sequence[Request]) -> tuple[list[int], list[TokenLogprob | None]]:
-    """Choose each request's next token.
+class Choice(NamedTuple):
+    """The chosen tokens of a step, and log-probabilities if a request asked for them; on the device or copied from it.
+
+    Attributes:
+        token_ids: `[num_requests]` int64.
+        logprobs: The chosen tokens' `[num_requests]`, or None.
+        top_logprobs: The likeliest tokens' `[num_requests, n]`, or None.
+        top_token_ids: Their ids, or None.
+    """
+
+    token_ids: torch.Tensor
+    logprobs: torch.Tensor | None = None
+    top_logprobs: torch.Tensor | None = None
+    top_token_ids: torch.Tensor | None = None
+
+    def read(self, requests: Sequence[Request]) -> tuple[list[int], list[TokenLogprob | None]]:
+        """Token ids, and for each request its token's log-probabilities if it asked for them."""
+        token_ids: list[int] = self.token_ids.tolist()
+        if self.logprobs is None or self.top_logprobs is None or self.top_token_ids is None:
+            return token_ids, [None] * len(requests)
+        chosen, values, ids = self.logprobs.tolist(), self.top_logprobs.tolist(), self.top_token_ids.tolist()
+        results: list[TokenLogprob | None] = []
+        for row, request in enumerate(requests):
+            num = request.sampling.logprobs
+            if num is None:
+                results.append(None)
+            else:
+                top = tuple(zip(ids[row][:num], values[row][:num], strict=True))
+                results.append(TokenLogprob(token_ids[row], chosen[row], top))
+        return token_ids, results
+
+
+def is_plain_greedy(request: Request) -> bool:
+    """Whether its next token is the argmax of the logits and nothing else is asked."""
+    return request.sampling.temperature == 0 and request.sampling.logprobs is None and request.constraint is None
+
+
+def choose(logits: torch.Tensor, requests: Sequence[Request]) -> Choice:
+    """Choose each request's next token, without waiting for the device.
 
     Args:
         logits: `[num_requests, vocab_size]`, any float dtype; may be overwritten.
         requests: The rows' requests.
-
-    Returns:
-        Token ids, and for each request its token's log-probabilities if it asked for them.
     """
+    if all(is_plain_greedy(request) for request in requests):
+        return Choice(logits.argmax(-1))
     logits = logits.float()
     logprobs = logits.log_softmax(-1) if any(r.sampling.logprobs is not None for r in requests) else None
     constrained = [i for i, r in enumerate(requests) if r.constraint is not None and r.constraint.is_active]
@@ -37,13 +74,13 @@ def sample(logits: torch.Tensor, requests: Sequence[Request]) -> tuple[list[int]
         logits = _constrain(logits, requests, constrained)
     random = [i for i, r in enumerate(requests) if r.sampling.temperature > 0]
     if random:
-        rows = torch.tensor(random, device=logits.device)
+        rows = upload(random, torch.int64, logits.device)
         logits[rows] = _perturb(logits[rows], [requests[i] for i in random])
-    chosen = logits.argmax(-1)
-    token_ids: list[int] = chosen.tolist()
+    token_ids = logits.argmax(-1)
     if logprobs is None:
-        return token_ids, [None] * len(requests)
-    return token_ids, _read_logprobs(logprobs, token_ids, requests)
+        return Choice(token_ids)
+    top = logprobs.topk(max(r.sampling.logprobs or 0 for r in requests), dim=-1)
+    return Choice(token_ids, logprobs.gather(1, token_ids[:, None])[:, 0], top.values, top.indices)
 
 
 def apply_bitmask(logits: torch.Tensor, bitmask: torch.Tensor) -> torch.Tensor:
@@ -113,35 +150,18 @@ def _constrain(logits: torch.Tensor, requests: Sequence[Request], rows: list[int
         constraint = requests[row].constraint
         assert constraint is not None
         constraint.fill_bitmask(bitmask[row])
-    return apply_bitmask(logits, bitmask.to(logits.device))
+    return apply_bitmask(logits, copy_to_device(bitmask, logits.device))
 
 
 def _perturb(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
     """Scale, filter and add noise, so that the argmax is a draw."""
     device = logits.device
-    temperature = torch.tensor([r.sampling.temperature for r in requests], device=device)
+    temperature = upload([r.sampling.temperature for r in requests], torch.float32, device)
     logits = logits / temperature[:, None].clamp_min(1e-5)
     if any(r.sampling.top_k or r.sampling.top_p < 1 for r in requests):
-        top_k = torch.tensor([r.sampling.top_k for r in requests], device=device)
-        top_p = torch.tensor([r.sampling.top_p for r in requests], device=device)
+        top_k = upload([r.sampling.top_k for r in requests], torch.int64, device)
+        top_p = upload([r.sampling.top_p for r in requests], torch.float32, device)
         logits = apply_top_k_top_p(logits, top_k, top_p)
-    seeds = torch.tensor([r.seed & 0x7FFFFFFFFFFFFFFF for r in requests], device=device)
-    positions = torch.tensor([len(r.output_token_ids) for r in requests], device=device)
+    seeds = upload([r.seed & 0x7FFFFFFFFFFFFFFF for r in requests], torch.int64, device)
+    positions = upload([r.num_output_tokens for r in requests], torch.int64, device)
     return logits + gumbel_noise(seeds, positions, logits.shape[1])
-
-
-def _read_logprobs(
-    logprobs: torch.Tensor, token_ids: list[int], requests: Sequence[Request]
-) -> list[TokenLogprob | None]:
-    most = max(r.sampling.logprobs or 0 for r in requests)
-    values, ids = (t.tolist() for t in logprobs.topk(most, dim=-1))
-    chosen = logprobs.gather(1, torch.tensor(token_ids, device=logprobs.device)[:, None])[:, 0].tolist()
-    results: list[TokenLogprob | None] = []
-    for row, request in enumerate(requests):
-        num = request.sampling.logprobs
-        if num is None:
-            results.append(None)
-        else:
-            top = tuple(zip(ids[row][:num], values[row][:num], strict=True))
-            results.append(TokenLogprob(token_ids[row], chosen[row], top))
-    return results

@@ -37,10 +37,18 @@ class Scheduler:
         slots: Where device memory for adapters comes from.
         max_num_seqs: Most requests running at once.
         max_num_batched_tokens: Most tokens computed in one step.
+        max_num_prefill_tokens: Most prompt tokens in a step that also serves streams, while those are more than the
+            requests that wait for their first token; None sets no such limit.
     """
 
     def __init__(
-        self, kv_cache: KVCacheManager, slots: AdapterSlots, *, max_num_seqs: int, max_num_batched_tokens: int
+        self,
+        kv_cache: KVCacheManager,
+        slots: AdapterSlots,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_num_prefill_tokens: int | None = None,
     ) -> None:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -49,6 +57,8 @@ class Scheduler:
         self._slots = slots
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_num_prefill_tokens = max_num_prefill_tokens
+        self._free_rows = list(range(max_num_seqs - 1, -1, -1))
 
     def add(self, request: Request) -> None:
         """Queue a request."""
@@ -57,14 +67,20 @@ class Scheduler:
     def schedule(self) -> list[ScheduledRequest]:
         """Choose the next step. Running requests come first, so that no stream waits for somebody's prompt.
 
-        Mutates the requests' blocks and slots. Empty only if nothing is waiting or running.
+        Mutates the requests' blocks, slots and rows. Empty only if nothing is waiting or running, or what runs has
+        pending tokens to be collected first.
         """
         budget = self._max_num_batched_tokens
+        prefill_budget = self._prefill_budget()
         scheduled: list[ScheduledRequest] = []
         index = 0
         while index < len(self.running) and budget > 0:
             request = self.running[index]
-            num_new_tokens = min(request.num_tokens - request.num_computed_tokens, budget)
+            num_missing = request.num_tokens - request.num_computed_tokens
+            num_new_tokens = min(num_missing, budget if num_missing == 1 else min(budget, prefill_budget))
+            if request.is_exhausted or num_new_tokens == 0:
+                index += 1
+                continue
             while not self._kv_cache.allocate(request, request.num_computed_tokens + num_new_tokens):
                 self._preempt_last()
                 if index >= len(self.running):
@@ -72,19 +88,22 @@ class Scheduler:
             else:
                 scheduled.append(ScheduledRequest(request, num_new_tokens))
                 budget -= num_new_tokens
+                prefill_budget -= num_new_tokens if num_missing > 1 else 0
                 index += 1
-        while self.waiting and budget > 0 and len(self.running) < self._max_num_seqs:
-            admitted = self._admit(self.waiting[0], budget)
+        while self.waiting and min(budget, prefill_budget) > 0 and len(self.running) < self._max_num_seqs:
+            admitted = self._admit(self.waiting[0], min(budget, prefill_budget))
             if admitted is None:
                 break
             self.waiting.popleft()
             self.running.append(admitted.request)
             scheduled.append(admitted)
             budget -= admitted.num_new_tokens
+            prefill_budget -= admitted.num_new_tokens
         return scheduled
 
     def finish(self, request: Request) -> None:
         """Release everything a request holds; it is neither waiting nor running afterwards."""
+        request.is_finished = True
         if request in self.running:
             self.running.remove(request)
             self._release(request)
@@ -96,8 +115,12 @@ class Scheduler:
         self._kv_cache.check_integrity(self.running)
         self._slots.check_integrity([r.lora_slots for r in self.running if r.lora_slots is not None])
         assert all(not r.block_ids and r.lora_slots is None for r in self.waiting), "a waiting request holds memory"
+        rows = sorted(self._free_rows + [r.row for r in self.running])
+        assert rows == list(range(self._max_num_seqs)), "rows were lost"
 
     def _admit(self, request: Request, budget: int) -> ScheduledRequest | None:
+        if request.num_pending_tokens:  # preempted a moment ago; its last token is not known yet
+            return None
         slots = self._slots.acquire([adapter for adapter, _ in request.adapters])
         if slots is None:
             return None
@@ -109,7 +132,16 @@ class Scheduler:
             return None
         if request.num_cached_tokens is None:  # a preempted request keeps what its first admission found
             request.num_cached_tokens = request.num_computed_tokens
+        request.row = self._free_rows.pop()
         return ScheduledRequest(request, num_new_tokens)
+
+    def _prefill_budget(self) -> int:
+        """Prompts may have the whole step unless few of them would hold up many streams."""
+        num_streams = sum(request.num_tokens - request.num_computed_tokens == 1 for request in self.running)
+        num_others = len(self.waiting) + len(self.running) - num_streams
+        if self._max_num_prefill_tokens is None or num_streams <= num_others:
+            return self._max_num_batched_tokens
+        return self._max_num_prefill_tokens
 
     def _preempt_last(self) -> None:
         """Send the youngest running request back to the head of the queue; it will be computed again."""
@@ -120,6 +152,9 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         self._kv_cache.free(request)
+        if request.row >= 0:
+            self._free_rows.append(request.row)
+            request.row = -1
         if request.lora_slots is not None:
             self._slots.release(request.lora_slots)
             request.lora_slots = None

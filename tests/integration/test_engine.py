@@ -205,13 +205,13 @@ def test_a_failing_step_fails_its_requests_and_the_engine_lives_on(
 ) -> None:
     """An exception inside a step reaches the requests in it; the next request is served."""
     runner = worker._engine._runner
-    execute = runner.execute
+    launch = runner.launch
 
     def fail_once(*args: Any) -> Any:
-        monkeypatch.setattr(runner, "execute", execute)
+        monkeypatch.setattr(runner, "launch", launch)
         raise RuntimeError("broken step")
 
-    monkeypatch.setattr(runner, "execute", fail_once)
+    monkeypatch.setattr(runner, "launch", fail_once)
     with pytest.raises(EngineError, match="broken step"):
         worker.submit([5, 6], greedy()).result(60)
     assert worker.submit([5, 6], greedy()).result(60).finish_reason == "length"

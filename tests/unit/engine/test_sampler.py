@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from langchain_lora_retriever.engine.request import Request
-from langchain_lora_retriever.engine.sampler import apply_bitmask, apply_top_k_top_p, gumbel_noise, sample
+from langchain_lora_retriever.engine.sampler import apply_bitmask, apply_top_k_top_p, choose, gumbel_noise
 from langchain_lora_retriever.types import SamplingParams
 
 VOCAB = 50
@@ -23,6 +23,11 @@ def make_request(**sampling: Any) -> Request:
 def make_logits(num_rows: int, seed: int = 0) -> torch.Tensor:
     """Random logits."""
     return torch.randn(num_rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+def sample(logits: torch.Tensor, requests: list[Request]) -> Any:
+    """Choose, and read what was chosen."""
+    return choose(logits, requests).read(requests)
 
 
 def test_greedy_takes_the_largest() -> None:

@@ -1,0 +1,194 @@
+"""The Triton backend, captured decode steps and asynchronous scheduling give the tokens of `generate`."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from langchain_lora_retriever.engine import BaseModel, EngineConfig, EngineWorker
+from langchain_lora_retriever.errors import EngineError
+from langchain_lora_retriever.types import SamplingParams
+from makers import make_adapter, make_tiny_model, merge_adapters
+
+if TYPE_CHECKING:
+    from langchain_lora_retriever.types import Adapter
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(
+    DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs a GPU or TRITON_INTERPRET=1; test_interpreter.py runs it so",
+)
+SMALL: dict[str, Any] = {"max_num_seqs": 8, "kv_cache_bytes": 2 << 20, "lora_cache_bytes": 4 << 20}
+NUM_TOKENS = 4
+Pairs = list[tuple["Adapter", float]]
+
+
+def generate(model: Any, prompt: list[int], adapters: Pairs, num_tokens: int) -> list[int]:
+    """What transformers answers with the adapters merged into a copy of the weights."""
+    merged = copy.deepcopy(model)
+    merge_adapters(merged, adapters)
+    ids = torch.tensor([prompt], device=DEVICE)
+    out = merged.to(DEVICE).generate(
+        ids, max_new_tokens=num_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    return list(out[0, len(prompt) :].tolist())
+
+
+def make_prompt(length: int) -> list[int]:
+    """A random prompt."""
+    return torch.randint(3, 259, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+
+
+def make_cases(model: Any, *lengths: int) -> list[tuple[list[int], Pairs]]:
+    """Prompts, in turn with one adapter, a mixture of three, none."""
+    a = [make_adapter(model, f"a{i}", r=2 + 2 * i) for i in range(4)]
+    kinds: list[Pairs] = [[(a[0], 1.0)], [(a[1], 0.5), (a[2], 0.3), (a[3], 0.2)], []]
+    return [(make_prompt(length), kinds[i % 3]) for i, length in enumerate(lengths)]
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("llama", {}),
+        ("llama", {"enable_fused_layers": False, "enable_cuda_graphs": False, "enable_async_scheduling": False}),
+        ("qwen3", {}),
+        ("mistral", {"enable_cuda_graphs": False}),
+        ("gemma2", {}),
+        ("gemma3_text", {}),
+    ],
+)
+def test_the_triton_backend_gives_the_tokens_of_generate(
+    architecture: str, options: dict[str, Any], byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunked prompts, mixtures, decode steps with padding, and prompts behind a cached prefix."""
+    if DEVICE == "cpu":  # the interpreter runs one program after the other
+        from langchain_lora_retriever.engine import paged_step
+
+        monkeypatch.setattr(paged_step, "choose_num_splits", lambda *_: 2)
+    model = make_tiny_model(architecture)
+    cases = make_cases(model, 3, 37, 20)
+    expected = [generate(model, *case, NUM_TOKENS) for case in cases]
+    settings = {**SMALL, "enable_async_scheduling": True, **options}
+    config = EngineConfig(attention_backend="triton", max_num_batched_tokens=24, **settings)
+    sampling = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
+    with EngineWorker(BaseModel(model.to(DEVICE), byte_tokenizer, "tiny"), config) as worker:
+        executor = worker._engine._runner._executor
+        assert executor is not None
+        assert executor.is_fused == config.enable_fused_layers
+        running = [worker.submit(prompt, sampling, adapters) for prompt, adapters in cases]
+        assert [list(g.result(120).token_ids) for g in running] == expected
+        again = worker.submit(cases[1][0], sampling, cases[1][1]).result(120)
+        assert list(again.token_ids) == expected[1]
+        assert again.usage.num_cached_tokens == 32
+        worker.check_integrity()
+    if options == {} and architecture == "llama":
+        assert "forward" not in vars(model.model.layers[0])
+        assert "forward" not in vars(model.model.norm)
+
+
+def test_a_model_that_lies_elsewhere_cannot_have_the_triton_backend(byte_tokenizer: Any) -> None:
+    """Asked for by name on an offloaded model, it is refused; "auto" would serve."""
+    from accelerate import cpu_offload
+
+    model = cpu_offload(make_tiny_model("llama"), execution_device=torch.device("cpu"))
+    config = EngineConfig(attention_backend="triton", **SMALL)
+    with pytest.raises(EngineError, match="without offloading"):
+        EngineWorker(BaseModel(model, byte_tokenizer, "tiny"), config)
+
+
+@pytest.fixture(params=[True, False], ids=["async", "sync"])
+def config(request: pytest.FixtureRequest) -> EngineConfig:
+    """Both ways to schedule, with PyTorch's attention."""
+    return EngineConfig(attention_backend="torch", enable_async_scheduling=request.param, **SMALL)
+
+
+@pytest.mark.parametrize("num_blocks", [8, 64], ids=["preempting", "roomy"])
+def test_asynchronous_scheduling_changes_no_token(config: EngineConfig, num_blocks: int, byte_tokenizer: Any) -> None:
+    """More requests than may run, short and long, in a cache with and without room for them."""
+    import dataclasses
+
+    model = make_tiny_model("llama")
+    cases = make_cases(model, 20, 21, 1, 22, 33, 24, 25, 16, 30, 2)
+    expected = [generate(model, *case, 10 + 3 * i) for i, case in enumerate(cases)]
+    config = dataclasses.replace(config, kv_cache_bytes=num_blocks * 16 * 2 * 2 * 16 * 2 * 4)
+    with EngineWorker(BaseModel(model.to(DEVICE), byte_tokenizer, "tiny"), config) as worker:
+        running = [
+            worker.submit(prompt, SamplingParams(max_tokens=10 + 3 * i, ignore_eos=True), adapters)
+            for i, (prompt, adapters) in enumerate(cases)
+        ]
+        assert [list(g.result(120).token_ids) for g in running] == expected
+        assert (worker.stats().num_preemptions > 0) == (num_blocks == 8)
+        worker.check_integrity()
+
+
+def test_a_surplus_token_is_dropped(config: EngineConfig, byte_tokenizer: Any) -> None:
+    """A stop string ends a request while its next token is computed already; nobody sees that one."""
+    model = make_tiny_model("llama")
+    prompt = make_prompt(9)
+    with EngineWorker(BaseModel(model.to(DEVICE), byte_tokenizer, "tiny"), config) as worker:
+        full = worker.submit(prompt, SamplingParams(max_tokens=12, ignore_eos=True)).result(60)
+        stop = byte_tokenizer.decode(full.token_ids[4:6])
+        beside = worker.submit(prompt, SamplingParams(max_tokens=12, ignore_eos=True))
+        stopped = worker.submit(prompt, SamplingParams(max_tokens=12, ignore_eos=True, stop=(stop,))).result(60)
+        assert stopped.finish_reason == "stop"
+        assert stopped.token_ids == full.token_ids[: len(stopped.token_ids)]
+        assert len(stopped.token_ids) < 12
+        assert beside.result(60).token_ids == full.token_ids
+        worker.check_integrity()
+
+
+def test_draws_and_logprobs_are_the_same_in_both_ways(byte_tokenizer: Any) -> None:
+    """A seeded draw depends on the token's place, which a pending token counts into."""
+    model = make_tiny_model("llama")
+    sampling = SamplingParams(max_tokens=12, temperature=1.5, top_p=0.9, seed=5, logprobs=2, ignore_eos=True)
+    results = []
+    for is_async in (True, False):
+        config = EngineConfig(enable_async_scheduling=is_async, **SMALL)
+        with EngineWorker(BaseModel(copy.deepcopy(model).to(DEVICE), byte_tokenizer, "tiny"), config) as worker:
+            results.append(worker.submit(make_prompt(7), sampling).result(60))
+    assert results[0].token_ids == results[1].token_ids
+    assert results[0].logprobs is not None
+    assert [item.token_id for item in results[0].logprobs] == list(results[0].token_ids)
+
+
+class OnlyEven:
+    """Allows even token ids, and counts on having seen every token before the next one is masked."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+        self.asked_at: list[int] = []
+        self.is_active = True
+        self.is_finished = False
+
+    def fill_bitmask(self, row: torch.Tensor) -> None:
+        """Every second bit."""
+        self.asked_at.append(len(self.seen))
+        row.fill_(0x55555555)
+
+    def accept(self, token_id: int) -> None:
+        """Remember."""
+        self.seen.append(token_id)
+
+    def forced_tokens(self) -> tuple[int, ...]:
+        """None."""
+        return ()
+
+
+def test_a_grammar_is_asked_with_every_token_known(config: EngineConfig, byte_tokenizer: Any) -> None:
+    """Beside free requests, which are answered as if they were alone."""
+    model = make_tiny_model("llama")
+    expected = generate(model, make_prompt(9), [], 10)
+    sampling = SamplingParams(max_tokens=10, ignore_eos=True)
+    with EngineWorker(BaseModel(model.to(DEVICE), byte_tokenizer, "tiny"), config) as worker:
+        grammar = OnlyEven()
+        free = worker.submit(make_prompt(9), sampling)
+        ruled = worker.submit(make_prompt(5), sampling, constraint=grammar).result(60)
+        assert grammar.asked_at == list(range(10))
+        assert all(token % 2 == 0 for token in ruled.token_ids)
+        assert list(free.result(60).token_ids) == expected
+        worker.check_integrity()
