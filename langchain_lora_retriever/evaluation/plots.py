@@ -112,6 +112,7 @@ def plot_map(
         axes.annotate(name, place, fontsize=6, xytext=(3, 2), textcoords="offset points")
     if domains:
         axes.legend(fontsize=6)
+    axes.margins(x=0.12)  # room for names at the right edge
     axes.set(xticks=[], yticks=[])
     return _save(figure, file)
 
