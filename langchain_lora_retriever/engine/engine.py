@@ -203,7 +203,7 @@ class Engine:
             item.request.num_computed_tokens += item.num_new_tokens
             self.kv_cache.commit(item.request)
         for request in flight.requests:
-            request.num_pending_tokens = 1
+            request.num_pending_tokens += 1
         return flight
 
     def _collect(self, flight: Flight) -> None:
@@ -230,7 +230,7 @@ class Engine:
 
     def _accept(self, request: Request, token_id: int, logprob: TokenLogprob | None) -> Delta | None:
         """Append a sampled token, and the tokens the grammar forces after it; None if no text is certain yet."""
-        request.num_pending_tokens = 0
+        request.num_pending_tokens -= 1
         if logprob is not None:
             request.logprobs.append(logprob)
         text, finish_reason = self._append(request, token_id)
@@ -262,7 +262,7 @@ class Engine:
         text = request.detokenizer.push(token_id)
         if request.detokenizer.is_stopped:
             return text, "stop"
-        if request.num_tokens >= request.max_num_tokens:
+        if request.num_known_tokens >= request.max_num_tokens:
             return text, "length"
         return text, None
 

@@ -78,7 +78,7 @@ class KVCacheManager:
         """Make the request's newly filled blocks findable. Call after `num_computed_tokens` grew."""
         if not self._enable_prefix_caching:
             return
-        num_known = min(request.num_computed_tokens, request.num_tokens - request.num_pending_tokens)
+        num_known = min(request.num_computed_tokens, request.num_known_tokens)
         for index in range(len(request.block_hashes), num_known // self.block_size):
             parent = request.block_hashes[-1] if request.block_hashes else request.salt
             block_hash = self._hash(parent, request, index)

@@ -113,7 +113,8 @@ class Request:
         output_token_ids: Tokens generated so far.
         max_num_tokens: Prompt and answer together end here at the latest.
         num_computed_tokens: Leading tokens whose KV is in the cache, or will be once the launched steps are done.
-        num_pending_tokens: 1 while the last token is chosen on the device but not yet known here, else 0.
+        num_pending_tokens: Last tokens that launched steps choose and that are not known here yet: one between two
+            steps, two while one step is launched before the other's are read.
         num_cached_tokens: Prompt tokens found in the prefix cache at first admission.
         block_ids: Its pages of the KV cache, in order.
         block_hashes: Hash chain over its full pages.
@@ -150,12 +151,17 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens so far, prompt and output, a pending one included."""
-        return len(self.prompt_token_ids) + len(self.output_token_ids) + self.num_pending_tokens
+        """Tokens so far, prompt and output, pending ones included."""
+        return self.num_known_tokens + self.num_pending_tokens
+
+    @property
+    def num_known_tokens(self) -> int:
+        """Tokens so far, without pending ones."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
 
     @property
     def num_output_tokens(self) -> int:
-        """Tokens generated so far, a pending one included."""
+        """Tokens generated so far, pending ones included."""
         return len(self.output_token_ids) + self.num_pending_tokens
 
     @property
@@ -165,7 +171,7 @@ class Request:
 
     @property
     def token_ids(self) -> list[int]:
-        """Prompt and output, in order, without a pending one."""
+        """Prompt and output, in order, without pending ones."""
         return self.prompt_token_ids + self.output_token_ids
 
     @property

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from langchain_lora_retriever.engine import BaseModel, EngineConfig, EngineWorker
+from langchain_lora_retriever.engine import BaseModel, Engine, EngineConfig, EngineWorker
 from langchain_lora_retriever.errors import EngineError
 from langchain_lora_retriever.types import SamplingParams
 from makers import make_adapter, make_tiny_model, merge_adapters
@@ -124,6 +124,21 @@ def test_asynchronous_scheduling_changes_no_token(config: EngineConfig, num_bloc
         assert [list(g.result(120).token_ids) for g in running] == expected
         assert (worker.stats().num_preemptions > 0) == (num_blocks == 8)
         worker.check_integrity()
+
+
+def test_every_step_is_launched_before_the_last_one_is_read(byte_tokenizer: Any) -> None:
+    """No step is lost to waiting: as many launches as tokens, and one request in flight all the while."""
+    config = EngineConfig(enable_async_scheduling=True, **SMALL)
+    engine = Engine(BaseModel(make_tiny_model("llama").to(DEVICE), byte_tokenizer, "tiny"), config)
+    request = engine.make_request(make_prompt(5), SamplingParams(max_tokens=6, ignore_eos=True))
+    engine.add(request)
+    known = []
+    while engine.has_unfinished_requests:
+        engine.step()
+        known.append(len(request.output_token_ids))
+    assert known == [0, 1, 2, 3, 4, 5, 6]
+    engine.check_integrity()
+    engine.close()
 
 
 def test_a_surplus_token_is_dropped(config: EngineConfig, byte_tokenizer: Any) -> None:

@@ -20,11 +20,13 @@ class NoStore:
         """Ignore the adapter."""
 
 
-def make_scheduler(num_blocks: int = 8, max_num_seqs: int = 4, max_num_batched_tokens: int = 16) -> Scheduler:
+def make_scheduler(
+    num_blocks: int = 8, max_num_seqs: int = 4, max_num_batched_tokens: int = 16, **limits: int
+) -> Scheduler:
     """A scheduler over blocks of four tokens and two slots of four rows."""
     slots = AdapterSlots(NoStore(), max_loras=2, num_rows=8)
     cache = KVCacheManager(num_blocks, 4)
-    return Scheduler(cache, slots, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
+    return Scheduler(cache, slots, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, **limits)
 
 
 def make_request(num_tokens: int, first: int = 0, *adapters: Adapter) -> Request:
@@ -101,3 +103,70 @@ def test_a_waiting_request_can_be_forgotten() -> None:
     scheduler.add(request)
     scheduler.finish(request)
     assert scheduler.schedule() == []
+
+
+def launch_step(scheduler: Scheduler) -> list[int]:
+    """Schedule and pretend to launch: sampled requests have a pending token; their ids and those of the others."""
+    scheduled = scheduler.schedule()
+    for item in scheduled:
+        is_sampled = item.is_sampled
+        item.request.num_computed_tokens += item.num_new_tokens
+        item.request.num_pending_tokens += is_sampled
+    scheduler.check_integrity()
+    return [item.request.request_id for item in scheduled]
+
+
+def collect(*requests: Request) -> None:
+    """The pending tokens become known."""
+    for request in requests:
+        request.num_pending_tokens -= 1
+        request.output_token_ids.append(7)
+
+
+def test_many_streams_limit_a_prompt_and_many_prompts_do_not() -> None:
+    """A prompt beside more streams comes in small chunks; alone, or among as many prompts, it has the whole step."""
+    scheduler = make_scheduler(num_blocks=32, max_num_prefill_tokens=3)
+    scheduler.add(make_request(2, 0))
+    scheduler.add(make_request(2, 100))
+    assert run_step(scheduler) == [(0, 2, True), (100, 2, True)]
+    scheduler.add(make_request(8, 200))
+    assert run_step(scheduler) == [(0, 1, True), (100, 1, True), (200, 3, False)]
+    scheduler.add(make_request(6, 300))
+    assert run_step(scheduler) == [(0, 1, True), (100, 1, True), (200, 5, True), (300, 6, True)]
+
+
+def test_a_pending_token_is_scheduled_unless_it_is_the_last() -> None:
+    """A stream goes on before its token is known; one that ends with it does not."""
+    scheduler = make_scheduler()
+    first, second = make_request(2, 0), make_request(2, 100)
+    second.max_num_tokens = 3
+    scheduler.add(first)
+    scheduler.add(second)
+    assert launch_step(scheduler) == [0, 100]
+    assert launch_step(scheduler) == [0]
+    collect(first, second)
+    scheduler.finish(second)
+    assert second.is_finished
+    assert launch_step(scheduler) == [0]
+    collect(first)
+    assert (first.num_known_tokens, first.num_pending_tokens) == (4, 1)
+
+
+def test_a_preempted_request_waits_for_its_pending_token() -> None:
+    """It is computed again only when all of its tokens are known."""
+    scheduler = make_scheduler(num_blocks=4)
+    first, second = make_request(7, 0), make_request(7, 100)
+    scheduler.add(first)
+    scheduler.add(second)
+    assert launch_step(scheduler) == [0, 100]
+    assert launch_step(scheduler) == [0, 100]
+    collect(first, second)
+    assert launch_step(scheduler) == [0]  # a third block for the first is one of the second's
+    assert scheduler.waiting[0] is second
+    assert second.num_pending_tokens == 1
+    collect(first)
+    scheduler.finish(first)
+    assert launch_step(scheduler) == []
+    collect(second)
+    assert launch_step(scheduler) == [100]
+    assert second.num_computed_tokens == 9
