@@ -60,6 +60,10 @@ class AdapterSlots:
         """Adapters in device memory."""
         return len(self._residents)
 
+    def is_resident(self, adapter: Adapter) -> bool:
+        """Whether an adapter is in device memory now; any thread may ask."""
+        return adapter.fingerprint in self._residents
+
     def check_fits(self, adapters: Sequence[Adapter]) -> None:
         """Refuse a composition that could never be resident at once.
 

@@ -13,6 +13,7 @@ from langchain_lora_retriever.engine.kv_cache import KVCacheManager
 from langchain_lora_retriever.engine.model_runner import ModelRunner
 from langchain_lora_retriever.engine.request import Delta, FinishReason, Request
 from langchain_lora_retriever.engine.scheduler import Scheduler
+from langchain_lora_retriever.engine.staged_store import StagedStore
 from langchain_lora_retriever.engine.stats import EngineStats, StatsRecorder
 from langchain_lora_retriever.errors import EngineError, InvalidRequestError, PromptTooLongError
 
@@ -52,7 +53,8 @@ class Engine:
         self.module_shapes = self._runner.probe.module_shapes
         self.max_model_len = memory.max_model_len
         self.max_num_seqs = memory.max_num_seqs
-        self.slots = AdapterSlots(self._runner.lora_layers, max_loras=config.max_loras, num_rows=memory.num_lora_rows)
+        self._store = StagedStore(self._runner.lora_layers, self._runner.device)
+        self.slots = AdapterSlots(self._store, max_loras=config.max_loras, num_rows=memory.num_lora_rows)
         self.kv_cache = KVCacheManager(
             memory.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
         )
@@ -85,6 +87,8 @@ class Engine:
     ) -> Request:
         """Check a request against the engine's limits. Any thread may call this; nothing is queued yet.
 
+        On a GPU its adapters begin to travel there.
+
         Raises:
             PromptTooLongError: If the prompt leaves no room for a single token.
             InvalidRequestError: If the prompt is empty or the composition can never be resident.
@@ -102,6 +106,10 @@ class Engine:
                 f"{self.config.max_adapters_per_request}: lower top_k or raise max_adapters_per_request."
             )
         self.slots.check_fits([adapter for adapter, _ in adapters])
+        if self._runner.device.type == "cuda":
+            for adapter, _ in adapters:
+                if not self.slots.is_resident(adapter):
+                    self._store.prefetch(adapter)
         ordered = sorted(adapters, key=lambda pair: pair[0].fingerprint)  # one sum, whatever order it was asked in
         return Request(
             request_id=next(self._ids),
@@ -190,6 +198,7 @@ class Engine:
 
     def close(self) -> None:
         """Give the model back as it was and drop the device memory."""
+        self._store.close()
         self._runner.close()
 
     def _launch(self) -> Flight | None:

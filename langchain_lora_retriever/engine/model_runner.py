@@ -39,13 +39,18 @@ class ModelRunner:
         base: The loaded model. It belongs to the runner until `close`.
         config: Limits.
 
+    Attributes:
+        device: Where token ids go and chosen tokens come from.
+        probe: What is known of the model.
+        memory: Sizes of everything.
+
     Raises:
         EngineError: If the architecture or the memory does not allow serving.
     """
 
     def __init__(self, base: BaseModel, config: EngineConfig) -> None:
         self._model = base.model
-        self._device = input_device(base.model)
+        self.device = input_device(base.model)
         self.probe = probe_model(base.model)
         self.memory = plan_memory(base, self.probe, config)
         self.lora_layers = LoraLayers(
@@ -72,10 +77,10 @@ class ModelRunner:
         }
         self._own_attention = use_attention(base.model)
         self.lora_layers.attach()
-        self._chosen = torch.zeros(self.memory.max_num_seqs, dtype=torch.int64, device=self._device)
+        self._chosen = torch.zeros(self.memory.max_num_seqs, dtype=torch.int64, device=self.device)
         self._last_choice: dict[Request, int] = {}
         self._executor = self._make_executor(config)
-        is_on_gpu = self._device.type == "cuda"
+        is_on_gpu = self.device.type == "cuda"
         self._is_async = is_on_gpu if config.enable_async_scheduling is None else config.enable_async_scheduling
 
     @property
@@ -98,7 +103,7 @@ class ModelRunner:
 
     def _forward(self, batch: PackedBatch) -> torch.Tensor:
         """Logits `[num_sampled, vocab_size]` by PyTorch's attention, wherever the model's layers lie."""
-        device = self._device
+        device = self.device
         self.lora_layers.set_batch(
             [
                 (item.num_new_tokens, item.request.lora_slots or (), [w for _, w in item.request.adapters])
@@ -126,8 +131,8 @@ class ModelRunner:
 
     def close(self) -> None:
         """Give the model back as it was and drop the device memory."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         if self._executor is not None:
             self._executor.close()
         self.lora_layers.detach()
@@ -140,7 +145,7 @@ class ModelRunner:
         Raises:
             EngineError: If Triton is asked for and cannot be used.
         """
-        devices = {self._device, *(geometry.device for geometry in self.probe.attention.values())}
+        devices = {self.device, *(geometry.device for geometry in self.probe.attention.values())}
         devices |= {group.device for group in self.probe.linear_groups}
         is_whole = len(devices) == 1 and not any(hasattr(module, "_hf_hook") for module in self._model.modules())
         has_triton = importlib.util.find_spec("triton") is not None
@@ -150,9 +155,9 @@ class ModelRunner:
                 f"Triton is {'' if has_triton else 'not '}installed and the model is on "
                 f"{', '.join(sorted(map(str, devices)))}. Use \"auto\"."
             )
-        serves = is_whole and has_triton and self._device.type == "cuda"
+        serves = is_whole and has_triton and self.device.type == "cuda"
         if config.attention_backend == "torch" or (config.attention_backend == "auto" and not serves):
-            if self._device.type == "cuda":
+            if self.device.type == "cuda":
                 _logger.warning("This placement of the model runs without CUDA graphs and fused kernels.")
             return None
         from langchain_lora_retriever.engine.paged_executor import PagedExecutor  # noqa: PLC0415 - needs Triton

@@ -21,6 +21,8 @@ def copy_to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy through page-locked memory, in the order of the current stream."""
     if device.type != "cuda":
         return tensor.to(device)
+    if tensor.device.type == "cuda":
+        return tensor.to(device, non_blocking=True)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
