@@ -57,9 +57,7 @@ class DecodeGraph:
         CaptureError: If `forward` waits for the device, or does something else that a graph cannot hold.
     """
 
-    def __init__(
-        self, forward: Forward, num_tokens: int, k: int, device: torch.device, pool: Any
-    ) -> None:
+    def __init__(self, forward: Forward, num_tokens: int, k: int, device: torch.device, pool: Any) -> None:
         tokens = torch.zeros(4, num_tokens, dtype=torch.int64, device=device)
         tokens[2:] = -1
         slots = torch.full((num_tokens, k), -1, dtype=torch.int32, device=device) if k else None

@@ -153,7 +153,7 @@ class ModelRunner:
             raise EngineError(
                 'attention_backend="triton" needs Triton and a model that lies on one device without offloading; '
                 f"Triton is {'' if has_triton else 'not '}installed and the model is on "
-                f"{', '.join(sorted(map(str, devices)))}. Use \"auto\"."
+                f'{", ".join(sorted(map(str, devices)))}. Use "auto".'
             )
         serves = is_whole and has_triton and self.device.type == "cuda"
         if config.attention_backend == "torch" or (config.attention_backend == "auto" and not serves):
@@ -162,6 +162,4 @@ class ModelRunner:
             return None
         from langchain_lora_retriever.engine.paged_executor import PagedExecutor  # noqa: PLC0415 - needs Triton
 
-        return PagedExecutor(
-            self._model, self.probe, self._caches, self.lora_layers, self.memory, config, self._chosen
-        )
+        return PagedExecutor(self._model, self.probe, self._caches, self.lora_layers, self.memory, config, self._chosen)

@@ -32,9 +32,7 @@ def generate(model: Any, prompt: list[int], adapters: Pairs, num_tokens: int) ->
     merged = copy.deepcopy(model)
     merge_adapters(merged, adapters)
     ids = torch.tensor([prompt], device=DEVICE)
-    out = merged.to(DEVICE).generate(
-        ids, max_new_tokens=num_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
-    )
+    out = merged.to(DEVICE).generate(ids, max_new_tokens=num_tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
     return list(out[0, len(prompt) :].tolist())
 
 
