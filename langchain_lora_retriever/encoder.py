@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from langchain_lora_retriever.aside import run_aside
 from langchain_lora_retriever.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -84,6 +85,9 @@ class SentenceTransformerEncoder:
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Embed texts, `[len(texts), d]` float32, each row of length 1."""
+        return run_aside(self._encode, texts)
+
+    def _encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         with self._lock:
             model = self._load()
             if not texts:

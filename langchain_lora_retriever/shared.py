@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from langchain_lora_retriever.adapters import check_fits
+from langchain_lora_retriever.aside import run_aside
 from langchain_lora_retriever.engine import EngineConfig, EngineWorker, load_base_model
 from langchain_lora_retriever.errors import AdapterError, UnknownAdapterError
 from langchain_lora_retriever.retriever import LoraRetriever
@@ -52,7 +53,7 @@ def shared_engine(source: ModelSource, model_kwargs: Mapping[str, Any], config: 
     with _lock:
         engine = _engines.get(key)
         if engine is None:
-            engine = _engines[key] = EngineWorker(load_base_model(source, **model_kwargs), config)
+            engine = _engines[key] = run_aside(_start_engine, source, model_kwargs, config)
         return engine
 
 
@@ -96,6 +97,10 @@ def close_engines() -> None:
         _engines.clear()
     for engine in engines:
         engine.close()
+
+
+def _start_engine(source: ModelSource, model_kwargs: Mapping[str, Any], config: EngineConfig) -> EngineWorker:
+    return EngineWorker(load_base_model(source, **model_kwargs), config)
 
 
 def _source_key(source: ModelSource) -> Hashable:

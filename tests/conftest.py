@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import makers
 import pytest
+
+import makers
 
 
 @pytest.fixture(scope="session")

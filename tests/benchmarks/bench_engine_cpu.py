@@ -26,6 +26,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 from langchain_lora_retriever.adapters import read_adapter
+from langchain_lora_retriever.aside import run_aside
 from langchain_lora_retriever.demo.model import base_model_arguments
 from langchain_lora_retriever.engine import EngineConfig, EngineWorker, load_base_model
 from langchain_lora_retriever.types import Adapter, SamplingParams
@@ -59,7 +60,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     source = base_model_arguments()
-    base = load_base_model(source["base_model"], **source.get("model_kwargs", {}))
+    base = run_aside(load_base_model, source["base_model"], **source.get("model_kwargs", {}))
     plain, to_wrap = copy.deepcopy(base.model), copy.deepcopy(base.model)
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(100, 40_000, (BATCH, NUM_IN), generator=generator)
@@ -70,8 +71,8 @@ def main() -> None:
     }  # fmt: skip
     sampling = SamplingParams(max_tokens=NUM_OUT, ignore_eos=True)
     with tempfile.TemporaryDirectory() as folder:
-        mixed, adapters = make_peft_model(to_wrap, Path(folder))
-        engine = EngineWorker(base, EngineConfig(max_num_seqs=BATCH, enable_prefix_caching=False))
+        mixed, adapters = run_aside(make_peft_model, to_wrap, Path(folder))
+        engine = run_aside(EngineWorker, base, EngineConfig(max_num_seqs=BATCH, enable_prefix_caching=False))
 
         def run_engine(k: int) -> list[list[int]]:
             running = [
@@ -81,7 +82,8 @@ def main() -> None:
             return [list(generation.result().token_ids) for generation in running]
 
         def run_generate(model: Any, **more: Any) -> list[list[int]]:
-            ids: list[list[int]] = model.generate(input_ids=prompts, **options, **more)[:, NUM_IN:].tolist()
+            # In a thread of its own, as the engine has one: see `run_aside`. It changes nothing for generate() itself.
+            ids: list[list[int]] = run_aside(model.generate, input_ids=prompts, **options, **more)[:, NUM_IN:].tolist()
             return ids
 
         contenders: dict[str, Callable[[], list[list[int]]]] = {

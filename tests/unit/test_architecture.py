@@ -13,11 +13,20 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "langchain_lora_retriever"
 
 # The parts that know LangChain; everything else is a library of its own.
-LANGCHAIN_ROOMS = {"answers", "chat_model", "concurrency", "messages", "structured_output", "tools"}
+LANGCHAIN_ROOMS = {
+    "answers",
+    "ask",
+    "chat_model",
+    "chat_settings",
+    "concurrency",
+    "messages",
+    "structured_output",
+    "tools",
+}
 # Retrieval and composition: no LangChain, no engine.
 RETRIEVAL_ROOMS = {
-    "adapters", "composer", "encoder", "index", "micro_batcher", "pool", "pool_folder", "retriever", "samples",
-    "training", "vector_cache",
+    "adapters", "answer_fit", "aside", "composer", "encoder", "hybrid_encoder", "index", "micro_batcher", "pool",
+    "pool_folder", "retriever", "samples", "training", "vector_cache",
 }  # fmt: skip
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytest
 import torch
 
 from langchain_lora_retriever.engine import staged_store
 from langchain_lora_retriever.engine.staged_store import StagedStore
 from langchain_lora_retriever.types import Adapter, LoraWeights
+
+if TYPE_CHECKING:
+    import pytest
 
 
 class Shelf:
