@@ -61,7 +61,7 @@ def main() -> None:
 
     source = base_model_arguments()
     base = run_aside(load_base_model, source["base_model"], **source.get("model_kwargs", {}))
-    plain, to_wrap = copy.deepcopy(base.model), copy.deepcopy(base.model)
+    plain, to_wrap = (run_aside(copy.deepcopy, base.model) for _ in range(2))
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(100, 40_000, (BATCH, NUM_IN), generator=generator)
     names = [f"a{index % NUM_ADAPTERS}" for index in range(BATCH)]
