@@ -16,7 +16,7 @@ Triton runs it on a GPU; without Triton, or on a CPU, PyTorch does. `add_lora_re
 """
 
 from lora_kernels.batch import LoraBatch
-from lora_kernels.ops import add_lora, lora_expand, lora_shrink
+from lora_kernels.ops import add_lora, lora_expand, lora_mix, lora_shrink
 from lora_kernels.reference import add_lora_reference
 from lora_kernels.rows import LoraRows
 from lora_kernels.stack import LoraStack
@@ -28,5 +28,6 @@ __all__ = [
     "add_lora",
     "add_lora_reference",
     "lora_expand",
+    "lora_mix",
     "lora_shrink",
 ]

@@ -33,6 +33,8 @@ class LoraBatch:
             slots of a captured step before replay, passing `token_lora_mapping[:num_tokens]` to `update`.
         token_lora_weights: `[max_num_tokens, max_k]`, fp32, likewise.
         num_tokens: Tokens of the last `update`.
+        rank_bound: First part of the last `update`'s `launch_shape`.
+        block_m: The second.
 
     Raises:
         ValueError: If a size is out of range or the backend is unknown.
@@ -54,6 +56,8 @@ class LoraBatch:
         self.backend = backend
         self.num_tokens = 0
         self.k = 1
+        self.rank_bound = rows.rank_bound
+        self.block_m = 1
         self.token_lora_mapping = torch.full((max_num_tokens, max_k), -1, dtype=torch.int32, device=rows.device)
         self.token_lora_weights = torch.zeros(max_num_tokens, max_k, dtype=torch.float32, device=rows.device)
         self.dense = DensePlan((), None, ())
@@ -68,8 +72,7 @@ class LoraBatch:
         num_tiles = plan.cdiv(num_pairs, 16) + max_loras
         num_token_tiles = plan.cdiv(n, 16)
         num_items = max(
-            plan.cdiv(t, plan.token_block(t)) * plan.max_items(t, self.max_k, max_loras, max_rank)
-            for t in range(1, n + 1)
+            plan.cdiv(n, block_m) * plan.max_items(block_m, self.max_k, max_loras, max_rank) for block_m in (16, 32, 64)
         )
         device = self.rows.device
         self._segments = torch.zeros(2, max_loras, dtype=torch.int32, device=device)
@@ -83,13 +86,17 @@ class LoraBatch:
             torch.zeros(num_token_tiles, dtype=torch.int32, device=device),  # how many
         )
 
-    def update(self, token_lora_mapping: torch.Tensor, token_lora_weights: torch.Tensor) -> None:
+    def update(
+        self, token_lora_mapping: torch.Tensor, token_lora_weights: torch.Tensor, num_active: int | None = None
+    ) -> None:
         """Group the tokens of a step by adapter.
 
         Args:
             token_lora_mapping: Slot per token `[num_tokens, k]`, int32, contiguous; -1 contributes nothing. Slots below
                 `max_loras` only (not checked on a GPU). A slot named twice counts with the sum of its weights.
             token_lora_weights: Weight per slot `[num_tokens, k]`, fp32, contiguous.
+            num_active: How many different adapters the step names, if the host knows it: it decides between kernels and
+                changes no result beyond rounding. By default all that are loaded.
 
         Raises:
             ValueError: If shapes, dtypes or devices do not fit.
@@ -118,6 +125,8 @@ class LoraBatch:
             if highest >= self.rows.max_loras:
                 raise ValueError(f"slots must be below max_loras {self.rows.max_loras}, got {highest}")
         self.num_tokens, self.k = shape
+        num_active = self.rows.num_used if num_active is None else num_active
+        self.rank_bound, self.block_m = self.launch_shape(*shape, num_active)
         if self.backend == "torch":
             self.dense = plan_dense(token_lora_mapping, token_lora_weights, self.rows.counts, self.dense.slots)
             self._step = (token_lora_mapping, token_lora_weights)
@@ -128,9 +137,23 @@ class LoraBatch:
             token_lora_mapping.contiguous(),
             token_lora_weights.contiguous(),
             self.rows.counts,
-            self.rows.max_rank,
+            self.rank_bound,
+            self.block_m,
             (*self._buffers, self._segments),
         )
+
+    def launch_shape(self, num_tokens: int, k: int, num_active: int) -> tuple[int, int]:
+        """What a captured step is made for besides its number of tokens and `k`: capture again when this changes.
+
+        Args:
+            num_tokens: Tokens of the step.
+            k: Adapters per token.
+            num_active: As in `update`.
+
+        Returns:
+            `LoraRows.rank_bound`, and how many tokens one program of expand takes.
+        """
+        return self.rows.rank_bound, plan.token_block(num_tokens, k, num_active)
 
     def tensors(self) -> list[torch.Tensor]:
         """Return what the operators read: the step's mapping and weights, and the Triton path's groups."""

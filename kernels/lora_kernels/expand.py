@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+# Programs that share a tile's rows when they are mixed.
+MIX_PARTS = 16
+
+
 @triton.jit
 def _locate(block, OUT: tl.constexpr, NUM_SLICES: tl.constexpr, BLOCK_N: tl.constexpr):
     """Return the slice, first column and end column of a column block; blocks never straddle slices."""
@@ -118,6 +122,7 @@ def _mix_kernel(
     MAX_RANK: tl.constexpr,
     ITEM_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    MIX_M: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     PARTS: tl.constexpr,
     PDL: tl.constexpr,
@@ -126,13 +131,14 @@ def _mix_kernel(
 
     `rows[tile, slice, row]` is the row of B that goes with it, -1 past the slice's rank.
     """
-    tile = tl.program_id(0)
+    tile = tl.program_id(0) // (BLOCK_M // MIX_M)
     index = tl.program_id(1)
+    m = tl.program_id(0) % (BLOCK_M // MIX_M) * MIX_M + tl.arange(0, MIX_M)
     count = tl.load(num_items + tile)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    t = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    t = tile * BLOCK_M + m
     token = tl.load(order + t, mask=t < num_tokens, other=-1)
     i = tl.arange(0, BLOCK_ROWS)
     out = (tile * NUM_SLICES + index).to(tl.int64)
@@ -145,12 +151,12 @@ def _mix_kernel(
         has_row = r < tl.load(ranks + slot * NUM_SLICES + index, mask=item >= 0, other=0)
         row = tl.load(starts + slot, mask=has_row, other=0) + r
         tl.store(rows + out * max_rows + first * ITEM_ROWS + i, tl.where(has_row, row, -1))
-        chosen = tl.full([BLOCK_M, BLOCK_ROWS], -1, tl.int32)
-        weight = tl.zeros([BLOCK_M, BLOCK_ROWS], tl.float32)
+        chosen = tl.full([MIX_M, BLOCK_ROWS], -1, tl.int32)
+        weight = tl.zeros([MIX_M, BLOCK_ROWS], tl.float32)
         for j in tl.static_range(K):
-            m = tl.load(mapping + token * K + j, mask=token >= 0, other=-1)
+            named = tl.load(mapping + token * K + j, mask=token >= 0, other=-1)
             w = tl.load(weights + token * K + j, mask=token >= 0, other=0.0)
-            hit = m[:, None] == slot[None, :]
+            hit = named[:, None] == slot[None, :]
             chosen = tl.where(hit, j, chosen)
             weight += tl.where(hit, w[:, None], 0.0)
         pair = token.to(tl.int64)[:, None] * K + chosen
@@ -159,7 +165,7 @@ def _mix_kernel(
         total = tl.load(v_ptr, mask=v_mask, other=0.0)
         for s in tl.static_range(1, NUM_SPLITS):
             total += tl.load(v_ptr + s * stride_split, mask=v_mask, other=0.0)
-        target = mixed + (out * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]) * max_rows + first * ITEM_ROWS + i[None, :]
+        target = mixed + (out * BLOCK_M + m[:, None]) * max_rows + first * ITEM_ROWS + i[None, :]
         tl.store(target, (total * weight).to(mixed.dtype.element_ty))
 
 
@@ -219,45 +225,106 @@ def expand(
     ranks: torch.Tensor,
     starts: torch.Tensor,
     out_features: Sequence[int],
+    block_m: int,
+    mixed: list[torch.Tensor],
     batch: list[torch.Tensor],
 ) -> None:
     """Add `v`'s products with B to `y` in place; see `ops.lora_expand`."""
+    _, num_tokens, k, _, max_rank = v.shape
+    p = plan.plan_expand(block_m, num_tokens, k, max_rank, out_features)
+    if block_m == 1:
+        _expand_tokens(y, v, b, ranks, starts, out_features, batch, p)
+    else:
+        mixed = mixed or mix(v, b, ranks, starts, out_features, block_m, batch)
+        _expand_tiles(y, mixed, b, out_features, batch, p)
+
+
+def _column_options(y: torch.Tensor, out_features: Sequence[int], p: plan.ExpandPlan) -> tuple[int, dict[str, object]]:
+    """Number of column blocks, and what the kernels over columns have in common."""
+    blocks = sum(plan.cdiv(width, p.block_n) for width in out_features)
+    return blocks, {
+        "OUT": tuple(out_features),
+        "BLOCK_N": p.block_n,
+        "ALIGN": math.gcd(16, *out_features),
+        "num_warps": p.num_warps,
+        "num_stages": p.num_stages,
+        **pdl_options(y.device),
+    }
+
+
+def _expand_tokens(
+    y: torch.Tensor,
+    v: torch.Tensor,
+    b: torch.Tensor,
+    ranks: torch.Tensor,
+    starts: torch.Tensor,
+    out_features: Sequence[int],
+    batch: list[torch.Tensor],
+    p: plan.ExpandPlan,
+) -> None:
+    """Each token on its own."""
+    num_splits, num_tokens, k, num_slices, max_rank = v.shape
+    blocks, options = _column_options(y, out_features, p)
+    _expand_token_kernel[(num_tokens, blocks)](
+        y,
+        v,
+        b,
+        ranks,
+        starts,
+        batch[0],
+        batch[1],
+        y.stride(0),
+        b.stride(0),
+        v.stride(0),
+        K=k,
+        K_PADDED=plan.power_of_2(k),
+        NUM_SPLITS=num_splits,
+        NUM_SLICES=num_slices,
+        MAX_RANK=max_rank,
+        BLOCK_R=p.block_rows,
+        **options,
+    )
+
+
+def mixed_shapes(
+    v: torch.Tensor, num_rows: int, max_loras: int, out_features: Sequence[int], block_m: int
+) -> tuple[list[int], list[int]]:
+    """Shapes of what `mix` returns."""
+    _, num_tokens, k, num_slices, max_rank = v.shape
+    block_rows = plan.plan_expand(block_m, num_tokens, k, max_rank, out_features).block_rows
+    tiles = plan.cdiv(num_tokens, block_m)
+    # The pool's own size bounds the rows too: an adapter of r rows fills cdiv(r, ITEM_ROWS) items.
+    pool_items = plan.cdiv(num_rows, plan.ITEM_ROWS) + min(max_loras, block_m * k)
+    items = min(plan.max_items(block_m, k, max_loras, max_rank), pool_items)
+    max_rows = plan.cdiv(items * plan.ITEM_ROWS, block_rows) * block_rows
+    return [tiles, num_slices, block_m, max_rows], [tiles, num_slices, max_rows]
+
+
+def mix(
+    v: torch.Tensor,
+    b: torch.Tensor,
+    ranks: torch.Tensor,
+    starts: torch.Tensor,
+    out_features: Sequence[int],
+    block_m: int,
+    batch: list[torch.Tensor],
+) -> list[torch.Tensor]:
+    """The weighted sums of each tile of tokens over the rows of all its adapters, and which rows these are.
+
+    Returns:
+        `mixed [tiles, num_slices, block_m, max_rows]`, `b`'s dtype, and `rows [tiles, num_slices, max_rows]`, int32.
+    """
     num_splits, num_tokens, k, num_slices, max_rank = v.shape
     mapping, weights, _, _, order, items, num_items = batch
-    p = plan.plan_expand(num_tokens, k, max_rank, out_features)
-    blocks = sum(plan.cdiv(width, p.block_n) for width in out_features)
-    v_shape = {"K": k, "NUM_SPLITS": num_splits, "NUM_SLICES": num_slices, "MAX_RANK": max_rank}
-    columns = {"OUT": tuple(out_features), "BLOCK_N": p.block_n, "ALIGN": math.gcd(16, *out_features)}
-    options = {"num_warps": p.num_warps, "num_stages": p.num_stages, **pdl_options(y.device)}
-    if p.block_m == 1:
-        _expand_token_kernel[(num_tokens, blocks)](
-            y,
-            v,
-            b,
-            ranks,
-            starts,
-            mapping,
-            weights,
-            y.stride(0),
-            b.stride(0),
-            v.stride(0),
-            K_PADDED=plan.power_of_2(k),
-            BLOCK_R=p.block_rows,
-            **v_shape,
-            **columns,
-            **options,
-        )
-        return
-    tiles = plan.cdiv(num_tokens, p.block_m)
-    max_items = plan.max_items(num_tokens, k, ranks.shape[0], max_rank)
-    # The pool's own size bounds the rows too: an adapter of r rows fills cdiv(r, ITEM_ROWS) items.
-    adapters = min(ranks.shape[0], p.block_m * k)
-    pool_items = plan.cdiv(b.shape[0], plan.ITEM_ROWS) + adapters
-    max_rows = plan.cdiv(min(max_items, pool_items) * plan.ITEM_ROWS, p.block_rows) * p.block_rows
-    mixed = torch.empty(tiles, num_slices, p.block_m, max_rows, dtype=y.dtype, device=y.device)
-    rows = torch.empty(tiles, num_slices, max_rows, dtype=torch.int32, device=y.device)
-    parts = min(4, plan.cdiv(max_rows, p.block_rows))
-    _mix_kernel[(tiles, num_slices, parts)](
+    p = plan.plan_expand(block_m, num_tokens, k, max_rank, out_features)
+    shape, rows_shape = mixed_shapes(v, b.shape[0], ranks.shape[0], out_features, block_m)
+    mixed = torch.empty(shape, dtype=b.dtype, device=b.device)
+    rows = torch.empty(rows_shape, dtype=torch.int32, device=b.device)
+    max_items = plan.max_items(block_m, k, ranks.shape[0], max_rank)
+    tiles, max_rows = shape[0], shape[3]
+    parts = min(MIX_PARTS, plan.cdiv(max_rows, p.block_rows))
+    mix_m = min(block_m, 16 if num_tokens <= 256 else 64)
+    _mix_kernel[(tiles * block_m // mix_m, num_slices, parts)](
         mixed,
         rows,
         v,
@@ -272,29 +339,45 @@ def expand(
         max_items,
         max_rows,
         v.stride(0),
+        K=k,
+        NUM_SPLITS=num_splits,
+        NUM_SLICES=num_slices,
+        MAX_RANK=max_rank,
         ITEM_ROWS=plan.ITEM_ROWS,
-        BLOCK_M=p.block_m,
+        BLOCK_M=block_m,
+        MIX_M=mix_m,
         BLOCK_ROWS=p.block_rows,
         PARTS=parts,
         num_stages=1,
-        **v_shape,
-        **pdl_options(y.device),
+        **pdl_options(b.device),
     )
+    return [mixed, rows]
+
+
+def _expand_tiles(
+    y: torch.Tensor,
+    mixed: list[torch.Tensor],
+    b: torch.Tensor,
+    out_features: Sequence[int],
+    batch: list[torch.Tensor],
+    p: plan.ExpandPlan,
+) -> None:
+    """A tile of tokens by a tile of columns."""
+    blocks, options = _column_options(y, out_features, p)
+    tiles, num_slices, block_m, max_rows = mixed[0].shape
     _expand_tile_kernel[(blocks, tiles)](
         y,
-        mixed,
-        rows,
+        *mixed,
         b,
-        order,
-        num_items,
-        num_tokens,
+        batch[4],
+        batch[6],
+        y.shape[0],
         max_rows,
         y.stride(0),
         b.stride(0),
         NUM_SLICES=num_slices,
         ITEM_ROWS=plan.ITEM_ROWS,
-        BLOCK_M=p.block_m,
+        BLOCK_M=block_m,
         BLOCK_ROWS=p.block_rows,
-        **columns,
         **options,
     )

@@ -136,6 +136,7 @@ def group_tokens(
     weights: torch.Tensor,
     counts: torch.Tensor,
     max_rank: int,
+    block_m: int,
     buffers: tuple[torch.Tensor, ...],
 ) -> None:
     """Fill a batch's buffers from `mapping` and `weights` `[num_tokens, k]`.
@@ -144,7 +145,8 @@ def group_tokens(
         mapping: Slot per token, int32, contiguous; -1 = none.
         weights: fp32, contiguous.
         counts: Rows per slot `[max_loras]`.
-        max_rank: Largest entry of `counts`.
+        max_rank: At least the largest entry of `counts`.
+        block_m: Tokens of a tile, as `plan.token_block` gives it.
         buffers: `LoraBatch`'s copy of mapping and weights, pairs, tiles, order, items, num_items and segments;
             mutated.
     """
@@ -167,9 +169,8 @@ def group_tokens(
         K=k,
         BLOCK=block,
     )
-    token_block = plan.token_block(num_tokens)
     num_pair_tiles = plan.max_pair_tiles(num_tokens, k, max_loras)
-    num_token_tiles = plan.cdiv(num_tokens, token_block) if token_block > 1 else 0
+    num_token_tiles = plan.cdiv(num_tokens, block_m) if block_m > 1 else 0
     _tile_kernel[(max(num_pair_tiles, num_token_tiles),)](
         mapping,
         counts,
@@ -182,10 +183,10 @@ def group_tokens(
         max_loras,
         num_pair_tiles,
         num_token_tiles,
-        plan.max_items(num_tokens, k, max_loras, max_rank),
+        plan.max_items(block_m, k, max_loras, max_rank),
         K=k,
         PAIR_BLOCK=plan.pair_block(num_tokens, k),
-        TOKEN_BLOCK=token_block,
+        TOKEN_BLOCK=block_m,
         MAX_BLOCKS=plan.cdiv(max_rank, plan.ITEM_ROWS),
         ITEM_ROWS=plan.ITEM_ROWS,
         SLOTS=max(16, plan.power_of_2(max_loras + 1)),

@@ -9,6 +9,8 @@ import torch
 from lora_kernels import dense, plan
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lora_kernels.batch import LoraBatch
     from lora_kernels.stack import LoraStack
 
@@ -29,6 +31,16 @@ def _check_batch(stack: LoraStack, batch: LoraBatch) -> None:
     """Raise unless the batch and the stack share their row map."""
     if batch.rows is not stack.rows:
         raise ValueError("batch and stack must share one LoraRows; got two different ones")
+
+
+def _check_v(v: torch.Tensor, stack: LoraStack, batch: LoraBatch) -> None:
+    """Raise unless `v` is what `lora_shrink` returns."""
+    expected = (batch.num_tokens, batch.k, stack.num_slices, batch.rank_bound)
+    if tuple(v.shape[1:]) != expected or v.dtype != torch.float32 or not v.is_contiguous():
+        raise ValueError(
+            f"v must be lora_shrink's contiguous float32 [num_splits, {', '.join(map(str, expected))}], got {v.dtype} "
+            f"{list(v.shape)}"
+        )
 
 
 def add_lora(y: torch.Tensor, x: torch.Tensor, stack: LoraStack, batch: LoraBatch) -> None:
@@ -65,7 +77,8 @@ def add_lora(y: torch.Tensor, x: torch.Tensor, stack: LoraStack, batch: LoraBatc
         rows.starts,
         rows.counts,
         list(stack.out_features),
-        rows.max_rank,
+        batch.rank_bound,
+        batch.block_m,
         batch.tensors(),
     )
 
@@ -93,6 +106,7 @@ def _add_lora(
     counts: torch.Tensor,
     out_features: list[int],
     max_rank: int,
+    block_m: int,
     batch: list[torch.Tensor],
 ) -> None:
     if x.shape[0] == 0:
@@ -106,7 +120,7 @@ def _add_lora(
             dense.add_dense(y, x, *gathered, out_features, step.row_weights)
         return
     v = _lora_shrink(x, a, ranks, starts, max_rank, batch)
-    _lora_expand(y, v, b, ranks, starts, out_features, batch)
+    _lora_expand(y, v, b, ranks, starts, out_features, block_m, [], batch)
 
 
 @_add_lora.register_fake
@@ -126,7 +140,7 @@ def lora_shrink(x: torch.Tensor, stack: LoraStack, batch: LoraBatch) -> torch.Te
         batch: The step's assignment.
 
     Returns:
-        Partial sums `v [num_splits, num_tokens, k, num_slices, max_rank]`, fp32. The programs that share a token's
+        Partial sums `v [num_splits, num_tokens, k, num_slices, rank_bound]`, fp32. The programs that share a token's
         input features each write their own; `lora_expand` adds them in order, so no atomics are needed.
 
     Raises:
@@ -135,7 +149,7 @@ def lora_shrink(x: torch.Tensor, stack: LoraStack, batch: LoraBatch) -> torch.Te
     _check_batch(stack, batch)
     _check("x", x, (batch.num_tokens, stack.in_features), stack)
     rows = stack.rows
-    v: torch.Tensor = _lora_shrink(x, stack.a, stack.ranks, rows.starts, rows.max_rank, batch.tensors())
+    v: torch.Tensor = _lora_shrink(x, stack.a, stack.ranks, rows.starts, batch.rank_bound, batch.tensors())
     return v
 
 
@@ -185,7 +199,69 @@ def _(
     return _empty_v(x, a, max_rank, batch)
 
 
-def lora_expand(y: torch.Tensor, v: torch.Tensor, stack: LoraStack, batch: LoraBatch) -> None:
+def lora_mix(v: torch.Tensor, stack: LoraStack, batch: LoraBatch) -> list[torch.Tensor]:
+    """Do the part of `lora_expand` that needs no output yet, so that it can run beside what computes the output.
+
+    Args:
+        v: What `lora_shrink` returned for the same stack and batch.
+        stack: The adapters' tensors.
+        batch: The step's assignment.
+
+    Returns:
+        What `lora_expand` takes as `mixed`; empty where there is nothing to prepare.
+
+    Raises:
+        ValueError: If shapes, dtypes, devices or strides disagree.
+    """
+    _check_batch(stack, batch)
+    _check_v(v, stack, batch)
+    if batch.backend == "torch" or batch.block_m == 1 or v.numel() == 0:
+        return []
+    rows = stack.rows
+    mixed: list[torch.Tensor] = _lora_mix(
+        v, stack.b, stack.ranks, rows.starts, list(stack.out_features), batch.block_m, batch.tensors()
+    )
+    return mixed
+
+
+@torch.library.custom_op("lora_kernels::lora_mix", mutates_args=())
+def _lora_mix(
+    v: torch.Tensor,
+    b: torch.Tensor,
+    ranks: torch.Tensor,
+    starts: torch.Tensor,
+    out_features: list[int],
+    block_m: int,
+    batch: list[torch.Tensor],
+) -> list[torch.Tensor]:
+    from lora_kernels.expand import mix  # noqa: PLC0415 - Triton is optional
+
+    return mix(v, b, ranks, starts, out_features, block_m, batch)
+
+
+@_lora_mix.register_fake
+def _(
+    v: torch.Tensor,
+    b: torch.Tensor,
+    ranks: torch.Tensor,
+    starts: torch.Tensor,  # noqa: ARG001 - the schema's
+    out_features: list[int],
+    block_m: int,
+    batch: list[torch.Tensor],  # noqa: ARG001 - the schema's
+) -> list[torch.Tensor]:
+    from lora_kernels.expand import mixed_shapes  # noqa: PLC0415 - Triton is optional
+
+    shape, rows_shape = mixed_shapes(v, b.shape[0], ranks.shape[0], out_features, block_m)
+    return [b.new_empty(shape), b.new_empty(rows_shape, dtype=torch.int32)]
+
+
+def lora_expand(
+    y: torch.Tensor,
+    v: torch.Tensor,
+    stack: LoraStack,
+    batch: LoraBatch,
+    mixed: Sequence[torch.Tensor] = (),
+) -> None:
     """Add the weighted products of `lora_shrink`'s result with B to `y` in place.
 
     Semantics:
@@ -196,18 +272,14 @@ def lora_expand(y: torch.Tensor, v: torch.Tensor, stack: LoraStack, batch: LoraB
         v: What `lora_shrink` returned for the same stack and batch.
         stack: The adapters' tensors.
         batch: The step's assignment.
+        mixed: What `lora_mix` returned for them, if it was called.
 
     Raises:
         ValueError: If shapes, dtypes, devices or strides disagree.
     """
     _check_batch(stack, batch)
     _check("y", y, (batch.num_tokens, stack.b.shape[1]), stack)
-    expected = (batch.num_tokens, batch.k, stack.num_slices, stack.rows.max_rank)
-    if tuple(v.shape[1:]) != expected or v.dtype != torch.float32 or not v.is_contiguous():
-        raise ValueError(
-            f"v must be lora_shrink's contiguous float32 [num_splits, {', '.join(map(str, expected))}], got {v.dtype} "
-            f"{list(v.shape)}"
-        )
+    _check_v(v, stack, batch)
     rows = stack.rows
     _lora_expand(
         y,
@@ -216,6 +288,8 @@ def lora_expand(y: torch.Tensor, v: torch.Tensor, stack: LoraStack, batch: LoraB
         stack.ranks,
         rows.starts,
         list(stack.out_features),
+        batch.block_m,
+        list(mixed),
         batch.tensors(),
     )
 
@@ -228,6 +302,8 @@ def _lora_expand(
     ranks: torch.Tensor,
     starts: torch.Tensor,
     out_features: list[int],
+    block_m: int,
+    mixed: list[torch.Tensor],
     batch: list[torch.Tensor],
 ) -> None:
     if v.numel() == 0:
@@ -235,7 +311,7 @@ def _lora_expand(
     if len(batch) > 2:
         from lora_kernels.expand import expand  # noqa: PLC0415 - Triton is optional
 
-        expand(y, v, b, ranks, starts, out_features, batch)
+        expand(y, v, b, ranks, starts, out_features, block_m, mixed, batch)
         return
     mapping, weights = batch
     total = v.sum(0)

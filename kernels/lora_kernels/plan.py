@@ -31,11 +31,21 @@ def pair_block(num_tokens: int, k: int) -> int:
     return 16 if num_tokens * k <= 512 else 64
 
 
-def token_block(num_tokens: int) -> int:
-    """Tokens that one expand program takes; 1 = each token on its own, without a matrix unit."""
-    if num_tokens <= 64:
+def token_block(num_tokens: int, k: int, num_active: int) -> int:
+    """Tokens that one expand program takes; 1 = each token on its own, without a matrix unit.
+
+    A tile of tokens reads its adapters' B once, tokens on their own read it again for each token. That is as fast while
+    few share an adapter, and saves a launch.
+
+    Args:
+        num_tokens: Tokens of the step.
+        k: Adapters per token.
+        num_active: Adapters that the step's tokens name, at most.
+    """
+    pairs = num_tokens * k
+    if num_tokens <= 64 and (num_tokens < 16 or pairs < 48 or pairs < 6 * num_active):
         return 1
-    return 32 if num_tokens <= 256 else 64
+    return min(max(16, power_of_2(num_tokens)), 32 if k == 1 and num_tokens <= 256 else 64)
 
 
 def max_pair_tiles(num_tokens: int, k: int, max_loras: int) -> int:
@@ -44,9 +54,9 @@ def max_pair_tiles(num_tokens: int, k: int, max_loras: int) -> int:
     return cdiv(pairs, pair_block(num_tokens, k)) + min(max_loras, pairs)
 
 
-def max_items(num_tokens: int, k: int, max_loras: int, max_rank: int) -> int:
-    """Most blocks of `ITEM_ROWS` rank rows that the adapters of one token tile can own."""
-    return min(max_loras, token_block(num_tokens) * k) * cdiv(max_rank, ITEM_ROWS)
+def max_items(block_m: int, k: int, max_loras: int, max_rank: int) -> int:
+    """Most blocks of `ITEM_ROWS` rank rows that the adapters of one tile of `block_m` tokens can own."""
+    return min(max_loras, block_m * k) * cdiv(max_rank, ITEM_ROWS)
 
 
 @dataclass(frozen=True)
@@ -108,9 +118,8 @@ class ExpandPlan:
     num_stages: int
 
 
-def plan_expand(num_tokens: int, k: int, max_rank: int, out_features: Sequence[int]) -> ExpandPlan:
+def plan_expand(block_m: int, num_tokens: int, k: int, max_rank: int, out_features: Sequence[int]) -> ExpandPlan:
     """Choose the launch shape of `expand`."""
-    block_m = token_block(num_tokens)
     widest = max(16, power_of_2(max(out_features)))
     if block_m == 1:
         # One warp per program, with at most 8,192 elements of B in flight.

@@ -37,6 +37,21 @@ class LoraRows:
         self.starts = torch.zeros(max_loras, dtype=torch.int32, device=device)
         self.counts = torch.zeros(max_loras, dtype=torch.int32, device=device)
         self.version = 0
+        self._host_counts: dict[int, int] = {}
+
+    @property
+    def num_used(self) -> int:
+        """Slots that hold an adapter."""
+        return len(self._host_counts)
+
+    @property
+    def rank_bound(self) -> int:
+        """What launch shapes are made for: the power of two, at least 16, that no adapter's rows exceed.
+
+        A captured step is valid for as long as it stays the same.
+        """
+        highest = max(self._host_counts.values(), default=1)
+        return min(self.max_rank, max(16, 1 << (highest - 1).bit_length()))
 
     def assign(self, slot: int, start: int, count: int) -> None:
         """Give `slot` the rows `start : start + count`. Call it whenever the slot's weights change.
@@ -57,6 +72,9 @@ class LoraRows:
             raise ValueError(f"count must lie in 0..{self.max_rank} (max_rank), got {count}")
         self.starts[slot] = start
         self.counts[slot] = count
+        self._host_counts.pop(slot, None)
+        if count:
+            self._host_counts[slot] = count
         self.version += 1
 
     def release(self, slot: int) -> None:

@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from langchain_lora_retriever.engine.upload import copy_to_device
 from langchain_lora_retriever.errors import EngineError
-from lora_kernels import LoraBatch, LoraRows, LoraStack, add_lora
+from lora_kernels import LoraBatch, LoraRows, LoraStack, add_lora, lora_expand, lora_mix, lora_shrink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -60,6 +60,8 @@ class LoraLayers:
         for device in {group.device for group in groups}:
             rows = LoraRows(max_loras, max_rank, device)
             self._devices[device] = (rows, LoraBatch(rows, max_num_tokens, max_adapters_per_token))
+        is_on_one_gpu = [device.type for device in self._devices] == ["cuda"]
+        self._side = torch.cuda.Stream(*self._devices) if is_on_one_gpu else None
         self._groups = [
             _Group(self, modules, group, num_rows, *self._devices[group.device])
             for shared in groups
@@ -92,24 +94,33 @@ class LoraLayers:
         if not self._is_active:
             return
         k = max(len(slots) for _, slots, _ in spans)
+        num_active = len({slot for _, slots, _ in spans for slot in slots})
         counts = torch.tensor([num_tokens for num_tokens, _, _ in spans])
         mapping = torch.tensor([(*slots, *[-1] * (k - len(slots))) for _, slots, _ in spans], dtype=torch.int32)
         weights = torch.tensor([(*w, *[0.0] * (k - len(w))) for _, _, w in spans], dtype=torch.float32)
         mapping, weights = mapping.repeat_interleave(counts, 0), weights.repeat_interleave(counts, 0)
         for device, (_, batch) in self._devices.items():
-            batch.update(copy_to_device(mapping, device), copy_to_device(weights, device))
+            batch.update(copy_to_device(mapping, device), copy_to_device(weights, device), num_active)
 
-    def set_device_batch(self, mapping: torch.Tensor | None, weights: torch.Tensor | None) -> None:
+    def launch_shape(self, num_tokens: int, k: int, num_active: int) -> tuple[int, int] | None:
+        """What a captured step is made for besides its number of tokens and of adapters per token, see `LoraBatch`."""
+        _, batch = next(iter(self._devices.values()))
+        return batch.launch_shape(num_tokens, k, num_active) if k else None
+
+    def set_device_batch(
+        self, mapping: torch.Tensor | None, weights: torch.Tensor | None, num_active: int | None = None
+    ) -> None:
         """Say the same with tensors that are on the model's one device already; nothing is read from them here.
 
         Args:
             mapping: Slot per token `[num_tokens, k]`, int32; None if no token has adapters.
             weights: Weight per slot, fp32.
+            num_active: How many adapters the step names, if that is known.
         """
         self._is_active = mapping is not None
         if mapping is not None and weights is not None:
             for _, batch in self._devices.values():
-                batch.update(mapping, weights)
+                batch.update(mapping, weights, num_active)
 
     def find_product(self, names: tuple[str, ...]) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """The product of packed inputs `[num_tokens, in_features]` with the modules `names`, adapters included.
@@ -133,6 +144,27 @@ class LoraLayers:
         """Add the adapters' outputs for packed inputs `x` to `y` in place; nothing if no token has one."""
         if self._is_active:
             add_lora(y, x, stack, batch)
+
+    def add_to_product(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stack: LoraStack, batch: LoraBatch
+    ) -> torch.Tensor:
+        """`linear(x, weight, bias)` and the adapters' outputs for packed inputs `x`.
+
+        In a captured decode step the adapters' first product runs beside the base's, which mostly waits for memory.
+        """
+        if not self._is_active or self._side is None or not torch.cuda.is_current_stream_capturing():
+            y = linear(x, weight, bias)
+            self.add(y, x, stack, batch)
+            return y
+        main = torch.cuda.current_stream()
+        self._side.wait_stream(main)
+        with torch.cuda.stream(self._side):
+            v = lora_shrink(x, stack, batch)
+            mixed = lora_mix(v, stack, batch)
+        y = linear(x, weight, bias)
+        main.wait_stream(self._side)
+        lora_expand(y, v, stack, batch, mixed)
+        return y
 
 
 class _Group:
@@ -203,9 +235,7 @@ class _Group:
 
     def compute(self, x: torch.Tensor) -> torch.Tensor:
         assert self._fused is not None
-        y = linear(x, *self._fused)
-        self._layers.add(y, x, self._stack, self._batch)
-        return y
+        return self._layers.add_to_product(x, *self._fused, self._stack, self._batch)
 
 
 def _split(model: PreTrainedModel, group: LinearGroup) -> Iterator[tuple[LinearGroup, list[nn.Module]]]:

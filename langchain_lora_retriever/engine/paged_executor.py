@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import logging
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -69,7 +70,7 @@ class PagedExecutor:
         self._tile_size = queries_per_tile(geometry.num_heads, geometry.num_kv_heads)
         self._fused = self._fuse(probe) if config.enable_fused_layers else None
         self._buckets = bucket_sizes(memory.max_num_seqs) if config.enable_cuda_graphs else []
-        self._graphs: dict[tuple[int, int], DecodeGraph] = {}
+        self._graphs: dict[tuple[int, int, tuple[int, int] | None], DecodeGraph] = {}
         is_captured = bool(self._buckets) and self._device.type == "cuda"
         self._pool = torch.cuda.graph_pool_handle() if is_captured else None
 
@@ -108,15 +109,17 @@ class PagedExecutor:
             (item.request.lora_slots or (), tuple(w for _, w in item.request.adapters)) for item in batch.scheduled
         )
         k = max(len(slots) for slots, _ in adapters)
-        graph = self._graphs.get((num_tokens, k))
+        num_active = len({slot for slots, _ in adapters for slot in slots})
+        key = (num_tokens, k, self._lora_layers.launch_shape(num_tokens, k, num_active))
+        graph = self._graphs.get(key)
         if graph is None:
-            graph = DecodeGraph(self._run_static, num_tokens, k, self._device, self._pool)
-            self._graphs[num_tokens, k] = graph
+            forward = partial(self._run_static, num_active)
+            graph = self._graphs[key] = DecodeGraph(forward, num_tokens, k, self._device, self._pool)
         return graph.replay(batch, adapters)
 
-    def _run_static(self, inputs: StaticInputs) -> torch.Tensor:
+    def _run_static(self, num_active: int, inputs: StaticInputs) -> torch.Tensor:
         """A decode step that reads nothing from the host, every token with logits."""
-        self._lora_layers.set_device_batch(inputs.lora_slots, inputs.lora_weights)
+        self._lora_layers.set_device_batch(inputs.lora_slots, inputs.lora_weights, num_active)
         num_tokens = inputs.tokens.shape[1]
         decode_tokens = torch.arange(num_tokens, device=self._device)
         return self._run(inputs.tokens, QueryTiles(decode_tokens, decode_tokens[:0].view(0, 2)), None)

@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_kernels import LoraBatch, LoraRows, LoraStack, add_lora, add_lora_reference, lora_expand, lora_shrink
+from lora_kernels import (
+    LoraBatch,
+    LoraRows,
+    LoraStack,
+    add_lora,
+    add_lora_reference,
+    lora_expand,
+    lora_mix,
+    lora_shrink,
+)
 
 HAS_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -95,7 +104,8 @@ def error_of(model: Model, mapping: torch.Tensor, weights: torch.Tensor, *, in_t
     untouched = y.clone()
     model.batch.update(mapping.to(device), weights.to(device))
     if in_two:
-        lora_expand(y, lora_shrink(x, stack, model.batch), stack, model.batch)
+        v = lora_shrink(x, stack, model.batch)
+        lora_expand(y, v, stack, model.batch, lora_mix(v, stack, model.batch))
     else:
         add_lora(y, x, stack, model.batch)
     assert wide[:, width:].isnan().all()
@@ -278,13 +288,13 @@ def test_torch_compile_and_opcheck(backend):
     common = (stack.ranks, rows.starts)
     torch.library.opcheck(
         torch.ops.lora_kernels.add_lora.default,
-        (y.clone(), x, stack.a, stack.b, *common, rows.counts, out, rows.max_rank, batch.tensors()),
+        (y.clone(), x, stack.a, stack.b, *common, rows.counts, out, rows.rank_bound, batch.block_m, batch.tensors()),
         test_utils=checks,
     )
     v = lora_shrink(x, stack, batch)
     torch.library.opcheck(
         torch.ops.lora_kernels.lora_expand.default,
-        (y.clone(), v, stack.b, *common, out, batch.tensors()),
+        (y.clone(), v, stack.b, *common, out, batch.block_m, [], batch.tensors()),
         test_utils=checks,
     )
     if backend == "triton":
