@@ -8,19 +8,49 @@ from langchain_core.messages import AIMessageChunk
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.outputs import ChatGenerationChunk
 
-from langchain_lora_retriever.tools import ToolCallParser
+from langchain_lora_retriever.readers import Reasoning, read
+from langchain_lora_retriever.reasoning import THINK_CLOSE, THINK_OPEN, ThinkReader, reasoning_state
+from langchain_lora_retriever.template_reader import TemplateReader, response_template
+from langchain_lora_retriever.tool_calls import CALL_CLOSE, CALL_OPEN, ToolCallParser
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
+    from langchain_lora_retriever.answer_format import AnswerFormat
     from langchain_lora_retriever.constraints import GrammarConstraint
     from langchain_lora_retriever.engine import Delta, TokenLogprob, Usage
+    from langchain_lora_retriever.readers import Piece, Reader
 
-__all__ = ["AnswerStream", "reasoning_state"]
+__all__ = ["AnswerStream", "answer_readers", "reads_special_tokens"]
 
-THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+
+def answer_readers(
+    tokenizer: PreTrainedTokenizerBase, prompt_token_ids: Sequence[int], answer: AnswerFormat
+) -> list[Reader]:
+    """Choose what finds reasoning and tool calls in one answer; nothing where it can hold neither."""
+    readers: list[Reader] = []
+    reads_own_calls = answer.dialect is not None and answer.dialect.by_response_template
+    if reads_own_calls or (answer.is_free_text and response_template(tokenizer) is not None):
+        # A constrained answer begins with what the grammar says, whatever the prompt has opened.
+        prefix = str(tokenizer.decode(list(prompt_token_ids))) if answer.is_free_text else ""
+        readers.append(TemplateReader(tokenizer, prefix, answer.tools if reads_own_calls else ()))
+    elif answer.is_free_text:
+        is_open = reasoning_state(tokenizer, prompt_token_ids)
+        if is_open is not None:
+            readers.append(ThinkReader(is_open=is_open))
+    if answer.tools and not reads_own_calls:
+        readers.append(ToolCallParser())
+    return readers
+
+
+def reads_special_tokens(tokenizer: PreTrainedTokenizerBase, readers: Sequence[Reader]) -> bool:
+    """Say whether readers go by special tokens, which must then stay in the text."""
+    tags = {CALL_OPEN, CALL_CLOSE, THINK_OPEN, THINK_CLOSE}
+    return any(isinstance(reader, TemplateReader) for reader in readers) or (
+        bool(readers) and not tags.isdisjoint(tokenizer.all_special_tokens)
+    )
 
 
 class AnswerStream:
@@ -30,9 +60,7 @@ class AnswerStream:
         tokenizer: The base model's, to spell out log-probabilities.
         metadata: `response_metadata` that does not depend on the answer. It goes into the last chunk only: LangChain
             adds chunks up, and would join two equal strings into one twice as long.
-        reads_calls: Look for tool calls in the text.
-        is_reasoning: True if the answer begins inside a `<think>` block, False if it may open one, None if the
-            model knows no such block.
+        readers: What finds reasoning and tool calls in the text.
         constraint: What the answer is constrained by, if anything; it knows whether the answer was shortened to fit.
     """
 
@@ -41,22 +69,20 @@ class AnswerStream:
         tokenizer: PreTrainedTokenizerBase,
         metadata: Mapping[str, Any],
         *,
-        reads_calls: bool = False,
-        is_reasoning: bool | None = None,
+        readers: Sequence[Reader] = (),
         constraint: GrammarConstraint | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._metadata = metadata
-        self._calls = ToolCallParser() if reads_calls else None
-        self._reasoning = _ReasoningParser(is_open=is_reasoning) if is_reasoning is not None else None
+        self._readers = readers
         self._constraint = constraint
         self._has_calls = False
 
     def push(self, delta: Delta) -> Iterator[ChatGenerationChunk]:
         """Yield the chunks that a delta makes."""
         is_last = delta.finish_reason is not None
-        for message in self._read(delta.text, is_last=is_last):
-            yield ChatGenerationChunk(message=message)
+        for piece in read(self._readers, delta.text, is_last=is_last, is_cut_off=delta.finish_reason == "length"):
+            yield ChatGenerationChunk(message=self._to_message(piece))
         metadata: dict[str, Any] = {}
         if delta.logprobs:
             metadata["logprobs"] = _logprobs_metadata(self._tokenizer, delta.logprobs)
@@ -70,83 +96,18 @@ class AnswerStream:
             )
             yield ChatGenerationChunk(message=message)
 
+    def _to_message(self, piece: Piece) -> AIMessageChunk:
+        if isinstance(piece, str):
+            return AIMessageChunk(content=piece)
+        if isinstance(piece, Reasoning):
+            return AIMessageChunk(content="", additional_kwargs={"reasoning_content": piece.text})
+        self._has_calls = True
+        return AIMessageChunk(content="", tool_call_chunks=[piece])
+
     def _finish_reason(self, delta: Delta) -> str | None:
         if self._constraint is not None and self._constraint.is_shortened:
             return "length"
         return "tool_calls" if self._has_calls and delta.finish_reason == "stop" else delta.finish_reason
-
-    def _read(self, text: str, *, is_last: bool) -> Iterator[AIMessageChunk]:
-        if self._reasoning is not None:
-            thought, text = self._reasoning.push(text, is_last=is_last)
-            if thought:
-                yield AIMessageChunk(content="", additional_kwargs={"reasoning_content": thought})
-        if self._calls is None:
-            if text:
-                yield AIMessageChunk(content=text)
-            return
-        pieces = list(self._calls.push(text))
-        if is_last:
-            pieces += self._calls.finish()
-        for piece in pieces:
-            if not isinstance(piece, str):
-                self._has_calls = True
-                yield AIMessageChunk(content="", tool_call_chunks=[piece])
-            elif piece:
-                yield AIMessageChunk(content=piece)
-
-
-class _ReasoningParser:
-    """Tells an answer's `<think>` block, which stands first if there is one, from the rest."""
-
-    def __init__(self, *, is_open: bool) -> None:
-        self._held = ""
-        self._is_decided = is_open
-        self._is_over = False
-        self._is_answered = False
-
-    def push(self, text: str, *, is_last: bool) -> tuple[str, str]:
-        """Read more text; return what of it is reasoning and what is answer."""
-        thought, answer = ("", text) if self._is_over else self._split(text, is_last=is_last)
-        if not self._is_answered:
-            answer = answer.lstrip("\n")
-            self._is_answered = bool(answer)
-        return thought, answer
-
-    def _split(self, text: str, *, is_last: bool) -> tuple[str, str]:
-        self._held += text
-        if not self._is_decided:
-            start = self._held.lstrip()
-            if start.startswith(THINK_OPEN):
-                self._held, self._is_decided = start[len(THINK_OPEN) :].lstrip("\n"), True
-            elif is_last or not THINK_OPEN.startswith(start):
-                self._is_over = True
-                return "", self._take(len(self._held))
-            else:
-                return "", ""
-        thought, tag, answer = self._held.partition(THINK_CLOSE)
-        if tag:
-            self._is_over = True
-            return thought.rstrip("\n"), answer
-        keep = 0 if is_last else _num_undecided(self._held)
-        return self._take(len(self._held) - keep), ""
-
-    def _take(self, length: int) -> str:
-        taken, self._held = self._held[:length], self._held[length:]
-        return taken
-
-
-def reasoning_state(tokenizer: PreTrainedTokenizerBase, prompt_token_ids: Sequence[int]) -> bool | None:
-    """Say whether an answer begins inside a `<think>` block; None if the chat template knows no such block."""
-    if THINK_CLOSE not in repr(getattr(tokenizer, "chat_template", None)):
-        return None
-    end = str(tokenizer.decode(list(prompt_token_ids[-8:])))
-    return end.rstrip().endswith(THINK_OPEN)
-
-
-def _num_undecided(text: str) -> int:
-    lengths = range(min(len(THINK_CLOSE) - 1, len(text)), 0, -1)
-    length = next((length for length in lengths if THINK_CLOSE.startswith(text[-length:])), 0)
-    return len(text) - len(text[: len(text) - length].rstrip("\n"))
 
 
 def _usage_metadata(usage: Usage) -> UsageMetadata:

@@ -104,7 +104,7 @@ class CallOptions:
         if self.adapters is not None and self.model is not None:
             raise InvalidRequestError("Both adapters and model are given: each names the adapters to run; pass one.")
 
-    def sampling(self, index: int = 0) -> SamplingParams:
+    def sampling(self, index: int = 0, *, skip_special_tokens: bool = True) -> SamplingParams:
         """Build the sampling parameters of answer `index` of `n`: answers differ in their seeds."""
         logprobs = self.logprobs
         if isinstance(logprobs, bool):
@@ -117,6 +117,7 @@ class CallOptions:
             max_tokens=self.max_tokens,
             stop=tuple(self.stop),
             logprobs=logprobs,
+            skip_special_tokens=skip_special_tokens,
         )
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from langchain_core.language_models.chat_models import generate_from_stream
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 
-from langchain_lora_retriever.answers import AnswerStream, reasoning_state
+from langchain_lora_retriever.answer_format import AnswerFormat, answer_format
+from langchain_lora_retriever.answers import AnswerStream, answer_readers, reads_special_tokens
 from langchain_lora_retriever.call_options import CallOptions
 from langchain_lora_retriever.chat_settings import ChatSettings
 from langchain_lora_retriever.concurrency import owned
@@ -16,7 +17,7 @@ from langchain_lora_retriever.engine import Completion, Delta, EngineConfig, Eng
 from langchain_lora_retriever.errors import InvalidRequestError
 from langchain_lora_retriever.messages import encode_chat, routing_text, to_chat
 from langchain_lora_retriever.shared import reject_unfit, shared_engine
-from langchain_lora_retriever.structured_output import AnswerFormat, answer_format, structured_output
+from langchain_lora_retriever.structured_output import structured_output
 from langchain_lora_retriever.tools import to_tool_choice, to_tools
 
 if TYPE_CHECKING:
@@ -153,37 +154,38 @@ class ChatLoraRetriever(ChatSettings):
         options = CallOptions.merge(self, {**kwargs, "stop": stop})
         if is_stream and options.n > 1:
             raise InvalidRequestError(f"n={options.n} cannot be streamed: pass n=1, or use generate().")
-        chat, answer = to_chat(messages), answer_format(options)
+        chat = to_chat(messages)
         engine = self._engine()
+        answer = answer_format(options, engine.tokenizer)
         reject_unfit(self._router.pool, engine)
         prompt_token_ids = encode_chat(
-            engine.tokenizer, chat, tools=answer.tools, template_kwargs=options.chat_template_kwargs
+            engine.tokenizer,
+            chat,
+            tools=answer.tools,
+            dialect=answer.dialect,
+            template_kwargs=options.chat_template_kwargs,
         )
         return _Call(options, answer, engine, prompt_token_ids, _text_to_route(messages, options))
 
     def _start(self, call: _Call, composition: Composition, adapters: Sequence[tuple[Adapter, float]]) -> list[_Run]:
-        options, tokenizer = call.options, call.engine.tokenizer
         metadata = {
-            "model_name": options.model or self.model_name,
+            "model_name": call.options.model or self.model_name,
             "model_provider": "lora-retriever",
             **composition.to_metadata(),
         }
-        is_reasoning = reasoning_state(tokenizer, call.prompt_token_ids) if call.format.is_free_text else None
-        limit = min(options.max_tokens, call.engine.max_model_len - len(call.prompt_token_ids))
-        constraints = [call.format.make_constraint(tokenizer, limit) for _ in range(options.n)]
-        return [
-            _Run(
-                call.engine.submit(call.prompt_token_ids, options.sampling(index), adapters, constraint=constraint),
-                AnswerStream(
-                    tokenizer,
-                    metadata,
-                    reads_calls=bool(call.format.tools),
-                    is_reasoning=is_reasoning,
-                    constraint=constraint,
-                ),
-            )
-            for index, constraint in enumerate(constraints)
-        ]
+        return [self._submit(call, metadata, adapters, index) for index in range(call.options.n)]
+
+    def _submit(
+        self, call: _Call, metadata: Mapping[str, Any], adapters: Sequence[tuple[Adapter, float]], index: int
+    ) -> _Run:
+        """Put answer `index` of a call into the engine."""
+        tokenizer = call.engine.tokenizer
+        limit = min(call.options.max_tokens, call.engine.max_model_len - len(call.prompt_token_ids))
+        constraint = call.format.make_constraint(tokenizer, limit)
+        readers = answer_readers(tokenizer, call.prompt_token_ids, call.format)
+        sampling = call.options.sampling(index, skip_special_tokens=not reads_special_tokens(tokenizer, readers))
+        generation = call.engine.submit(call.prompt_token_ids, sampling, adapters, constraint=constraint)
+        return _Run(generation, AnswerStream(tokenizer, metadata, readers=readers, constraint=constraint))
 
     # The engine
 

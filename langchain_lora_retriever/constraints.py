@@ -6,12 +6,14 @@ A grammar is compiled once per tokenizer; every request gets a copy of the compi
 from __future__ import annotations
 
 import json
+import re
 import threading
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from llguidance import LLMatcher, hf
+from transformers import PreTrainedTokenizerFast
 
 from langchain_lora_retriever.errors import EngineError, InvalidRequestError
 
@@ -21,7 +23,18 @@ if TYPE_CHECKING:
     from llguidance import LLTokenizer
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["GrammarConstraint", "calls_grammar", "choice_grammar", "json_grammar", "make_constraint", "regex_grammar"]
+    from langchain_lora_retriever.dialects import CallForm
+
+__all__ = [
+    "GrammarConstraint",
+    "calls_grammar",
+    "can_constrain",
+    "choice_grammar",
+    "is_honoured",
+    "json_grammar",
+    "make_constraint",
+    "regex_grammar",
+]
 
 # No free white space: a weak model would emit blanks until the token limit. The separators are json.dumps's, so the
 # forced text is what models were trained on.
@@ -48,37 +61,70 @@ def choice_grammar(choices: Sequence[str]) -> str:
 
 
 def calls_grammar(
+    tokenizer: PreTrainedTokenizerBase,
     tools: Mapping[str, Mapping[str, Any]],
     *,
-    tags: tuple[str, str],
+    form: CallForm,
     is_forced: bool,
     is_repeatable: bool,
     otherwise: Mapping[str, Any] | None = None,
 ) -> str:
-    """Write the grammar of tool calls: the opening tag, the call as JSON and the closing tag, on a line each.
+    """Write the grammar of tool calls.
 
     Args:
+        tokenizer: The base model's: tags that are tokens of their own are written as such.
         tools: Names and the schemas of their arguments.
-        tags: What stands before and after a call.
+        form: What stands around a call's name and arguments.
         is_forced: There is a call and nothing else; else free text may come first, or alone.
-        is_repeatable: More calls may follow the first.
+        is_repeatable: More calls may follow the first, if the form allows several.
         otherwise: A schema that the text may satisfy in place of a forced call.
     """
-    start, end = (json.dumps(tag) for tag in tags)
+    special = _special_tokens(tokenizer)
+    opening = _spelled(special, form.opening)
     rules = [
-        f'tool_{index}: {json.dumps(f"""{{"name": {json.dumps(name)}, "arguments": """)} {_json_rule(schema)} "}}"'
+        f"tool_{index}: {_spelled(special, form.before_name + name + form.before_arguments)} {_json_rule(schema)}"
         for index, (name, schema) in enumerate(tools.items())
     ]
-    body = ' "\\n" (' + " | ".join(f"tool_{index}" for index in range(len(tools))) + f') "\\n" {end}'
-    more = f' ("\\n" {start} body)*' if is_repeatable else ""
-    rules.append(f"body:{body}")
+    body = f"({' | '.join(f'tool_{index}' for index in range(len(tools)))}) {_spelled(special, form.closing)}"
+    more = ""
+    if is_repeatable and form.separator is not None:
+        more = f" ({_spelled(special, form.separator + form.opening)} body)*"
+    rules.append(f"body: {body}")
     if is_forced:
-        rules.insert(0, f"start: {start} body{more}" + (f" | {_json_rule(otherwise)}" if otherwise else ""))
+        rules.insert(0, f"start: {opening} body{more}" + (f" | {_json_rule(otherwise)}" if otherwise else ""))
     else:
-        rules.insert(0, f"start: TEXT | free_call{more}")
-        # A lazy rule ends at the first match, so text that reaches the tag is in a call from there on.
-        rules += [f"trigger[lazy]: TEXT {start}", "free_call: trigger body", "TEXT: /(.|\\n)*/"]
+        # A lazy rule ends at the first match, so text that reaches the opening is in a call from there on. Tokens of
+        # their own in the opening may stand there and nowhere else; all others may stand anywhere.
+        taken = {id_ for text, id_ in special.items() if text in form.opening}
+        others = sorted({*special.values()} - taken - {tokenizer.eos_token_id})
+        rules.insert(0, f"start: free TEXT | free opening body{more}")
+        rules.append("opening: trigger" + (f" | TEXT {opening}" if taken else ""))
+        rules.append(f"trigger[lazy]: TEXT {json.dumps(form.opening)}")
+        rules.append(f"free: (TEXT <[{','.join(map(str, others))}]>)*" if others else 'free: ""')
+        rules.append("TEXT: /(.|\\n)*/")
     return "%llguidance {}\n" + "\n".join(rules) + "\n"
+
+
+def can_constrain(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Say whether answers of a tokenizer can be constrained at all: llguidance reads `tokenizers` vocabularies only."""
+    return isinstance(tokenizer, PreTrainedTokenizerFast)
+
+
+def is_honoured(schema: Mapping[str, Any]) -> bool:
+    """Say whether an answer can be constrained to a JSON schema."""
+    return _is_valid(json_grammar(schema))
+
+
+@lru_cache(maxsize=256)
+def _is_valid(grammar: str) -> bool:
+    return not LLMatcher.validate_grammar(grammar)
+
+
+def _spelled(special: Mapping[str, int], text: str) -> str:
+    """Write fixed text in a grammar, which must name special tokens by their numbers."""
+    pattern = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True))
+    parts = re.split(f"({pattern})", text) if pattern else [text]
+    return " ".join(f"<[{special[part]}]>" if part in special else json.dumps(part) for part in parts if part)
 
 
 def _json_rule(schema: Mapping[str, Any]) -> str:
@@ -183,12 +229,19 @@ class GrammarConstraint:
 
 @lru_cache(maxsize=8)
 def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> LLTokenizer:
-    try:
-        return hf.from_tokenizer(cast("Any", tokenizer))
-    except ValueError as error:
+    if not can_constrain(tokenizer):
         raise InvalidRequestError(
-            f"The answer cannot be constrained: {type(tokenizer).__name__} has no fast (tokenizers) backend."
-        ) from error
+            f"The answer cannot be constrained: {type(tokenizer).__name__} has no fast (tokenizers) backend. "
+            "Load the tokenizer with use_fast=True, or ask for free text."
+        )
+    return hf.from_tokenizer(cast("Any", tokenizer))
+
+
+@lru_cache(maxsize=8)
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Find the tokens that llguidance does not take for text: the added ones, of which `<tool_call>` may be one."""
+    known = _tokenizer(tokenizer)
+    return {text: id_ for text, id_ in tokenizer.get_added_vocab().items() if known.is_special_token(id_)}
 
 
 @lru_cache(maxsize=256)

@@ -18,14 +18,15 @@ from langchain_core.messages import (
     ToolMessage,
 )
 
+from langchain_lora_retriever.dialects import add_tools_section, dialect_of
 from langchain_lora_retriever.errors import InvalidRequestError
-from langchain_lora_retriever.tools import add_tools_section, template_writes_tools
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
+    from langchain_lora_retriever.dialects import Dialect
     from langchain_lora_retriever.tools import Tool
 
 __all__ = [
@@ -153,6 +154,7 @@ def encode_chat(
     chat: Sequence[ChatTurn],
     *,
     tools: Sequence[Tool] = (),
+    dialect: Dialect | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Render turns with the tokenizer's chat template, or in Alpaca format where it has none, and encode them.
@@ -163,7 +165,8 @@ def encode_chat(
     Args:
         tokenizer: The base model's tokenizer.
         chat: Turns, oldest first; at least one.
-        tools: Tools the model may call; the template writes them, or a section of the system message does.
+        tools: Tools the model may call.
+        dialect: Who writes tools and calls, the template or a section of the system message; found out by default.
         template_kwargs: More variables for the template (`enable_thinking=False`).
 
     Raises:
@@ -175,7 +178,7 @@ def encode_chat(
         turns, is_continued = turns[:-1], False
         if not turns:
             raise InvalidRequestError("The only message is an empty answer: pass a message with text.")
-    if not template_writes_tools(tokenizer):
+    if not (dialect or dialect_of(tokenizer)).by_template:
         turns, tools = add_tools_section(turns, tools), ()
     if not getattr(tokenizer, "chat_template", None):
         with _encoding:

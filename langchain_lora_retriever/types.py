@@ -145,6 +145,7 @@ class SamplingParams:
         stop: Strings that end the answer; they are not part of it.
         ignore_eos: Generate on past the end-of-sequence token (for benchmarks).
         logprobs: None for none; n >= 0 for the chosen token's and the n likeliest alternatives'.
+        skip_special_tokens: Leave special tokens out of the text.
 
     Raises:
         InvalidRequestError: If a value is out of its range.
@@ -158,6 +159,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         """Refuse values that no sampler can honour."""

@@ -20,10 +20,13 @@ class Detokenizer:
     Args:
         tokenizer: The model's tokenizer.
         stop: Strings that end the text and are cut from it.
+        skip_special_tokens: Leave special tokens out of the text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...] = ()) -> None:
-        self._stream = _decode_stream(tokenizer)
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...] = (), *, skip_special_tokens: bool = True
+    ) -> None:
+        self._stream = _decode_stream(tokenizer, skip_special_tokens=skip_special_tokens)
         self._stop = stop
         self._held = ""
         self.is_stopped = False
@@ -63,9 +66,9 @@ class Detokenizer:
 class _FastStream:
     """Incremental decoding by the `tokenizers` library."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer.backend_tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
 
     def step(self, token_id: int) -> str:
         return self._stream.step(self._tokenizer, token_id) or ""
@@ -74,8 +77,9 @@ class _FastStream:
 class _WindowStream:
     """The same for tokenizers without a `tokenizers` backend: decode a short window twice and take the difference."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
         self._ids: list[int] = []
         self._num_known = 0
 
@@ -91,8 +95,9 @@ class _WindowStream:
         return text[len(known) :]
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        return str(self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens))
 
 
-def _decode_stream(tokenizer: PreTrainedTokenizerBase) -> _FastStream | _WindowStream:
-    return _FastStream(tokenizer) if getattr(tokenizer, "backend_tokenizer", None) else _WindowStream(tokenizer)
+def _decode_stream(tokenizer: PreTrainedTokenizerBase, *, skip_special_tokens: bool) -> _FastStream | _WindowStream:
+    kind = _FastStream if getattr(tokenizer, "backend_tokenizer", None) else _WindowStream
+    return kind(tokenizer, skip_special_tokens=skip_special_tokens)

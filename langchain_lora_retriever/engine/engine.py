@@ -116,7 +116,7 @@ class Engine:
             prompt_token_ids=list(prompt_token_ids),
             sampling=sampling,
             adapters=tuple(ordered),
-            detokenizer=Detokenizer(self.tokenizer, sampling.stop),
+            detokenizer=Detokenizer(self.tokenizer, sampling.stop, skip_special_tokens=sampling.skip_special_tokens),
             constraint=constraint,
             max_num_tokens=min(len(prompt_token_ids) + sampling.max_tokens, self.max_model_len),
         )

@@ -158,6 +158,31 @@ def test_a_random_model_calls_a_tool_when_forced(llm: ChatLoraRetriever) -> None
     assert first.tool_calls[0]["args"] == message.tool_calls[0]["args"]
 
 
+def test_a_random_model_calls_a_tool_in_its_own_format() -> None:
+    """Special tokens that stand around a call are forced, reach the text, and are read by the response template."""
+    model, tokenizer = make_tiny_model(seed=2), make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[CALL]", "[ARGS]", "[/CALL]"]})
+    tokenizer.chat_template = (
+        "{{ tools | tojson }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{% for c in m.tool_calls or [] %}"
+        "[CALL]{{ c.function.name }}[ARGS]{{ c.function.arguments | tojson }}[/CALL]{% endfor %}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    call = {"open_pattern": r"\[CALL\](?P<name>\w+)\[ARGS\]", "close": "[/CALL]", "content": "json", "repeats": True,
+            "transform": {"function": {"name": "{name}", "arguments": "{content}"}}}  # fmt: skip
+    fields = {"tool_calls": call, "content": {"content": "text"}}
+    tokenizer.response_template = {"start_anchor": "[assistant] ", "fields": fields}
+    own = ChatLoraRetriever(base_model=(model, tokenizer), engine_config=ENGINE, max_tokens=160)
+    bound = own.bind_tools([Reply], tool_choice="any", parallel_tool_calls=False)
+    message = bound.invoke("red")
+    assert message.text == ""
+    assert message.tool_calls[0]["name"] == "Reply"
+    assert isinstance(message.tool_calls[0]["args"]["number"], int)
+    first, *rest = bound.stream("red")
+    for chunk in rest:
+        first += chunk
+    assert first.tool_calls[0]["args"] == message.tool_calls[0]["args"]
+
+
 def test_guided_answers(llm: ChatLoraRetriever) -> None:
     """Choices, patterns and JSON are followed."""
     assert llm.invoke("red", guided={"choice": ["yes", "no"]}).content in {"yes", "no"}

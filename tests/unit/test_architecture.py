@@ -14,13 +14,17 @@ PACKAGE = "langchain_lora_retriever"
 
 # The parts that know LangChain; everything else is a library of its own.
 LANGCHAIN_ROOMS = {
+    "answer_format",
     "answers",
     "ask",
     "chat_model",
     "chat_settings",
     "concurrency",
     "messages",
+    "readers",
     "structured_output",
+    "template_reader",
+    "tool_calls",
     "tools",
 }
 # Retrieval and composition: no LangChain, no engine.

@@ -13,6 +13,7 @@ from langchain_core.tools import tool
 from pydantic import BaseModel, field_validator
 from typing_extensions import TypedDict
 
+from langchain_lora_retriever.answer_format import answer_format
 from langchain_lora_retriever.call_options import CallOptions
 from langchain_lora_retriever.constraints import (
     calls_grammar,
@@ -21,15 +22,14 @@ from langchain_lora_retriever.constraints import (
     make_constraint,
     regex_grammar,
 )
+from langchain_lora_retriever.dialects import HERMES
 from langchain_lora_retriever.errors import InvalidRequestError, StructuredOutputError
-from langchain_lora_retriever.structured_output import answer_format
 
 if TYPE_CHECKING:
     from langchain_lora_retriever import ChatLoraRetriever
 
 WEATHER = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
            "required": ["city", "days"]}  # fmt: skip
-TAGS = ("<tool_call>", "</tool_call>")
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Łódź", "days": 3}}\n</tool_call>'
 
 
@@ -145,9 +145,8 @@ def test_json_is_closed_to_fit_the_token_limit(tokenizer, limit: int) -> None:
 
 def test_a_pattern_is_not_closed_early(tokenizer) -> None:
     """Quotes mean nothing outside JSON, so other grammars are left alone."""
-    assert (
-        answer_format(CallOptions(guided={"regex": '[a-z"]*'})).make_constraint(tokenizer, 4)._num_free_tokens is None
-    )
+    answer = answer_format(CallOptions(guided={"regex": '[a-z"]*'}), tokenizer)
+    assert answer.make_constraint(tokenizer, 4)._num_free_tokens is None
 
 
 def test_references_and_unions_are_honoured(tokenizer) -> None:
@@ -174,8 +173,8 @@ def test_a_schema_that_cannot_be_honoured_raises(llm: ChatLoraRetriever, engine,
 def test_a_forced_call(tokenizer) -> None:
     """A forced call is one call of one of the tools, or several where that is allowed."""
     tools = {"weather": WEATHER, "stop": {"type": "object", "properties": {}}}
-    once = calls_grammar(tools, tags=TAGS, is_forced=True, is_repeatable=False)
-    many = calls_grammar(tools, tags=TAGS, is_forced=True, is_repeatable=True)
+    once = calls_grammar(tokenizer, tools, form=HERMES, is_forced=True, is_repeatable=False)
+    many = calls_grammar(tokenizer, tools, form=HERMES, is_forced=True, is_repeatable=True)
     assert follows(tokenizer, once, CALL)
     assert follows(tokenizer, many, f"{CALL}\n{CALL}")
     assert follows(tokenizer, once, '<tool_call>\n{"name": "stop", "arguments": {}}\n</tool_call>')
@@ -185,7 +184,7 @@ def test_a_forced_call(tokenizer) -> None:
 
 def test_a_free_answer_is_free_until_a_call_begins(tokenizer) -> None:
     """Any text goes, and from the opening tag on only a call of the tools there are."""
-    grammar = calls_grammar({"weather": WEATHER}, tags=TAGS, is_forced=False, is_repeatable=True)
+    grammar = calls_grammar(tokenizer, {"weather": WEATHER}, form=HERMES, is_forced=False, is_repeatable=True)
     for right in ("text with <b> and <tool", CALL, f"Let me see.\n{CALL}", f"{CALL}\n{CALL}"):
         assert follows(tokenizer, grammar, right), right
     for wrong in (CALL.replace("weather", "wether"), "<tool_call>text", CALL.replace("3", '"3"')):
@@ -195,7 +194,7 @@ def test_a_free_answer_is_free_until_a_call_begins(tokenizer) -> None:
 def test_tools_and_a_response_format_together(tokenizer) -> None:
     """An agent with structured output either calls a tool or answers in the schema."""
     response_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": JokeSchema}}
-    grammar = answer_format(CallOptions(tools=[weather], response_format=response_format)).grammar
+    grammar = answer_format(CallOptions(tools=[weather], response_format=response_format), tokenizer).grammar
     assert follows(tokenizer, grammar, JOKE)
     assert follows(tokenizer, grammar, CALL)
     assert not follows(tokenizer, grammar, "Well, ...")
@@ -210,7 +209,7 @@ def test_guided_choice_regex_and_grammar(tokenizer) -> None:
     assert not follows(tokenizer, choice_grammar(["yes", "no"]), "maybe")
     assert follows(tokenizer, regex_grammar(r"\d{3}-\d{2}"), "123-45")
     assert not follows(tokenizer, regex_grammar(r"\d{3}"), "12")
-    lark = answer_format(CallOptions(guided={"grammar": 'start: "a" | "b"'})).grammar
+    lark = answer_format(CallOptions(guided={"grammar": 'start: "a" | "b"'}), tokenizer).grammar
     assert follows(tokenizer, lark, "b")
 
 
@@ -234,9 +233,9 @@ def test_a_response_format_without_a_schema_is_refused(llm: ChatLoraRetriever) -
 
 
 @pytest.mark.parametrize("response_format", [{"type": "text"}, None])
-def test_plain_text_is_not_constrained(response_format: Any) -> None:
+def test_plain_text_is_not_constrained(tokenizer, response_format: Any) -> None:
     """The format "text" changes nothing."""
-    assert answer_format(CallOptions(response_format=response_format)).grammar is None
+    assert answer_format(CallOptions(response_format=response_format), tokenizer).grammar is None
 
 
 def test_every_request_has_a_constraint_of_its_own(llm: ChatLoraRetriever, engine) -> None:

@@ -14,17 +14,11 @@ from pydantic import BaseModel, Field
 from typing_extensions import TypedDict
 
 from langchain_lora_retriever.demo.tasks import make_examples
+from langchain_lora_retriever.dialects import HERMES, SECTION, add_tools_section, dialect_of
 from langchain_lora_retriever.errors import InvalidRequestError
 from langchain_lora_retriever.messages import encode_chat
-from langchain_lora_retriever.tools import (
-    ToolCallParser,
-    add_tools_section,
-    call_text,
-    template_writes_tools,
-    to_tool_choice,
-    to_tools,
-    tool_name,
-)
+from langchain_lora_retriever.tool_calls import ToolCallParser, call_text
+from langchain_lora_retriever.tools import to_tool_choice, to_tools, tool_name
 
 if TYPE_CHECKING:
     from langchain_lora_retriever import ChatLoraRetriever
@@ -119,13 +113,13 @@ def test_a_forced_call_without_tools_is_refused() -> None:
 
 def test_a_template_that_ignores_tools_is_found_out(tokenizer) -> None:
     """Templates swallow tools silently; only one that shows them and writes calls is trusted with them."""
-    assert not template_writes_tools(tokenizer)
+    assert dialect_of(tokenizer) == SECTION
     hermes = copy.deepcopy(tokenizer)
     hermes.chat_template = HERMES_TEMPLATE
-    assert template_writes_tools(hermes)
+    assert dialect_of(hermes) == (True, False, HERMES, True)
     half = copy.deepcopy(tokenizer)
     half.chat_template = HERMES_TEMPLATE.replace("<tool_call>", "[CALL]")
-    assert not template_writes_tools(half)
+    assert dialect_of(half) == SECTION
 
 
 def test_tools_reach_the_prompt_by_the_template(tokenizer) -> None:
@@ -190,7 +184,7 @@ def parse(text: str, seed: int) -> tuple[str, list[dict[str, Any]]]:
         step = rng.randint(1, 7)
         pieces += parser.push(text[at : at + step])
         at += step
-    pieces += parser.finish()
+    pieces += parser.finish(is_cut_off=False)
     calls: dict[int, dict[str, Any]] = {}
     for piece in pieces:
         if not isinstance(piece, str):
@@ -222,9 +216,8 @@ def test_calls_are_found_however_the_text_is_cut(text: str, shown: str, calls: l
 def test_calls_are_numbered_from_one() -> None:
     """Number 0 belongs to the text before them: LangChain would merge the two."""
     parser = ToolCallParser()
-    assert {
-        piece["index"] for piece in [*parser.push(f"text {CALL}"), *parser.finish()] if not isinstance(piece, str)
-    } == {1}
+    pieces = [*parser.push(f"text {CALL}"), *parser.finish(is_cut_off=False)]
+    assert {piece["index"] for piece in pieces if not isinstance(piece, str)} == {1}
 
 
 def test_a_call_is_streamed(llm: ChatLoraRetriever, engine) -> None:

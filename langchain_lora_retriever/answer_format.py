@@ -1,0 +1,179 @@
+"""What an answer may look like: free text, tool calls, JSON of a schema, or what a grammar says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from langchain_core.utils.function_calling import convert_to_json_schema
+
+from langchain_lora_retriever.constraints import (
+    GrammarConstraint,
+    calls_grammar,
+    can_constrain,
+    choice_grammar,
+    is_honoured,
+    json_grammar,
+    make_constraint,
+    regex_grammar,
+)
+from langchain_lora_retriever.dialects import SECTION, Dialect, dialect_of
+from langchain_lora_retriever.errors import InvalidRequestError
+from langchain_lora_retriever.tools import Tool, ToolChoice, to_tool_choice, to_tools, tool_name
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedTokenizerBase
+
+    from langchain_lora_retriever.call_options import CallOptions
+
+__all__ = ["AnswerFormat", "answer_format", "to_json_schema"]
+
+
+class AnswerFormat(NamedTuple):
+    """What an answer may look like.
+
+    Attributes:
+        tools: Tools to show the model.
+        dialect: How they are shown, and calls written; None where there are none.
+        grammar: What decoding is constrained to; None leaves it free.
+        is_free_text: The grammar allows any text, up to a tool call.
+        is_json: The answer is JSON, between tags or alone, and can be closed to fit the token limit.
+    """
+
+    tools: list[Tool]
+    dialect: Dialect | None = None
+    grammar: str | None = None
+    is_free_text: bool = False
+    is_json: bool = False
+
+    def make_constraint(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> GrammarConstraint | None:
+        """Compile the grammar for one request.
+
+        Raises:
+            InvalidRequestError: If it asks for what cannot be honoured.
+        """
+        if self.grammar is None:
+            return None
+        return make_constraint(tokenizer, self.grammar, fit=max_tokens if self.is_json else None)
+
+
+def answer_format(options: CallOptions, tokenizer: PreTrainedTokenizerBase) -> AnswerFormat:
+    """Decide from a call's options what its answer may look like.
+
+    Args:
+        options: The call's.
+        tokenizer: The base model's.
+
+    Raises:
+        InvalidRequestError: If the options contradict each other.
+    """
+    schema = _response_schema(options.response_format)
+    tools = to_tools(options.tools or (), strict=None)
+    choice = to_tool_choice(options.tool_choice, tools)
+    if options.guided is not None:
+        if tools or schema is not None:
+            raise InvalidRequestError("guided constrains the whole answer: pass it without tools and response_format.")
+        return AnswerFormat([], grammar=_guided_grammar(options.guided), is_json="json" in options.guided)
+    if not tools or choice == "none":
+        if schema is None:
+            return AnswerFormat([], is_free_text=True)
+        return AnswerFormat([], grammar=json_grammar(schema), is_json=True)
+    return _calls_format(tools, choice, schema, options, tokenizer)
+
+
+def _calls_format(
+    tools: list[Tool],
+    choice: ToolChoice,
+    schema: dict[str, Any] | None,
+    options: CallOptions,
+    tokenizer: PreTrainedTokenizerBase,
+) -> AnswerFormat:
+    """Decide what an answer may look like in which tools may be called."""
+    is_forced = choice != "auto"
+    is_free_text = not is_forced and schema is None
+    dialect = dialect_of(tokenizer)
+    if dialect.form is None and not is_free_text:
+        dialect = SECTION  # what must be constrained is asked for in a form that can be
+    is_constrained = not is_free_text or (dialect.is_told_by_opening and can_constrain(tokenizer))
+    if dialect.form is None or not is_constrained:
+        return AnswerFormat(tools, dialect, is_free_text=True)
+    callable_tools = [tool for tool in tools if not isinstance(choice, tuple) or tool_name(tool) == choice[0]]
+    grammar = calls_grammar(
+        tokenizer,
+        {tool_name(tool): _parameters(tool, is_strict=is_forced) for tool in callable_tools},
+        form=dialect.form,
+        is_forced=not is_free_text,
+        is_repeatable=options.parallel_tool_calls is not False and not isinstance(choice, tuple),
+        otherwise=None if is_forced else schema,
+    )
+    return AnswerFormat(tools, dialect, grammar, is_free_text=is_free_text, is_json=not is_free_text)
+
+
+def _parameters(tool: Tool, *, is_strict: bool) -> Mapping[str, Any]:
+    """Return the schema that a tool's arguments are constrained to.
+
+    Where nobody insists on it, a schema that cannot be honoured is let go, and the arguments may be any JSON object.
+    """
+    function = tool["function"]
+    schema: Mapping[str, Any] = function.get("parameters") or {"type": "object", "properties": {}}
+    return schema if is_strict or function.get("strict") or is_honoured(schema) else {"type": "object"}
+
+
+def _response_schema(response_format: Any) -> dict[str, Any] | None:
+    """Read OpenAI's `response_format`, or a schema that stands alone; None for plain text."""
+    if response_format is None:
+        return None
+    if isinstance(response_format, Mapping):
+        kind = response_format.get("type")
+        if kind == "text":
+            return None
+        if kind == "json_object":
+            return dict(response_format.get("schema") or {"type": "object"})
+        if kind == "json_schema":
+            described = response_format.get("json_schema", response_format)
+            schema = described.get("schema") if isinstance(described, Mapping) else None
+            if not isinstance(schema, Mapping):
+                raise InvalidRequestError(
+                    f"response_format={response_format!r:.200} holds no schema: pass "
+                    '{"type": "json_schema", "json_schema": {"name": ..., "schema": {...}}}.'
+                )
+            return dict(schema)
+    return to_json_schema(response_format)
+
+
+def _guided_grammar(guided: Mapping[str, Any]) -> str:
+    writers: dict[str, Callable[[Any], str]] = {
+        "json": lambda schema: json_grammar(to_json_schema(schema)),
+        "regex": regex_grammar,
+        "choice": choice_grammar,
+        "grammar": str,
+    }
+    if len(guided) != 1 or next(iter(guided)) not in writers:
+        raise InvalidRequestError(
+            f"guided={guided!r:.200} is not allowed: pass one of json (a schema), regex, choice (a list of texts) "
+            "and grammar (Lark)."
+        )
+    kind, value = next(iter(guided.items()))
+    return writers[kind](value)
+
+
+def to_json_schema(schema: Any) -> dict[str, Any]:
+    """Convert a pydantic class, TypedDict or schema to a plain JSON schema.
+
+    Raises:
+        InvalidRequestError: If it is none of these.
+    """
+    # LangChain's conversion asks for a title, which a plain JSON schema may lack and decoding does not need.
+    if (
+        isinstance(schema, Mapping)
+        and "title" not in schema
+        and "function" not in schema
+        and "parameters" not in schema
+    ):
+        return dict(schema)
+    try:
+        return dict(convert_to_json_schema(schema))
+    except ValueError as error:
+        raise InvalidRequestError(f"{schema!r:.200} is not a schema: {error}") from error
