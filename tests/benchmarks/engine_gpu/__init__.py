@@ -1,0 +1,1 @@
+"""The sections of `bench_engine_gpu.py`."""

@@ -1,0 +1,116 @@
+"""The way through LangChain: messages, routing, and the answer's message, against the engine alone."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from engine_gpu.bench import DEVICE, Bench, Pairs
+from engine_gpu.correctness import GateError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from langchain_core.messages import AIMessage
+    from numpy.typing import NDArray
+
+    from langchain_lora_retriever import AdapterPool
+    from langchain_lora_retriever.engine import EngineWorker
+
+
+def chat(bench: Bench) -> None:
+    """`ChatLoraRetriever.abatch` with 32 adapters in the pool, mixture k = 3, routing included.
+
+    The encoder is MiniLM's shape with random weights on the same device: its answers mean nothing and its time is real.
+    The same prompts run once more with the compositions that were found, through the engine alone.
+    """
+    from langchain_lora_retriever import AdapterPool, ChatLoraRetriever, LoraRetriever
+    from langchain_lora_retriever.pool import PoolEntry, PoolState
+    from langchain_lora_retriever.shared import close_engines
+
+    usual = bench.engine().config
+    bench.close_engine()
+    encoder = RandomMiniLM()
+    vectors = encoder.encode([f"adapter {i}" for i in range(len(bench.adapters))])
+    pool = AdapterPool()
+    entries = {a.name: PoolEntry(a, embedding=v) for a, v in zip(bench.adapters, vectors, strict=True)}
+    pool._state = PoolState(1, entries, {})
+    llm = ChatLoraRetriever(
+        base_model=(bench.model, bench.tokenizer), retriever=LoraRetriever(pool, encoder), engine_config=usual,
+        composition="mixture", top_k=3, weights="uniform", max_tokens=bench.num_out,
+    )  # fmt: skip
+    engine = llm._engine()
+    _check_answers(bench, llm, engine, pool)
+    for size in (bench.batch, 4 * bench.batch):
+        rates: dict[str, list[float]] = {"chat": [], "engine": []}
+        for round_ in range(bench.rounds + 1):
+            # Other prompts every round: neither the encoder's cache nor anything else knows them.
+            ids = [bench.prompt(10_000 * size + 1000 * round_ + i) for i in range(size)]
+            texts = [_text(row) for row in ids]
+            start = time.perf_counter()
+            messages = asyncio.run(llm.abatch(texts))
+            rates["chat"].append(size * bench.num_out / (time.perf_counter() - start))
+            pairs = [_adapters(message, pool) for message in messages]
+            start = time.perf_counter()
+            running = [engine.submit(p, bench.greedy(), a) for p, a in zip(ids, pairs, strict=True)]
+            answers = [generation.result(300) for generation in running]
+            rates["engine"].append(size * bench.num_out / (time.perf_counter() - start))
+            num_equal = sum(m.content == a.text for m, a in zip(messages, answers, strict=True))
+        chat_rate, engine_rate = (statistics.median(rates[name][1:]) for name in ("chat", "engine"))
+        bench.put(
+            f"tok/s through abatch, {size} prompts",
+            f"{chat_rate:.0f} ({chat_rate / engine_rate:.3f} of the engine alone, {engine_rate:.0f}); "
+            f"{num_equal}/{size} answers of the last round are the same text",
+        )
+    close_engines()
+
+
+def _check_answers(bench: Bench, llm: Any, engine: EngineWorker, pool: AdapterPool) -> None:
+    """One at a time, where nothing rounds differently, both ways give the same answers."""
+    for seed in range(4):
+        ids = bench.prompt(seed)
+        message = llm.invoke(_text(ids))
+        expected = engine.submit(ids, bench.greedy(), _adapters(message, pool)).result(300)
+        if message.content != expected.text:
+            raise GateError(f"prompt {seed}: the chat model gave {message.content!r}, the engine {expected.text!r}")
+    bench.put("chat: answers one at a time", "4/4 are the engine's")
+
+
+def _text(ids: Sequence[int]) -> str:
+    return " ".join(f"t{token}" for token in ids)
+
+
+def _adapters(message: AIMessage, pool: AdapterPool) -> Pairs:
+    return [(pool[member["name"]], member["weight"]) for member in message.response_metadata["adapters"]]
+
+
+class RandomMiniLM:
+    """An encoder of the shape of all-MiniLM-L6-v2, with random weights."""
+
+    name = "random-minilm"
+    dimension = 384
+
+    def __init__(self) -> None:
+        from transformers import BertConfig, BertModel
+
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=30522, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
+        )
+        self._model: Any = BertModel(config).to(DEVICE).eval()
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Unit vectors `[len(texts), 384]`: means over the words, a word being its hash."""
+        rows = [[hash(word) % 30522 for word in text.split()][:256] for text in texts]
+        length = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (length - len(row)) for row in rows], device=DEVICE)
+        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=DEVICE)
+        hidden = self._model(input_ids=ids, attention_mask=mask).last_hidden_state
+        means = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return np.asarray(torch.nn.functional.normalize(means, dim=-1).cpu().numpy(), dtype=np.float32)
