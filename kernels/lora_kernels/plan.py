@@ -124,7 +124,7 @@ def plan_expand(block_m: int, num_tokens: int, k: int, max_rank: int, out_featur
     if block_m == 1:
         # One warp per program, with at most 8,192 elements of B in flight.
         rows = max(1, min(power_of_2(max_rank), 32 if k == 1 and max_rank > 16 else 16))
-        block_n = 256 if k == 1 and rows <= 16 and num_tokens > 32 else 128
+        block_n = 256 if k == 1 and rows <= 16 and num_tokens > 32 else 64 if k > 1 and num_tokens <= 8 else 128
         return ExpandPlan(1, min(block_n, 8192 // (rows * power_of_2(k)), widest), rows, 1, 1)
     if num_tokens <= 256:
         return ExpandPlan(block_m, min(64, widest), 64, 4, 3)
