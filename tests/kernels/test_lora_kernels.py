@@ -189,6 +189,35 @@ def test_shrink_then_expand(backend, num_tokens):
 
 
 @backends
+@pytest.mark.parametrize("num_active", [1, 5, 60])
+@pytest.mark.parametrize("num_tokens", [16, 40])
+def test_both_ways_to_expand(backend, num_tokens, num_active):
+    """Told how many adapters a decode step has, expand takes tiles or single tokens; the result is the same."""
+    torch.manual_seed(0)
+    model = build(MIXED, backend=backend)
+    mapping, weights = assign("uniform", num_tokens, 3, 5)
+    model.batch.update(mapping, weights, num_active)
+    assert (model.batch.block_m > 1) == (num_active < 60)
+    x, y = torch.randn(num_tokens, 40), torch.zeros(num_tokens, 80)
+    want = y.double()
+    add_lora_reference(want, x, model.stack, mapping, weights)
+    add_lora(y, x, model.stack, model.batch)
+    torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_launches_are_sized_by_the_ranks_that_are_loaded():
+    """Room for rank 256 costs nothing until such an adapter comes, and nothing after it has gone."""
+    rows = LoraRows(4, 256)
+    batch = LoraBatch(rows, 64, 3)
+    bounds = []
+    for slot, rank in ((0, 8), (1, 17), (2, 200), (2, 0), (1, 0)):
+        rows.assign(slot, 300 * slot, rank)
+        bounds.append(batch.launch_shape(64, 3, 3)[0])
+    assert bounds == [16, 32, 256, 32, 16]
+    assert rows.num_used == 1
+
+
+@backends
 @pytest.mark.parametrize("num_tokens", [4, 70])
 def test_result_is_independent_of_neighbours(backend, num_tokens):
     """A token's result does not move, to fp32 rounding, when its neighbours change adapters."""
@@ -280,9 +309,10 @@ def test_torch_compile_and_opcheck(backend):
     torch.manual_seed(0)
     model = build(MIXED, backend=backend, max_tokens=64)
     stack, batch, rows = model.stack, model.batch, model.rows
-    mapping, weights = assign("uniform", 9, 2, 5)
+    num_tokens = 32 if backend == "triton" else 9
+    mapping, weights = assign("uniform", num_tokens, 2, 5)
     batch.update(mapping, weights)
-    x, y = torch.randn(9, 40), torch.randn(9, 80)
+    x, y = torch.randn(num_tokens, 40), torch.randn(num_tokens, 80)
     checks = ("test_schema", "test_faketensor")
     out = list(stack.out_features)
     common = (stack.ranks, rows.starts)
@@ -297,6 +327,9 @@ def test_torch_compile_and_opcheck(backend):
         (y.clone(), v, stack.b, *common, out, batch.block_m, [], batch.tensors()),
         test_utils=checks,
     )
+    if batch.block_m > 1:
+        mixed_arguments = (v, stack.b, *common, out, batch.block_m, batch.tensors())
+        torch.library.opcheck(torch.ops.lora_kernels.lora_mix.default, mixed_arguments, test_utils=checks)
     if backend == "triton":
         return  # Dynamo cannot trace into the interpreter's launches.
 
