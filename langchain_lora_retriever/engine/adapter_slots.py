@@ -22,7 +22,10 @@ __all__ = ["AdapterSlots", "SlotStore"]
 
 
 class SlotStore(Protocol):
-    """Where an adapter's tensors go; `LoraLayers` in the engine."""
+    """Where an adapter's tensors go; `StagedStore` in the engine."""
+
+    def are_ready(self, adapters: Sequence[Adapter]) -> bool:
+        """Whether these adapters, which are not resident, could be loaded without waiting for a copy to the device."""
 
     def load(self, slot: int, start: int, adapter: Adapter) -> None:
         """Copy an adapter into rows `start : start + adapter.rank` and point `slot` at them."""
@@ -77,6 +80,11 @@ class AdapterSlots:
                 f"The adapters {names} need {len(adapters)} slots and {num_rows} rank rows of device memory, but the "
                 f"engine has {self.max_loras} and {self.num_rows}: raise EngineConfig.max_loras or lora_cache_bytes."
             )
+
+    def are_ready(self, adapters: Sequence[Adapter]) -> bool:
+        """Whether `acquire` would not have to wait for a copy from the host; what is missing begins to travel."""
+        missing = [adapter for adapter in adapters if not self.is_resident(adapter)]
+        return not missing or self._store.are_ready(missing)
 
     def acquire(self, adapters: Sequence[Adapter]) -> tuple[int, ...] | None:
         """Make adapters resident and pin them.

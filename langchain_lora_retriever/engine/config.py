@@ -26,6 +26,8 @@ class EngineConfig:
         kv_cache_bytes: Size of the KV cache; None sizes it from what is free after loading.
         gpu_memory_utilization: Share of a GPU's memory the engine may fill when it sizes the cache itself.
         lora_cache_bytes: Device memory for adapters; None picks 0.5 GiB on a CPU and a tenth of a GPU's memory.
+        pinned_lora_bytes: Most page-locked host memory for adapters that are ready to be copied to a GPU, taken as they
+            are used; 0 keeps none. None picks four times `lora_cache_bytes`, a quarter of the available memory at most.
         max_loras: Most distinct adapters resident on the device at once.
         max_adapters_per_request: Longest composition (`k`), at most 8.
         enable_prefix_caching: Share the KV of equal prefixes between requests that run the same composition.
@@ -45,6 +47,7 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
     lora_cache_bytes: int | None = None
+    pinned_lora_bytes: int | None = None
     max_loras: int = 256
     max_adapters_per_request: int = 8
     enable_prefix_caching: bool = True
@@ -69,6 +72,10 @@ class EngineConfig:
         for name in ("block_size", "max_loras"):
             if getattr(self, name) < 1:
                 raise InvalidRequestError(f"EngineConfig({name}={getattr(self, name)!r}): pass a positive integer.")
+        if self.pinned_lora_bytes is not None and self.pinned_lora_bytes < 0:
+            raise InvalidRequestError(
+                f"EngineConfig(pinned_lora_bytes={self.pinned_lora_bytes!r}): pass 0 or more bytes, or None."
+            )
         if not 1 <= self.max_adapters_per_request <= 8:
             raise InvalidRequestError(
                 f"EngineConfig(max_adapters_per_request={self.max_adapters_per_request!r}): pass 1 to 8."

@@ -13,7 +13,6 @@ from langchain_lora_retriever.engine.kv_cache import KVCacheManager
 from langchain_lora_retriever.engine.model_runner import ModelRunner
 from langchain_lora_retriever.engine.request import Delta, FinishReason, Request
 from langchain_lora_retriever.engine.scheduler import Scheduler
-from langchain_lora_retriever.engine.staged_store import StagedStore
 from langchain_lora_retriever.engine.stats import EngineStats, StatsRecorder
 from langchain_lora_retriever.errors import EngineError, InvalidRequestError, PromptTooLongError
 
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
     from langchain_lora_retriever.types import Adapter, SamplingParams
 
 __all__ = ["Engine", "StepOutput"]
+
+_NUM_LOOKED_AHEAD = 8  # waiting requests whose adapters travel to the device
 
 
 class StepOutput(NamedTuple):
@@ -53,7 +54,7 @@ class Engine:
         self.module_shapes = self._runner.probe.module_shapes
         self.max_model_len = memory.max_model_len
         self.max_num_seqs = memory.max_num_seqs
-        self._store = StagedStore(self._runner.lora_layers, self._runner.device)
+        self._store = self._runner.make_store()
         self.slots = AdapterSlots(self._store, max_loras=config.max_loras, num_rows=memory.num_lora_rows)
         self.kv_cache = KVCacheManager(
             memory.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
@@ -106,10 +107,7 @@ class Engine:
                 f"{self.config.max_adapters_per_request}: lower top_k or raise max_adapters_per_request."
             )
         self.slots.check_fits([adapter for adapter, _ in adapters])
-        if self._runner.device.type == "cuda":
-            for adapter, _ in adapters:
-                if not self.slots.is_resident(adapter):
-                    self._store.prefetch(adapter)
+        self._store.prefetch([adapter for adapter, _ in adapters if not self.slots.is_resident(adapter)])
         ordered = sorted(adapters, key=lambda pair: pair[0].fingerprint)  # one sum, whatever order it was asked in
         return Request(
             request_id=next(self._ids),
@@ -204,6 +202,7 @@ class Engine:
     def _launch(self) -> Flight | None:
         """Schedule a step and start it; None if there is nothing that could run before tokens are collected."""
         scheduled = self.scheduler.schedule()
+        self._prefetch()
         if not scheduled:
             return None
         self._in_step = [item.request for item in scheduled]
@@ -214,6 +213,17 @@ class Engine:
         for request in flight.requests:
             request.num_pending_tokens += 1
         return flight
+
+    def _prefetch(self) -> None:
+        """Let the adapters of those who are next travel while they wait."""
+        if self.scheduler.waiting:
+            adapters = [
+                adapter
+                for request in itertools.islice(self.scheduler.waiting, _NUM_LOOKED_AHEAD)
+                for adapter, _ in request.adapters
+                if not self.slots.is_resident(adapter)
+            ]
+            self._store.prefetch(adapters, may_drop=True)
 
     def _collect(self, flight: Flight) -> None:
         """Read a step's tokens and append what they are worth to the outputs."""

@@ -68,6 +68,11 @@ class LoraLayers:
             for group, modules in _split(model, shared)
         ]
 
+    @property
+    def stacks(self) -> list[tuple[tuple[str, ...], LoraStack]]:
+        """The adapters' tensors, group by group, with the names of its modules."""
+        return [(group.names, group.stack) for group in self._groups]
+
     def load(self, slot: int, start: int, adapter: Adapter) -> None:
         """Copy an adapter into rows `start : start + adapter.rank` of every device and point `slot` at them.
 
@@ -184,7 +189,7 @@ class _Group:
         self._modules = modules
         self._out_features = group.out_features
         self._batch = batch
-        self._stack = LoraStack(rows, num_rows, group.in_features, group.out_features, group.dtype)
+        self.stack = LoraStack(rows, num_rows, group.in_features, group.out_features, group.dtype)
         self._fused = _fuse(modules) if all(_is_plain(module) for module in modules) else None
         self._input: torch.Tensor | None = None
         self._outputs: tuple[torch.Tensor, ...] = ()
@@ -195,7 +200,7 @@ class _Group:
 
     def load(self, slot: int, start: int, adapter: Adapter) -> None:
         found = (adapter.weights.get(name) for name in self.names)
-        self._stack.load(slot, start, [None if w is None else (w.lora_A, w.lora_B, w.scaling) for w in found])
+        self.stack.load(slot, start, [None if w is None else (w.lora_A, w.lora_B, w.scaling) for w in found])
 
     def attach(self) -> None:
         for index, module in enumerate(self._modules):
@@ -216,7 +221,7 @@ class _Group:
     def _forward_single(self, forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         y = forward(x)
         flat = y.view(-1, y.shape[-1])
-        self._layers.add(flat, x.to(y.device).reshape(flat.shape[0], -1), self._stack, self._batch)
+        self._layers.add(flat, x.to(y.device).reshape(flat.shape[0], -1), self.stack, self._batch)
         return y
 
     def _forward_slice(self, index: int, x: torch.Tensor) -> torch.Tensor:
@@ -235,7 +240,7 @@ class _Group:
 
     def compute(self, x: torch.Tensor) -> torch.Tensor:
         assert self._fused is not None
-        return self._layers.add_to_product(x, *self._fused, self._stack, self._batch)
+        return self._layers.add_to_product(x, *self._fused, self.stack, self._batch)
 
 
 def _split(model: PreTrainedModel, group: LinearGroup) -> Iterator[tuple[LinearGroup, list[nn.Module]]]:

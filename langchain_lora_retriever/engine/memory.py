@@ -20,6 +20,9 @@ _CPU_CACHE_TOKENS_PER_SEQ = 2048  # what the CPU default reserves for each runni
 _CPU_MEMORY_SHARE = 0.25  # of what is available, at most
 _CPU_LORA_BYTES = 512 << 20
 _GPU_LORA_SHARE = 0.1
+_STAGING_SHARE = 1 / 16  # of the adapters' memory: where they arrive
+_PINNED_LORA_FACTOR = 4  # times the adapters' device memory
+_PINNED_SHARE = 0.25  # of the host's available memory, at most
 _GPU_ACTIVATION_BYTES_PER_TOKEN = 64  # times hidden size: activations of one packed step, generously
 
 
@@ -29,6 +32,8 @@ class MemoryPlan(NamedTuple):
     Attributes:
         num_blocks: Blocks of the KV cache.
         num_lora_rows: Rank rows for adapters.
+        num_staging_rows: Rank rows for adapters on their way to the device; none without a GPU.
+        num_pinned_bytes: Page-locked host memory for adapters, at most.
         max_model_len: Most tokens of one request.
         max_num_seqs: Most running requests.
         max_num_batched_tokens: Most tokens of one step.
@@ -37,6 +42,8 @@ class MemoryPlan(NamedTuple):
 
     num_blocks: int
     num_lora_rows: int
+    num_staging_rows: int
+    num_pinned_bytes: int
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -62,6 +69,12 @@ def plan_memory(base: BaseModel, probe: ModelProbe, config: EngineConfig) -> Mem
     if lora_bytes is None:
         lora_bytes = int(_GPU_LORA_SHARE * torch.cuda.mem_get_info()[1]) if on_gpu else _CPU_LORA_BYTES
     num_lora_rows = lora_bytes // lora_row_bytes
+    num_staging_rows = int(_STAGING_SHARE * num_lora_rows) if on_gpu else 0
+    num_lora_rows -= num_staging_rows
+    pinned_bytes = config.pinned_lora_bytes
+    if pinned_bytes is None:
+        available = int(_PINNED_SHARE * psutil.virtual_memory().available)
+        pinned_bytes = min(_PINNED_LORA_FACTOR * lora_bytes, available) if on_gpu else 0
     if num_lora_rows < 1:
         raise EngineError(
             f"lora_cache_bytes={lora_bytes:,} is less than the {lora_row_bytes:,} bytes that one rank of an adapter "
@@ -88,6 +101,6 @@ def plan_memory(base: BaseModel, probe: ModelProbe, config: EngineConfig) -> Mem
             "kv_cache_bytes or gpu_memory_utilization."
         )
     return MemoryPlan(
-        num_blocks, num_lora_rows, min(max_model_len, num_blocks * config.block_size), max_num_seqs,
-        max_num_batched_tokens, config.max_num_prefill_tokens or (512 if on_gpu else None),
+        num_blocks, num_lora_rows, num_staging_rows, pinned_bytes, min(max_model_len, num_blocks * config.block_size),
+        max_num_seqs, max_num_batched_tokens, config.max_num_prefill_tokens or (512 if on_gpu else None),
     )  # fmt: skip

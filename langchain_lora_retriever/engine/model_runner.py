@@ -12,9 +12,11 @@ from langchain_lora_retriever.engine.attention import AttentionStep, PagedCache,
 from langchain_lora_retriever.engine.flight import Flight
 from langchain_lora_retriever.engine.lora_layers import LoraLayers
 from langchain_lora_retriever.engine.memory import plan_memory
+from langchain_lora_retriever.engine.packed_adapter import AdapterPacking
 from langchain_lora_retriever.engine.packed_batch import PackedBatch
 from langchain_lora_retriever.engine.probe import input_device, probe_model, use_attention
 from langchain_lora_retriever.engine.sampler import choose
+from langchain_lora_retriever.engine.staged_store import StagedStore
 from langchain_lora_retriever.engine.upload import upload
 from langchain_lora_retriever.errors import EngineError
 
@@ -87,6 +89,18 @@ class ModelRunner:
     def is_async(self) -> bool:
         """Whether a step should be launched before the last one's tokens are read."""
         return self._is_async
+
+    def make_store(self) -> StagedStore:
+        """Where adapters are loaded from; it must be closed before the runner is."""
+        packing = None
+        if self.memory.num_staging_rows:
+            packing = AdapterPacking.of(self.lora_layers.stacks)
+        return StagedStore(
+            self.lora_layers,
+            packing,
+            num_rows=self.memory.num_staging_rows,
+            pinned_bytes=self.memory.num_pinned_bytes,
+        )
 
     def launch(self, scheduled: Sequence[ScheduledRequest]) -> Flight:
         """Compute the step's tokens, write their KV and choose the next ones. Call under `torch.inference_mode`.

@@ -121,7 +121,10 @@ class Scheduler:
     def _admit(self, request: Request, budget: int) -> ScheduledRequest | None:
         if request.num_pending_tokens:  # preempted a moment ago; its last token is not known yet
             return None
-        slots = self._slots.acquire([adapter for adapter, _ in request.adapters])
+        adapters = [adapter for adapter, _ in request.adapters]
+        if self.running and not self._slots.are_ready(adapters):
+            return None  # others need not wait for its adapters
+        slots = self._slots.acquire(adapters)
         if slots is None:
             return None
         request.lora_slots = slots

@@ -72,10 +72,11 @@ def _check_answers(bench: Bench, worker: EngineWorker, stream: Sequence[Pairs], 
 
 def _leave_out_copies(worker: EngineWorker) -> None:
     layers = worker._engine._runner.lora_layers
-    for group in layers._groups:
-        group._stack.ranks.fill_(RANK)
+    for _, stack in layers.stacks:
+        stack.ranks.fill_(RANK)
     worker._engine.slots._store = _NoCopies(layers)
-    worker._engine._store.prefetch = lambda _: None  # type: ignore[method-assign]
+    worker._engine._store.close()
+    worker._engine._store = worker._engine.slots._store
 
 
 class _NoCopies:
@@ -84,6 +85,15 @@ class _NoCopies:
     def __init__(self, layers: Any) -> None:
         self._rows = [rows for rows, _ in layers._devices.values()]
 
-    def load(self, slot: int, start: int, adapter: Any) -> None:
+    def are_ready(self, _: Sequence[Adapter]) -> bool:
+        return True
+
+    def prefetch(self, _: Sequence[Adapter], *, may_drop: bool = False) -> None:
+        pass
+
+    def load(self, slot: int, start: int, adapter: Adapter) -> None:
         for rows in self._rows:
             rows.assign(slot, start, adapter.rank)
+
+    def close(self) -> None:
+        pass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 
@@ -9,12 +11,19 @@ from langchain_lora_retriever.engine.adapter_slots import AdapterSlots
 from langchain_lora_retriever.errors import InvalidRequestError
 from langchain_lora_retriever.types import Adapter, LoraWeights
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 
 class RecordingStore:
     """Writes down what was loaded where."""
 
     def __init__(self) -> None:
         self.loads: list[tuple[int, int, str]] = []
+
+    def are_ready(self, adapters: Sequence[Adapter]) -> bool:
+        """Always."""
+        return True
 
     def load(self, slot: int, start: int, adapter: Adapter) -> None:
         """Record a load."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,9 +12,18 @@ from langchain_lora_retriever.engine.request import Request
 from langchain_lora_retriever.engine.scheduler import Scheduler
 from langchain_lora_retriever.types import Adapter, LoraWeights, SamplingParams
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 
 class NoStore:
     """Takes adapters and does nothing with them."""
+
+    is_ready = True
+
+    def are_ready(self, adapters: Sequence[Adapter]) -> bool:
+        """As it was told."""
+        return self.is_ready
 
     def load(self, slot: int, start: int, adapter: Adapter) -> None:
         """Ignore the adapter."""
@@ -94,6 +103,22 @@ def test_a_request_waits_while_its_adapters_do_not_fit() -> None:
     assert run_step(scheduler) == [(0, 2, True)]
     scheduler.finish(first)
     assert run_step(scheduler) == [(50, 2, True)]
+
+
+def test_a_request_waits_for_its_adapters_only_beside_others() -> None:
+    """While its adapters travel others run; with nobody else to serve there is nothing to gain by waiting."""
+    store = NoStore()
+    store.is_ready = False
+    slots = AdapterSlots(store, max_loras=2, num_rows=8)
+    scheduler = Scheduler(KVCacheManager(8, 4), slots, max_num_seqs=4, max_num_batched_tokens=16)
+    a = Adapter("a", "a", {"m": LoraWeights(torch.zeros(4, 1), torch.zeros(1, 4), 1.0)})
+    b = Adapter("b", "b", {"m": LoraWeights(torch.zeros(4, 1), torch.zeros(1, 4), 1.0)})
+    for request in (make_request(2, 0, a), make_request(2, 50, b)):
+        scheduler.add(request)
+    assert run_step(scheduler) == [(0, 2, True)]
+    assert run_step(scheduler) == [(0, 1, True)]
+    store.is_ready = True
+    assert run_step(scheduler) == [(0, 1, True), (50, 2, True)]
 
 
 def test_a_waiting_request_can_be_forgotten() -> None:

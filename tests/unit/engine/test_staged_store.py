@@ -1,72 +1,221 @@
-"""Prefetched adapters arrive whole, whoever asks for them and in whatever order."""
+"""Adapters arrive whole on the device, whoever asks for them and in whatever order."""
 
 from __future__ import annotations
 
+import dataclasses
+import random
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import torch
 
-from langchain_lora_retriever.engine import staged_store
+from langchain_lora_retriever.engine import BaseModel, EngineConfig, EngineWorker
+from langchain_lora_retriever.engine import model_runner as model_runner_module
+from langchain_lora_retriever.engine.packed_adapter import AdapterPacking
 from langchain_lora_retriever.engine.staged_store import StagedStore
-from langchain_lora_retriever.types import Adapter, LoraWeights
+from langchain_lora_retriever.types import Adapter, LoraWeights, SamplingParams
+from lora_kernels import LoraRows, LoraStack
+from makers import make_adapter, make_tiny_model, make_tokenizer
 
 if TYPE_CHECKING:
-    import pytest
+    from collections.abc import Callable
+
+NAMES = (("q", "k"), ("o",))
+SHAPES = {"q": (6, 8), "k": (6, 4), "o": (8, 6)}
 
 
-class Shelf:
-    """Keeps what is loaded."""
+class Stacks:
+    """Two stacks, and the sink that loads adapters into them without packing."""
 
-    def __init__(self) -> None:
-        self.loaded: list[tuple[int, int, Adapter]] = []
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.rows = LoraRows(8, 16, "cpu")
+        self.stacks = [
+            (names, LoraStack(self.rows, 32, SHAPES[names[0]][0], [SHAPES[n][1] for n in names], dtype))
+            for names in NAMES
+        ]
+        self.num_loads = 0
 
     def load(self, slot: int, start: int, adapter: Adapter) -> None:
-        """Keep the adapter."""
-        self.loaded.append((slot, start, adapter))
+        """Load as `LoraLayers` does."""
+        self.num_loads += 1
+        self.rows.assign(slot, start, adapter.rank)
+        for names, stack in self.stacks:
+            found = (adapter.weights.get(name) for name in names)
+            stack.load(slot, start, [None if w is None else (w.lora_A, w.lora_B, w.scaling) for w in found])
+
+    def same_as(self, other: Stacks, slot: int, start: int, adapter: Adapter) -> bool:
+        """Whether an adapter's rows are equal, as far as its ranks reach."""
+        for (names, mine), (_, theirs) in zip(self.stacks, other.stacks, strict=True):
+            assert torch.equal(mine.ranks[slot], theirs.ranks[slot])
+            offset = 0
+            for i, name in enumerate(names):
+                rows = slice(start, start + (adapter.weights[name].r if name in adapter.weights else 0))
+                width = slice(offset, offset + SHAPES[name][1])
+                if not torch.equal(mine.a[i, rows], theirs.a[i, rows]):
+                    return False
+                if not torch.equal(mine.b[rows, width], theirs.b[rows, width]):
+                    return False
+                offset += SHAPES[name][1]
+        return bool(self.rows.starts[slot] == start and self.rows.counts[slot] == adapter.rank)
 
 
-def make_adapter(name: str) -> Adapter:
-    """One module, with a content of its own."""
-    value = float(sum(name.encode()))
-    weights = LoraWeights(torch.full((2, 3), value), torch.full((4, 2), -value), 2.0)
-    return Adapter(name=name, fingerprint=name, weights={"layer": weights})
+def make(name: str, **ranks: int) -> Adapter:
+    """A random adapter with a rank for each of its modules."""
+    generator = torch.Generator().manual_seed(sum(name.encode()))
+    weights = {
+        module: LoraWeights(
+            torch.randn(r, SHAPES[module][0], generator=generator),
+            torch.randn(SHAPES[module][1], r, generator=generator),
+            0.7,
+        )
+        for module, r in ranks.items()
+    }
+    return Adapter(name=name, fingerprint=name, weights=weights)
 
 
-def test_loading_with_and_without_prefetch_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More prefetches than are kept, then loads of all of them and of one more."""
-    monkeypatch.setattr(staged_store, "_MAX_STAGED", 2)
-    shelf = Shelf()
-    store = StagedStore(shelf, torch.device("cpu"))
-    adapters = [make_adapter(name) for name in "abcd"]
-    for adapter in (*adapters[:3], adapters[1]):
-        store.prefetch(adapter)
-    for slot, adapter in enumerate(adapters):
-        store.load(slot, 10 * slot, adapter)
+def make_store(num_rows: int = 12, pinned_bytes: int = 4096) -> tuple[StagedStore, Stacks]:
+    """A store over fresh stacks. One rank takes 38 numbers."""
+    stacks = Stacks()
+    return StagedStore(stacks, AdapterPacking(stacks.stacks), num_rows=num_rows, pinned_bytes=pinned_bytes), stacks
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Poll for ten seconds."""
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "ranks", [{"q": 4, "k": 4, "o": 4}, {"q": 2, "o": 5}, {"k": 3}], ids=["even", "mixed", "one-module"]
+)
+def test_a_packed_adapter_is_what_the_stacks_load(dtype: torch.dtype, ranks: dict[str, int]) -> None:
+    """Bit for bit, with modules of other ranks and without some of them, over what lay there before."""
+    adapter, old = make("new", **ranks), make("old", q=6, k=6, o=6)
+    packed, direct = Stacks(dtype), Stacks(dtype)
+    packing = AdapterPacking(packed.stacks)
+    for stacks in (packed, direct):
+        stacks.load(1, 3, old)
+    direct.load(1, 3, adapter)
+    flat = torch.full((adapter.rank * packing.row_size,), torch.nan, dtype=dtype)
+    packing.pack(adapter, flat)
+    assert not flat.isnan().any()
+    packing.load(1, 3, adapter, flat)
+    assert packed.same_as(direct, 1, 3, adapter)
+
+
+def test_stacks_of_two_dtypes_are_not_packed() -> None:
+    """One copy could not serve both."""
+    stacks = Stacks().stacks[:1] + Stacks(torch.bfloat16).stacks[1:]
+    assert AdapterPacking.of(stacks) is None
+
+
+def test_every_adapter_arrives_whatever_is_prefetched() -> None:
+    """Far more adapters than staging memory and page-locked memory hold, asked for in any order."""
+    store, stacks = make_store(num_rows=8, pinned_bytes=38 * 4 * 10)
+    adapters = [make(f"n{i}", q=1 + i % 4, k=2, o=1 + i % 3) for i in range(12)]
+    rng = random.Random(0)
+    for _ in range(200):
+        store.prefetch(rng.sample(adapters, 3), may_drop=rng.random() < 0.5)
+        adapter, slot, start = rng.choice(adapters), rng.randrange(8), rng.randrange(16)
+        if rng.random() < 0.5:
+            wait_until(lambda adapter=adapter: store.are_ready([adapter]))
+        store.load(slot, start, adapter)
+        direct = Stacks()
+        direct.load(slot, start, adapter)
+        assert stacks.same_as(direct, slot, start, adapter)
     store.close()
-    assert [(slot, start, adapter.name) for slot, start, adapter in shelf.loaded] == [
-        (0, 0, "a"), (1, 10, "b"), (2, 20, "c"), (3, 30, "d"),
-    ]  # fmt: skip
-    for (_, _, got), expected in zip(shelf.loaded, adapters, strict=True):
-        assert got.fingerprint == expected.fingerprint
-        assert torch.equal(got.weights["layer"].lora_A, expected.weights["layer"].lora_A)
-        assert torch.equal(got.weights["layer"].lora_B, expected.weights["layer"].lora_B)
-        assert got.weights["layer"].scaling == 2.0
+    assert stacks.num_loads == 0
+
+
+def test_an_adapter_too_large_for_staging_goes_straight_to_the_sink() -> None:
+    """It is ready at once, for waiting would not help, and does not disturb what is staged."""
+    store, stacks = make_store(num_rows=4)
+    large = make("large", q=6)
+    assert store.are_ready([large])
+    store.load(0, 0, large)
+    assert stacks.num_loads == 1
+    store.close()
+
+
+def test_a_request_whose_adapters_never_fit_together_is_ready_when_nothing_travels() -> None:
+    """Two adapters with staging memory for one: no request waits for ever."""
+    store, _ = make_store(num_rows=4)
+    pair = [make("a", q=3), make("b", q=3)]
+    wait_until(lambda: store.are_ready(pair))
+    for slot, adapter in enumerate(pair):
+        store.load(slot, 4 * slot, adapter)
+    store.close()
 
 
 def test_a_copy_that_fails_costs_only_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever stops the copying thread, the adapter is loaded from where it was."""
+    store, stacks = make_store()
+    adapter = make("a", q=2)
     begun = threading.Event()
 
-    def broken(*_: Any) -> Any:
+    def broken(*_: Any) -> None:
         begun.set()
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(staged_store, "copy_to_device", broken)
-    shelf = Shelf()
-    store = StagedStore(shelf, torch.device("cpu"))
-    store.prefetch(make_adapter("a"))
-    begun.wait(10)
-    store.load(0, 0, make_adapter("a"))
+    monkeypatch.setattr(AdapterPacking, "pack", broken)
+    store.prefetch([adapter])
+    assert begun.wait(10)
+    wait_until(lambda: store.are_ready([adapter]))
+    store.load(0, 0, adapter)
+    assert stacks.num_loads == 1
+    monkeypatch.undo()
+    store.load(1, 4, adapter)
+    assert stacks.num_loads == 1
     store.close()
-    assert len(shelf.loaded) == 1
+
+
+def test_without_packing_everything_is_ready() -> None:
+    """A store over several devices or none that needs copies loads at once."""
+    stacks = Stacks()
+    store = StagedStore(stacks)
+    store.prefetch([make("a", q=2)])
+    assert store.are_ready([make("a", q=2)])
+    store.load(0, 0, make("a", q=2))
+    store.close()
+    assert stacks.num_loads == 1
+
+
+def test_requests_wait_for_their_adapters_and_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a slow copy is under way a running request gets tokens; then the waiting one runs, with its adapter."""
+    plan_memory = model_runner_module.plan_memory
+
+    def plan(*args: Any) -> Any:
+        return plan_memory(*args)._replace(num_staging_rows=16, num_pinned_bytes=1 << 20)
+
+    monkeypatch.setattr(model_runner_module, "plan_memory", plan)
+    model = make_tiny_model("llama")
+    adapter = make_adapter(model, "a", r=4)
+    config = EngineConfig(max_num_seqs=4, kv_cache_bytes=2 << 20, lora_cache_bytes=4 << 20)
+    go = threading.Event()
+    pack = AdapterPacking.pack
+
+    def slow(self: AdapterPacking, *args: Any) -> None:
+        assert go.wait(30)
+        pack(self, *args)
+
+    with EngineWorker(BaseModel(model, make_tokenizer(), "tiny"), config) as worker:
+        sampling = SamplingParams(max_tokens=300, ignore_eos=True)
+        expected = worker.submit([5, 6, 7], dataclasses.replace(sampling, max_tokens=9), [(adapter, 1.0)]).result(60)
+        other = dataclasses.replace(adapter, fingerprint="other", weights=dict(adapter.weights))
+        monkeypatch.setattr(AdapterPacking, "pack", slow)
+        stream = worker.submit([9, 10], sampling)
+        tokens = iter(stream)
+        next(tokens)
+        waiting = worker.submit([5, 6, 7], dataclasses.replace(sampling, max_tokens=9), [(other, 1.0)])
+        for _ in range(20):
+            next(tokens)
+        assert not waiting.is_done
+        assert worker.stats().num_waiting == 1
+        go.set()
+        assert waiting.result(60).token_ids == expected.token_ids
+        worker.check_integrity()
