@@ -12,7 +12,7 @@ import torch
 from langchain_lora_retriever.engine import BaseModel, Engine, EngineConfig, EngineWorker
 from langchain_lora_retriever.errors import EngineError
 from langchain_lora_retriever.types import SamplingParams
-from makers import make_adapter, make_tiny_model, merge_adapters
+from makers import make_adapter, make_tiny_model, make_tokenizer, merge_adapters
 
 if TYPE_CHECKING:
     from langchain_lora_retriever.types import Adapter
@@ -25,6 +25,12 @@ needs_triton = pytest.mark.skipif(
 SMALL: dict[str, Any] = {"max_num_seqs": 8, "kv_cache_bytes": 2 << 20, "lora_cache_bytes": 4 << 20}
 NUM_TOKENS = 4
 Pairs = list[tuple["Adapter", float]]
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer() -> Any:
+    """The byte-level tokenizer; made here, so that the file also runs without the conftest."""
+    return make_tokenizer()
 
 
 def generate(model: Any, prompt: list[int], adapters: Pairs, num_tokens: int) -> list[int]:

