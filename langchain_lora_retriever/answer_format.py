@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from langchain_lora_retriever.call_options import CallOptions
 
-__all__ = ["AnswerFormat", "answer_format", "to_json_schema"]
+__all__ = ["AnswerFormat", "answer_format", "to_json_schema", "written_out"]
 
 
 class AnswerFormat(NamedTuple):
@@ -157,6 +157,18 @@ def _guided_grammar(guided: Mapping[str, Any]) -> str:
         )
     kind, value = next(iter(guided.items()))
     return writers[kind](value)
+
+
+def written_out(options: CallOptions) -> dict[str, Any]:
+    """Write the options that hold classes or functions as what they mean, so that equal values mean the same."""
+    guided = options.guided
+    if guided is not None and "json" in guided:
+        guided = {**guided, "json": to_json_schema(guided["json"])}
+    return {
+        "tools": to_tools(options.tools or (), strict=None),
+        "response_format": _response_schema(options.response_format),
+        "guided": guided,
+    }
 
 
 def to_json_schema(schema: Any) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from langchain_lora_retriever.concurrency import owned
 from langchain_lora_retriever.engine import Completion, Delta, EngineConfig, EngineWorker, Generation
 from langchain_lora_retriever.errors import InvalidRequestError
 from langchain_lora_retriever.messages import encode_chat, routing_text, to_chat
-from langchain_lora_retriever.shared import reject_unfit, shared_engine
+from langchain_lora_retriever.profiles import loaded_profile
+from langchain_lora_retriever.shared import reject_unfit, running_engine, shared_engine
 from langchain_lora_retriever.structured_output import structured_output
 from langchain_lora_retriever.tools import to_tool_choice, to_tools
 
@@ -196,13 +197,17 @@ class ChatLoraRetriever(ChatSettings):
     def _engine(self) -> EngineWorker:
         """Return the engine, loading the base model at first use."""
         assert isinstance(self.engine_config, EngineConfig)
-        return shared_engine(self.base_model, self.model_kwargs, self.engine_config)
+        engine = shared_engine(self.base_model, self.model_kwargs, self.engine_config)
+        if self._has_own_profile and self.profile is not None:
+            self.profile = loaded_profile(self.profile, engine)
+            self._has_own_profile = False
+        return engine
 
     async def _load(self) -> None:
         """Load the base model without holding up the event loop."""
-        if not self._is_loaded:
+        assert isinstance(self.engine_config, EngineConfig)
+        if running_engine(self.base_model, self.model_kwargs, self.engine_config) is None:
             await asyncio.to_thread(self._engine)
-            self._is_loaded = True
 
     # Tools and structured output
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from langchain_core.language_models import LangSmithParams, ModelProfile
 from pydantic import ConfigDict, Field, PrivateAttr, SkipValidation, field_validator, model_validator
 
+from langchain_lora_retriever.answer_format import written_out
 from langchain_lora_retriever.call_options import CallOptions
 from langchain_lora_retriever.composer import Weighting  # noqa: TC001 - pydantic reads the annotations
 from langchain_lora_retriever.concurrency import ConcurrentChatModel
@@ -16,10 +17,14 @@ from langchain_lora_retriever.encoder import Encoder  # noqa: TC001 - pydantic r
 from langchain_lora_retriever.engine import EngineConfig
 from langchain_lora_retriever.errors import InvalidRequestError
 from langchain_lora_retriever.pool import AdapterPool
+from langchain_lora_retriever.profiles import profile_before_loading
 from langchain_lora_retriever.retriever import DEFAULT_ENCODER, DEFAULT_INSTRUCTION, LoraRetriever
 from langchain_lora_retriever.routing import Router
-from langchain_lora_retriever.shared import shared_retriever
+from langchain_lora_retriever.shared import identity, shared_retriever
 from langchain_lora_retriever.types import CompositionMode  # noqa: TC001 - pydantic reads the annotations
+
+if TYPE_CHECKING:
+    from langchain_core.language_models import LangSmithParams, ModelProfile
 
 __all__ = ["ChatSettings"]
 
@@ -86,7 +91,7 @@ class ChatSettings(ConcurrentChatModel):
     chat_template_kwargs: dict[str, Any] | None = None
 
     _router: Router = PrivateAttr()
-    _is_loaded: bool = PrivateAttr(default=False)
+    _has_own_profile: bool = PrivateAttr(default=False)
 
     @field_validator("engine_config", mode="before")
     @classmethod
@@ -128,17 +133,32 @@ class ChatSettings(ConcurrentChatModel):
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        """Everything that changes an answer: LangChain's response cache keys on it."""
-        settings = CallOptions.merge(self, {})
+        """Everything that changes an answer."""
+        return self._identity(CallOptions.merge(self, {}))
+
+    def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
+        """Return what LangChain's response cache keys on, beside the prompt.
+
+        LangChain's own would let a call's `stop=None` hide the setting, and know a class by its name alone.
+        """
+        options = CallOptions.merge(self, {**kwargs, "stop": stop})
+        # In the order given, not sorted: a schema's properties are generated in theirs.
+        return json.dumps({**self._identity(options), **written_out(options)}, default=repr)
+
+    def _identity(self, options: CallOptions) -> dict[str, Any]:
+        retriever, source = self._router.retriever, self.base_model
         return {
             "base_model": self.model_name,
-            "source": str(self.base_model) if isinstance(self.base_model, str | Path) else id(self.base_model[0]),
+            "source": [identity(part) for part in source] if isinstance(source, tuple) else str(source),
             "model_kwargs": repr(sorted(self.model_kwargs.items())),
-            "pool": self._router.pool.fingerprint,
-            "encoder": self._router.retriever.encoder.name,
-            "instruction": self._router.retriever.instruction,
-            "retriever_min_score": self._router.retriever.min_score,
-            **{field.name: getattr(settings, field.name) for field in fields(settings) if field.name != "timeout"},
+            "engine_config": repr(self.engine_config),
+            "output_version": self.output_version,
+            "pool": retriever.pool.fingerprint,
+            "encoder": retriever.encoder.name,
+            "instruction": retriever.instruction,
+            "retriever_min_score": retriever.min_score,
+            "retriever_answer_weight": retriever.answer_weight,
+            **{field.name: getattr(options, field.name) for field in fields(options) if field.name != "timeout"},
         }
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
@@ -148,21 +168,10 @@ class ChatSettings(ConcurrentChatModel):
         return params
 
     def _resolve_model_profile(self) -> ModelProfile:
-        return ModelProfile(
-            name=self.model_name or _name_of(self.base_model),
-            open_weights=True,
-            text_inputs=True,
-            image_inputs=False,
-            audio_inputs=False,
-            video_inputs=False,
-            pdf_inputs=False,
-            text_outputs=True,
-            tool_calling=True,
-            tool_choice=True,
-            tool_call_streaming=True,
-            structured_output=True,
-            temperature=True,
-        )
+        assert isinstance(self.engine_config, EngineConfig)
+        self._has_own_profile = True
+        name = self.model_name or _name_of(self.base_model)
+        return profile_before_loading(name, self.base_model, self.model_kwargs, self.engine_config)
 
 
 def _name_of(base_model: str | Path | tuple[Any, Any]) -> str:

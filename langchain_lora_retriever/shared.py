@@ -6,11 +6,13 @@ again nor embed the pool again.
 
 from __future__ import annotations
 
+import logging
 import threading
-import weakref
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from langchain_lora_retriever.adapters import check_fits
 from langchain_lora_retriever.aside import run_aside
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from langchain_lora_retriever.engine import ModelSource
     from langchain_lora_retriever.pool import AdapterPool
 
-__all__ = ["close_engines", "reject_unfit", "shared_engine", "shared_retriever"]
+__all__ = ["close_engines", "identity", "reject_unfit", "running_engine", "shared_engine", "shared_retriever"]
 
 
 @dataclass(slots=True)
@@ -36,25 +38,40 @@ class _Fitting:
     fingerprints: set[str] = field(default_factory=set)
 
 
-_lock = threading.Lock()
+_logger = logging.getLogger(__name__)
+_starting = threading.Lock()  # held while a model is loaded, which may take minutes
+_lock = threading.Lock()  # held for a look into a dictionary
 _engines: dict[Hashable, EngineWorker] = {}
-_fitting: weakref.WeakKeyDictionary[AdapterPool, dict[int, _Fitting]] = weakref.WeakKeyDictionary()
-_retrievers: weakref.WeakValueDictionary[Hashable, LoraRetriever] = weakref.WeakValueDictionary()
+_fitting: WeakKeyDictionary[AdapterPool, WeakKeyDictionary[EngineWorker, _Fitting]] = WeakKeyDictionary()
+_retrievers: WeakValueDictionary[Hashable, LoraRetriever] = WeakValueDictionary()
+_identities: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 
 
 def shared_engine(source: ModelSource, model_kwargs: Mapping[str, Any], config: EngineConfig) -> EngineWorker:
     """Return the engine of a configuration, loading the base model if no chat model has used it yet.
 
     Any thread may call; a second caller waits for the first one's load. A model that is already loaded is told apart
-    by identity, one still to load by its name and how it is loaded.
+    by identity, one still to load by its name and how it is loaded. An engine that was closed or has died is replaced.
     """
-    # repr, because quantization and device-map objects are seldom hashable but all print what they hold.
-    key = (_source_key(source), repr(sorted(model_kwargs.items())), config)
-    with _lock:
-        engine = _engines.get(key)
-        if engine is None:
-            engine = _engines[key] = run_aside(_start_engine, source, model_kwargs, config)
+    engine = running_engine(source, model_kwargs, config)
+    if engine is not None:
         return engine
+    key = _engine_key(source, model_kwargs, config)
+    with _starting:
+        engine = _engines.get(key)
+        if engine is not None and engine.is_alive:
+            return engine
+        if engine is not None:
+            _logger.warning("The engine of %s has stopped; starting a new one.", engine.name)
+            engine.close()  # returns once it has given back the model and its memory
+        _engines[key] = engine = run_aside(_start_engine, source, model_kwargs, config)
+        return engine
+
+
+def running_engine(source: ModelSource, model_kwargs: Mapping[str, Any], config: EngineConfig) -> EngineWorker | None:
+    """Return the engine of a configuration if it is loaded and alive. Never blocks."""
+    engine = _engines.get(_engine_key(source, model_kwargs, config))
+    return engine if engine is not None and engine.is_alive else None
 
 
 def shared_retriever(pool: AdapterPool, encoder: str | Encoder, instruction: str) -> LoraRetriever:
@@ -73,7 +90,7 @@ def reject_unfit(pool: AdapterPool, engine: EngineWorker) -> None:
     Contents are looked at once: again only after the pool has changed, and then only what is new in it.
     """
     with _lock:
-        fitting = _fitting.setdefault(pool, {}).setdefault(id(engine), _Fitting())
+        fitting = _fitting.setdefault(pool, WeakKeyDictionary()).setdefault(engine, _Fitting())
     if fitting.pool_version == pool.version:
         return
     version = pool.version
@@ -90,9 +107,15 @@ def reject_unfit(pool: AdapterPool, engine: EngineWorker) -> None:
     fitting.pool_version = version
 
 
+def identity(thing: object) -> str:
+    """Name an object so that no other one, of any process, has that name."""
+    with _lock:
+        return _identities.setdefault(thing, uuid.uuid4().hex)
+
+
 def close_engines() -> None:
     """Stop every shared engine and let go of its memory; the next call of a chat model loads afresh."""
-    with _lock:
+    with _starting:
         engines = list(_engines.values())
         _engines.clear()
     for engine in engines:
@@ -101,6 +124,11 @@ def close_engines() -> None:
 
 def _start_engine(source: ModelSource, model_kwargs: Mapping[str, Any], config: EngineConfig) -> EngineWorker:
     return EngineWorker(load_base_model(source, **model_kwargs), config)
+
+
+def _engine_key(source: ModelSource, model_kwargs: Mapping[str, Any], config: EngineConfig) -> Hashable:
+    # repr, because quantization and device-map objects are seldom hashable but all print what they hold.
+    return (_source_key(source), repr(sorted(model_kwargs.items())), config)
 
 
 def _source_key(source: ModelSource) -> Hashable:

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from langchain_lora_retriever.readers import Piece
     from langchain_lora_retriever.tools import Tool
 
-__all__ = ["TemplateReader", "response_template"]
+__all__ = ["REASONING", "TemplateReader", "response_template"]
 
 CALLS, CONTENT = "tool_calls", "content"
-_REASONING = frozenset({"reasoning_content", "reasoning", "thinking"})
+REASONING = frozenset({"reasoning_content", "reasoning", "thinking"})
 _MALFORMED = (ValueError, KeyError, TypeError)  # what the parser raises for a call that is not what its template says
 
 
@@ -104,7 +104,7 @@ class TemplateReader:
             return [self._whole(value) for value in values]
         elif kind == "region_chunk" and field == CALLS:
             self._call = f"{self._call}{event['text']}"
-        elif kind == "region_chunk" and (field == CONTENT or field in _REASONING):
+        elif kind == "region_chunk" and (field == CONTENT or field in REASONING):
             text = self._trimmed(event["text"])
             if text:
                 return [text if field == CONTENT else Reasoning(text)]

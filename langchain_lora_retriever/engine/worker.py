@@ -74,6 +74,11 @@ class EngineWorker:
         """Most requests running at once."""
         return self._engine.max_num_seqs
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether it still takes requests: it was neither closed, nor has its bookkeeping failed."""
+        return not self._is_closing
+
     def submit(
         self,
         prompt_token_ids: Sequence[int],

@@ -254,18 +254,62 @@ def test_equal_configurations_share_an_engine(llm: ChatLoraRetriever) -> None:
     assert copy._engine() is llm._engine()
 
 
-def test_closed_engines_say_so(tmp_path) -> None:
-    """A call under way when engines are closed gets the reason; the next one loads afresh."""
-    model, tokenizer = make_tiny_model(seed=1), make_tokenizer()
+def make_other(seed: int) -> ChatLoraRetriever:
+    """A chat model on an engine of its own, without adapters."""
+    model, tokenizer = make_tiny_model(seed=seed), make_tokenizer()
     tokenizer.chat_template = TEMPLATE
-    other = ChatLoraRetriever(base_model=(model, tokenizer), engine_config=ENGINE, max_tokens=300)
-    from langchain_lora_retriever import shared
+    return ChatLoraRetriever(base_model=(model, tokenizer), engine_config=ENGINE, max_tokens=300)
 
+
+def test_a_closed_engine_is_started_again(caplog) -> None:
+    """A call under way when an engine is closed gets the reason; the next one starts a fresh engine and says so."""
+    other = make_other(1)
+    expected = other.invoke("x", max_tokens=3).content
     engine = other._engine()
     stream = other.stream("x", temperature=1.0, seed=0)
     next(stream)
-    shared._engines = {key: value for key, value in shared._engines.items() if value is not engine}
     engine.close()
+    assert not engine.is_alive
     with pytest.raises(EngineDeadError):
         list(stream)
-    assert other.invoke("x", max_tokens=3) is not None
+    assert other.invoke("x", max_tokens=3).content == expected
+    assert other._engine() is not engine
+    assert "has stopped; starting a new one" in caplog.text
+
+
+async def test_an_engine_that_died_is_started_again(monkeypatch) -> None:
+    """Broken bookkeeping kills an engine, with the cause; a retry runs on a new one and waits for it off the loop."""
+    other = make_other(3)
+    expected = (await other.ainvoke("x", max_tokens=3)).content
+    engine = other._engine()
+
+    def break_down(*args: Any) -> None:
+        raise AssertionError("a block is lost")
+
+    monkeypatch.setattr(engine._engine, "step", break_down)
+    monkeypatch.setattr(engine._engine, "check_integrity", break_down)
+    with pytest.raises(EngineDeadError, match="a block is lost"):
+        await other.ainvoke("x")
+    retrying = other.with_retry(retry_if_exception_type=(EngineDeadError,), stop_after_attempt=2)
+    assert (await retrying.ainvoke("x", max_tokens=3)).content == expected
+    assert other._engine() is not engine
+
+
+def test_closing_all_engines_lets_go_of_them() -> None:
+    """The registry keeps none, and the next call loads afresh."""
+    other = make_other(4)
+    expected = other.invoke("x", max_tokens=3).content
+    engine = other._engine()
+    close_engines()
+    assert not engine.is_alive
+    assert other.invoke("x", max_tokens=3).content == expected
+
+
+def test_the_profile_knows_the_engines_window() -> None:
+    """Once loaded, the profile holds what the engine can take."""
+    other = make_other(5)
+    assert other.profile["max_input_tokens"] == 512
+    other.invoke("x", max_tokens=1)
+    assert other.profile["max_input_tokens"] == other._engine().max_model_len == 512
+    assert other.profile["max_output_tokens"] == 511
+    assert other.profile["reasoning_output"] is False

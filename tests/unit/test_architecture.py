@@ -21,6 +21,7 @@ LANGCHAIN_ROOMS = {
     "chat_settings",
     "concurrency",
     "messages",
+    "profiles",
     "readers",
     "structured_output",
     "template_reader",

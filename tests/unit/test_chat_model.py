@@ -499,7 +499,7 @@ async def test_event_streams(llm: ChatLoraRetriever) -> None:
 
 def test_repr_is_short(llm: ChatLoraRetriever) -> None:
     """Printing a chat model prints neither weights nor pool."""
-    assert len(repr(llm)) < 1000
+    assert len(repr(llm)) < 1500
 
 
 def test_a_pool_may_be_a_folder(engine, pool: AdapterPool, tmp_path, llm: ChatLoraRetriever) -> None:

@@ -1,0 +1,311 @@
+"""What LangChain's users build around a chat model: events, traces, retries, fallbacks, limits, configuration."""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
+from langchain_core.messages import HumanMessage
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.rate_limiters import BaseRateLimiter
+from langchain_core.runnables import ConfigurableField, RunnablePassthrough
+from langchain_core.tools import tool
+from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
+
+from langchain_lora_retriever import ChatLoraRetriever
+from langchain_lora_retriever.errors import EngineDeadError, EngineError
+
+if TYPE_CHECKING:
+    from langchain_core.messages import AIMessageChunk
+
+SQL = "How many users are in the table?"
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    "<think>\n{% if enable_thinking is defined and not enable_thinking %}\n</think>\n\n{% endif %}"
+)
+
+
+@tool
+def add(a: int, b: int) -> int:
+    """Add."""
+    return a + b
+
+
+class Tokens(BaseCallbackHandler):
+    """Remembers every token it is told of."""
+
+    def __init__(self) -> None:
+        self.tokens: list[str] = []
+
+    def on_llm_new_token(self, token: str, **kwargs: Any) -> None:
+        """One chunk."""
+        self.tokens.append(token)
+
+
+class AsyncTokens(AsyncCallbackHandler):
+    """Remembers every token it is told of, in the event loop."""
+
+    def __init__(self) -> None:
+        self.tokens: list[str] = []
+
+    async def on_llm_new_token(self, token: str, **kwargs: Any) -> None:
+        """One chunk."""
+        self.tokens.append(token)
+
+
+def added(chunks: list[AIMessageChunk]) -> AIMessageChunk:
+    """Chunks as one message."""
+    whole = chunks[0]
+    for chunk in chunks[1:]:
+        whole += chunk
+    return whole
+
+
+# Events
+
+
+async def test_events_of_a_chain(llm: ChatLoraRetriever) -> None:
+    """A chain's events hold one event for every chunk, and the routed answer at the model's end."""
+    chain = ChatPromptTemplate.from_template("{question}") | llm | StrOutputParser()
+    events = [event async for event in chain.astream_events({"question": SQL}, version="v2")]
+    streamed = [event["data"]["chunk"] for event in events if event["event"] == "on_chat_model_stream"]
+    assert added(streamed).text == "The answer."
+    (message,) = [event["data"]["output"] for event in events if event["event"] == "on_chat_model_end"]
+    assert message.response_metadata["adapters"][0]["name"] == "sql"
+    assert events[-1]["event"] == "on_chain_end"
+
+
+async def test_content_block_events(llm: ChatLoraRetriever, engine, tokenizer) -> None:
+    """The v3 protocol gives text, reasoning and tool calls as blocks of their own, sync and async."""
+    engine.tokenizer = copy.deepcopy(tokenizer)
+    engine.tokenizer.chat_template = THINKING
+    engine.answer = lambda prompt, names: f"Hm.</think>Sure. {CALL}"
+    bound = llm.bind_tools([add])
+    stream = llm.stream_events(SQL, version="v3", tools=[add])
+    assert list(stream)
+    assert "".join(llm.stream_events(SQL, version="v3", tools=[add]).text) == "Sure."
+    astream = await llm.astream_events(SQL, version="v3", tools=[add])
+    _ = [event async for event in astream]
+    for message in (stream.output, await astream.output, bound.invoke(SQL)):
+        assert [block["type"] for block in message.content_blocks] == ["reasoning", "text", "tool_call"]
+        assert message.tool_calls[0]["args"] == {"a": 1, "b": 2}
+        assert message.response_metadata["adapters"]
+        assert message.usage_metadata["output_tokens"] == 5
+
+
+# Callbacks and traces
+
+
+async def test_callbacks_hear_of_every_chunk_once(llm: ChatLoraRetriever, engine) -> None:
+    """`on_llm_new_token` is called once per chunk: streamed, asynchronously, and where `invoke` streams inside."""
+    engine.answer = lambda prompt, names: f"Sure. {CALL}"
+    bound = llm.bind_tools([add])
+    handler, ahandler = Tokens(), AsyncTokens()
+    chunks = list(bound.stream(SQL, config={"callbacks": [handler]}))
+    achunks = [chunk async for chunk in bound.astream(SQL, config={"callbacks": [ahandler]})]
+    assert handler.tokens == [chunk.content for chunk in chunks]
+    assert ahandler.tokens == [chunk.content for chunk in achunks]
+    streaming, inside = llm.model_copy(update={"streaming": True}), Tokens()
+    message = streaming.invoke(SQL, config={"callbacks": [inside]})
+    assert len(inside.tokens) > 2
+    assert "".join(inside.tokens) == message.text
+
+
+@pytest.mark.parametrize("way", ["invoke", "stream", "ainvoke", "astream", "batch"])
+async def test_the_routed_adapters_are_in_the_trace(llm: ChatLoraRetriever, way: str) -> None:
+    """A trace's run holds the adapters, their scores and weights, and the settings that routed."""
+    collector = RunCollectorCallbackHandler()
+    config: Any = {"callbacks": [collector]}
+    if way == "stream":
+        list(llm.stream(SQL, config))
+    elif way == "astream":
+        _ = [chunk async for chunk in llm.astream(SQL, config)]
+    elif way == "ainvoke":
+        await llm.ainvoke(SQL, config)
+    elif way == "batch":
+        llm.batch([SQL], config)
+    else:
+        llm.invoke(SQL, config)
+    (run,) = collector.traced_runs
+    metadata = run.outputs["generations"][0][0]["message"]["kwargs"]["response_metadata"]
+    assert metadata["adapters"][0]["name"] == "sql"
+    assert metadata["adapters"][0]["score"] > 0
+    assert metadata["composition"] == "mixture"
+    assert run.extra["invocation_params"]["top_k"] == 3
+    assert run.extra["metadata"]["ls_provider"] == "lora-retriever"
+
+
+# Retries, fallbacks, limits
+
+
+async def test_retries_and_fallbacks(llm: ChatLoraRetriever, engine) -> None:
+    """A failed step is retried, a dead engine falls back, in all four ways of calling."""
+    answers = iter([EngineError("step failed"), "second", EngineError("step failed"), "second"])
+
+    def answer(prompt: str, names: list[str]) -> str:
+        given = next(answers)
+        if isinstance(given, Exception):
+            raise given
+        return given
+
+    engine.answer = answer
+    retrying = llm.with_retry(retry_if_exception_type=(EngineError,), wait_exponential_jitter=False)
+    assert retrying.invoke(SQL).text == "second"
+    assert (await retrying.ainvoke(SQL)).text == "second"
+
+    dead = llm.bind(route_text="dead")
+    engine.is_dead = True
+    with pytest.raises(EngineDeadError):
+        dead.invoke(SQL)
+    safe = (dead | StrOutputParser()).with_fallbacks([RunnablePassthrough()], exceptions_to_handle=(EngineError,))
+    assert safe.invoke(SQL) == SQL
+    assert await safe.ainvoke(SQL) == SQL
+    assert "".join(safe.stream(SQL)) == SQL
+    assert "".join([piece async for piece in safe.astream(SQL)]) == SQL
+
+
+class Counting(BaseRateLimiter):
+    """Counts who asks."""
+
+    def __init__(self) -> None:
+        self.counts = [0, 0]
+
+    def acquire(self, *, blocking: bool = True) -> bool:
+        """Let through."""
+        self.counts[0] += 1
+        return True
+
+    async def aacquire(self, *, blocking: bool = True) -> bool:
+        """Let through."""
+        self.counts[1] += 1
+        return True
+
+
+async def test_a_rate_limiter_is_asked_once_per_call(llm: ChatLoraRetriever) -> None:
+    """Whichever way a call is made, it asks once, and the asynchronous ones ask asynchronously."""
+    limiter = Counting()
+    limited = llm.model_copy(update={"rate_limiter": limiter})
+    limited.invoke(SQL)
+    list(limited.stream(SQL))
+    limited.batch([SQL, SQL])
+    assert limiter.counts == [4, 0]
+    await limited.ainvoke(SQL)
+    _ = [chunk async for chunk in limited.astream(SQL)]
+    await limited.abatch([SQL, SQL])
+    assert limiter.counts == [4, 4]
+
+
+async def test_a_batch_times_out_call_by_call(llm: ChatLoraRetriever, engine) -> None:
+    """A timeout of the settings ends the late call of a batch and no other."""
+    engine.answer = lambda prompt, names: time.sleep(0.5 if "slow" in prompt else 0) or "done"
+    patient = llm.model_copy(update={"timeout": 0.25})
+    for results in (
+        patient.batch(["slow", "quick"], return_exceptions=True),
+        await patient.abatch(["slow", "quick"], return_exceptions=True),
+    ):
+        assert isinstance(results[0], TimeoutError)
+        assert results[1].text == "done"
+
+
+# Configuration
+
+
+async def test_settings_are_configurable_per_run(llm: ChatLoraRetriever, engine) -> None:
+    """Composition, top_k, adapters and sampling can be set in the config of one run, also inside a chain."""
+    runnable = llm.configurable_fields(
+        top_k=ConfigurableField(id="top_k"), adapters=ConfigurableField(id="adapters"),
+        composition=ConfigurableField(id="composition"), temperature=ConfigurableField(id="temperature"),
+    )  # fmt: skip
+    chain = ChatPromptTemplate.from_template("{question}") | runnable
+    configured = chain.with_config(configurable={"top_k": 1, "composition": "selection"})
+    for message in (
+        configured.invoke({"question": SQL}),
+        await configured.ainvoke({"question": SQL}),
+        added(list(configured.stream({"question": SQL}))),
+    ):
+        metadata = message.response_metadata
+        assert (metadata["composition"], [a["name"] for a in metadata["adapters"]]) == ("selection", ["sql"])
+    configs = [{"configurable": {"adapters": [name], "temperature": 0.5}} for name in ("dates", "french")]
+    messages = runnable.batch([SQL, SQL], configs)
+    assert [m.response_metadata["adapters"][0]["name"] for m in messages] == ["dates", "french"]
+    assert {request["sampling"].temperature for request in engine.requests[-2:]} == {0.5}
+    assert len(runnable.invoke(SQL).response_metadata["adapters"]) == 3
+
+
+def test_a_copy_with_other_fields_shares_the_retriever(llm: ChatLoraRetriever) -> None:
+    """What LangChain copies for every configured run embeds no pool again."""
+    runnable: Any = llm.configurable_fields(top_k=ConfigurableField(id="top_k"))
+    copied, _ = runnable._prepare({"configurable": {"top_k": 1}})
+    assert copied is not llm
+    assert copied._router.retriever is llm._router.retriever
+
+
+# Answers
+
+
+def test_reasoning_is_switched_by_the_templates_variable(llm: ChatLoraRetriever, engine, tokenizer) -> None:
+    """`enable_thinking` reaches the template; what is thought is a reasoning block, in both output versions."""
+    engine.tokenizer = copy.deepcopy(tokenizer)
+    engine.tokenizer.chat_template = THINKING
+    engine.answer = lambda prompt, names: "Yes." if prompt.endswith("</think>\n\n") else "Hm.\n</think>\n\nYes."
+    for version in (None, "v1"):
+        model = llm.model_copy(update={"output_version": version})
+        for message in (model.invoke("x"), added(list(model.stream("x")))):
+            blocks = message.content_blocks
+            assert [(b["type"], b.get("reasoning") or b.get("text")) for b in blocks] == [
+                ("reasoning", "Hm."), ("text", "Yes."),
+            ]  # fmt: skip
+        quiet = model.invoke("x", chat_template_kwargs={"enable_thinking": False})
+        assert [block["type"] for block in quiet.content_blocks] == ["text"]
+    assert model.with_config().invoke("x").text == "Yes."
+
+
+async def test_v1_content_is_standard_blocks(llm: ChatLoraRetriever, engine) -> None:
+    """With `output_version="v1"` content is text and tool-call blocks, whichever way it is asked for."""
+    engine.answer = lambda prompt, names: f"Sure. {CALL}"
+    bound = llm.model_copy(update={"output_version": "v1"}).bind_tools([add])
+    for message in (
+        bound.invoke(SQL),
+        await bound.ainvoke(SQL),
+        added(list(bound.stream(SQL))),
+        added([chunk async for chunk in bound.astream(SQL)]),
+    ):
+        assert [block["type"] for block in message.content] == ["text", "tool_call"]
+
+
+def test_log_probabilities_of_several_answers(llm: ChatLoraRetriever) -> None:
+    """Every one of n answers carries its own, and LangChain counts the tokens of all."""
+    result = llm.generate([[HumanMessage(SQL)]], n=3, logprobs=True, top_logprobs=2)
+    for generation in result.generations[0]:
+        entries = generation.message.response_metadata["logprobs"]["content"]
+        assert len(entries) == 4
+        assert [alternative["token_id"] for alternative in entries[0]["top_logprobs"]] == [5, 6]
+
+
+def test_the_profile(llm: ChatLoraRetriever, engine, tokenizer) -> None:
+    """The context window and reasoning are known once the model is; a profile of the user's own is left alone."""
+    from langchain_core.language_models import ModelProfile
+
+    assert set(llm.profile) <= set(ModelProfile.__annotations__)
+    assert llm.profile["structured_output"]
+    assert llm.profile["tool_calling"]
+    assert not any(value for key, value in llm.profile.items() if key.startswith(("image", "audio", "video", "pdf")))
+    assert "max_input_tokens" not in llm.profile  # "fake/base" is neither loaded nor on this disk
+
+
+def test_the_profile_of_a_loaded_model(tokenizer) -> None:
+    """A model that is already loaded tells its window at once, and an engine's limit makes it shorter."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tiny = {"vocab_size": 300, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**tiny, num_attention_heads=1, max_position_embeddings=640))
+    assert ChatLoraRetriever(base_model=(model, tokenizer)).profile["max_input_tokens"] == 640
+    limited = ChatLoraRetriever(base_model=(model, tokenizer), engine_config={"max_model_len": 100})
+    assert limited.profile["max_input_tokens"] == 100
+    own = ChatLoraRetriever(base_model=(model, tokenizer), profile={"max_input_tokens": 7})
+    assert own.profile == {"max_input_tokens": 7}
