@@ -21,7 +21,7 @@ commands.command("chat")(ask.chat)
 commands.command("route")(ask.route)
 commands.add_typer(pool.commands, name="pool")
 commands.command("train")(train.train)
-commands.command("evaluate")(evaluate.evaluate)
+commands.add_typer(evaluate.commands, name="evaluate")
 commands.command("bench")(bench.bench)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import platform
 import time
+from pathlib import Path  # noqa: TC003 - typer reads the annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -35,6 +36,9 @@ def bench(
     encoder: EncoderOption = None,
     prompts: Annotated[int, typer.Option("--prompts", help="Prompts, drawn from the adapters' samples.", min=1)] = 32,
     max_tokens: Annotated[int, typer.Option("--max-tokens", help="Longest answer.", min=1)] = 24,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Picture to draw (needs matplotlib).", show_default=False)
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure tokens per second one by one and together, on prompts that need many different adapters."""
@@ -43,6 +47,11 @@ def bench(
     llm.invoke(texts[0])  # loads and warms up
     runs = {"one by one": 1, "8 at once": 8, "all at once": prompts}
     results = [{"run": label, **_measure(llm, texts, limit)} for label, limit in runs.items()]
+    if plot is not None:
+        from langchain_lora_retriever.evaluation.plots import plot_throughput  # noqa: PLC0415 - seconds to import
+
+        speeds = dict(zip(runs.values(), (row["tokens_per_second"] for row in results), strict=True))
+        plot_throughput(plot, {llm.model_name: speeds})
     device = str(getattr(llm._engine(), "device", "")) or platform.processor() or platform.machine()  # noqa: SLF001 - ours
     if as_json:
         print_json({"device": device, "base_model": llm.model_name, "prompts": len(texts), "results": results})

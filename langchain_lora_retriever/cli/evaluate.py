@@ -1,8 +1,8 @@
-"""`lora-retriever evaluate`: retrieval and composition on a test file."""
+"""`lora-retriever evaluate`: how often the right adapter is found, and how well composed adapters answer."""
 
 from __future__ import annotations
 
-from pathlib import Path  # noqa: TC003 - typer reads the annotations
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,64 +15,177 @@ from langchain_lora_retriever.cli.options import (
     EncoderOption,
     JsonOption,
     PoolOption,
+    WordsOption,
+    encoder_source,
     make_chat_model,
+    make_encoder,
     print_json,
 )
+from langchain_lora_retriever.errors import InvalidRequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Mapping
 
-    from langchain_lora_retriever.evaluation import CompositionReport, RetrievalReport
+    from langchain_lora_retriever.evaluation import (
+        Benchmark,
+        CompositionReport,
+        RetrievalReport,
+        Setting,
+        SplitsReport,
+    )
+    from langchain_lora_retriever.evaluation.retrieval import Accuracy
+    from langchain_lora_retriever.pool import AdapterPool
+    from langchain_lora_retriever.retriever import LoraRetriever
 
-__all__ = ["evaluate"]
+__all__ = ["commands"]
+
+commands = typer.Typer(help="Measure retrieval and composition on test rows.", no_args_is_help=True)
+
+TestOption = Annotated[
+    Path, typer.Option("--test", help="JSON list of rows: inputs, targets, task, and perhaps domain, metric.")
+]
+CardsOption = Annotated[
+    Path | None,
+    typer.Option("--cards", help="JSON list of adapters and their samples; the pool's by default.", show_default=False),
+]
+RowsOption = Annotated[int | None, typer.Option("--rows", help="Most rows per task.", min=1, show_default=False)]
+PlotsOption = Annotated[
+    Path | None, typer.Option("--plots", help="Folder to draw pictures in (needs matplotlib).", show_default=False)
+]
 
 
-def evaluate(
-    test: Annotated[Path, typer.Argument(help="JSON list of rows: inputs, targets, task, and perhaps domain, metric.")],
+@commands.command()
+def retrieval(
+    test: TestOption,
     *,
+    cards: CardsOption = None,
+    pool: PoolOption = None,
+    encoder: EncoderOption = None,
+    words: WordsOption = False,
+    top_k: Annotated[list[int], typer.Option("--top-k", help="May be repeated.", min=1)] = [1, 3, 5, 8],  # noqa: B006 - typer reads it
+    rows: RowsOption = None,
+    splits: Annotated[int, typer.Option("--splits", help="Train on so many random shares of the adapters.")] = 0,
+    fraction: Annotated[float, typer.Option("--fraction", help="Share of the adapters to train on.")] = 0.4,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Folder for the encoders of the splits.", show_default=False)
+    ] = None,
+    plots: PlotsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Score how often the right adapter is among the first k, all adapters competing."""
+    from langchain_lora_retriever.evaluation import evaluate_retrieval, evaluate_splits  # noqa: PLC0415 - seconds
+    from langchain_lora_retriever.evaluation.benchmark import CardPool  # noqa: PLC0415 - the same
+    from langchain_lora_retriever.hybrid_encoder import HybridEncoder  # noqa: PLC0415 - the same
+    from langchain_lora_retriever.retriever import LoraRetriever  # noqa: PLC0415 - the same
+
+    if splits and output is None:
+        raise InvalidRequestError("--splits trains encoders: name a folder for them with --output.")
+    benchmark = _benchmark(cards, None if cards else _pool(pool), test, rows)
+    embedder = make_encoder(encoder, words=words)
+    with Progress(console=Console(stderr=True)) as progress:
+        report = evaluate_retrieval(benchmark, embedder, top_k=top_k, progress=_bar(progress, "Retrieving"))
+    trained = None
+    if output is not None and splits:
+        trained = evaluate_splits(
+            benchmark,
+            encoder_source(encoder),
+            output_dir=output,
+            fraction=fraction,
+            seeds=range(splits),
+            top_k=top_k,
+            wrap=HybridEncoder if words else None,
+            show_progress=not as_json,
+        )
+    if plots is not None:
+        retriever = LoraRetriever(CardPool(benchmark.cards), embedder)
+        _plot(plots, retriever, benchmark, "accuracy.png", _curves(report, trained), "right adapter among them, %")
+    if as_json:
+        print_json({"retrieval": report.to_dict(), "splits": trained and trained.to_dict()})
+        return
+    _print_retrieval(Console(), report, trained)
+
+
+@commands.command()
+def composition(
+    test: TestOption,
+    *,
+    cards: CardsOption = None,
     base_model: BaseModelOption = None,
     pool: PoolOption = None,
     encoder: EncoderOption = None,
-    rows: Annotated[int | None, typer.Option("--rows", help="Most rows per task.", min=1, show_default=False)] = None,
-    retrieval_only: Annotated[bool, typer.Option("--retrieval-only", help="Generate nothing.")] = False,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1)] = 48,
+    words: WordsOption = False,
+    top_k: Annotated[
+        list[int], typer.Option("--top-k", help="Adapters of a fusion or mixture; may be repeated.", min=1)
+    ] = [3],  # noqa: B006 - typer reads it
+    weight_temperature: Annotated[
+        list[float] | None,
+        typer.Option("--weight-temperature", help="A mixture with similarity weights; may be repeated."),
+    ] = None,
+    soup: Annotated[bool, typer.Option("--soup", help="One uniform fusion for all prompts (AdapterSoup).")] = False,
+    random_fusion: Annotated[
+        bool, typer.Option("--random-fusion", help="A fusion of adapters drawn at random (LoraHub's start).")
+    ] = False,
+    rows: RowsOption = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option("--max-tokens", help="Longest answer; follows the task's samples by default.", min=1),
+    ] = None,
     cache: Annotated[
         Path | None, typer.Option("--cache", help="File of answers already generated.", show_default=False)
     ] = None,
+    plots: PlotsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Score retrieval, and the base model, selection, fusion, mixture and the oracle, on test rows."""
-    from langchain_lora_retriever.evaluation import (  # noqa: PLC0415 - seconds to import
-        benchmark_from_pool,
-        evaluate_composition,
-        evaluate_retrieval,
-    )
+    """Score the base model, the oracle, selection, fusion, mixture and the default, right adapter there and masked."""
+    from langchain_lora_retriever.evaluation import Setting, evaluate_composition, paper_settings  # noqa: PLC0415 - seconds
 
-    llm = make_chat_model(base_model, pool, encoder)
+    llm = make_chat_model(base_model, pool, make_encoder(encoder, words=words) if encoder or words else None)
     adapters: Any = llm.pool
-    benchmark = benchmark_from_pool(adapters, test)
-    if rows is not None:
-        benchmark = benchmark.subset(rows)
+    benchmark = _benchmark(cards, adapters, test, rows)
     retriever = llm._router.retriever  # noqa: SLF001 - ours
-    composed = None
+    settings = [*paper_settings(top_k), Setting.default()]
+    settings += [
+        Setting("mixture", top_k=k, weights="similarity", temperature=temperature)
+        for temperature in weight_temperature or ()
+        for k in top_k
+    ]
+    settings += [Setting("soup", top_k=k) for k in top_k if soup]
+    settings += [Setting("random", top_k=k) for k in top_k if random_fusion]
     with Progress(console=Console(stderr=True)) as progress:
-        retrieved = evaluate_retrieval(
-            benchmark, retriever.encoder, instruction=retriever.instruction, progress=_bar(progress, "Retrieving")
+        report = evaluate_composition(
+            benchmark,
+            adapters,
+            llm._engine(),  # noqa: SLF001 - ours
+            retriever,
+            settings=settings,
+            max_tokens=max_tokens,
+            cache=cache,
+            progress=_bar(progress, "Answering"),
         )
-        if not retrieval_only:
-            composed = evaluate_composition(
-                benchmark,
-                adapters,
-                llm._engine(),  # noqa: SLF001 - ours
-                retriever,
-                max_tokens=max_tokens,
-                cache=cache,
-                progress=_bar(progress, "Answering"),
-            )
+    if plots is not None:
+        _plot(plots, retriever, benchmark, "composition.png", _score_curves(report, settings), "macro average, %")
     if as_json:
-        print_json({"retrieval": retrieved.to_dict(), "composition": composed and composed.to_dict()})
+        print_json(report.to_dict())
         return
-    _print(Console(), retrieved, composed)
+    _print_composition(Console(), report)
+
+
+def _pool(folder: Path | None) -> AdapterPool:
+    from langchain_lora_retriever.demo import demo_pool  # noqa: PLC0415 - loads torch
+    from langchain_lora_retriever.pool import AdapterPool  # noqa: PLC0415 - the same
+
+    return demo_pool() if folder is None else AdapterPool(folder)
+
+
+def _benchmark(cards: Path | None, pool: AdapterPool | None, test: Path, rows: int | None) -> Benchmark:
+    from langchain_lora_retriever.evaluation import benchmark_from_pool, load_benchmark  # noqa: PLC0415 - seconds
+
+    if cards is not None:
+        benchmark = load_benchmark(cards, test)
+    else:
+        assert pool is not None, "without cards there is a pool"
+        benchmark = benchmark_from_pool(pool, test)
+    return benchmark if rows is None else benchmark.subset(rows)
 
 
 def _bar(progress: Progress, label: str) -> Callable[[int, int], None]:
@@ -80,15 +193,57 @@ def _bar(progress: Progress, label: str) -> Callable[[int, int], None]:
     return lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def _print(console: Console, retrieved: RetrievalReport, composed: CompositionReport | None) -> None:
-    table = Table("retrieval", *(f"top {k}" for k in retrieved.accuracy), title=f"{retrieved.num_rows} rows")
-    table.add_row(retrieved.encoder, *(f"{share:.1%}" for share in retrieved.accuracy.values()))
+def _curves(report: RetrievalReport, trained: SplitsReport | None) -> dict[str, Accuracy]:
+    curves = {"as it is": report.accuracy}
+    if trained is not None:
+        curves |= {f"trained, {part} adapters": accuracy for part, accuracy in trained.mean.items()}
+    return curves
+
+
+def _score_curves(report: CompositionReport, settings: Iterable[Setting]) -> dict[str, Accuracy]:
+    """Macro average by k, for each method that has a k and each condition."""
+    curves: dict[str, dict[int, float]] = {}
+    for score in report.scores:
+        if score.setting in settings and score.setting.label.startswith(f"{score.setting.method} k="):
+            label = score.setting.label.replace(f" k={score.setting.top_k}", "") + ", masked" * score.is_masked
+            curves.setdefault(label, {})[score.setting.top_k] = score.overall.value
+    return dict(curves)
+
+
+def _plot(
+    folder: Path,
+    retriever: LoraRetriever,
+    benchmark: Benchmark,
+    name: str,
+    curves: Mapping[str, Accuracy],
+    label: str,
+) -> None:
+    from langchain_lora_retriever.evaluation import plots  # noqa: PLC0415 - loads numpy
+
+    names, vectors = plots.adapter_vectors(retriever)
+    plots.plot_similarity(folder / "similarity.png", names, vectors, domains=benchmark.domains)
+    plots.plot_map(folder / "map.png", names, vectors, domains=benchmark.domains)
+    plots.plot_accuracy(folder / name, curves, label=label)
+
+
+def _print_retrieval(console: Console, report: RetrievalReport, trained: SplitsReport | None) -> None:
+    title = f"{report.num_rows} rows, {report.num_adapters} adapters"
+    table = Table("retrieval", *(f"top {k}" for k in report.accuracy), title=title)
+    table.add_row(report.encoder, *(f"{share:.1%}" for share in report.accuracy.values()))
+    if trained is not None:
+        for part, accuracy in trained.mean.items():
+            label = f"trained on {trained.fraction:.0%}, {part}"
+            spread = trained.deviation[part]
+            table.add_row(label, *(f"{share:.1%} ± {spread[k]:.1%}" for k, share in accuracy.items()))
     console.print(table)
-    if composed is not None:
-        table = Table("composition", "all adapters", "right adapter masked")
-        scores: dict[str, dict[bool, str]] = {}
-        for score in composed.scores:
-            scores.setdefault(score.setting.label, {})[score.is_masked] = f"{score.overall.value:.1%}"
-        for label, by_mask in scores.items():
-            table.add_row(label, by_mask.get(False, "-"), by_mask.get(True, "-"))
-        console.print(table)
+
+
+def _print_composition(console: Console, report: CompositionReport) -> None:
+    table = Table("composition", "all adapters", "right adapter masked", title=f"{report.num_rows} rows")
+    scores: dict[str, dict[bool, str]] = {}
+    for score in report.scores:
+        value, low, high = score.overall
+        scores.setdefault(score.setting.label, {})[score.is_masked] = f"{value:.1%} ({low:.1%} to {high:.1%})"
+    for label, by_mask in scores.items():
+        table.add_row(label, by_mask.get(False, "-"), by_mask.get(True, "-"))
+    console.print(table)

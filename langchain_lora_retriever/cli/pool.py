@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from langchain_lora_retriever.cli.options import JsonOption, print_json
+from langchain_lora_retriever.cli.options import EncoderOption, JsonOption, WordsOption, make_encoder, print_json
 from langchain_lora_retriever.samples import read_samples
 
 if TYPE_CHECKING:
@@ -17,10 +18,13 @@ if TYPE_CHECKING:
 
 __all__ = ["commands"]
 
-commands = typer.Typer(help="List, add, remove and inspect the adapters of a pool.", no_args_is_help=True)
+commands = typer.Typer(help="List, add, update, remove and inspect the adapters of a pool.", no_args_is_help=True)
 
 FolderArgument = Annotated[Path, typer.Argument(help="Folder of the pool.")]
 NameArgument = Annotated[str, typer.Argument(help="Name of the adapter.")]
+SamplesOption = Annotated[
+    Path | None, typer.Option("--samples", help="JSON lines with an input each.", show_default=False)
+]
 
 
 @commands.command("list")
@@ -53,20 +57,30 @@ def add(
     name: NameArgument,
     checkpoint: Annotated[Path, typer.Argument(help="Folder of the PEFT checkpoint.")],
     *,
-    samples: Annotated[
-        Path | None, typer.Option("--samples", help="JSON lines with an input each.", show_default=False)
-    ] = None,
+    samples: SamplesOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Add an adapter; the checkpoint is copied into the pool."""
     pool = _open(folder, create=True)
-    given = (
-        None
-        if samples is None
-        else [{"input": s.input, "output": s.output} for s in read_samples(samples, where=str(samples))]
-    )
-    pool.add(name, checkpoint, samples=given)
+    pool.add(name, checkpoint, samples=_read(samples))
     _confirm(f"Added {name!r}: {len(pool)} adapters.", {"added": name, "num_adapters": len(pool)}, as_json=as_json)
+
+
+@commands.command()
+def update(
+    folder: FolderArgument,
+    name: NameArgument,
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="Folder of the new PEFT checkpoint; without it the weights stay.")
+    ] = None,
+    *,
+    samples: SamplesOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Replace an adapter's weights, its samples, or both; what is not given stays."""
+    pool = _open(folder)
+    adapter = pool.update(name, checkpoint, samples=_read(samples))
+    _confirm(f"Updated {name!r}.", {"updated": name, "fingerprint": adapter.fingerprint}, as_json=as_json)
 
 
 @commands.command()
@@ -78,18 +92,55 @@ def remove(folder: FolderArgument, name: NameArgument, *, as_json: JsonOption = 
 
 
 @commands.command()
-def inspect(folder: FolderArgument, name: NameArgument, *, as_json: JsonOption = False) -> None:
-    """Show what an adapter is made of and what it is found by."""
+def inspect(
+    folder: FolderArgument,
+    name: Annotated[str | None, typer.Argument(help="Name of one adapter; without it the whole pool.")] = None,
+    *,
+    encoder: EncoderOption = None,
+    words: WordsOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what an adapter is made of and found by; or what the pool's samples say about the pool."""
     pool = _open(folder)
-    described = _describe(pool, name)
-    described["samples"] = [sample.input for sample in pool.samples(name)]
-    if as_json:
-        print_json(described)
+    if name is not None:
+        described = _describe(pool, name)
+        described["samples"] = [sample.input for sample in pool.samples(name)]
+        if as_json:
+            print_json(described)
+        else:
+            _print_facts(described)
         return
+    from langchain_lora_retriever.evaluation import inspect_pool  # noqa: PLC0415 - seconds to import
+    from langchain_lora_retriever.retriever import LoraRetriever  # noqa: PLC0415 - the same
+
+    inspection = inspect_pool(LoraRetriever(pool, make_encoder(encoder, words=words)))
+    if as_json:
+        print_json(inspection.to_dict())
+        return
+    facts: dict[str, Any] = {
+        "adapters": inspection.num_adapters,
+        "samples": inspection.num_samples,
+        "find their own adapter first": f"{inspection.accuracy:.1%}",
+        "min_score": f"{inspection.min_score:.3f} ({inspection.kept:.0%} of the samples reach it)",
+        "strangers": f"{inspection.strangers:.1%} of the samples would reach it without their own adapter",
+        "twins": [f"{pair.first} and {pair.second} ({pair.similarity:.3f})" for pair in inspection.twins] or "none",
+        "reaches": [f"{reach.share:.0%} of {reach.samples_of} find {reach.find}" for reach in inspection.reaches]
+        or "none",
+    }
+    _print_facts(facts)
+
+
+def _print_facts(facts: dict[str, Any]) -> None:
     table = Table.grid(padding=(0, 2))
-    for key, value in described.items():
-        table.add_row(key, "\n".join(map(str, value)) if isinstance(value, list) else str(value))
+    for key, value in facts.items():
+        table.add_row(key, Text("\n".join(map(str, value)) if isinstance(value, list) else str(value)))
     Console().print(table)
+
+
+def _read(samples: Path | None) -> list[dict[str, Any]] | None:
+    if samples is None:
+        return None
+    return [{"input": sample.input, "output": sample.output} for sample in read_samples(samples, where=str(samples))]
 
 
 def _open(folder: Path, *, create: bool = False) -> AdapterPool:

@@ -159,7 +159,7 @@ def evaluate_composition(
     *,
     settings: Sequence[Setting] | None = None,
     masked: Sequence[bool] = (False, True),
-    max_tokens: int = 48,
+    max_tokens: int | None = None,
     cache: str | Path | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -175,7 +175,8 @@ def evaluate_composition(
         retriever: Retrieves among `pool`.
         settings: What to compare; `paper_settings()` and the default by default.
         masked: Conditions: False retrieves among all, True keeps the adapter of the row's task out.
-        max_tokens: Longest answer.
+        max_tokens: Longest answer. By default half as long again as the longest output among the samples of the row's
+            adapter, and 8 tokens more; 48 where no sample has an output.
         cache: A JSON-lines file of answers. What is in it is not generated again, whichever settings asked for it, so
             an evaluation that was cut off goes on where it stopped.
         seed: Of the random fusions and of the bootstrap.
@@ -198,8 +199,12 @@ def evaluate_composition(
         if not (is_masked and setting.method in {"base", "oracle"})
     ]
     plans = [_Planner(benchmark.rows, pool, retriever, is_masked, seed).plan(setting) for setting, is_masked in runs]
-    answers = _Answers(engine, pool, max_tokens, None if cache is None else Path(cache))
-    keys = [[answers.want(row.input, c) for row, c in zip(benchmark.rows, plan, strict=True)] for plan in plans]
+    answers = _Answers(engine, pool, None if cache is None else Path(cache))
+    limits = dict.fromkeys(benchmark.domains, max_tokens) if max_tokens else _longest_answers(benchmark, engine)
+    keys = [
+        [answers.want(row.input, c, limits[row.task]) for row, c in zip(benchmark.rows, plan, strict=True)]
+        for plan in plans
+    ]
     num_generated = answers.generate(progress)
     scores = [
         _score(benchmark.rows, [answers[key] for key in run_keys], plan, setting, is_masked, seed)
@@ -272,13 +277,12 @@ class _Planner:
 class _Answers:
     """Greedy answers by what determines them: the prompt, the adapters' contents and weights, the length allowed."""
 
-    def __init__(self, engine: EngineWorker, pool: AdapterPool, max_tokens: int, cache: Path | None) -> None:
+    def __init__(self, engine: EngineWorker, pool: AdapterPool, cache: Path | None) -> None:
         self._engine = engine
         self._pool = pool
-        self._sampling = SamplingParams(max_tokens=max_tokens)
         self._cache = cache
         self._texts: dict[str, str] = {}
-        self._wanted: dict[str, tuple[str, Composition]] = {}
+        self._wanted: dict[str, tuple[str, Composition, int]] = {}
         if cache is not None and cache.is_file():
             for line in cache.read_text(encoding="utf-8").splitlines():
                 if line.endswith("}"):  # a run that was cut off may leave half a line
@@ -288,14 +292,14 @@ class _Answers:
     def __getitem__(self, key: str) -> str:
         return self._texts[key]
 
-    def want(self, prompt: str, composition: Composition) -> str:
+    def want(self, prompt: str, composition: Composition, max_tokens: int) -> str:
         """Note an answer to generate, unless it is known; return its key."""
         members = [(self._pool[member.name].fingerprint, round(member.weight, 6)) for member in composition.adapters]
         mode = "fusion" if composition.mode == "fusion" and len(members) > 1 else "sum"
-        facts = [self._engine.name, prompt, mode, sorted(members), self._sampling.max_tokens]
+        facts = [self._engine.name, prompt, mode, sorted(members), max_tokens]
         key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
         if key not in self._texts:
-            self._wanted[key] = (prompt, composition)
+            self._wanted[key] = (prompt, composition, max_tokens)
         return key
 
     def generate(self, progress: Progress | None) -> int:
@@ -317,17 +321,28 @@ class _Answers:
         running: deque[tuple[str, Generation]] = deque()
         try:
             # By composition, so that neighbours in the queue share adapters and few have to be loaded.
-            for key, (prompt, composition) in sorted(self._wanted.items(), key=lambda item: item[1][1].names):
+            wanted = sorted(self._wanted.items(), key=lambda item: item[1][1].names)
+            for key, (prompt, composition, max_tokens) in wanted:
                 if len(running) >= 2 * self._engine.max_num_seqs:
                     yield _finish(running)
                 ids = encode_chat(self._engine.tokenizer, [{"role": "user", "content": prompt}])
                 adapters: tuple[tuple[Adapter, float], ...] = materialize(composition, self._pool)
-                running.append((key, self._engine.submit(ids, self._sampling, adapters)))
+                running.append((key, self._engine.submit(ids, SamplingParams(max_tokens=max_tokens), adapters)))
             while running:
                 yield _finish(running)
         finally:
             for _, generation in running:
                 generation.abort()
+
+
+def _longest_answers(benchmark: Benchmark, engine: EngineWorker) -> dict[str, int]:
+    """Tokens to allow, by task."""
+    limits = {}
+    for task in benchmark.domains:
+        outputs = [sample.output for sample in benchmark.cards[task] if sample.output]
+        lengths = [len(engine.tokenizer.encode(output, add_special_tokens=False)) for output in outputs]
+        limits[task] = int(1.5 * max(lengths)) + 8 if lengths else 48
+    return limits
 
 
 def _finish(running: deque[tuple[str, Generation]]) -> tuple[str, str]:

@@ -62,21 +62,24 @@ def plot_similarity(
     return _save(figure, file)
 
 
-def plot_accuracy(file: str | Path, curves: Mapping[str, Accuracy]) -> Path:
-    """Draw retrieval accuracy over k, a curve per encoder or part of the pool.
+def plot_accuracy(
+    file: str | Path, curves: Mapping[str, Accuracy], *, label: str = "right adapter among them, %"
+) -> Path:
+    """Draw accuracy over k, a curve per encoder, part of the pool or setting.
 
     Args:
         file: Where the picture goes; its suffix decides the format.
-        curves: Accuracy by k, by label.
+        curves: Accuracy in [0, 1] by k, by label.
+        label: What the accuracy is of.
 
     Raises:
         MissingDependencyError: If matplotlib is not installed.
     """
     figure, axes = _figure(5, 3.5)
-    for label, accuracy in curves.items():
+    for name, accuracy in curves.items():
         ks = sorted(accuracy)
-        axes.plot(ks, [100 * accuracy[k] for k in ks], marker="o", label=label)
-    axes.set(xlabel="adapters retrieved (k)", ylabel="right adapter among them, %")
+        axes.plot(ks, [100 * accuracy[k] for k in ks], marker="o", label=name)
+    axes.set(xlabel="adapters retrieved (k)", ylabel=label)
     axes.grid(alpha=0.3)
     axes.legend()
     return _save(figure, file)

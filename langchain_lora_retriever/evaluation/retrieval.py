@@ -175,6 +175,7 @@ def evaluate_splits(
     seeds: Iterable[int] = range(5),
     config: TrainingConfig | None = None,
     instruction: str = DEFAULT_INSTRUCTION,
+    top_k: Iterable[int] = (1, 3, 5, 8),
     wrap: Callable[[Path], Encoder] | None = None,
     show_progress: bool = False,
 ) -> SplitsReport:
@@ -190,11 +191,12 @@ def evaluate_splits(
         seeds: One split each.
         config: Training settings; the seed is the split's.
         instruction: Put before every text and sample.
+        top_k: The k to report.
         wrap: Makes an encoder of a trained model's folder, `HybridEncoder` for one; by default the model as it is.
         show_progress: Draw progress bars on stderr.
     """
     config = config or TrainingConfig(holdout_fraction=0.0)
-    names = tuple(benchmark.cards)
+    names, ks = tuple(benchmark.cards), tuple(top_k)
     runs, seconds = [], []
     for seed in seeds:
         trained, _ = split_adapters(names, fraction, seed)
@@ -214,7 +216,7 @@ def evaluate_splits(
             note.write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
         seconds.append(float(json.loads(note.read_text(encoding="utf-8"))["seconds"]))
         tuned = wrap(folder) if wrap else folder
-        runs.append(evaluate_retrieval(benchmark, tuned, instruction=instruction, seen=trained))
+        runs.append(evaluate_retrieval(benchmark, tuned, instruction=instruction, top_k=ks, seen=trained))
     if not runs:
         raise InvalidRequestError("seeds is empty: pass at least one, such as range(5).")
     tables = {

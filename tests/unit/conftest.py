@@ -54,6 +54,7 @@ class WordEncoder:
 class FakeEngine:
     """Stands in for `EngineWorker`: `answer(prompt, adapters)` says what a request gets, three characters a delta."""
 
+    name = "fake"
     max_model_len = 2048
     max_num_seqs = 8
 

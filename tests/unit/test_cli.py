@@ -66,6 +66,37 @@ def test_pool_add_inspect_remove(run, folder: Path, write_adapter, tmp_path: Pat
     assert "weather" not in AdapterPool(folder)
 
 
+def test_pool_update_replaces_what_is_given(run, folder: Path, write_adapter, tmp_path: Path) -> None:
+    """New samples leave the weights alone, a new checkpoint changes them."""
+    before = AdapterPool(folder)["sql"].fingerprint
+    samples = tmp_path / "samples.jsonl"
+    samples.write_text('{"input": "Count the rows.", "output": "SELECT COUNT(*)"}\n')
+    updated = json.loads(run("pool", "update", folder, "sql", "--samples", samples, "--json"))
+    assert updated == {"updated": "sql", "fingerprint": before}
+    assert [sample.input for sample in AdapterPool(folder).samples("sql")] == ["Count the rows."]
+    updated = json.loads(run("pool", "update", folder, "sql", write_adapter("other", seed=7), "--json"))
+    assert AdapterPool(folder)["sql"].fingerprint == updated["fingerprint"] != before
+    assert [sample.input for sample in AdapterPool(folder).samples("sql")] == ["Count the rows."]
+
+
+def test_pool_inspect_says_what_the_samples_tell(run, folder: Path) -> None:
+    """Without a name the whole pool is inspected: a minimum score, twins, and who reaches whom."""
+    pool = AdapterPool(folder)
+    for name, inputs in {"sql": ["users table", "table rows"], "dates": ["May day", "day date"]}.items():
+        pool.update(name, samples=inputs)
+    pool.update("french", samples=["table users", "rows table"])
+    report = json.loads(run("pool", "inspect", folder, "--json"))
+    assert report["num_samples"] == 6
+    assert 0 < report["min_score"] <= 1
+    assert {pair["first"] for pair in report["twins"]} | {pair["second"] for pair in report["twins"]} >= {
+        "french",
+        "sql",
+    }
+    shown = run("pool", "inspect", folder)
+    assert "min_score" in shown
+    assert "reaches" in shown
+
+
 def test_route_shows_the_decision(run, folder: Path, engine) -> None:
     """Routing prints adapters and scores and generates nothing."""
     options = ("--base-model", "fake/base", "--pool", folder, "--top-k", 1)
@@ -96,6 +127,78 @@ def test_bench_reports_throughput(run, folder: Path) -> None:
     """The bench measures the same prompts one by one and together."""
     report = json.loads(run("bench", "--base-model", "fake/base", "--pool", folder, "--prompts", 4, "--json"))
     assert [row["tokens"] for row in report["results"]] == [20, 20, 20]
+
+
+def test_bench_draws_throughput(run, folder: Path, tmp_path: Path) -> None:
+    """The bench draws tokens per second over the number of requests."""
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "throughput.png"
+    run("bench", "--base-model", "fake/base", "--pool", folder, "--prompts", 4, "--plot", picture, "--json")
+    assert picture.stat().st_size > 0
+
+
+@pytest.fixture
+def test_file(tmp_path: Path) -> Path:
+    """Rows for two of the adapters."""
+    rows = [
+        {"inputs": "Count the users table.", "targets": "The answer.", "task": "sql", "domain": "code"},
+        {"inputs": "Which date is in May?", "targets": "2021", "task": "dates"},
+    ]
+    path = tmp_path / "test.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_evaluate_retrieval_reads_cards_or_a_pool(run, folder: Path, test_file: Path, tmp_path: Path) -> None:
+    """The samples to retrieve by come from a cards file, or from the pool."""
+    cards = tmp_path / "cards.json"
+    cards.write_text(
+        json.dumps(
+            [
+                {"adapter_name": "sql", "samples": [{"inputs": "Count the rows of the users table."}] * 2},
+                {"adapter_name": "dates", "samples": [{"inputs": "Which date in May?"}] * 2},
+            ]
+        )
+    )
+    by_cards = json.loads(
+        run("evaluate", "retrieval", "--cards", cards, "--test", test_file, "--top-k", 1, "--top-k", 2, "--json")
+    )
+    assert by_cards["retrieval"]["num_adapters"] == 2
+    assert by_cards["retrieval"]["accuracy"] == {"1": 1.0, "2": 1.0}
+    assert by_cards["splits"] is None
+    assert "3 adapters" in run("evaluate", "retrieval", "--pool", folder, "--test", test_file)
+
+
+def test_evaluate_retrieval_draws_the_pool(run, folder: Path, test_file: Path, tmp_path: Path) -> None:
+    """Pictures of the pool and of its accuracy are drawn into a folder."""
+    pytest.importorskip("matplotlib")
+    run("evaluate", "retrieval", "--pool", folder, "--test", test_file, "--plots", tmp_path / "plots")
+    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == [
+        "accuracy.png", "map.png", "similarity.png",
+    ]  # fmt: skip
+
+
+def test_evaluate_splits_need_a_folder(folder: Path, test_file: Path, capsys) -> None:
+    """Encoders of training splits are kept, so where must be said."""
+    with pytest.raises(SystemExit):
+        app(["evaluate", "retrieval", "--pool", str(folder), "--test", str(test_file), "--splits", "2"])
+    assert "--output" in capsys.readouterr().err
+
+
+def test_evaluate_composition_compares_what_is_asked_for(run, folder: Path, test_file: Path, engine, tmp_path) -> None:
+    """Every k, temperature and baseline that was asked for is a setting of the report, drawn over k."""
+    pytest.importorskip("matplotlib")
+    options = ("--base-model", "fake/base", "--pool", folder, "--test", test_file, "--max-tokens", 4)
+    extra = ("--top-k", 1, "--top-k", 2, "--weight-temperature", 0.1, "--soup", "--random-fusion")
+    report = json.loads(run("evaluate", "composition", *options, *extra, "--plots", tmp_path / "plots", "--json"))
+    labels = {score["setting"]["label"] for score in report["scores"]}
+    assert labels == {
+        "base", "oracle", "selection", "fusion k=1", "fusion k=2", "mixture k=1", "mixture k=2", "default",
+        "mixture k=1, softmax(score / 0.1)", "mixture k=2, softmax(score / 0.1)",
+        "soup k=1", "soup k=2", "random k=1", "random k=2",
+    }  # fmt: skip
+    assert (tmp_path / "plots" / "composition.png").stat().st_size > 0
+    assert "right adapter masked" in run("evaluate", "composition", *options)
 
 
 def test_errors_are_printed_without_a_traceback(tmp_path: Path, capsys) -> None:

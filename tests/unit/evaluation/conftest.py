@@ -65,6 +65,9 @@ class _Tokenizer:
 
     chat_template = None
 
+    def encode(self, text: str, **_: Any) -> list[int]:
+        return [ord(character) for character in text]
+
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
         return {"input_ids": [ord(character) for character in text]}
 

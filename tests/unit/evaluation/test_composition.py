@@ -78,6 +78,26 @@ def test_answers_are_generated_once(benchmark_: Any, pool: Any, engine: Any, enc
     assert second.scores == first.scores
 
 
+def test_answers_may_be_longer_than_the_samples(benchmark_: Any, pool: Any, engine: Any, encoder: Any) -> None:
+    """The longest answer follows the outputs of the task's samples, unless it is given."""
+    limits: dict[str, set[int]] = {"by samples": set(), "given": set()}
+    answer = engine.submit
+
+    def note(name: str) -> Any:
+        def submit(ids: Any, sampling: Any, adapters: Any = ()) -> Any:
+            limits[name].add(sampling.max_tokens)
+            return answer(ids, sampling, adapters)
+
+        return submit
+
+    for name, max_tokens in (("by samples", None), ("given", 5)):
+        engine.submit = note(name)
+        evaluate_composition(
+            benchmark_, pool, engine, LoraRetriever(pool, encoder), settings=[Setting("base")], max_tokens=max_tokens
+        )
+    assert limits == {"by samples": {int(1.5 * len(task)) + 8 for task in benchmark_.cards}, "given": {5}}
+
+
 def test_default_follows_the_chat_model(benchmark_: Any, pool: Any, engine: Any, encoder: Any) -> None:
     """Without settings the paper's rows are compared with what the chat model does unless told otherwise."""
     report = evaluate_composition(benchmark_, pool, engine, LoraRetriever(pool, encoder), masked=[False])
