@@ -165,10 +165,8 @@ def make_constraint(tokenizer: PreTrainedTokenizerBase, grammar: str, *, fit: in
     with _compiling:
         matcher = _compile(tokenizer, grammar).deep_copy()
         closers = _closers(tokenizer)
-        free = None
-        if fit is not None and (shortest := _shortest(tokenizer, grammar)) is not None:
-            free = max(fit - 2 * shortest - 8, 0)
-    return GrammarConstraint(matcher, closers, num_free_tokens=free)
+        shortest = None if fit is None else _shortest(tokenizer, grammar)
+    return GrammarConstraint(matcher, closers, limit=None if shortest is None else fit, shortest=shortest or 0)
 
 
 class GrammarConstraint:
@@ -177,17 +175,22 @@ class GrammarConstraint:
     Args:
         matcher: A matcher of its own, at its start.
         closers: Bits of the tokens that close JSON, int32 `[ceil(vocab_size / 32)]`.
-        num_free_tokens: Tokens after which only closing tokens are allowed wherever there are any; None for never.
+        limit: Tokens within which to end, by allowing only closing tokens wherever there are any; None for no limit.
+        shortest: Tokens of the shortest answer.
 
     Attributes:
         is_shortened: Whether the answer was made to end early.
     """
 
-    def __init__(self, matcher: LLMatcher, closers: torch.Tensor, *, num_free_tokens: int | None = None) -> None:
+    def __init__(
+        self, matcher: LLMatcher, closers: torch.Tensor, *, limit: int | None = None, shortest: int = 0
+    ) -> None:
         self._matcher = matcher
         self._closers = closers
-        self._num_free_tokens = num_free_tokens
+        self._limit = limit
+        self._shortest = shortest
         self._num_tokens = 0
+        self._is_closing = False
         self.is_shortened = False
 
     @property
@@ -203,14 +206,12 @@ class GrammarConstraint:
     def fill_bitmask(self, row: torch.Tensor) -> None:
         """Write the allowed tokens into `row`, int32 `[ceil(vocab_size / 32)]` on the CPU, bit = 1: allowed."""
         known = row[: len(self._closers)]  # a model may have rows for more tokens than its tokenizer knows
-        self._matcher.unsafe_compute_mask_ptr(known.data_ptr(), known.numel() * known.element_size())
+        _fill(self._matcher, known)
         row[len(self._closers) :] = 0
         self._check()
-        if self._num_free_tokens is not None and self._num_tokens >= self._num_free_tokens:
-            closing = known & self._closers
-            if closing.any() and not torch.equal(closing, known):
-                known.copy_(closing)
-                self.is_shortened = True
+        self._is_closing = self._is_closing or self._must_close()
+        if self._is_closing and _keep_closing(known, self._closers):
+            self.is_shortened = True
 
     def accept(self, token_id: int) -> None:
         """Advance by a token."""
@@ -221,6 +222,15 @@ class GrammarConstraint:
     def forced_tokens(self) -> list[int]:
         """Return the tokens that must come next."""
         return [] if self._matcher.is_stopped() else list(self._matcher.compute_ff_tokens())
+
+    def _must_close(self) -> bool:
+        """Say whether one more free token might leave too few to end the answer in."""
+        # A token may begin something that has to be ended too: a string, an object and its keys.
+        reserve = 8 + self._shortest // 2
+        if self._limit is None or self._num_tokens + 2 * self._shortest + reserve < self._limit:
+            return False
+        num_left = _num_to_close(self._matcher.deep_copy(), self._closers)
+        return num_left is None or self._num_tokens + num_left + reserve >= self._limit
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -269,13 +279,31 @@ def _closers(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
 @lru_cache(maxsize=256)
 def _shortest(tokenizer: PreTrainedTokenizerBase, grammar: str) -> int | None:
     """Count the tokens of an answer that closes everything at once; None if it does not end so."""
-    constraint = GrammarConstraint(_compile(tokenizer, grammar).deep_copy(), _closers(tokenizer), num_free_tokens=0)
-    row = torch.zeros_like(constraint._closers)  # noqa: SLF001 - its own class's helper
+    return _num_to_close(_compile(tokenizer, grammar).deep_copy(), _closers(tokenizer))
+
+
+def _num_to_close(matcher: LLMatcher, closers: torch.Tensor) -> int | None:
+    """Count the tokens after which an answer that closes all it can ends; None if it does not. Uses `matcher` up."""
+    row = torch.zeros_like(closers)
     for num_tokens in range(_LONGEST_CLOSE):
-        if constraint.is_finished:
+        if matcher.is_stopped():
             return num_tokens
-        constraint.fill_bitmask(row)
+        _fill(matcher, row)
+        _keep_closing(row, closers)
         word = int(row.nonzero()[0])
         bits = int(row[word]) & 0xFFFFFFFF
-        constraint.accept(32 * word + (bits & -bits).bit_length() - 1)
+        matcher.consume_token(32 * word + (bits & -bits).bit_length() - 1)
     return None
+
+
+def _fill(matcher: LLMatcher, row: torch.Tensor) -> None:
+    matcher.unsafe_compute_mask_ptr(row.data_ptr(), row.numel() * row.element_size())
+
+
+def _keep_closing(row: torch.Tensor, closers: torch.Tensor) -> bool:
+    """Forbid all but the closing tokens if any is allowed; say whether that forbids anything."""
+    closing = row & closers
+    if not closing.any() or torch.equal(closing, row):
+        return False
+    row.copy_(closing)
+    return True

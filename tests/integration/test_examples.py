@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.demo, pytest.mark.slow]
 @pytest.mark.parametrize(
     ("name", "arguments", "expected"),
     [
-        ("rag", [], "documents"),
+        ("rag", [], "fields stand in their documents"),
         ("agent", [], "function_calling"),
         ("mixed_batch", ["--prompts", "60", "--one-by-one", "6"], "tokens/s"),
         ("streaming_chain", [], "input_tokens"),

@@ -143,10 +143,23 @@ def test_json_is_closed_to_fit_the_token_limit(tokenizer, limit: int) -> None:
     assert len(ids) <= limit
 
 
+def test_json_that_fits_is_not_shortened(tokenizer) -> None:
+    """What counts is what is left to close: keys that stand already need no room any more."""
+    text = '{"city": "Oslo", "days": 3}'
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    constraint = make_constraint(tokenizer, json_grammar(WEATHER), fit=len(ids) + 24)
+    row = torch.zeros(-(-len(tokenizer) // 32), dtype=torch.int32)
+    for token_id in ids:
+        constraint.fill_bitmask(row)
+        assert (int(row[token_id // 32]) >> (token_id % 32)) & 1
+        constraint.accept(token_id)
+    assert not constraint.is_shortened
+
+
 def test_a_pattern_is_not_closed_early(tokenizer) -> None:
     """Quotes mean nothing outside JSON, so other grammars are left alone."""
     answer = answer_format(CallOptions(guided={"regex": '[a-z"]*'}), tokenizer)
-    assert answer.make_constraint(tokenizer, 4)._num_free_tokens is None
+    assert answer.make_constraint(tokenizer, 4)._limit is None
 
 
 def test_references_and_unions_are_honoured(tokenizer) -> None:
