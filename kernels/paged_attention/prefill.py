@@ -38,7 +38,7 @@ def _prefill_kernel(
     first = tl.load(tiles + tile * 2)
     count = tl.load(tiles + tile * 2 + 1)
     if count > 0:
-        row = tl.load(rows + first)
+        row = tl.load(rows + first)  # -1: padding, for which nothing is read
         begin = tl.load(positions + first).to(tl.int32)
         m = tl.arange(0, BLOCK_M)
         n = tl.arange(0, BLOCK_N)
@@ -57,11 +57,11 @@ def _prefill_kernel(
         maximum = tl.full([BLOCK_M], -float("inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_VALUE], tl.float32)
-        tables += row * table_stride
+        tables += tl.maximum(row, 0) * table_stride
         lo = 0
         if HAS_WINDOW:
             lo = tl.maximum(begin - window + 1, 0) // BLOCK_N * BLOCK_N
-        hi = begin + count.to(tl.int32)
+        hi = tl.where(row >= 0, begin + count.to(tl.int32), 0)
         for start in range(lo, hi, BLOCK_N):
             position = start + n
             exists = position < hi
@@ -111,7 +111,8 @@ def attend_prefill(
     """Attend for runs of adjacent tokens of a sequence, each over the cached tokens up to itself.
 
     Args:
-        out: `[num_tokens, num_heads, value_dim]`, heads contiguous; the tiles' rows are written.
+        out: `[num_tokens, num_heads, value_dim]`, heads contiguous; the tiles' rows are written, those of padding with
+            zeros.
         query: `[num_tokens, num_heads, head_dim]`, unit stride in a head.
         keys: Cache `[num_blocks, block_size, num_kv_heads, head_dim]`, contiguous.
         values: Cache `[num_blocks, block_size, num_kv_heads, value_dim]`, contiguous.

@@ -33,7 +33,10 @@ class EngineConfig:
         enable_prefix_caching: Share the KV of equal prefixes between requests that run the same composition.
         attention_backend: "torch" runs anywhere, "triton" needs the whole model on one device; "auto" picks Triton on
             a GPU and PyTorch elsewhere.
-        enable_cuda_graphs: Replay decode steps as CUDA graphs, where the Triton backend runs on a GPU.
+        enable_cuda_graphs: Replay steps of up to 2,048 tokens as CUDA graphs, where the Triton backend runs on a GPU.
+        captured_num_adapters: Numbers of adapters per request for which graphs are captured when the engine starts. A
+            request with another number takes the next larger one; beyond the largest, graphs are captured when first
+            met.
         enable_fused_layers: Run decoder layers of a known shape with fused kernels, where the Triton backend runs; the
             result is checked against the model's own layers when the engine starts.
         enable_async_scheduling: Launch a step before the tokens of the last one are known here; None does on a GPU.
@@ -53,6 +56,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     attention_backend: Literal["auto", "torch", "triton"] = "auto"
     enable_cuda_graphs: bool = True
+    captured_num_adapters: tuple[int, ...] = (0, 1, 3)
     enable_fused_layers: bool = True
     enable_async_scheduling: bool | None = None
 
@@ -79,6 +83,10 @@ class EngineConfig:
         if not 1 <= self.max_adapters_per_request <= 8:
             raise InvalidRequestError(
                 f"EngineConfig(max_adapters_per_request={self.max_adapters_per_request!r}): pass 1 to 8."
+            )
+        if not all(0 <= num <= 8 for num in self.captured_num_adapters):
+            raise InvalidRequestError(
+                f"EngineConfig(captured_num_adapters={self.captured_num_adapters!r}): pass numbers of 0 to 8."
             )
         if self.attention_backend not in {"auto", "torch", "triton"}:
             raise InvalidRequestError(

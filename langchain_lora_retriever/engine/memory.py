@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import psutil
 import torch
 
+from langchain_lora_retriever.engine.step_graph import MAX_CAPTURED_TOKENS
 from langchain_lora_retriever.errors import EngineError
 
 if TYPE_CHECKING:
@@ -88,7 +89,8 @@ def plan_memory(base: BaseModel, probe: ModelProbe, config: EngineConfig) -> Mem
         if on_gpu:
             free, total = torch.cuda.mem_get_info()
             hidden = base.model.config.get_text_config().hidden_size
-            activations = max_num_batched_tokens * hidden * _GPU_ACTIVATION_BYTES_PER_TOKEN
+            num_tokens = max_num_batched_tokens + min(max_num_batched_tokens, MAX_CAPTURED_TOKENS)
+            activations = num_tokens * hidden * _GPU_ACTIVATION_BYTES_PER_TOKEN
             used = total - free
             cache_bytes = int(config.gpu_memory_utilization * total) - used - lora_bytes - activations
         else:

@@ -1,33 +1,35 @@
-"""Forward passes of a model on one device, with Triton attention, fused layers and captured decode steps."""
+"""Forward passes of a model on one device, with Triton attention, fused layers and captured steps."""
 
 from __future__ import annotations
 
-import bisect
 import logging
+import time
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from langchain_lora_retriever.engine.block_tables import BlockTables
-from langchain_lora_retriever.engine.decode_graph import CaptureError, DecodeGraph, bucket_sizes
 from langchain_lora_retriever.engine.fused_layers import FusedLayers
 from langchain_lora_retriever.engine.paged_step import PagedStep, QueryTiles
+from langchain_lora_retriever.engine.step_graph import CaptureError, StepGraph, StepShapes
 from langchain_lora_retriever.engine.upload import upload
 from paged_attention import Pages, queries_per_tile
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from transformers import PreTrainedModel
 
     from langchain_lora_retriever.engine.attention import PagedCache
     from langchain_lora_retriever.engine.config import EngineConfig
-    from langchain_lora_retriever.engine.decode_graph import StaticInputs
     from langchain_lora_retriever.engine.lora_layers import LoraLayers
     from langchain_lora_retriever.engine.memory import MemoryPlan
     from langchain_lora_retriever.engine.packed_batch import PackedBatch
     from langchain_lora_retriever.engine.probe import ModelProbe
+    from langchain_lora_retriever.engine.step_graph import StaticInputs, StepShape
+
+    Adapters = list[tuple[int, Sequence[int], Sequence[float]]]  # for each sequence its tokens, slots and weights
 
 __all__ = ["PagedExecutor"]
 
@@ -35,6 +37,7 @@ _logger = logging.getLogger(__name__)
 
 _TOLERANCE = {torch.float32: 1e-3}  # of the fused layers' logits, by relative norm
 _TOLERANCE_16_BIT = 5e-2
+_USUAL_NUM_STREAMS = 16  # beside prompts; decides how the streams' keys are split, as their number is data there
 
 
 class PagedExecutor:
@@ -69,10 +72,19 @@ class PagedExecutor:
         geometry = next(iter(probe.attention.values()))
         self._tile_size = queries_per_tile(geometry.num_heads, geometry.num_kv_heads)
         self._fused = self._fuse(probe) if config.enable_fused_layers else None
-        self._buckets = bucket_sizes(memory.max_num_seqs) if config.enable_cuda_graphs else []
-        self._graphs: dict[tuple[int, int, tuple[int, int] | None], DecodeGraph] = {}
-        is_captured = bool(self._buckets) and self._device.type == "cuda"
-        self._pool = torch.cuda.graph_pool_handle() if is_captured else None
+        self._graphs: dict[tuple[StepShape, tuple[int, int] | None], StepGraph] = {}
+        self._num_adapters = sorted(
+            {0, *(num for num in config.captured_num_adapters if num <= config.max_adapters_per_request)}
+        )
+        self._shapes: StepShapes | None = None
+        if config.enable_cuda_graphs:
+            self._shapes = StepShapes(
+                memory.max_num_seqs, memory.max_num_batched_tokens, self._tile_size, self._num_adapters
+            )
+        self._pool: Any = None
+        self._logits = torch.empty(0)
+        if self._device.type == "cuda":
+            self._warm_up(memory, config)
 
     @property
     def is_fused(self) -> bool:
@@ -82,20 +94,23 @@ class PagedExecutor:
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """Logits `[num_sampled, vocab_size]` of a step, in order of `batch.sampled_requests`."""
         self._tables.sync(item.request for item in batch.scheduled)
-        if batch.is_decode and self._buckets:
-            try:
-                return self._decode(batch)
-            except CaptureError as error:
-                _logger.warning("%s runs without CUDA graphs: %s", type(self._model).__name__, error.__cause__)
-                self._buckets = []
-        self._lora_layers.set_batch(
-            [
-                (item.num_new_tokens, item.request.lora_slots or (), [w for _, w in item.request.adapters])
-                for item in batch.scheduled
-            ]
-        )
+        adapters: Adapters = [
+            (item.num_new_tokens, item.request.lora_slots or (), [w for _, w in item.request.adapters])
+            for item in batch.scheduled
+        ]
+        decode_tokens, prefill_tiles = self._tiles(batch)
+        num_active = len({slot for _, slots, _ in adapters for slot in slots})
+        graph = self._find_graph(batch, max(len(slots) for _, slots, _ in adapters), num_active)
+        if graph is not None:
+            return graph.replay(batch, decode_tokens, prefill_tiles, adapters)
+        self._lora_layers.set_batch(adapters)
         tokens = upload([batch.token_ids, batch.positions, batch.rows, batch.sources], torch.int64, self._device)
-        return self._run(tokens, self._tiles(batch), upload(batch.sampled_tokens, torch.int64, self._device))
+        tiles = QueryTiles(
+            upload(decode_tokens, torch.int64, self._device),
+            upload(prefill_tiles, torch.int64, self._device).view(-1, 2),
+            len(decode_tokens),
+        )
+        return self._run(tokens, tiles, upload(batch.sampled_tokens, torch.int64, self._device))
 
     def close(self) -> None:
         """Give the model's layers their own forwards back, and drop the graphs."""
@@ -103,41 +118,93 @@ class PagedExecutor:
         if self._fused is not None:
             self._fused.detach()
 
-    def _decode(self, batch: PackedBatch) -> torch.Tensor:
-        num_tokens = self._buckets[bisect.bisect_left(self._buckets, len(batch.token_ids))]
-        adapters = tuple(
-            (item.request.lora_slots or (), tuple(w for _, w in item.request.adapters)) for item in batch.scheduled
-        )
-        k = max(len(slots) for slots, _ in adapters)
-        num_active = len({slot for slots, _ in adapters for slot in slots})
-        key = (num_tokens, k, self._lora_layers.launch_shape(num_tokens, k, num_active))
+    def _find_graph(self, batch: PackedBatch, num_adapters: int, num_active: int) -> StepGraph | None:
+        """The graph that serves a step, captured now if it was not foreseen; None if the step runs without."""
+        if self._shapes is None:
+            return None
+        shape = self._shapes.find(len(batch.token_ids), num_adapters, is_decode=batch.is_decode)
+        if shape is None:
+            return None
+        try:
+            return self._capture(shape, num_active)
+        except CaptureError as error:
+            self._give_up_graphs(error)
+            return None
+
+    def _capture(self, shape: StepShape, num_active: int) -> StepGraph:
+        """The graph for steps of a shape that name so many adapters, captured if there is none yet."""
+        key = (shape, self._lora_layers.launch_shape(shape.num_tokens, shape.num_adapters, num_active))
         graph = self._graphs.get(key)
         if graph is None:
-            forward = partial(self._run_static, num_active)
-            graph = self._graphs[key] = DecodeGraph(forward, num_tokens, k, self._device, self._pool)
-        return graph.replay(batch, adapters)
+            forward = partial(self._run_static, shape, num_active)
+            graph = self._graphs[key] = StepGraph(forward, shape, self._device, self._pool)
+        return graph
 
-    def _run_static(self, num_active: int, inputs: StaticInputs) -> torch.Tensor:
-        """A decode step that reads nothing from the host, every token with logits."""
+    @torch.inference_mode()
+    def _warm_up(self, memory: MemoryPlan, config: EngineConfig) -> None:
+        """Take the memory and compile the kernels of the largest steps, and capture every foreseen one."""
+        start = time.perf_counter()
+        # A launch with a multiple of 16 tokens is compiled apart from others.
+        for num_tokens in {memory.max_num_batched_tokens, max(1, memory.max_num_batched_tokens - 1)}:
+            for num_adapters in self._num_adapters:
+                logits = self._run_padding(num_tokens, num_adapters, memory.max_num_seqs)
+        if self._shapes is None:
+            return
+        self._pool = torch.cuda.graph_pool_handle()
+        self._logits = torch.empty(memory.max_num_seqs, logits.shape[1], dtype=logits.dtype, device=self._device)
+        try:
+            for shape in self._shapes.all():
+                for num_active in (1, config.max_loras) if shape.num_adapters else (0,):
+                    self._capture(shape, num_active)
+        except CaptureError as error:
+            self._give_up_graphs(error)
+            return
+        _logger.info("%d graphs captured in %.1f s", len(self._graphs), time.perf_counter() - start)
+
+    def _run_padding(self, num_tokens: int, num_adapters: int, num_sampled: int) -> torch.Tensor:
+        """A step of padding alone, without a graph."""
+        slots = weights = None
+        if num_adapters:
+            slots = torch.full((num_tokens, num_adapters), -1, dtype=torch.int32, device=self._device)
+            weights = torch.zeros(num_tokens, num_adapters, device=self._device)
+        self._lora_layers.set_device_batch(slots, weights)
+        tokens = torch.zeros(4, num_tokens, dtype=torch.int64, device=self._device)
+        tokens[2:] = -1
+        zeros = tokens[0]
+        tiles = QueryTiles(zeros[:1] - 1, zeros[:2].view(1, 2), 1)
+        return self._run(tokens, tiles, zeros[: min(num_sampled, num_tokens)])
+
+    def _give_up_graphs(self, error: CaptureError) -> None:
+        _logger.warning("%s runs without CUDA graphs: %s", type(self._model).__name__, error.__cause__)
+        self._shapes = None
+        self._graphs.clear()
+
+    def _run_static(self, shape: StepShape, num_active: int, inputs: StaticInputs) -> torch.Tensor:
+        """A step that reads nothing from the host."""
         self._lora_layers.set_device_batch(inputs.lora_slots, inputs.lora_weights, num_active)
-        num_tokens = inputs.tokens.shape[1]
-        decode_tokens = torch.arange(num_tokens, device=self._device)
-        return self._run(inputs.tokens, QueryTiles(decode_tokens, decode_tokens[:0].view(0, 2)), None)
+        num_sequences = shape.num_decodes if shape.is_decode else min(shape.num_decodes, _USUAL_NUM_STREAMS)
+        tiles = QueryTiles(inputs.decode_tokens, inputs.prefill_tiles, num_sequences)
+        logits = self._run(inputs.tokens, tiles, inputs.sampled)
+        if self._device.type != "cuda":
+            return logits
+        # One place for all graphs: what a graph returns stays allocated in their pool.
+        return self._logits[: shape.num_sampled].copy_(logits)
 
-    def _run(self, tokens: torch.Tensor, tiles: QueryTiles, sampled: torch.Tensor | None) -> torch.Tensor:
+    def _run(self, tokens: torch.Tensor, tiles: QueryTiles, sampled: torch.Tensor) -> torch.Tensor:
         token_ids, positions, rows, sources = tokens
         token_ids = torch.where(sources >= 0, self._chosen[sources.clamp_min(0)], token_ids)
         output = self._model(
             input_ids=token_ids[None],
             position_ids=positions[None],
             use_cache=False,
-            logits_to_keep=0 if sampled is None else sampled,
+            logits_to_keep=sampled,
             attention_step=PagedStep(self._caches, Pages(self._tables.tables, rows, positions), tiles),
         )
         logits: torch.Tensor = output.logits[0]
         return logits
 
-    def _tiles(self, batch: PackedBatch) -> QueryTiles:
+    def _tiles(self, batch: PackedBatch) -> tuple[list[int], list[tuple[int, int]]]:
+        """The tokens that are their sequence's only one, and first token and length of pieces of the others."""
         decode_tokens: list[int] = []
         prefill_tiles: list[tuple[int, int]] = []
         start = 0
@@ -148,8 +215,7 @@ class PagedExecutor:
             else:
                 prefill_tiles += [(start + i, min(size, num - i)) for i in range(0, num, size)]
             start += num
-        tiles = upload(prefill_tiles, torch.int64, self._device).view(-1, 2)
-        return QueryTiles(upload(decode_tokens, torch.int64, self._device), tiles)
+        return decode_tokens, prefill_tiles
 
     def _fuse(self, probe: ModelProbe) -> FusedLayers | None:
         """The model's layers, fused and attached, if they are of a known shape and give the same logits."""
@@ -178,13 +244,14 @@ class PagedExecutor:
         empty = torch.zeros(0, dtype=torch.int64, device=self._device)
         logits = []
         for positions, tiles in (
-            (list(range(num - 1)), QueryTiles(empty, upload([(0, num - 1)], torch.int64, self._device))),
-            ([num - 1], QueryTiles(upload([0], torch.int64, self._device), empty.view(0, 2))),
+            (list(range(num - 1)), QueryTiles(empty, upload([(0, num - 1)], torch.int64, self._device), 0)),
+            ([num - 1], QueryTiles(upload([0], torch.int64, self._device), empty.view(0, 2), 1)),
         ):
             if positions:
                 zeros, none = [0] * len(positions), [-1] * len(positions)
                 tokens = upload([[p + 1 for p in positions], positions, zeros, none], torch.int64, self._device)
-                logits.append(self._run(tokens, tiles, None).float())
+                sampled = torch.arange(len(positions), device=self._device)
+                logits.append(self._run(tokens, tiles, sampled).float())
         for cache in self._caches.values():
             cache.keys[0].zero_()
             cache.values[0].zero_()

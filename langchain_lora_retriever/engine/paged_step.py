@@ -22,12 +22,14 @@ class QueryTiles(NamedTuple):
     """How a step's queries are shared out.
 
     Attributes:
-        decode_tokens: Tokens that are their sequence's only one in the step `[n]`, int64.
+        decode_tokens: Tokens that are their sequence's only one in the step `[n]`, int64; -1 is padding.
         prefill_tiles: First token and number of tokens of pieces of the other sequences `[n, 2]`, int64.
+        num_decodes: How many of the first are to be reckoned with; fewer of them share out each one's keys further.
     """
 
     decode_tokens: torch.Tensor
     prefill_tiles: torch.Tensor
+    num_decodes: int
 
 
 class PagedStep:
@@ -100,11 +102,11 @@ class PagedStep:
         keys, values = self._caches[layer_idx]
         num_tokens, num_heads, _ = query.shape
         out = torch.empty(num_tokens, num_heads, values.shape[-1], dtype=query.dtype, device=query.device)
-        tokens, tiles = self._tiles
+        tokens, tiles, num_decodes = self._tiles
         if tokens.shape[0]:
             attend_decode(
                 out, query, keys, values, self._pages, tokens, scaling=scaling, sliding_window=sliding_window,
-                softcap=softcap, num_splits=choose_num_splits(tokens.shape[0], keys.shape[2]),
+                softcap=softcap, num_splits=choose_num_splits(num_decodes, keys.shape[2]),
             )  # fmt: skip
         if tiles.shape[0]:
             attend_prefill(

@@ -103,6 +103,25 @@ def test_graphs_change_no_token(architecture: str) -> None:
             worker.check_integrity()
 
 
+def test_serving_captures_nothing_and_takes_no_memory(llama: Any) -> None:
+    """Prompts beside streams, one adapter and mixtures, many sizes: all of it was made at the start."""
+    cases = make_cases(llama, 40)
+    expected = [generate(llama, *case) for case in cases]
+    with make_worker(llama, max_num_batched_tokens=64) as worker:
+        executor = worker._engine._runner._executor
+        assert executor is not None
+        captured = set(executor._graphs)
+        for round_ in range(3):
+            running = [worker.submit(prompt, greedy(), adapters) for prompt, adapters in cases]
+            assert [list(g.result(120).token_ids) for g in running] == expected
+            torch.cuda.synchronize()
+            if round_ == 0:
+                reserved = torch.cuda.memory_reserved()
+        assert set(executor._graphs) == captured
+        assert torch.cuda.memory_reserved() == reserved
+        worker.check_integrity()
+
+
 def test_one_graph_serves_one_adapter_and_many(llama: Any) -> None:
     """A step captured while every row ran the same adapter is replayed while each runs its own, and back again."""
     adapters = [make_adapter(llama, f"g{i}", r=4) for i in range(8)]

@@ -122,7 +122,7 @@ def test_decode(
 def test_prefill(
     heads: int, kv_heads: int, dim: int, window: int | None, softcap: float | None, dtype: torch.dtype
 ) -> None:
-    """Whole prompts, one of them longer than a tile, and prompts behind a cached prefix."""
+    """Whole prompts, one of them longer than a tile, and prompts behind a cached prefix, beside a padding token."""
     from paged_attention import attend_prefill, queries_per_tile, write_kv
 
     step = make_step([(3, 3), (133, 133), (2, 70), (30, 45)], heads, kv_heads, dim, dtype)
@@ -132,12 +132,14 @@ def test_prefill(
     for num_queries, _ in step.spans:
         tiles += [(start + i, min(size, num_queries - i)) for i in range(0, num_queries, size)]
         start += num_queries
+    tiles.append((start, 1))
     out = torch.full_like(step.query, torch.nan)
     options = {"sliding_window": window, "softcap": softcap}
     attend_prefill(
         out, step.query, step.keys, step.values, step.pages, torch.tensor(tiles, device=DEVICE), scaling=0.3, **options
     )
     close(out[:-1], reference(step, window, softcap), dtype)
+    assert (out[-1] == 0).all()
 
 
 @pytest.mark.parametrize("has_norm", [False, True])

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from langchain_lora_retriever.engine.block_tables import BlockTables
-from langchain_lora_retriever.engine.decode_graph import DecodeGraph, StaticInputs, bucket_sizes
 from langchain_lora_retriever.engine.packed_batch import PackedBatch
 from langchain_lora_retriever.engine.request import Request
 from langchain_lora_retriever.engine.scheduler import ScheduledRequest
@@ -57,32 +56,3 @@ def test_block_tables_follow_growth_and_replacement() -> None:
     assert tables.tables[1, 0].item() == 2
     tables.sync([make_request(3, 1, block_ids=[7, 8, 1])])
     assert tables.tables.tolist() == [[0, 0, 0, 0], [7, 8, 1, 0]]
-
-
-def test_a_graph_pads_its_step_and_keeps_adapters_that_stay() -> None:
-    """Padding has no row, no source and no adapter; adapters are copied when they change."""
-    seen: list[StaticInputs] = []
-
-    def forward(inputs: StaticInputs) -> torch.Tensor:
-        seen.append(StaticInputs(*(None if part is None else part.clone() for part in inputs)))  # type: ignore[arg-type]
-        return inputs.tokens[0, :, None].float()
-
-    graph = DecodeGraph(forward, 4, 2, CPU, None)
-    requests = [make_request(3, row, num_computed_tokens=3, output_token_ids=[40 + row]) for row in (2, 0)]
-    batch = PackedBatch.pack([ScheduledRequest(request, 1) for request in requests], {})
-    logits = graph.replay(batch, (((4, 6), (0.5, 0.25)), ((), ())))
-    assert logits[:, 0].tolist() == [42, 40]
-    assert seen[0].tokens.tolist() == [[42, 40, 0, 0], [3, 3, 0, 0], [2, 0, -1, -1], [-1, -1, -1, -1]]
-    assert seen[0].lora_slots is not None
-    assert seen[0].lora_slots.tolist() == [[4, 6], [-1, -1], [-1, -1], [-1, -1]]
-    graph.replay(batch, (((1,), (1.0,)),))
-    assert seen[1].lora_slots is not None
-    assert seen[1].lora_weights is not None
-    assert seen[1].lora_slots[0].tolist() == [1, -1]
-    assert seen[1].lora_weights.tolist() == [[1.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
-
-
-def test_buckets_reach_from_one_to_the_most_there_may_be() -> None:
-    """Small steps are padded little, the largest not at all."""
-    assert bucket_sizes(1) == [1]
-    assert bucket_sizes(20) == [1, 2, 4, 8, 16, 20]
