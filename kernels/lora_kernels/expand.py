@@ -100,7 +100,7 @@ def _expand_token_kernel(
     tl.store(y_ptr, (old + acc).to(y.dtype.element_ty), mask=n < end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "max_items"])
 def _mix_kernel(
     mixed,
     rows,
@@ -169,7 +169,7 @@ def _mix_kernel(
         tl.store(target, (total * weight).to(mixed.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _expand_tile_kernel(
     y,
     mixed,

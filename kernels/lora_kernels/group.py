@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _sort_kernel(  # noqa: C901 - two scans over pairs, two over tokens
     mapping,
     weights,
@@ -78,7 +78,7 @@ def _sort_kernel(  # noqa: C901 - two scans over pairs, two over tokens
             offset += tl.sum(hit)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_pair_tiles", "num_token_tiles", "max_items"])
 def _tile_kernel(
     mapping,
     counts,

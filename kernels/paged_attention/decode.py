@@ -23,7 +23,8 @@ def choose_num_splits(num_sequences: int, num_kv_heads: int) -> int:
     return max(1, min(_MAX_SPLITS, _TARGET_PROGRAMS // (num_sequences * num_kv_heads)))
 
 
-@triton.jit
+# What differs from step to step must not be compiled in: a step waits for every new variant.
+@triton.jit(do_not_specialize=["num_splits"], do_not_specialize_on_alignment=["rows", "positions", "tokens"])
 def _decode_kernel(
     out, partial, stats, query, keys, values, tables, rows, positions, tokens, scale, softcap, window, query_stride,
     query_head_stride, out_stride, table_stride, num_kv_heads, num_splits,
@@ -95,7 +96,7 @@ def _decode_kernel(
         tl.store(target, normal.to(out.dtype.element_ty), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"], do_not_specialize_on_alignment=["tokens"])
 def _combine_kernel(
     out, partial, stats, tokens, out_stride, num_heads, num_splits,
     VALUE_DIM: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_VALUE: tl.constexpr,

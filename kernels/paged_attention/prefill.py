@@ -24,7 +24,7 @@ def queries_per_tile(num_heads: int, num_kv_heads: int) -> int:
     return max(1, _BLOCK_M // group)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows", "positions", "tiles"])
 def _prefill_kernel(
     out, query, keys, values, tables, rows, positions, tiles, scale, softcap, window, query_stride, query_head_stride,
     out_stride, table_stride, num_kv_heads,

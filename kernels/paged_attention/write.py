@@ -76,7 +76,7 @@ def _prepare_heads(
         tl.store(target + heads[:, None] * target_stride + t[None, :], tail.to(dtype), mask=tail_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows", "positions"])
 def _write_kernel(
     query, key, value, keys, values, tables, rows, positions, query_weight, key_weight, cos, sin, eps, offset,
     query_stride, query_head_stride, key_stride, key_head_stride, value_stride, value_head_stride, table_stride,
