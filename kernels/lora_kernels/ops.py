@@ -119,7 +119,7 @@ def _add_lora(
             gathered = dense.gather(a, b, ranks, starts, counts, out_features, step.slots)
             dense.add_dense(y, x, *gathered, out_features, step.row_weights)
         return
-    v = _lora_shrink(x, a, ranks, starts, max_rank, batch)
+    v = _lora_shrink(x, a, ranks, starts, max_rank, block_m, batch)
     _lora_expand(y, v, b, ranks, starts, out_features, block_m, [], batch)
 
 
@@ -149,16 +149,18 @@ def lora_shrink(x: torch.Tensor, stack: LoraStack, batch: LoraBatch) -> torch.Te
     _check_batch(stack, batch)
     _check("x", x, (batch.num_tokens, stack.in_features), stack)
     rows = stack.rows
-    v: torch.Tensor = _lora_shrink(x, stack.a, stack.ranks, rows.starts, batch.rank_bound, batch.tensors())
+    v: torch.Tensor = _lora_shrink(
+        x, stack.a, stack.ranks, rows.starts, batch.rank_bound, batch.block_m, batch.tensors()
+    )
     return v
 
 
-def _empty_v(x: torch.Tensor, a: torch.Tensor, max_rank: int, batch: list[torch.Tensor]) -> torch.Tensor:
+def _empty_v(x: torch.Tensor, a: torch.Tensor, max_rank: int, block_m: int, batch: list[torch.Tensor]) -> torch.Tensor:
     """Allocate the partial sums."""
     num_tokens, k = batch[0].shape
     splits = 1
     if len(batch) > 2:
-        splits = plan.plan_shrink(num_tokens, k, max_rank, x.shape[1], a.shape[0], x.element_size()).num_splits
+        splits = plan.plan_shrink(num_tokens, k, max_rank, x.shape[1], a.shape[0], x.element_size(), block_m).num_splits
     return torch.empty(splits, num_tokens, k, a.shape[0], max_rank, dtype=torch.float32, device=x.device)
 
 
@@ -169,9 +171,10 @@ def _lora_shrink(
     ranks: torch.Tensor,
     starts: torch.Tensor,
     max_rank: int,
+    block_m: int,
     batch: list[torch.Tensor],
 ) -> torch.Tensor:
-    v = _empty_v(x, a, max_rank, batch)
+    v = _empty_v(x, a, max_rank, block_m, batch)
     if v.numel() == 0:
         return v
     if len(batch) == 2:
@@ -183,7 +186,7 @@ def _lora_shrink(
         return v
     from lora_kernels.shrink import shrink  # noqa: PLC0415 - Triton is optional
 
-    shrink(v, x, a, ranks, starts, batch)
+    shrink(v, x, a, ranks, starts, block_m, batch)
     return v
 
 
@@ -194,9 +197,10 @@ def _(
     ranks: torch.Tensor,  # noqa: ARG001 - the schema's
     starts: torch.Tensor,  # noqa: ARG001 - the schema's
     max_rank: int,
+    block_m: int,
     batch: list[torch.Tensor],
 ) -> torch.Tensor:
-    return _empty_v(x, a, max_rank, batch)
+    return _empty_v(x, a, max_rank, block_m, batch)
 
 
 def lora_mix(v: torch.Tensor, stack: LoraStack, batch: LoraBatch) -> list[torch.Tensor]:

@@ -43,7 +43,7 @@ def token_block(num_tokens: int, k: int, num_active: int) -> int:
         num_active: Adapters that the step's tokens name, at most.
     """
     pairs = num_tokens * k
-    if num_tokens <= 64 and (num_tokens < 16 or pairs < 48 or pairs < 6 * num_active):
+    if num_tokens <= 64 and (num_tokens < 16 or pairs < 48 or pairs < (6 if num_tokens > 32 else 13) * num_active):
         return 1
     return min(max(16, power_of_2(num_tokens)), 32 if k == 1 and num_tokens <= 256 else 64)
 
@@ -80,8 +80,10 @@ class ShrinkPlan:
     num_stages: int
 
 
-def plan_shrink(num_tokens: int, k: int, max_rank: int, in_features: int, num_slices: int, itemsize: int) -> ShrinkPlan:
-    """Choose the launch shape of `shrink`."""
+def plan_shrink(
+    num_tokens: int, k: int, max_rank: int, in_features: int, num_slices: int, itemsize: int, block_m: int
+) -> ShrinkPlan:
+    """Choose the launch shape of `shrink`; `block_m` is what `token_block` gives for the step."""
     pairs = num_tokens * k
     if pair_block(num_tokens, k) == 16:
         # Reading A is all there is: many small programs, or fewer and longer ones if there are many adapters.
@@ -89,7 +91,9 @@ def plan_shrink(num_tokens: int, k: int, max_rank: int, in_features: int, num_sl
         if pairs <= 24:
             chunk = max(wide, cdiv(in_features, 32 * wide) * wide)
             return ShrinkPlan(1, 16, wide, chunk, cdiv(in_features, chunk), 4, 1 if chunk == wide else 2)
-        return ShrinkPlan(1, 16, wide // 2, 4 * wide, cdiv(in_features, 4 * wide), 2, 4)
+        # Tokens on their own read the partial sums again for every block of columns: fewer where there are many pairs.
+        chunk = (8 if block_m == 1 and pairs > 128 else 4) * wide
+        return ShrinkPlan(1, 16, wide // 2, chunk, cdiv(in_features, chunk), 2, 4)
     # Reading x is most of it: one program takes all slices.
     slices = power_of_2(num_slices)
     block_r = max(16, min(power_of_2(max_rank), 256 // slices, 64))

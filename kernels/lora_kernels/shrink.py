@@ -91,12 +91,13 @@ def shrink(
     a: torch.Tensor,
     ranks: torch.Tensor,
     starts: torch.Tensor,
+    token_block: int,
     batch: list[torch.Tensor],
 ) -> None:
     """Fill the partial sums `v [num_splits, num_tokens, k, num_slices, max_rank]`; see `ops.lora_shrink`."""
     _, num_tokens, k, num_slices, max_rank = v.shape
     in_features, max_loras = x.shape[1], ranks.shape[0]
-    p = plan.plan_shrink(num_tokens, k, max_rank, in_features, num_slices, x.element_size())
+    p = plan.plan_shrink(num_tokens, k, max_rank, in_features, num_slices, x.element_size(), token_block)
     rank_blocks = plan.cdiv(max_rank, p.block_r)
     block_m = plan.pair_block(num_tokens, k)
     stage_bytes = (block_m + p.slices * p.block_r) * p.block_k * x.element_size()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from paged_attention.pages import Pages
 
-_BLOCK_M = 128
+_BLOCK_M = 64
 
 
 def queries_per_tile(num_heads: int, num_kv_heads: int) -> int:
@@ -160,6 +160,6 @@ def attend_prefill(
         BLOCK_N=64 if is_small else 32,
         BLOCK_DIM=block_dim,
         BLOCK_VALUE=max(16, triton.next_power_of_2(value_dim)),
-        num_warps=8,
+        num_warps=4,
         num_stages=2,
     )

@@ -19,7 +19,7 @@ class EngineConfig:
         max_num_batched_tokens: Most tokens computed in one step, >= `max_num_seqs`. A longer prompt is prefilled
             in chunks beside the decoding of others; None picks 512 on a CPU and 4,096 on a GPU.
         max_num_prefill_tokens: Most prompt tokens of a step that also serves streams, while those are more than the
-            requests that wait for their first token: bounds the pause that a long prompt causes. None picks 384 on a
+            requests that wait for their first token: bounds the pause that a long prompt causes. None picks 256 on a
             GPU and sets no limit on a CPU.
         max_model_len: Most tokens of prompt and answer together; None takes the model's context window.
         block_size: Tokens per block of the paged KV cache.

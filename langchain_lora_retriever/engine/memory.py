@@ -104,5 +104,5 @@ def plan_memory(base: BaseModel, probe: ModelProbe, config: EngineConfig) -> Mem
         )
     return MemoryPlan(
         num_blocks, num_lora_rows, num_staging_rows, pinned_bytes, min(max_model_len, num_blocks * config.block_size),
-        max_num_seqs, max_num_batched_tokens, config.max_num_prefill_tokens or (384 if on_gpu else None),
+        max_num_seqs, max_num_batched_tokens, config.max_num_prefill_tokens or (256 if on_gpu else None),
     )  # fmt: skip

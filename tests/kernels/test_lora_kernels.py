@@ -189,7 +189,7 @@ def test_shrink_then_expand(backend, num_tokens):
 
 
 @backends
-@pytest.mark.parametrize("num_active", [1, 5, 60])
+@pytest.mark.parametrize("num_active", [1, 3, 60])
 @pytest.mark.parametrize("num_tokens", [16, 40])
 def test_both_ways_to_expand(backend, num_tokens, num_active):
     """Told how many adapters a decode step has, expand takes tiles or single tokens; the result is the same."""
