@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jinja2
@@ -22,7 +23,7 @@ from langchain_lora_retriever.dialects import add_tools_section, dialect_of
 from langchain_lora_retriever.errors import InvalidRequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
@@ -195,7 +196,8 @@ def encode_chat(
                     continue_final_message=is_continued,
                     tokenize=True,
                     return_dict=False,
-                    sanitize_control_tokens=True,
+                    # Sanitizing changes nothing where there is nothing to sanitize, and encodes twice.
+                    sanitize_control_tokens=_names_control_tokens(tokenizer, [variant, tools, template_kwargs]),
                     **(template_kwargs or {}),
                 )
             return list(token_ids)
@@ -204,6 +206,31 @@ def encode_chat(
     raise InvalidRequestError(
         f"The chat template refuses these messages ({', '.join(turn['role'] for turn in turns)}): {refusals[0]}"
     ) from refusals[0]
+
+
+def _names_control_tokens(tokenizer: PreTrainedTokenizerBase, parts: Any) -> bool:
+    """Say whether a text among a prompt's parts holds what might be a control token of the tokenizer's."""
+    pattern = _control_tokens(tokenizer, len(tokenizer))
+    return any(pattern.search(text) for text in _texts(parts))
+
+
+@lru_cache(maxsize=32)
+def _control_tokens(tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> re.Pattern[str]:  # noqa: ARG001 - a tokenizer that grew is read again
+    """Match every added token but blanks that are no special tokens; control tokens are some of these."""
+    added = tokenizer.added_tokens_decoder.values()
+    contents = [token.content for token in added if token.special or not token.content.isspace()]
+    return re.compile("|".join(map(re.escape, contents)) or "(?!)")
+
+
+def _texts(parts: Any) -> Iterator[str]:
+    """Yield the texts among nested values."""
+    if isinstance(parts, str):
+        yield parts
+    elif isinstance(parts, dict):
+        yield from _texts(list(parts.values()))
+    elif isinstance(parts, list | tuple):
+        for part in parts:
+            yield from _texts(part)
 
 
 def _alternating(turns: Sequence[ChatTurn]) -> list[ChatTurn]:
