@@ -54,15 +54,20 @@ class StagedStore:
         self._sink = sink
         self._packing = packing if num_rows else None
         self._num_rows = num_rows
-        self._lock = threading.Lock()  # guards the staged and their ranges
+        self._lock = threading.Lock()  # guards the staged, their ranges and whether it is closed
         self._ranges: RangeCache[str] = RangeCache(num_rows)
         self._staged: dict[str, _Staged] = {}
-        self._last_load: torch.cuda.Event | None = None
+        self._last_load: torch.cuda.Event | None = None  # recorded before it is put here: the copying thread reads it
+        self._is_closed = False
         self._copier: ThreadPoolExecutor | None = None
         if packing is None or not num_rows:
             return
         self._memory = torch.empty(num_rows * packing.row_size, dtype=packing.dtype, device=packing.device)
-        self._stream = torch.cuda.Stream(packing.device) if packing.device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None
+        if packing.device.type == "cuda":
+            self._stream = torch.cuda.Stream(packing.device)
+            # Who had this memory before may still be using it.
+            self._stream.wait_stream(torch.cuda.current_stream(packing.device))
         self._pinned = _PinnedAdapters(packing, pinned_bytes)
         self._copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lora-copier")
 
@@ -112,17 +117,25 @@ class StagedStore:
                 torch.cuda.current_stream(self._packing.device).wait_event(event)
             self._packing.load(slot, start, adapter, self._view(staged.start, adapter.rank))
             if event is not None:
-                self._last_load = torch.cuda.Event()
-                self._last_load.record()
+                read = torch.cuda.Event()
+                read.record(torch.cuda.current_stream(self._packing.device))
+                self._last_load = read
         if staged is not None:
             with self._lock:
                 del self._staged[adapter.fingerprint]
                 self._ranges.pop(adapter.fingerprint)
 
     def close(self) -> None:
-        """Stop the thread and drop what waits."""
+        """Stop the thread, drop what waits, and let go of the memory once nothing is being copied any more.
+
+        Afterwards nothing is staged; whoever still asks is told that there is no room.
+        """
+        with self._lock:
+            self._is_closed = True
         if self._copier is not None:
             self._copier.shutdown(cancel_futures=True)
+            if self._stream is not None:
+                self._stream.synchronize()
         self._staged.clear()
 
     def _stage_now(self, adapter: Adapter) -> _Staged | None:
@@ -131,6 +144,8 @@ class StagedStore:
             return None
         while True:
             with self._lock:
+                if self._is_closed:
+                    return None
                 staged = self._staged.get(adapter.fingerprint) or self._stage(adapter, (), may_drop=True)
                 travelling = [other.copy for other in self._staged.values()]
             if staged is not None:
@@ -140,6 +155,8 @@ class StagedStore:
     def _stage(self, adapter: Adapter, wanted: Collection[str], may_drop: bool) -> _Staged | None:
         """Begin to copy; None if there is no room. Call under the lock."""
         assert self._copier is not None
+        if self._is_closed:
+            return None
 
         def is_droppable(fingerprint: str) -> bool:
             return may_drop and fingerprint not in wanted and self._staged[fingerprint].copy.done()

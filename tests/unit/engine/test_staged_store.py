@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
 import threading
@@ -172,6 +173,80 @@ def test_a_copy_that_fails_costs_only_its_time(monkeypatch: pytest.MonkeyPatch) 
     store.load(1, 4, adapter)
     assert stacks.num_loads == 1
     store.close()
+
+
+class FakeStream:
+    """Writes down what it is told to wait for, and refuses events that would hold nothing back."""
+
+    def __init__(self) -> None:
+        self.waited: list[FakeEvent] = []
+        self.num_synchronized = 0
+
+    def wait_event(self, event: FakeEvent) -> None:
+        """As CUDA has it, an event that was never recorded delays nobody."""
+        assert event.is_recorded, "waits for an event that nobody has recorded"
+        self.waited.append(event)
+
+    def synchronize(self) -> None:
+        """Count."""
+        self.num_synchronized += 1
+
+
+class FakeEvent:
+    """An event of a `FakeStream`."""
+
+    before_record: Callable[[], None] | None = None
+
+    def __init__(self) -> None:
+        self.is_recorded = False
+
+    def record(self, stream: FakeStream) -> None:
+        """Let others run first, as threads may."""
+        if FakeEvent.before_record is not None and threading.current_thread() is threading.main_thread():
+            FakeEvent.before_record()
+        self.is_recorded = True
+
+
+@pytest.fixture
+def fake_stream(monkeypatch: pytest.MonkeyPatch) -> FakeStream:
+    """The copying stream of a device that does everything at once."""
+    stream = FakeStream()
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: FakeStream())
+    monkeypatch.setattr(FakeEvent, "before_record", None)
+    return stream
+
+
+def test_a_copy_waits_for_the_load_that_read_its_place(fake_stream: FakeStream) -> None:
+    """Also one that is launched while the next load is marking its end: it never meets a mark that is not set yet."""
+    store, _ = make_store()
+    store._stream = fake_stream  # type: ignore[assignment]
+    first, second, third = (make(name, q=2) for name in ("first", "second", "third"))
+    store.load(0, 0, first)
+    first_load = store._last_load
+
+    def copy_another() -> None:
+        store.prefetch([third])
+        store._staged["third"].copy.result(10)
+
+    FakeEvent.before_record = copy_another
+    store.load(1, 4, second)
+    assert fake_stream.waited[-1] is first_load
+    assert store._last_load is not first_load
+    store.close()
+    assert fake_stream.num_synchronized == 1
+
+
+def test_a_closed_store_stages_nothing() -> None:
+    """A request that comes while the engine closes is told that the engine has stopped, not that a thread has."""
+    store, stacks = make_store()
+    store.close()
+    adapter = make("a", q=2)
+    store.prefetch([adapter])
+    assert store.are_ready([adapter])
+    store.load(0, 0, adapter)
+    assert stacks.num_loads == 1
 
 
 def test_without_packing_everything_is_ready() -> None:
