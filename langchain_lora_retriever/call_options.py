@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, get_args
 
 from langchain_lora_retriever.composer import Weighting
@@ -82,7 +83,7 @@ class CallOptions:
         Raises:
             InvalidRequestError: If an argument is unknown or its value is not allowed.
         """
-        names = {field.name for field in fields(cls)}
+        names = _names()
         unknown = sorted(call.keys() - names - _LANGCHAIN_ARGUMENTS)
         if unknown:
             near = difflib.get_close_matches(unknown[0], names, n=1)
@@ -91,8 +92,8 @@ class CallOptions:
                 f"Unknown argument{'s'[: len(unknown) > 1]} {', '.join(map(repr, unknown))}.{hint} "
                 f"A call takes: {', '.join(sorted(names))}."
             )
-        values = {name: getattr(settings, name) for name in names if getattr(settings, name, None) is not None}
-        values |= {name: value for name, value in call.items() if name in names and value is not None}
+        given = {**vars(settings), **{name: value for name, value in call.items() if value is not None}}
+        values = {name: value for name, value in given.items() if name in names and value is not None}
         return cls(**values)
 
     def __post_init__(self) -> None:
@@ -119,6 +120,11 @@ class CallOptions:
             logprobs=logprobs,
             skip_special_tokens=skip_special_tokens,
         )
+
+
+@cache
+def _names() -> frozenset[str]:
+    return frozenset(field.name for field in fields(CallOptions))
 
 
 def _is_number(value: object) -> bool:

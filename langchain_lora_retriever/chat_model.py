@@ -30,19 +30,30 @@ if TYPE_CHECKING:
     from langchain_core.runnables import Runnable
     from langchain_core.tools import BaseTool
 
+    from langchain_lora_retriever.messages import ChatTurn
     from langchain_lora_retriever.types import Adapter, Composition
 
 __all__ = ["ChatLoraRetriever"]
 
 
 class _Call(NamedTuple):
-    """A call, understood: what is asked, of which engine, with which prompt, routed on which text."""
+    """A call, understood: what is asked, of which engine, in which conversation, routed on which text."""
 
     options: CallOptions
     format: AnswerFormat
     engine: EngineWorker
-    prompt_token_ids: list[int]
+    chat: list[ChatTurn]
     text: str
+
+    def encode(self) -> list[int]:
+        """Return the prompt's token ids."""
+        return encode_chat(
+            self.engine.tokenizer,
+            self.chat,
+            tools=self.format.tools,
+            dialect=self.format.dialect,
+            template_kwargs=self.options.chat_template_kwargs,
+        )
 
 
 class _Run(NamedTuple):
@@ -159,14 +170,7 @@ class ChatLoraRetriever(ChatSettings):
         engine = self._engine()
         answer = answer_format(options, engine.tokenizer)
         reject_unfit(self._router.pool, engine)
-        prompt_token_ids = encode_chat(
-            engine.tokenizer,
-            chat,
-            tools=answer.tools,
-            dialect=answer.dialect,
-            template_kwargs=options.chat_template_kwargs,
-        )
-        return _Call(options, answer, engine, prompt_token_ids, _text_to_route(messages, options))
+        return _Call(options, answer, engine, chat, _text_to_route(messages, options))
 
     def _start(self, call: _Call, composition: Composition, adapters: Sequence[tuple[Adapter, float]]) -> list[_Run]:
         metadata = {
@@ -174,19 +178,18 @@ class ChatLoraRetriever(ChatSettings):
             "model_provider": "lora-retriever",
             **composition.to_metadata(),
         }
-        return [self._submit(call, metadata, adapters, index) for index in range(call.options.n)]
-
-    def _submit(
-        self, call: _Call, metadata: Mapping[str, Any], adapters: Sequence[tuple[Adapter, float]], index: int
-    ) -> _Run:
-        """Put answer `index` of a call into the engine."""
+        # Encoded only now: while the first texts of many are embedded no other call holds them up by its tokens.
+        prompt_token_ids = call.encode()
         tokenizer = call.engine.tokenizer
-        limit = min(call.options.max_tokens, call.engine.max_model_len - len(call.prompt_token_ids))
-        constraint = call.format.make_constraint(tokenizer, limit)
-        readers = answer_readers(tokenizer, call.prompt_token_ids, call.format)
-        sampling = call.options.sampling(index, skip_special_tokens=not reads_special_tokens(tokenizer, readers))
-        generation = call.engine.submit(call.prompt_token_ids, sampling, adapters, constraint=constraint)
-        return _Run(generation, AnswerStream(tokenizer, metadata, readers=readers, constraint=constraint))
+        limit = min(call.options.max_tokens, call.engine.max_model_len - len(prompt_token_ids))
+        runs = []
+        for index in range(call.options.n):
+            constraint = call.format.make_constraint(tokenizer, limit)
+            readers = answer_readers(tokenizer, prompt_token_ids, call.format)
+            sampling = call.options.sampling(index, skip_special_tokens=not reads_special_tokens(tokenizer, readers))
+            generation = call.engine.submit(prompt_token_ids, sampling, adapters, constraint=constraint)
+            runs.append(_Run(generation, AnswerStream(tokenizer, metadata, readers=readers, constraint=constraint)))
+        return runs
 
     # The engine
 
@@ -264,7 +267,7 @@ class ChatLoraRetriever(ChatSettings):
         tools: Sequence[Any] | None = None,
     ) -> int:
         """Count the tokens of the prompt that `messages` and `tools` make, template and all."""
-        return len(self._understand(messages, None, {"tools": tools}).prompt_token_ids)
+        return len(self._understand(messages, None, {"tools": tools}).encode())
 
 
 def _to_result(runs: Sequence[_Run], completions: Sequence[Completion]) -> ChatResult:

@@ -43,7 +43,7 @@ def engine_contender(llm: ChatLoraRetriever, prompts: list[str]) -> Callable[[],
         messages = llm._convert_input(prompt).to_messages()
         call = llm._understand(messages, None, {})
         _, adapters = llm._router.plan(call.text, CallOptions.merge(llm, {}))
-        requests.append((call.prompt_token_ids, call.options.sampling(), adapters))
+        requests.append((call.encode(), call.options.sampling(), adapters))
 
     def run() -> Answers:
         completions = [generation.result() for generation in [engine.submit(*request) for request in requests]]
