@@ -67,11 +67,14 @@ class Adapter:
     weights: Mapping[str, LoraWeights] = field(compare=False, repr=False)
     base_model: str | None = field(default=None, compare=False)
     path: Path | None = field(default=None, compare=False)
+    _rank: int = field(default=0, init=False, compare=False, repr=False)
 
     @property
     def rank(self) -> int:
         """Largest rank over the modules."""
-        return max(w.r for w in self.weights.values())
+        if not self._rank:  # counted once: that takes two milliseconds where weights are mapped from a file
+            object.__setattr__(self, "_rank", max(w.r for w in self.weights.values()))
+        return self._rank
 
     @property
     def num_parameters(self) -> int:

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Protocol
 from langchain_lora_retriever.errors import InvalidRequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from langchain_lora_retriever.types import Adapter
 
 __all__ = ["AdapterSlots", "SlotStore"]
+
+_NUM_REMEMBERED = 10_000
 
 
 class SlotStore(Protocol):
@@ -46,14 +48,27 @@ class AdapterSlots:
         store: Receives the tensors of an adapter that becomes resident.
         max_loras: Number of slots.
         num_rows: Number of rank rows.
+        max_rank: Largest rank of one adapter.
+        module_shapes: `(in_features, out_features)` of every module an adapter may target.
     """
 
-    def __init__(self, store: SlotStore, *, max_loras: int, num_rows: int) -> None:
+    def __init__(
+        self,
+        store: SlotStore,
+        *,
+        max_loras: int,
+        num_rows: int,
+        max_rank: int,
+        module_shapes: Mapping[str, tuple[int, int]],
+    ) -> None:
         self.max_loras = max_loras
         self.num_rows = num_rows
         self.num_hits = 0
         self.num_loads = 0
         self._store = store
+        self._max_rank = max_rank
+        self._module_shapes = module_shapes
+        self._fitting: set[str] = set()  # fingerprints that were checked
         self._residents: OrderedDict[str, _Resident] = OrderedDict()  # by fingerprint, least recently used first
         self._fingerprint_by_slot: dict[int, str] = {}
         self._free_slots = list(range(max_loras - 1, -1, -1))
@@ -68,11 +83,18 @@ class AdapterSlots:
         return adapter.fingerprint in self._residents
 
     def check_fits(self, adapters: Sequence[Adapter]) -> None:
-        """Refuse a composition that could never be resident at once.
+        """Refuse a composition that could never be resident at once; any thread may ask.
 
         Raises:
-            InvalidRequestError: If it has more adapters than slots or more ranks than rows.
+            InvalidRequestError: If it has more adapters than slots or more ranks than rows, or one of them is not for
+                this model or beyond the kernels' rank.
         """
+        for adapter in adapters:
+            if adapter.fingerprint not in self._fitting:
+                self._check(adapter)
+                if len(self._fitting) >= _NUM_REMEMBERED:
+                    self._fitting.clear()
+                self._fitting.add(adapter.fingerprint)
         num_rows = sum(adapter.rank for adapter in adapters)
         if len(adapters) > self.max_loras or num_rows > self.num_rows:
             names = ", ".join(repr(adapter.name) for adapter in adapters)
@@ -94,20 +116,23 @@ class AdapterSlots:
             other requests leave no room.
         """
         pinned: list[_Resident] = []
-        for adapter in adapters:
-            resident = self._residents.get(adapter.fingerprint)
-            if resident is None:
-                resident = self._make_resident(adapter)
-                if resident is None:
-                    for other in pinned:
-                        other.num_pins -= 1
-                    return None
-            else:
-                self.num_hits += 1
-            self._residents.move_to_end(adapter.fingerprint)
-            resident.num_pins += 1
-            pinned.append(resident)
-        return tuple(resident.slot for resident in pinned)
+        try:
+            for adapter in adapters:
+                resident = self._residents.get(adapter.fingerprint)
+                if resident is not None:
+                    self.num_hits += 1
+                else:
+                    resident = self._make_resident(adapter)
+                    if resident is None:
+                        break
+                self._residents.move_to_end(adapter.fingerprint)
+                resident.num_pins += 1
+                pinned.append(resident)
+        finally:
+            if len(pinned) < len(adapters):  # no room, or a load that failed
+                for resident in pinned:
+                    resident.num_pins -= 1
+        return tuple(resident.slot for resident in pinned) if len(pinned) == len(adapters) else None
 
     def release(self, slots: Sequence[int]) -> None:
         """Unpin what `acquire` returned; the adapters stay resident until their memory is wanted."""
@@ -128,6 +153,21 @@ class AdapterSlots:
             assert start >= end, "the rows of two adapters overlap"
             end = stop
         assert end <= self.num_rows, "an adapter lies beyond the last row"
+
+    def _check(self, adapter: Adapter) -> None:
+        if adapter.rank > self._max_rank:
+            raise InvalidRequestError(
+                f"Adapter {adapter.name!r} has rank {adapter.rank}; the kernels go up to {self._max_rank}."
+            )
+        for name, weights in adapter.weights.items():
+            shape = weights.lora_A.shape[1], weights.lora_B.shape[0]
+            allowed = self._module_shapes.get(name)
+            if shape != allowed:
+                raise InvalidRequestError(
+                    f"Adapter {adapter.name!r} targets {name!r} with (in_features, out_features) = {shape}; in this model "
+                    + (f"it has {allowed}" if allowed else "there is no such linear module")
+                    + ": the adapter was trained for another base model."
+                )
 
     def _make_resident(self, adapter: Adapter) -> _Resident | None:
         start = self._find_rows(adapter.rank)

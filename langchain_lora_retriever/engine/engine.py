@@ -10,6 +10,7 @@ import torch
 from langchain_lora_retriever.engine.adapter_slots import AdapterSlots
 from langchain_lora_retriever.engine.detokenizer import Detokenizer
 from langchain_lora_retriever.engine.kv_cache import KVCacheManager
+from langchain_lora_retriever.engine.lora_layers import MAX_RANK
 from langchain_lora_retriever.engine.model_runner import ModelRunner
 from langchain_lora_retriever.engine.request import Delta, FinishReason, Request
 from langchain_lora_retriever.engine.scheduler import Scheduler
@@ -55,7 +56,13 @@ class Engine:
         self.max_model_len = memory.max_model_len
         self.max_num_seqs = memory.max_num_seqs
         self._store = self._runner.make_store()
-        self.slots = AdapterSlots(self._store, max_loras=config.max_loras, num_rows=memory.num_lora_rows)
+        self.slots = AdapterSlots(
+            self._store,
+            max_loras=config.max_loras,
+            num_rows=memory.num_lora_rows,
+            max_rank=MAX_RANK,
+            module_shapes=self.module_shapes,
+        )
         self.kv_cache = KVCacheManager(
             memory.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
         )
@@ -92,7 +99,8 @@ class Engine:
 
         Raises:
             PromptTooLongError: If the prompt leaves no room for a single token.
-            InvalidRequestError: If the prompt is empty or the composition can never be resident.
+            InvalidRequestError: If the prompt is empty, or an adapter is not for this model, or the composition can
+                never be resident.
         """
         if not prompt_token_ids:
             raise InvalidRequestError("The prompt has no tokens: pass at least one.")

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from langchain_lora_retriever.engine.probe import LinearGroup
     from langchain_lora_retriever.types import Adapter
 
-__all__ = ["LoraLayers"]
+__all__ = ["MAX_RANK", "LoraLayers"]
 
-_MAX_RANK = 256
+MAX_RANK = 256  # of one adapter, by the kernels
 
 
 class LoraLayers:
@@ -53,7 +53,7 @@ class LoraLayers:
         max_num_tokens: int,
         max_adapters_per_token: int,
     ) -> None:
-        max_rank = min(num_rows, _MAX_RANK)
+        max_rank = min(num_rows, MAX_RANK)
         self._max_adapters_per_token = max_adapters_per_token
         self._is_active = False
         self._devices: dict[torch.device, tuple[LoraRows, LoraBatch]] = {}
@@ -79,8 +79,8 @@ class LoraLayers:
         Raises:
             EngineError: If it targets a module this model does not have, or its rank is beyond the kernels' limit.
         """
-        if adapter.rank > _MAX_RANK:
-            raise EngineError(f"Adapter {adapter.name!r} has rank {adapter.rank}; the kernels go up to {_MAX_RANK}.")
+        if adapter.rank > MAX_RANK:
+            raise EngineError(f"Adapter {adapter.name!r} has rank {adapter.rank}; the kernels go up to {MAX_RANK}.")
         unknown = set(adapter.weights).difference(*(group.names for group in self._groups))
         if unknown:
             raise EngineError(f"Adapter {adapter.name!r} targets {min(unknown)!r}, which this model does not have.")

@@ -97,7 +97,8 @@ class EngineWorker:
 
         Raises:
             PromptTooLongError: If the prompt leaves no room for a single token.
-            InvalidRequestError: If the prompt is empty or the composition can never be resident.
+            InvalidRequestError: If the prompt is empty, or an adapter is not for this model, or the composition can
+                never be resident.
             EngineDeadError: If the engine has stopped.
         """
         request = self._engine.make_request(prompt_token_ids, sampling, adapters, constraint)

@@ -184,13 +184,15 @@ def test_aborted_requests_free_their_memory(worker: EngineWorker, llama: Any) ->
 
 
 def test_requests_that_cannot_be_served_are_refused_at_once(worker: EngineWorker, llama: Any) -> None:
-    """Empty and over-long prompts and over-long compositions never reach the queue."""
+    """Empty and over-long prompts, over-long compositions and adapters of another model never reach the queue."""
     with pytest.raises(InvalidRequestError, match="no tokens"):
         worker.submit([], greedy())
     with pytest.raises(PromptTooLongError, match="512 tokens"):
         worker.submit([5] * 512, greedy())
     with pytest.raises(InvalidRequestError, match="9 adapters"):
         worker.submit([5], greedy(), [(make_adapter(llama, "a"), 0.1)] * 9)
+    with pytest.raises(InvalidRequestError, match=r"'wide'.*another base model"):
+        worker.submit([5], greedy(), [(make_adapter(make_tiny_model(hidden_size=80), "wide"), 1.0)])
 
 
 def test_an_answer_ends_at_the_context_window(worker: EngineWorker) -> None:

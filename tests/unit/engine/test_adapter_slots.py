@@ -39,7 +39,8 @@ def make_adapter(name: str, r: int) -> Adapter:
 def make_slots(max_loras: int = 4, num_rows: int = 16) -> tuple[AdapterSlots, RecordingStore]:
     """Slots over a recording store."""
     store = RecordingStore()
-    return AdapterSlots(store, max_loras=max_loras, num_rows=num_rows), store
+    slots = AdapterSlots(store, max_loras=max_loras, num_rows=num_rows, max_rank=16, module_shapes={"m": (1, 1)})
+    return slots, store
 
 
 def test_a_resident_adapter_is_not_loaded_again() -> None:
@@ -94,8 +95,26 @@ def test_a_failed_load_gives_its_slot_back() -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("no such module")
 
+    slots.release(slots.acquire([make_adapter("resident", 4)]) or ())
     store.load = fail  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="no such module"):
-        slots.acquire([make_adapter("a", 4)])
+        slots.acquire([make_adapter("resident", 4), make_adapter("a", 4)])
     slots.check_integrity([])
-    assert slots.num_resident == 0
+    assert slots.num_resident == 1
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"m": (17, 1, 1)}, r"'a' has rank 17; the kernels go up to 16"),
+        ({"m": (2, 1, 1), "n": (2, 1, 1)}, r"'a' targets 'n' .*no such linear module.*another base model"),
+        ({"m": (2, 3, 1)}, r"'a' targets 'm' .*= \(3, 1\); in this model it has \(1, 1\)"),
+    ],
+    ids=["rank", "module", "shape"],
+)
+def test_an_adapter_for_another_model_is_refused(weights: dict[str, tuple[int, int, int]], message: str) -> None:
+    """Before it is queued, by name and with what is allowed."""
+    slots, _ = make_slots(num_rows=64)
+    tensors = {name: LoraWeights(torch.zeros(r, a), torch.zeros(b, r), 1.0) for name, (r, a, b) in weights.items()}
+    with pytest.raises(InvalidRequestError, match=message):
+        slots.check_fits([Adapter("a", "fp", tensors)])
