@@ -164,8 +164,8 @@ class AdapterSlots:
             allowed = self._module_shapes.get(name)
             if shape != allowed:
                 raise InvalidRequestError(
-                    f"Adapter {adapter.name!r} targets {name!r} with (in_features, out_features) = {shape}; in this model "
-                    + (f"it has {allowed}" if allowed else "there is no such linear module")
+                    f"Adapter {adapter.name!r} targets {name!r} with (in_features, out_features) = {shape}; in this "
+                    + (f"model it has {allowed}" if allowed else "model there is no such linear module")
                     + ": the adapter was trained for another base model."
                 )
 
