@@ -6,7 +6,7 @@ import copy
 import random
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 
@@ -185,7 +185,7 @@ def storm(bench: Bench) -> None:
     )  # fmt: skip
     rng = random.Random(0)
     start = time.perf_counter()
-    memory: list[tuple[int, int]] = []
+    memory: list[_Memory] = []
     aborted = 0
     with EngineWorker(BaseModel(model, make_tokenizer(), "tiny"), config) as worker:
         for _ in range(num // chunk):
@@ -202,7 +202,7 @@ def storm(bench: Bench) -> None:
                 except RequestAbortedError:
                     aborted += 1
             worker.check_integrity()
-            memory.append(_device_memory())
+            memory.append(_Memory.now(worker))
         stats = worker.stats()
     bench.put(
         f"storm of {num:,} requests",
@@ -210,21 +210,34 @@ def storm(bench: Bench) -> None:
         f"{stats.num_output_tokens} tokens in {time.perf_counter() - start:.1f} s; integrity holds",
     )
     later, first = memory[-1], memory[min(1, len(memory) - 1)]
-    bench.put("storm: allocated and reserved MiB, after a fifth and at the end", _mebibytes(first) + _mebibytes(later))
+    bench.put("storm: memory after a fifth", str(first))
+    bench.put("storm: memory at the end", str(later))
     free_memory()
-    if later[1] > first[1] + (8 << 20) or later[0] > first[0] + (1 << 20):
-        raise GateError(f"device memory grew from {first} to {later} bytes (allocated, reserved) while serving")
+    if later.reserved > first.reserved + (8 << 20) or later.allocated > first.allocated + (1 << 20):
+        raise GateError(f"device memory grew while serving: {'; '.join(map(str, memory))}")
 
 
-def _device_memory() -> tuple[int, int]:
-    if DEVICE.type != "cuda":
-        return 0, 0
-    torch.cuda.synchronize()
-    return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+class _Memory(NamedTuple):
+    """Bytes of device memory: tensors', the allocator's, all that is not free; and how many graphs there are."""
 
+    allocated: int
+    reserved: int
+    used: int
+    num_graphs: int
 
-def _mebibytes(values: Sequence[int]) -> list[float]:
-    return [round(value / (1 << 20), 1) for value in values]
+    @classmethod
+    def now(cls, worker: EngineWorker) -> Self:
+        if DEVICE.type != "cuda":
+            return cls(0, 0, 0, 0)
+        torch.cuda.synchronize()
+        free, total = torch.cuda.mem_get_info()
+        executor = worker._engine._runner._executor
+        num_graphs = len(executor._graphs) if executor is not None else 0
+        return cls(torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), total - free, num_graphs)
+
+    def __str__(self) -> str:
+        allocated, reserved, used = (round(value / (1 << 20), 1) for value in self[:3])
+        return f"{allocated} MiB allocated, {reserved} reserved, {used} in use on the device, {self.num_graphs} graphs"
 
 
 def _kv_bytes(model: Any, num_tokens: int) -> int:

@@ -126,7 +126,8 @@ def _check_answers(bench: Bench, worker: EngineWorker, stream: Sequence[Pairs], 
     bench.put(
         "registry: answers of copied adapters",
         f"{num_same}/{len(runs)} are those of their tensors, the others part at a near tie; logprobs differ by "
-        f"{max(_furthest(got, expected) for got, expected, _ in runs):.5f} at most, by the order of sums {rounding:.5f}",
+        f"{max(_furthest(got, expected) for got, expected, _ in runs):.5f} at most, where only the order of the sums "
+        f"differs by {rounding:.5f}",
     )
 
 
@@ -157,7 +158,8 @@ def compare_answers(got: Completion, expected: Completion, allowed: float) -> st
     ]
     text = (
         f"token {at} of {len(expected.token_ids)} is {first} instead of {second}, {margins[0]:.5f} ahead of it here "
-        f"and {margins[1]:.5f} behind it there (near tie: up to {allowed:.5f}); logprobs until then within {furthest:.5f}"
+        f"and {margins[1]:.5f} behind it there (near tie: up to {allowed:.5f}); logprobs until then within "
+        f"{furthest:.5f}"
     )
     if not max(margins) <= allowed:
         raise GateError(text)
