@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,55 +18,75 @@ if TYPE_CHECKING:
 __all__ = ["MicroBatcher"]
 
 
+class _Batch:
+    """Texts that are embedded together, and their vectors `[len(texts), d]` to come."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.vectors: Future[NDArray[np.float32]] = Future()
+        self.arrivals: dict[asyncio.AbstractEventLoop, asyncio.Event] = {}
+
+
 class MicroBatcher:
     """Embeds together whatever is asked for while the encoder is busy; adds no delay when it is not.
 
-    Callers queue their texts. The first to get the encoder takes the whole queue, so those who wait for it
-    find their vectors made.
+    Callers put their texts into the open batch. The first of them to get the encoder closes the batch and embeds it,
+    so the others find their vectors made; an event loop is woken once for all that wait in it.
 
     Args:
         encode: Texts to `[n, d]`.
+        max_texts: A batch of so many takes no more callers, so that the first of many need not wait for the last.
     """
 
-    def __init__(self, encode: Callable[[Sequence[str]], NDArray[np.float32]]) -> None:
+    def __init__(self, encode: Callable[[Sequence[str]], NDArray[np.float32]], *, max_texts: int = 32) -> None:
         self._encode = encode
+        self._max_texts = max_texts
         self._encoder_lock = threading.Lock()
-        self._queue_lock = threading.Lock()
-        self._queue: list[tuple[Sequence[str], Future[NDArray[np.float32]]]] = []
+        self._batch_lock = threading.Lock()
+        self._open = _Batch()
         self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lora-retriever-encoder")
 
     def run(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Embed in the caller's thread."""
-        future = self._enqueue(texts)
-        self._drain()
-        return future.result()
+        batch, rows = self._join(texts)
+        self._embed(batch)
+        return batch.vectors.result()[rows]
 
-    def submit(self, texts: Sequence[str]) -> Future[NDArray[np.float32]]:
-        """Embed in the batcher's thread."""
-        future = self._enqueue(texts)
-        self.executor.submit(self._drain)
-        return future
+    async def arun(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Embed in the batcher's thread, without blocking the event loop; cancelling disturbs nobody else."""
+        loop = asyncio.get_running_loop()
+        batch, rows = self._join(texts)
+        if loop not in batch.arrivals:
+            batch.arrivals[loop] = asyncio.Event()
+            batch.vectors.add_done_callback(partial(_announce, loop, batch.arrivals[loop]))
+            self.executor.submit(self._embed, batch)
+        await batch.arrivals[loop].wait()
+        return batch.vectors.result()[rows]
 
-    def _enqueue(self, texts: Sequence[str]) -> Future[NDArray[np.float32]]:
-        future: Future[NDArray[np.float32]] = Future()
-        with self._queue_lock:
-            self._queue.append((texts, future))
-        return future
+    def _join(self, texts: Sequence[str]) -> tuple[_Batch, slice]:
+        """Put texts into the open batch; that batch, and the rows in it that are theirs."""
+        with self._batch_lock:
+            if len(self._open.texts) >= self._max_texts:
+                self._open = _Batch()
+            batch = self._open
+            start = len(batch.texts)
+            batch.texts += texts
+            return batch, slice(start, len(batch.texts))
 
-    def _drain(self) -> None:
+    def _embed(self, batch: _Batch) -> None:
+        """Have the vectors of a batch made, by whoever gets the encoder first."""
         with self._encoder_lock:
-            with self._queue_lock:
-                queue, self._queue = self._queue, []
-            batch = [(texts, future) for texts, future in queue if future.set_running_or_notify_cancel()]
-            if not batch:
+            if batch.vectors.done():
                 return
+            with self._batch_lock:
+                if batch is self._open:
+                    self._open = _Batch()
             try:
-                vectors = self._encode([text for texts, _ in batch for text in texts])
+                batch.vectors.set_result(self._encode(batch.texts))
             except BaseException as error:  # noqa: BLE001  # an interrupt too: the others must not wait for ever
-                for _, future in batch:
-                    future.set_exception(error)
-                return
-            start = 0
-            for texts, future in batch:
-                future.set_result(vectors[start : start + len(texts)])
-                start += len(texts)
+                batch.vectors.set_exception(error)
+
+
+def _announce(loop: asyncio.AbstractEventLoop, arrival: asyncio.Event, _: object) -> None:
+    with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        loop.call_soon_threadsafe(arrival.set)

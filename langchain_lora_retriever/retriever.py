@@ -143,7 +143,7 @@ class LoraRetriever:
         exclusions = self._check([text], top_k, exclude)
         vectors = self._texts.get([text])
         if not vectors:
-            (vector,) = await asyncio.wrap_future(self._batcher.submit([text]))
+            (vector,) = await self._batcher.arun([text])
             vectors = {text: vector}
             self._texts.put(vectors)
         if self._version != self.pool.version:

@@ -282,6 +282,21 @@ def test_concurrent_threads_are_embedded_together(pool):
     assert all(found[text] == retriever.retrieve(text) for text in texts)
 
 
+async def test_the_first_of_many_do_not_wait_for_the_last():
+    """A full batch is embedded while later texts gather in the next; everybody gets the rows of their own texts."""
+    batches = []
+
+    def encode(texts):
+        batches.append(list(texts))
+        return np.array([[float(text)] for text in texts], dtype=np.float32)
+
+    batcher = MicroBatcher(encode, max_texts=4)
+    vectors = await asyncio.gather(*(batcher.arun([str(i), str(i + 100)]) for i in range(9)))
+    assert [vector.tolist() for vector in vectors] == [[[i], [i + 100]] for i in range(9)]
+    assert max(map(len, batches)) == 4
+    assert batcher.run([str(i) for i in range(10)])[:, 0].tolist() == [*range(10)]
+
+
 async def test_the_event_loop_is_not_blocked(pool):
     """While samples and texts are embedded the loop goes on."""
     retriever = LoraRetriever(pool, WordEncoder(delay=0.1))
@@ -304,21 +319,26 @@ async def test_a_cancelled_coroutine_leaves_others_alone(pool):
     assert all(result[0].name == "sql" for i, result in enumerate(results) if i != 2)
 
 
-def test_a_failing_batch_tells_everyone_and_the_next_works():
+async def test_a_failing_batch_tells_everyone_and_the_next_works():
     """Whoever is in a failing batch gets the error; the batcher goes on."""
-    calls = []
+    is_free = threading.Event()
 
     def encode(texts):
-        calls.append(texts)
+        is_free.wait(5)
         if "bad" in texts:
             raise RuntimeError("broken")
         return np.ones((len(texts), 2), dtype=np.float32)
 
     batcher = MicroBatcher(encode)
+    first = asyncio.create_task(batcher.arun(["first"]))
+    await asyncio.sleep(0.05)
+    others = asyncio.gather(*(batcher.arun([text]) for text in ("bad", "good")), return_exceptions=True)
+    await asyncio.sleep(0.05)
+    is_free.set()
+    assert (await first).shape == (1, 2)
+    assert [str(failure) for failure in await others] == ["broken", "broken"]
     with pytest.raises(RuntimeError, match="broken"):
         batcher.run(["bad"])
-    with pytest.raises(RuntimeError, match="broken"):
-        batcher.submit(["bad"]).result(timeout=5)
     assert batcher.run(["good", "too"]).shape == (2, 2)
 
 
