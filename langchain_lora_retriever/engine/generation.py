@@ -7,16 +7,18 @@ import threading
 from collections import deque
 from concurrent.futures import Future
 from contextlib import suppress
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from langchain_lora_retriever.engine.request import Completion, Delta
 from langchain_lora_retriever.errors import RequestAbortedError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
-__all__ = ["Generation"]
+__all__ = ["Generation", "deliver"]
+
+Wake: TypeAlias = "tuple[asyncio.AbstractEventLoop | None, Callable[[], object]]"
+"""What tells somebody of news, and the event loop it must be called in; None for any thread."""
 
 
 class Generation:
@@ -33,7 +35,8 @@ class Generation:
         self._lock = threading.Lock()
         self._pending: deque[Delta] = deque()
         self._received: list[Delta] = []
-        self._wake: Callable[[], object] | None = None
+        self._on_news: list[Wake] = []
+        self._on_end: list[Wake] = []
         self._future: Future[Completion] = Future()
 
     @property
@@ -51,7 +54,7 @@ class Generation:
         try:
             while True:
                 ready = threading.Event()
-                delta = self._next_or_wait(ready.set)
+                delta = self._next_or_wait((None, ready.set))
                 if delta is None:
                     ready.wait()
                     continue
@@ -67,7 +70,7 @@ class Generation:
         try:
             while True:
                 ready = asyncio.Event()
-                delta = self._next_or_wait(partial(_call_in, loop, ready.set))
+                delta = self._next_or_wait((loop, ready.set))
                 if delta is None:
                     await ready.wait()
                     continue
@@ -96,11 +99,17 @@ class Generation:
 
     async def aresult(self) -> Completion:
         """Wait for the end without blocking the event loop; cancelling the awaiting task aborts the request."""
+        ended = asyncio.Event()
+        with self._lock:
+            self._on_end.append((asyncio.get_running_loop(), ended.set))
+            if self._future.done():
+                ended.set()
         try:
-            return await asyncio.shield(asyncio.wrap_future(self._future))
+            await ended.wait()
         except asyncio.CancelledError:
             self.abort()
             raise
+        return self._future.result()
 
     def abort(self) -> None:
         """End the request and free its memory; nothing happens if it is done already."""
@@ -108,30 +117,33 @@ class Generation:
             self._on_abort()
 
     def put(self, delta: Delta) -> None:
-        """Deliver a delta. The engine's thread calls this."""
-        with self._lock:
-            if self._future.done():
-                return
-            self._pending.append(delta)
-            self._received.append(delta)
-            if delta.finish_reason is not None:
-                self._future.set_result(_join(self._received))
-            wake, self._wake = self._wake, None
-        if wake is not None:
-            wake()
+        """Deliver a delta; nothing happens if it is done already."""
+        deliver([(self, delta)])
 
     def fail(self, error: Exception) -> bool:
         """End with an error; False if it is done already."""
+        wakes = self._take(error)
+        _wake_all(wakes or ())
+        return wakes is not None
+
+    def _take(self, news: Delta | Exception) -> list[Wake] | None:
+        """Take in a delta or an error; whom to wake, None if it is done already."""
         with self._lock:
             if self._future.done():
-                return False
-            self._future.set_exception(error)
-            wake, self._wake = self._wake, None
-        if wake is not None:
-            wake()
-        return True
+                return None
+            if isinstance(news, Exception):
+                self._future.set_exception(news)
+            else:
+                self._pending.append(news)
+                self._received.append(news)
+                if news.finish_reason is not None:
+                    self._future.set_result(_join(self._received))
+            wakes, self._on_news = self._on_news, []
+            if self._future.done():
+                wakes += self._on_end
+            return wakes
 
-    def _next_or_wait(self, wake: Callable[[], object]) -> Delta | None:
+    def _next_or_wait(self, wake: Wake) -> Delta | None:
         """The next delta; or None, and `wake` will be called once there is news."""
         with self._lock:
             if self._pending:
@@ -141,13 +153,33 @@ class Generation:
                 if error is not None:
                     raise error
                 raise RuntimeError("This generation was iterated to its end already; iterate it once.")
-            self._wake = wake
+            self._on_news.append(wake)
             return None
 
 
-def _call_in(loop: asyncio.AbstractEventLoop, action: Callable[[], None]) -> None:
-    with suppress(RuntimeError):  # the loop is closed: nobody listens any more
-        loop.call_soon_threadsafe(action)
+def deliver(news: Iterable[tuple[Generation, Delta | Exception]]) -> None:
+    """Hand out what a step gave. The engine's thread calls this.
+
+    An event loop is woken once for all that wait in it: every wake-up makes the engine's thread compete with it.
+    """
+    _wake_all([wake for generation, item in news for wake in generation._take(item) or ()])  # noqa: SLF001 - its other half
+
+
+def _wake_all(wakes: Iterable[Wake]) -> None:
+    by_loop: dict[asyncio.AbstractEventLoop, list[Callable[[], object]]] = {}
+    for loop, action in wakes:
+        if loop is None:
+            action()
+        else:
+            by_loop.setdefault(loop, []).append(action)
+    for loop, actions in by_loop.items():
+        with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            loop.call_soon_threadsafe(_call_all, actions)
+
+
+def _call_all(actions: Iterable[Callable[[], object]]) -> None:
+    for action in actions:
+        action()
 
 
 def _join(deltas: list[Delta]) -> Completion:

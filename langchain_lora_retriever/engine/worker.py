@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from langchain_lora_retriever.engine.config import EngineConfig
 from langchain_lora_retriever.engine.engine import Engine
-from langchain_lora_retriever.engine.generation import Generation
+from langchain_lora_retriever.engine.generation import Generation, deliver
 from langchain_lora_retriever.errors import EngineDeadError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from langchain_lora_retriever.engine.base_model import BaseModel
     from langchain_lora_retriever.engine.engine import StepOutput
-    from langchain_lora_retriever.engine.request import Constraint, Request
+    from langchain_lora_retriever.engine.request import Constraint, Delta, Request
     from langchain_lora_retriever.engine.stats import EngineStats
     from langchain_lora_retriever.types import Adapter, SamplingParams
 
@@ -209,15 +209,12 @@ class EngineWorker:
             return outputs
 
     def _deliver(self, outputs: list[StepOutput]) -> None:
+        news: list[tuple[Generation, Delta | Exception]] = []
         for request, delta, error in outputs:
-            generation = self._generations[request]
-            if error is not None:
-                del self._generations[request]
-                generation.fail(error)
-            elif delta is not None:
-                if delta.finish_reason is not None:
-                    del self._generations[request]
-                generation.put(delta)
+            is_last = error is not None or (delta is not None and delta.finish_reason is not None)
+            generation = self._generations.pop(request) if is_last else self._generations[request]
+            news += [(generation, item) for item in (delta, error) if item is not None]
+        deliver(news)
 
     def _die(self, cause: Exception | None) -> None:
         with self._news:

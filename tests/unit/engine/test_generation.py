@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from langchain_lora_retriever.engine.generation import Generation
+from langchain_lora_retriever.engine.generation import Generation, deliver
 from langchain_lora_retriever.engine.request import Delta, Usage
 from langchain_lora_retriever.errors import EngineError, RequestAbortedError
 
@@ -56,6 +56,60 @@ async def test_results_join_the_deltas() -> None:
     completion = await generation.aresult()
     assert (completion.text, completion.token_ids, completion.usage) == ("abc", (1, 2, 3), Usage(4, 0, 3))
     assert generation.result() == completion
+
+
+async def test_a_result_that_is_there_is_not_waited_for() -> None:
+    """`aresult` of a generation that has ended returns, or raises, at once."""
+    done, failed = Generation(lambda: None), Generation(lambda: None)
+    deliver([(done, LAST), (failed, EngineError("boom"))])
+    assert (await asyncio.wait_for(done.aresult(), 1)).text == "c"
+    with pytest.raises(EngineError, match="boom"):
+        await asyncio.wait_for(failed.aresult(), 1)
+
+
+async def test_a_step_wakes_an_event_loop_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a step gives to many readers and awaiting tasks of a loop comes by one wake-up; threads are woken too."""
+    loop, wakings = asyncio.get_running_loop(), []
+    call_in_loop = loop.call_soon_threadsafe
+
+    def count(*arguments: object) -> object:
+        wakings.append(arguments)
+        return call_in_loop(*arguments)  # type: ignore[arg-type]
+
+    generations = [Generation(lambda: None) for _ in range(9)]
+    tasks = [asyncio.ensure_future(generation.aresult()) for generation in generations[:4]]
+    streams = [aiter(generation) for generation in generations[4:8]]
+    firsts = [asyncio.ensure_future(anext(stream)) for stream in streams]
+    thread_texts: list[str] = []
+    reader = threading.Thread(target=lambda: thread_texts.extend(delta.text for delta in generations[8]))
+    reader.start()
+    await asyncio.sleep(0.05)
+    monkeypatch.setattr(loop, "call_soon_threadsafe", count)
+    deliver([(generation, FIRST) for generation in generations])
+    assert [await first for first in firsts] == [FIRST] * 4
+    assert len(wakings) == 1
+    assert not any(task.done() for task in tasks), "nobody waits for a part"
+    deliver([(generations[0], EngineError("boom")), *((generation, LAST) for generation in generations[1:])])
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert len(wakings) == 2, "who awaits the end is not woken before"
+    assert [getattr(result, "text", str(result)) for result in results] == ["boom", "abc", "abc", "abc"]
+    reader.join(5)
+    assert thread_texts == ["ab", "c"]
+    for stream in streams:
+        await stream.aclose()
+
+
+def test_a_closed_loop_disturbs_nobody() -> None:
+    """A loop that was closed while a task waited in it is passed over, and the others hear of the news."""
+    lost, kept = Generation(lambda: None), Generation(lambda: None)
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(lost.aresult())
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    deliver([(lost, LAST), (kept, LAST)])
+    assert lost.result(1) == kept.result(1)
+    assert not task.done()
+    task._log_destroy_pending = False  # type: ignore[attr-defined]
 
 
 def test_leaving_an_iterator_aborts() -> None:
