@@ -17,6 +17,7 @@ import platform
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,20 +61,29 @@ def main() -> int:
         if section not in (logits, peers):
             bench.drop_plain()
         start = time.perf_counter()
-        try:
-            section(bench)
-        except Exception:  # noqa: BLE001 - one section's failure must not cost the others, unless it is a gate
-            num_failed += 1
-            bench.put(f"FAILED {section.__name__}", traceback.format_exc(limit=-4))
+        has_failed = not _try(bench, section.__name__, partial(section, bench))
+        if has_failed:  # the others get an engine that has nothing left to do
+            _try(bench, f"closing after {section.__name__}", bench.close_engine)
+        num_failed += has_failed
         bench.put(f"seconds for {section.__name__}", round(time.perf_counter() - start, 1))
         if arguments.out is not None:
             (arguments.out / "bench_engine_gpu.json").write_text(json.dumps(bench.rows, indent=1, default=str))
-        if num_failed and section in GATES:
+        if has_failed and section in GATES:
             print("A gate failed: nothing is timed.", flush=True)
             break
-    bench.close_engine()
+    num_failed += not _try(bench, "closing", bench.close_engine)
     print("\n" + "\n".join(f"{name:70s} {value}" for name, value in bench.rows.items()))
     return 1 if num_failed else 0
+
+
+def _try(bench: Bench, name: str, run: Callable[[], None]) -> bool:
+    """Whether it succeeded; one section's failure must not cost the others, unless it is a gate."""
+    try:
+        run()
+    except Exception:  # noqa: BLE001 - see above
+        bench.put(f"FAILED {name}", traceback.format_exc(limit=-4))
+        return False
+    return True
 
 
 if __name__ == "__main__":

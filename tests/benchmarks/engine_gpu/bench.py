@@ -143,7 +143,7 @@ class Bench:
             else {"kv_cache_bytes": 4 << 30, "lora_cache_bytes": 6 << 30, "max_num_batched_tokens": 8192}  # fmt: skip
         usual = {"max_num_seqs": self.batch, "enable_prefix_caching": False, "max_loras": 72}
         config = EngineConfig(**{**sizes, **usual, **changes})
-        if self._worker is None or config != self._config:
+        if self._worker is None or not self._worker.is_alive or config != self._config:
             self.close_engine()
             start = time.perf_counter()
             self._worker = EngineWorker(BaseModel(self.model, self.tokenizer, "8b"), config)
@@ -155,12 +155,15 @@ class Bench:
 
     def close_engine(self) -> None:
         """Stop the engine, if there is one; leaks show here."""
-        if self._worker is not None:
-            if self._worker._thread.is_alive():
-                self._worker.check_integrity()
-            self._worker.close()
-            self._worker = None
-            free_memory()
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            try:
+                if worker.is_alive:
+                    worker.check_integrity()
+            finally:
+                worker.close()
+                del worker
+                free_memory()
 
     def prompt(self, seed: int, length: int | None = None) -> list[int]:
         """Random token ids, none of them special."""
@@ -191,10 +194,10 @@ class Bench:
 
 @contextlib.contextmanager
 def adapters_applied(model: Any, adapters: Pairs) -> Iterator[None]:
-    """Add `sum_j w_j s_j B_j A_j x` to the outputs of a plain model's modules while the block runs."""
+    """Add `sum_j w_j s_j B_j A_j x` to the outputs of a plain model's modules while the block runs, in its dtype."""
 
     def hook_for(path: str) -> Callable[..., torch.Tensor]:
-        parts = [(w.lora_A.to(DEVICE), w.lora_B.to(DEVICE), share * w.scaling)
+        parts = [(w.lora_A.to(DEVICE, model.dtype), w.lora_B.to(DEVICE, model.dtype), share * w.scaling)
                  for adapter, share in adapters for w in (adapter.weights[path],)]  # fmt: skip
 
         def hook(_: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
