@@ -8,21 +8,34 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from engine_gpu.bench import DEVICE, Bench, Pairs
+from engine_gpu.bench import DEVICE, Bench, Pairs, synchronize
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-# The first kind whose word is in a kernel's name; the order decides.
-KINDS = (
-    ("LoRA shrink", ("_shrink", "_sort_kernel", "_tile_kernel", "_count_kernel", "_bucket")),
-    ("LoRA expand", ("_expand", "_mix_kernel")),
-    ("attention", ("_decode_kernel", "_combine_kernel", "_prefill_kernel", "_write_kernel", "flash", "fmha")),
-    ("norms and activations", ("_norm_kernel", "_activation_kernel")),
+# How the names of our kernels begin: all that `kernels/` launches.
+OURS = {
+    "_sort_kernel": "LoRA grouping",
+    "_tile_kernel": "LoRA grouping",
+    "_shrink_kernel": "LoRA shrink",
+    "_mix_kernel": "LoRA expand",
+    "_expand_token_kernel": "LoRA expand",
+    "_expand_tile_kernel": "LoRA expand",
+    "_write_kernel": "keys and values",
+    "_decode_kernel": "attention",
+    "_combine_kernel": "attention",
+    "_prefill_kernel": "attention",
+    "_norm_kernel": "norms and activations",
+    "_activation_kernel": "norms and activations",
+}
+# Others' kernels: the first kind whose word is in the name; the order decides.
+OTHERS = (
+    ("attention", ("flash", "fmha")),
     ("products", ("nvjet", "gemm", "cublas", "cutlass", "splitk", "gemv")),
-    ("copies", ("memcpy", "memset")),
+    ("copies", ("memcpy", "memset", "multi_tensor_apply")),
 )
 SAMPLING_AND_REST = "sampling, embedding, rotary table"
+ONCE_PER_LAYER = "_write_kernel"
 
 
 def timeline(bench: Bench) -> None:
@@ -45,16 +58,27 @@ def timeline(bench: Bench) -> None:
             before = worker.stats().num_steps
             while worker.stats().num_steps < before + num_steps and worker.stats().num_running:
                 time.sleep(1e-3)
-            profiled = worker.stats().num_steps - before
         for generation in running:
             generation.abort()
-        _report(bench, f"decode step, {name}", profiler, profiled)
+        _report(bench, f"decode step, {name}", profiler, None)
+        while worker.stats().num_running:
+            time.sleep(1e-3)
+        synchronize()
         with torch.profiler.profile(activities=_activities()) as profiler:
             bench.run_all(worker, pairs, num_out=1)
         _report(bench, f"prefill of the batch, {name}", profiler, 1)
 
 
-def _report(bench: Bench, name: str, profiler: Any, num_steps: int) -> None:
+def _report(bench: Bench, name: str, profiler: Any, num_steps: float | None) -> None:
+    """Print what a step takes.
+
+    Args:
+        bench: Takes the result.
+        name: What ran.
+        profiler: What was recorded.
+        num_steps: In how many steps; None counts them by a kernel that runs once for each layer, since the device went
+            on until the profiler had stopped.
+    """
     spans = [
         (event.time_range.start, event.time_range.end, event.name)
         for event in profiler.events()
@@ -69,12 +93,15 @@ def _report(bench: Bench, name: str, profiler: Any, num_steps: int) -> None:
         kind = _kind(kernel)
         totals[kind] = totals.get(kind, 0.0) + (end - start)
         kernels.setdefault(kernel, []).append(end - start)
+    if num_steps is None:
+        num_steps = sum(k.startswith(ONCE_PER_LAYER) for _, _, k in spans) / bench.model.config.num_hidden_layers
     length = max(end for _, end, _ in spans) - min(start for start, _, _ in spans)
     busy = _union((start, end) for start, end, _ in spans)
     parts = {kind: round(us / 1e3 / num_steps, 3) for kind, us in sorted(totals.items(), key=lambda kv: -kv[1])}
     parts["overlapped"] = round((sum(totals.values()) - busy) / 1e3 / num_steps, 3)
     parts["idle"] = round((length - busy) / 1e3 / num_steps, 3)
     parts["step"] = round(length / 1e3 / num_steps, 3)
+    parts["steps"] = round(num_steps, 2)
     bench.put(f"timeline ms, {name}", parts)
     if bench.out is not None:
         rows = sorted(((sum(us), len(us), kernel) for kernel, us in kernels.items()), reverse=True)
@@ -84,8 +111,9 @@ def _report(bench: Bench, name: str, profiler: Any, num_steps: int) -> None:
 
 
 def _kind(kernel: str) -> str:
-    lowered = kernel.lower()
-    return next((kind for kind, words in KINDS if any(word in lowered for word in words)), SAMPLING_AND_REST)
+    ours = [kind for start, kind in OURS.items() if kernel.startswith(start)]
+    others = [kind for kind, words in OTHERS if any(word in kernel.lower() for word in words)]
+    return (*ours, *others, SAMPLING_AND_REST)[0]
 
 
 def _union(spans: Iterable[tuple[float, float]]) -> float:
