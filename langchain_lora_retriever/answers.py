@@ -79,35 +79,40 @@ class AnswerStream:
         self._has_calls = False
 
     def push(self, delta: Delta) -> Iterator[ChatGenerationChunk]:
-        """Yield the chunks that a delta makes."""
+        """Yield the chunks that a delta makes; what is known beside a text comes in the text's chunk."""
         is_last = delta.finish_reason is not None
-        for piece in read(self._readers, delta.text, is_last=is_last, is_cut_off=delta.finish_reason == "length"):
-            yield ChatGenerationChunk(message=self._to_message(piece))
+        pieces = list(read(self._readers, delta.text, is_last=is_last, is_cut_off=delta.finish_reason == "length"))
+        self._has_calls |= any(isinstance(piece, dict) for piece in pieces)
+        final = pieces[-1] if pieces else None
+        text = final if isinstance(final, str) else ""
+        for piece in pieces[:-1] if text else pieces:
+            yield ChatGenerationChunk(message=_to_message(piece))
         metadata: dict[str, Any] = {}
         if delta.logprobs:
             metadata["logprobs"] = _logprobs_metadata(self._tokenizer, delta.logprobs)
         if is_last:
             metadata |= {**self._metadata, "finish_reason": self._finish_reason(delta)}
-        if metadata:
-            usage = _usage_metadata(delta.usage) if delta.usage else None
-            position: Any = "last" if is_last else None
+        if text or metadata:
             message = AIMessageChunk(
-                content="", response_metadata=metadata, usage_metadata=usage, chunk_position=position
+                content=text,
+                response_metadata=metadata,
+                usage_metadata=_usage_metadata(delta.usage) if delta.usage else None,
+                chunk_position="last" if is_last else None,
             )
             yield ChatGenerationChunk(message=message)
-
-    def _to_message(self, piece: Piece) -> AIMessageChunk:
-        if isinstance(piece, str):
-            return AIMessageChunk(content=piece)
-        if isinstance(piece, Reasoning):
-            return AIMessageChunk(content="", additional_kwargs={"reasoning_content": piece.text})
-        self._has_calls = True
-        return AIMessageChunk(content="", tool_call_chunks=[piece])
 
     def _finish_reason(self, delta: Delta) -> str | None:
         if self._constraint is not None and self._constraint.is_shortened:
             return "length"
         return "tool_calls" if self._has_calls and delta.finish_reason == "stop" else delta.finish_reason
+
+
+def _to_message(piece: Piece) -> AIMessageChunk:
+    if isinstance(piece, str):
+        return AIMessageChunk(content=piece)
+    if isinstance(piece, Reasoning):
+        return AIMessageChunk(content="", additional_kwargs={"reasoning_content": piece.text})
+    return AIMessageChunk(content="", tool_call_chunks=[piece])
 
 
 def _usage_metadata(usage: Usage) -> UsageMetadata:

@@ -15,6 +15,8 @@ from langchain_core.prompts import ChatPromptTemplate
 from pydantic import ValidationError
 
 from langchain_lora_retriever import AdapterPool, ChatLoraRetriever, Composition
+from langchain_lora_retriever.answers import AnswerStream
+from langchain_lora_retriever.engine import Delta, TokenLogprob, Usage
 from langchain_lora_retriever.errors import (
     EngineError,
     InvalidAdapterError,
@@ -22,6 +24,7 @@ from langchain_lora_retriever.errors import (
     PromptTooLongError,
     UnknownAdapterError,
 )
+from langchain_lora_retriever.reasoning import ThinkReader
 
 SQL = "How many users are in the table?"
 FRENCH = "Translate good morning into French."
@@ -231,6 +234,19 @@ def test_stream_adds_up_to_invoke(llm: ChatLoraRetriever) -> None:
     assert full.content == whole.content
     assert full.response_metadata == whole.response_metadata
     assert full.usage_metadata == whole.usage_metadata
+
+
+def test_the_last_text_and_what_is_known_of_it_are_one_chunk(tokenizer) -> None:
+    """An answer that comes whole is one chunk, with its metadata; a text after other pieces keeps its place."""
+    whole = Delta("all", (5,), (TokenLogprob(5, -0.5, ()),), "length", Usage(3, 0, 1))
+    (chunk,) = AnswerStream(tokenizer, {"model_name": "m"}).push(whole)
+    message = chunk.message
+    assert (message.content, message.chunk_position, message.usage_metadata["total_tokens"]) == ("all", "last", 4)
+    assert list(message.response_metadata) == ["logprobs", "model_name", "finish_reason"]
+    thinking = AnswerStream(tokenizer, {}, readers=[ThinkReader(is_open=True)])
+    first, last = thinking.push(whole._replace(text="hm</think>all", logprobs=None))
+    assert first.message.additional_kwargs == {"reasoning_content": "hm"}
+    assert (first.message.chunk_position, last.message.content, last.message.chunk_position) == (None, "all", "last")
 
 
 async def test_astream_adds_up_to_ainvoke(llm: ChatLoraRetriever) -> None:
