@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from langchain_lora_retriever.engine import Generation
 
 __all__ = ["ConcurrentChatModel", "owned"]
+
+_BEGUN_TOGETHER = 8
+"""Calls of an `abatch` that begin in one turn of the event loop."""
 
 
 class ConcurrentChatModel(BaseChatModel):
@@ -49,8 +53,26 @@ class ConcurrentChatModel(BaseChatModel):
         config: RunnableConfig | list[RunnableConfig] | None = None,
         **kwargs: Any,
     ) -> list[AIMessage]:
-        """Answer prompts together without blocking the event loop; all are queued at once by default."""
-        return await super().abatch(inputs, config, **kwargs)
+        """Answer prompts together without blocking the event loop; all are queued at once by default.
+
+        Calls begin a few at a time, one portion per turn of the event loop: it takes turns in the order they were asked
+        for, so the last of many calls begun together would be prepared before the first could go on to the engine.
+        """
+        configs = get_config_list(config, len(inputs))
+        if len(inputs) <= _BEGUN_TOGETHER or configs[0].get("max_concurrency") is not None:
+            return await super().abatch(inputs, configs, **kwargs)
+        starts = range(0, len(inputs), _BEGUN_TOGETHER)
+        turns = [asyncio.Event() for _ in range(len(starts) + 1)]
+        turns[0].set()
+
+        async def answer(index: int, start: int) -> list[AIMessage]:
+            await turns[index].wait()
+            asyncio.get_running_loop().call_soon(turns[index + 1].set)
+            end = start + _BEGUN_TOGETHER
+            return await BaseChatModel.abatch(self, inputs[start:end], configs[start:end], **kwargs)
+
+        portions = await asyncio.gather(*(answer(index, start) for index, start in enumerate(starts)))
+        return [message for portion in portions for message in portion]
 
     def batch_as_completed(
         self,

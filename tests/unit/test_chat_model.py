@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from langchain_core.caches import InMemoryCache
+from langchain_core.callbacks import AsyncCallbackHandler
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
@@ -297,6 +298,60 @@ def test_max_concurrency_is_honoured(llm: ChatLoraRetriever, engine) -> None:
     engine.delay = 0.002
     llm.batch(["x"] * 8, config={"max_concurrency": 2})
     assert engine.most_running <= 2
+
+
+async def test_the_first_of_many_reach_the_engine_before_the_last_begin(llm: ChatLoraRetriever, engine) -> None:
+    """A large `abatch` is prepared in portions; its answers keep their order, and all run at once."""
+    began: list[int] = []
+
+    class Beginnings(AsyncCallbackHandler):
+        async def on_chat_model_start(self, *arguments: Any, **kwargs: Any) -> None:
+            began.append(len(engine.requests))
+
+    engine.answer = lambda prompt, names: prefix_of(prompt)
+    engine.delay = 0.2
+    prompts = [f"prompt {i:03}" for i in range(200)]
+    answers = await llm.abatch(prompts, config={"callbacks": [Beginnings()]}, adapters=["sql"])
+    assert [message.content for message in answers] == prompts
+    assert began[0] == 0
+    assert began[-1] > 100, "the last begins when most are in the engine"
+    assert engine.most_running > 100
+
+
+@pytest.mark.parametrize("num", [0, 1, 8, 9, 17])
+async def test_abatch_of_any_size_answers_in_order(llm: ChatLoraRetriever, engine, num: int) -> None:
+    """Portions that are not full, one config per prompt, and a failing prompt in the midst."""
+
+    def answer(prompt: str, names: list[str]) -> str:
+        if prefix_of(prompt) == "p8":
+            raise EngineError("broken")
+        return prefix_of(prompt)
+
+    engine.answer = answer
+    prompts = [f"p{i}" for i in range(num)]
+    configs = [{"tags": [prompt]} for prompt in prompts]
+    answers = await llm.abatch(prompts, config=configs, return_exceptions=True)
+    assert [str(getattr(each, "content", each)) for each in answers] == [p if p != "p8" else "broken" for p in prompts]
+    if num > 8:
+        with pytest.raises(EngineError, match="broken"):
+            await llm.abatch(prompts, config=configs)
+
+
+async def test_cancelling_abatch_cancels_what_has_not_begun(llm: ChatLoraRetriever, engine) -> None:
+    """Neither what runs nor what waits for its turn goes on."""
+    engine.delay = 0.05
+    task = asyncio.create_task(llm.abatch(["x"] * 100, adapters=["sql"]))
+    for _ in range(1000):
+        await asyncio.sleep(0)
+        if engine.requests:
+            break
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    num_begun = len(engine.requests)
+    await asyncio.sleep(0.1)
+    assert len(engine.requests) == num_begun < 100
+    assert engine.num_aborted == num_begun
 
 
 async def test_abatch_runs_at_once(llm: ChatLoraRetriever, engine) -> None:
