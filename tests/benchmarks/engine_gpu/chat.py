@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import statistics
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,19 +16,22 @@ from engine_gpu.correctness import GateError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Self
 
     from langchain_core.messages import AIMessage
     from numpy.typing import NDArray
 
     from langchain_lora_retriever import AdapterPool
-    from langchain_lora_retriever.engine import EngineWorker
+    from langchain_lora_retriever.engine import EngineWorker, Generation
 
 
 def chat(bench: Bench) -> None:
     """`ChatLoraRetriever.abatch` with 32 adapters in the pool, mixture k = 3, routing included.
 
     The encoder is MiniLM's shape with random weights on the same device: its answers mean nothing and its time is real.
-    The same prompts run once more with the compositions that were found, through the engine alone.
+    The same prompts run once more with the compositions that were found, through the engine alone. Of both ways it is
+    said when the engine had the first and the last prompt, when it gave the last token, and when the caller had it all;
+    and how much of that the interpreter's full collections took, and the CPU time of the event loop's thread.
     """
     from langchain_lora_retriever import AdapterPool, ChatLoraRetriever, LoraRetriever
     from langchain_lora_retriever.pool import PoolEntry, PoolState
@@ -47,27 +51,104 @@ def chat(bench: Bench) -> None:
     engine = llm._engine()
     _check_answers(bench, llm, engine, pool)
     for size in (bench.batch, 4 * bench.batch):
-        rates: dict[str, list[float]] = {"chat": [], "engine": []}
+        runs: dict[str, list[Timing]] = {"chat": [], "engine": []}
         for round_ in range(bench.rounds + 1):
             # Other prompts every round: neither the encoder's cache nor anything else knows them.
             ids = [bench.prompt(10_000 * size + 1000 * round_ + i) for i in range(size)]
             texts = [_text(row) for row in ids]
-            start = time.perf_counter()
-            messages = asyncio.run(llm.abatch(texts))
-            rates["chat"].append(size * bench.num_out / (time.perf_counter() - start))
+            messages, timing = asyncio.run(_timed_abatch(llm, engine, texts))
+            runs["chat"].append(timing)
             pairs = [_adapters(message, pool) for message in messages]
-            start = time.perf_counter()
-            running = [engine.submit(p, bench.greedy(), a) for p, a in zip(ids, pairs, strict=True)]
-            answers = [generation.result(300) for generation in running]
-            rates["engine"].append(size * bench.num_out / (time.perf_counter() - start))
+            with _Watch(engine) as watch:
+                running = [engine.submit(p, bench.greedy(), a) for p, a in zip(ids, pairs, strict=True)]
+                answers = [generation.result(300) for generation in running]
+            runs["engine"].append(watch.timing())
             num_equal = sum(m.content == a.text for m, a in zip(messages, answers, strict=True))
-        chat_rate, engine_rate = (statistics.median(rates[name][1:]) for name in ("chat", "engine"))
+        medians = {
+            name: Timing(*(statistics.median(values) for values in zip(*timings[1:], strict=True)))
+            for name, timings in runs.items()
+        }
+        chat_rate, engine_rate = (size * bench.num_out / medians[name].end for name in ("chat", "engine"))
         bench.put(
             f"tok/s through abatch, {size} prompts",
             f"{chat_rate:.0f} ({chat_rate / engine_rate:.3f} of the engine alone, {engine_rate:.0f}); "
             f"{num_equal}/{size} answers of the last round are the same text",
         )
+        for name, timing in medians.items():
+            bench.put(
+                f"{name}, {size} prompts, ms",
+                ", ".join(f"{what} {1e3 * seconds:.0f}" for what, seconds in timing._asdict().items()),
+            )
     close_engines()
+
+
+class Timing(NamedTuple):
+    """Seconds from a call's beginning.
+
+    Attributes:
+        first_submitted: Until the engine has the first prompt.
+        last_submitted: Until it has the last.
+        last_token: Until it has given the last token.
+        end: Until the caller has all answers.
+        caller_cpu: CPU time of the caller's thread, of all that.
+        full_collections: Time that the garbage collector took to look at all objects, in any thread.
+    """
+
+    first_submitted: float
+    last_submitted: float
+    last_token: float
+    end: float
+    caller_cpu: float
+    full_collections: float
+
+
+class _Watch:
+    """Notes when an engine is given prompts and when they end, from outside of it."""
+
+    def __init__(self, engine: EngineWorker) -> None:
+        self._engine = engine
+        self._submitted: list[float] = []
+        self._ended: list[float] = []
+        self._collected = self._collecting = 0.0
+
+    def __enter__(self) -> Self:
+        gc.callbacks.append(self._on_collection)
+        submit = self._engine.submit
+
+        def noted(*arguments: Any, **options: Any) -> Generation:
+            generation = submit(*arguments, **options)
+            self._submitted.append(time.perf_counter())
+            generation._future.add_done_callback(lambda _: self._ended.append(time.perf_counter()))
+            return generation
+
+        self._engine.submit = noted  # type: ignore[method-assign]
+        self._start, self._start_cpu = time.perf_counter(), time.thread_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end, self._end_cpu = time.perf_counter(), time.thread_time()
+        del self._engine.submit
+        gc.callbacks.remove(self._on_collection)
+
+    def timing(self) -> Timing:
+        """What was noted."""
+        moments = (self._submitted[0], self._submitted[-1], max(self._ended), self._end)
+        return Timing(*(at - self._start for at in moments), self._end_cpu - self._start_cpu, self._collected)
+
+    def _on_collection(self, phase: str, info: dict[str, int]) -> None:
+        if info["generation"] == 2:
+            now = time.perf_counter()
+            if phase == "start":
+                self._collecting = now
+            else:
+                self._collected += now - self._collecting
+
+
+async def _timed_abatch(llm: Any, engine: EngineWorker, texts: list[str]) -> tuple[list[AIMessage], Timing]:
+    """Time `abatch` within an event loop, as a server calls it; starting a loop takes milliseconds of its own."""
+    with _Watch(engine) as watch:
+        messages = await llm.abatch(texts)
+    return messages, watch.timing()
 
 
 def _check_answers(bench: Bench, llm: Any, engine: EngineWorker, pool: AdapterPool) -> None:
