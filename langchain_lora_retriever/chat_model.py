@@ -12,7 +12,7 @@ from langchain_lora_retriever.answer_format import AnswerFormat, answer_format
 from langchain_lora_retriever.answers import AnswerStream, answer_readers, reads_special_tokens
 from langchain_lora_retriever.call_options import CallOptions
 from langchain_lora_retriever.chat_settings import ChatSettings
-from langchain_lora_retriever.concurrency import owned
+from langchain_lora_retriever.concurrency import owned, reached_engine
 from langchain_lora_retriever.engine import Completion, Delta, EngineConfig, EngineWorker, Generation
 from langchain_lora_retriever.errors import InvalidRequestError
 from langchain_lora_retriever.messages import encode_chat, routing_text, to_chat
@@ -124,6 +124,7 @@ class ChatLoraRetriever(ChatSettings):
         await self._load()
         call = self._understand(messages, stop, kwargs)
         runs = self._start(call, *await self._router.aplan(call.text, call.options))
+        reached_engine()
         with owned([run.generation for run in runs], call.options.timeout):
             return _to_result(runs, await asyncio.gather(*(run.generation.aresult() for run in runs)))
 
@@ -150,6 +151,7 @@ class ChatLoraRetriever(ChatSettings):
         await self._load()
         call = self._understand(messages, stop, kwargs, is_stream=True)
         (run,) = self._start(call, *await self._router.aplan(call.text, call.options))
+        reached_engine()
         with owned([run.generation], call.options.timeout):
             async for delta in run.generation:
                 for chunk in run.answer.push(delta):

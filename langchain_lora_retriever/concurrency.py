@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.language_models import BaseChatModel
@@ -14,7 +15,7 @@ from langchain_core.runnables.config import ContextThreadPoolExecutor, get_confi
 from langchain_lora_retriever.errors import RequestAbortedError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from langchain_core.language_models import LanguageModelInput
     from langchain_core.messages import AIMessage, BaseMessage
@@ -22,10 +23,19 @@ if TYPE_CHECKING:
 
     from langchain_lora_retriever.engine import Generation
 
-__all__ = ["ConcurrentChatModel", "owned"]
+__all__ = ["ConcurrentChatModel", "owned", "reached_engine"]
 
-_BEGUN_TOGETHER = 8
-"""Calls of an `abatch` that begin in one turn of the event loop."""
+_NUM_PREPARED = 16
+"""Calls of an `abatch` that are routed, tokenized and given to the engine at first; each that is makes room for two."""
+
+_prepared: ContextVar[Callable[[], None] | None] = ContextVar("prepared", default=None)
+
+
+def reached_engine() -> None:
+    """Say that the current call has been given to the engine, so that another may be prepared."""
+    tell = _prepared.get()
+    if tell is not None:
+        tell()
 
 
 class ConcurrentChatModel(BaseChatModel):
@@ -55,24 +65,29 @@ class ConcurrentChatModel(BaseChatModel):
     ) -> list[AIMessage]:
         """Answer prompts together without blocking the event loop; all are queued at once by default.
 
-        Calls begin a few at a time, one portion per turn of the event loop: it takes turns in the order they were asked
-        for, so the last of many calls begun together would be prepared before the first could go on to the engine.
+        Calls are prepared a few at a time, and more when the engine is busy with those. Begun together, the last of
+        many would take the interpreter from the first, whose prompt the engine could be computing by then.
         """
         configs = get_config_list(config, len(inputs))
-        if len(inputs) <= _BEGUN_TOGETHER or configs[0].get("max_concurrency") is not None:
+        if len(inputs) <= _NUM_PREPARED or configs[0].get("max_concurrency") is not None:
             return await super().abatch(inputs, configs, **kwargs)
-        starts = range(0, len(inputs), _BEGUN_TOGETHER)
-        turns = [asyncio.Event() for _ in range(len(starts) + 1)]
-        turns[0].set()
+        room = asyncio.Semaphore(_NUM_PREPARED)
 
-        async def answer(index: int, start: int) -> list[AIMessage]:
-            await turns[index].wait()
-            asyncio.get_running_loop().call_soon(turns[index + 1].set)
-            end = start + _BEGUN_TOGETHER
-            return await BaseChatModel.abatch(self, inputs[start:end], configs[start:end], **kwargs)
+        def make_room() -> None:
+            room.release()
+            room.release()
 
-        portions = await asyncio.gather(*(answer(index, start) for index, start in enumerate(starts)))
-        return [message for portion in portions for message in portion]
+        async def answer(index: int) -> AIMessage:
+            await room.acquire()
+            give_room = _once(make_room)
+            _prepared.set(give_room)  # in the context of this task and of those it starts
+            try:
+                (message,) = await BaseChatModel.abatch(self, [inputs[index]], [configs[index]], **kwargs)
+            finally:
+                give_room()  # a cached answer, or one that failed before, never reaches the engine
+            return message
+
+        return await asyncio.gather(*map(answer, range(len(inputs))))
 
     def batch_as_completed(
         self,
@@ -110,6 +125,17 @@ class ConcurrentChatModel(BaseChatModel):
         if configs and configs[0].get("max_concurrency") is None:
             configs[0] = patch_config(configs[0], max_concurrency=self._max_concurrency())
         return configs
+
+
+def _once(action: Callable[[], None]) -> Callable[[], None]:
+    """`action`, which only the first call performs."""
+    actions = [action]
+
+    def act() -> None:
+        if actions:
+            actions.pop()()
+
+    return act
 
 
 @contextmanager

@@ -216,9 +216,9 @@ def train_encoder(
     num_steps = 0
     if config.num_steps:
         texts = [
-            (name, shorten(instruction + text, model.tokenizer, config.max_seq_length))
+            (name, text)
             for name in trained
-            for text in usable[name]
+            for text in shorten([instruction + text for text in usable[name]], model.tokenizer, config.max_seq_length)
         ]
         num_steps = _fit(
             model, texts, config, output_dir / _CHECKPOINTS, probe if heldout else None,

@@ -8,6 +8,8 @@
     batch.update(token_lora_mapping, token_lora_weights)           # once per step
     add_lora(y, x, stack, batch)                                   # once per group of projections and layer
     v = lora_shrink(x, stack, batch); lora_expand(y, v, stack, batch)       # the same in two steps
+    packing = LoraPacking(stacks)                                  # whole adapters, to all stacks of a model at once
+    packing.pack(rank, weights, flat); packing.load(slot, start, rank, weights, flat_on_device)
 
 Semantics:
     y[t, slice i] += sum_j w[t, j] * (x[t] @ A[m[t, j], i].T) @ B[m[t, j], i].T
@@ -17,12 +19,14 @@ Triton runs it on a GPU; without Triton, or on a CPU, PyTorch does. `add_lora_re
 
 from lora_kernels.batch import LoraBatch
 from lora_kernels.ops import add_lora, lora_expand, lora_mix, lora_shrink
+from lora_kernels.packing import LoraPacking
 from lora_kernels.reference import add_lora_reference
 from lora_kernels.rows import LoraRows
 from lora_kernels.stack import LoraStack
 
 __all__ = [
     "LoraBatch",
+    "LoraPacking",
     "LoraRows",
     "LoraStack",
     "add_lora",

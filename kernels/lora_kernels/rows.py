@@ -70,8 +70,8 @@ class LoraRows:
             raise ValueError(f"start must not be negative, got {start}")
         if not 0 <= count <= self.max_rank:
             raise ValueError(f"count must lie in 0..{self.max_rank} (max_rank), got {count}")
-        self.starts[slot] = start
-        self.counts[slot] = count
+        self.starts[slot].fill_(start)  # an assignment would copy from the host, and wait for the device
+        self.counts[slot].fill_(count)
         self._host_counts.pop(slot, None)
         if count:
             self._host_counts[slot] = count

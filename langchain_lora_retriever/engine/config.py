@@ -17,10 +17,11 @@ class EngineConfig:
     Attributes:
         max_num_seqs: Most requests running at once; None picks 16 on a CPU and 128 on a GPU.
         max_num_batched_tokens: Most tokens computed in one step, >= `max_num_seqs`. A longer prompt is prefilled
-            in chunks beside the decoding of others; None picks 512 on a CPU and 4,096 on a GPU.
-        max_num_prefill_tokens: Most prompt tokens of a step that also serves streams, while those are more than the
-            requests that wait for their first token: bounds the pause that a long prompt causes. None picks 256 on a
-            GPU and sets no limit on a CPU.
+            in chunks beside the decoding of others; None picks 512 on a CPU and 2,048 on a GPU, up to which steps
+            are captured.
+        max_num_prefill_tokens: Most tokens of one prompt in a step that also serves streams, while those are more than
+            the requests that wait for their first token: bounds the pause that a long prompt causes. None picks 256
+            on a GPU and sets no limit on a CPU.
         max_model_len: Most tokens of prompt and answer together; None takes the model's context window.
         block_size: Tokens per block of the paged KV cache.
         kv_cache_bytes: Size of the KV cache; None sizes it from what is free after loading.
@@ -40,6 +41,8 @@ class EngineConfig:
         enable_fused_layers: Run decoder layers of a known shape with fused kernels, where the Triton backend runs; the
             result is checked against the model's own layers when the engine starts.
         enable_async_scheduling: Launch a step before the tokens of the last one are known here; None does on a GPU.
+        freeze_heap: Keep Python's garbage collector from looking at what is there when the engine starts, until it is
+            closed; None does on a GPU. A full collection holds up every stream for some 0.2 s.
     """
 
     max_num_seqs: int | None = None
@@ -59,6 +62,7 @@ class EngineConfig:
     captured_num_adapters: tuple[int, ...] = (0, 1, 3)
     enable_fused_layers: bool = True
     enable_async_scheduling: bool | None = None
+    freeze_heap: bool | None = None
 
     def __post_init__(self) -> None:
         """Refuse limits under which nothing could run."""

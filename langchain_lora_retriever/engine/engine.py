@@ -51,6 +51,7 @@ class Engine:
         self.config = config
         self.tokenizer = base.tokenizer
         self._runner = ModelRunner(base, config)
+        self.device = self._runner.device
         memory = self._runner.memory
         self.module_shapes = self._runner.probe.module_shapes
         self.max_model_len = memory.max_model_len

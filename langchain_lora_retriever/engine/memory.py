@@ -38,7 +38,8 @@ class MemoryPlan(NamedTuple):
         max_model_len: Most tokens of one request.
         max_num_seqs: Most running requests.
         max_num_batched_tokens: Most tokens of one step.
-        max_num_prefill_tokens: Most prompt tokens of a step that serves more streams than prompts; None: no limit.
+        max_num_prefill_tokens: Most tokens of one prompt in a step that serves more streams than prompts; None: no
+            limit.
     """
 
     num_blocks: int
@@ -59,7 +60,9 @@ def plan_memory(base: BaseModel, probe: ModelProbe, config: EngineConfig) -> Mem
     """
     on_gpu = any(geometry.device.type == "cuda" for geometry in probe.attention.values())
     max_num_seqs = config.max_num_seqs or (128 if on_gpu else 16)
-    max_num_batched_tokens = max(config.max_num_batched_tokens or (4096 if on_gpu else 512), max_num_seqs)
+    max_num_batched_tokens = max(
+        config.max_num_batched_tokens or (MAX_CAPTURED_TOKENS if on_gpu else 512), max_num_seqs
+    )
     window = base.model.config.get_text_config().max_position_embeddings
     max_model_len = min(config.max_model_len or window, window)
 

@@ -37,8 +37,8 @@ class Scheduler:
         slots: Where device memory for adapters comes from.
         max_num_seqs: Most requests running at once.
         max_num_batched_tokens: Most tokens computed in one step.
-        max_num_prefill_tokens: Most prompt tokens in a step that also serves streams, while those are more than the
-            requests that wait for their first token; None sets no such limit.
+        max_num_prefill_tokens: Most tokens of one prompt in a step that also serves streams, while those are more than
+            the requests that wait for their first token; None sets no such limit.
     """
 
     def __init__(
@@ -71,14 +71,14 @@ class Scheduler:
         pending tokens to be collected first.
         """
         budget = self._max_num_batched_tokens
-        prefill_budget = self._prefill_budget()
+        prompt_limit = self._prompt_limit()
         scheduled: list[ScheduledRequest] = []
         index = 0
         while index < len(self.running) and budget > 0:
             request = self.running[index]
             num_missing = request.num_tokens - request.num_computed_tokens
-            num_new_tokens = min(num_missing, budget if num_missing == 1 else min(budget, prefill_budget))
-            if request.is_exhausted or num_new_tokens == 0:
+            num_new_tokens = min(num_missing, budget, prompt_limit)
+            if request.is_exhausted:
                 index += 1
                 continue
             while not self._kv_cache.allocate(request, request.num_computed_tokens + num_new_tokens):
@@ -88,17 +88,15 @@ class Scheduler:
             else:
                 scheduled.append(ScheduledRequest(request, num_new_tokens))
                 budget -= num_new_tokens
-                prefill_budget -= num_new_tokens if num_missing > 1 else 0
                 index += 1
-        while self.waiting and min(budget, prefill_budget) > 0 and len(self.running) < self._max_num_seqs:
-            admitted = self._admit(self.waiting[0], min(budget, prefill_budget))
+        while self.waiting and budget > 0 and len(self.running) < self._max_num_seqs:
+            admitted = self._admit(self.waiting[0], min(budget, prompt_limit))
             if admitted is None:
                 break
             self.waiting.popleft()
             self.running.append(admitted.request)
             scheduled.append(admitted)
             budget -= admitted.num_new_tokens
-            prefill_budget -= admitted.num_new_tokens
         return scheduled
 
     def finish(self, request: Request) -> None:
@@ -138,8 +136,11 @@ class Scheduler:
         request.row = self._free_rows.pop()
         return ScheduledRequest(request, num_new_tokens)
 
-    def _prefill_budget(self) -> int:
-        """Prompts may have the whole step unless few of them would hold up many streams."""
+    def _prompt_limit(self) -> int:
+        """A prompt may have the whole step unless few of them would hold up many streams.
+
+        Then each gets a part, so that a long one comes in pieces and short ones, which soon are streams too, do not.
+        """
         num_streams = sum(request.num_tokens - request.num_computed_tokens == 1 for request in self.running)
         num_others = len(self.waiting) + len(self.running) - num_streams
         if self._max_num_prefill_tokens is None or num_streams <= num_others:

@@ -71,7 +71,7 @@ class StepShapes:
         decodes = {1, 2, 4, *range(8, min(max_num_seqs, 64) + 1, 8), *range(80, max_num_seqs + 1, 16), max_num_seqs}
         self._decodes = sorted(n for n in decodes if n <= max_num_seqs)
         limit = min(max_num_tokens, MAX_CAPTURED_TOKENS)
-        prompts = {16, 32, *range(64, 513, 64), 640, 768, 1024, 1536, limit}
+        prompts = {16, 32, *range(64, 513, 64), 640, 768, 1024, 1280, 1536, 1792, limit}
         self._prompts = sorted(n for n in prompts if n <= limit)
 
     def all(self) -> list[StepShape]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from langchain_lora_retriever.engine.config import EngineConfig
 from langchain_lora_retriever.engine.engine import Engine
 from langchain_lora_retriever.engine.generation import Generation, deliver
+from langchain_lora_retriever.engine.heap import frozen_heap
 from langchain_lora_retriever.errors import EngineDeadError
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class EngineWorker:
         self.config = config or EngineConfig()
         self.name = base.name
         self._engine = Engine(base, self.config)
+        freezes = self.config.freeze_heap
+        self._freezes_heap = self._engine.device.type == "cuda" if freezes is None else freezes
         self._generations: dict[Request, Generation] = {}  # the engine's thread alone
         self._inbox: deque[Callable[[], None]] = deque()
         self._news = threading.Condition()
@@ -174,8 +177,9 @@ class EngineWorker:
 
     def _run(self) -> None:
         try:
-            while self._take_news():
-                self._deliver(self._step())
+            with frozen_heap(is_wanted=self._freezes_heap):
+                while self._take_news():
+                    self._deliver(self._step())
         except Exception as error:
             _logger.exception("The engine died")
             self._die(error)

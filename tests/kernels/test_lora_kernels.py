@@ -14,6 +14,7 @@ import torch
 
 from lora_kernels import (
     LoraBatch,
+    LoraPacking,
     LoraRows,
     LoraStack,
     add_lora,
@@ -339,6 +340,65 @@ def test_torch_compile_and_opcheck(backend):
 
     want = layer(y.clone(), x)
     torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(y.clone(), x), want)
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.float16], ids=["from-fp32", "from-fp16"])
+@pytest.mark.parametrize(
+    "ranks", [[3, 3, 3, 3, 3], [1, 0, 5, 2, 7], [0, 0, 0, 0, 33], [0] * 5], ids=["even", "mixed", "one", "none"]
+)
+def test_a_packed_adapter_is_loaded_as_by_the_stacks(backend, dtype, adapter_dtype, ranks):
+    """Bit for bit, with nothing else touched, whatever modules and ranks it has."""
+    torch.manual_seed(0)
+    shapes = [(40, (48, 16, 17)), (64, (40,)), (9000, (300,))]
+
+    def stacks():
+        rows = LoraRows(MAX_LORAS, 40)
+        return rows, [LoraStack(rows, 50, num_in, outs, dtype) for num_in, outs in shapes]
+
+    widths = [(num_in, width) for num_in, outs in shapes for width in outs]
+    weights = [
+        (torch.randn(r, num_in).to(adapter_dtype), torch.randn(width, r).to(adapter_dtype), 0.7) if r else None
+        for r, (num_in, width) in zip(ranks, widths, strict=True)
+    ]
+    rank, entries = max(ranks), iter(weights)
+    rows, loaded = stacks()
+    rows.assign(2, 7, rank)
+    for stack in loaded:
+        stack.load(2, 7, [next(entries) for _ in stack.out_features])
+    packed_rows, packed = stacks()
+    packing = LoraPacking(packed, backend)
+    flat = torch.full((rank * packing.row_size,), torch.nan, dtype=dtype)
+    packing.pack(rank, weights, flat)
+    packing.load(2, 7, rank, weights, flat)
+    assert torch.equal(packed_rows.starts, rows.starts)
+    assert torch.equal(packed_rows.counts, rows.counts)
+    for one, other in zip(packed, loaded, strict=True):
+        for name in ("a", "b", "ranks"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+def test_packing_names_what_was_met():
+    """Wrong sizes raise ValueError with expected and actual, before anything is written."""
+    stack = build(MIXED).stack
+    packing = LoraPacking([stack])
+    flat = torch.zeros(2 * packing.row_size)
+    weights = [(torch.zeros(2, 40), torch.zeros(width, 2), 1.0) for width in stack.out_features]
+    wide = [(torch.zeros(3, 40), torch.zeros(48, 3), 1.0), None, None]
+    bad = [
+        (lambda: LoraPacking([]), "share one LoraRows"),
+        (lambda: LoraPacking([stack, build(MIXED).stack]), "share one LoraRows"),
+        (lambda: LoraPacking([stack], "cuda"), "backend"),
+        (lambda: packing.pack(2, weights[:2], flat), "3 slices, got 2"),
+        (lambda: packing.pack(1, weights, flat), rf"\[{packing.row_size}\], got"),
+        (lambda: packing.pack(2, wide, flat), r"r up to 2, got \[3, 40\]"),
+        (lambda: packing.load(0, 0, 2, weights, flat.half()), "got torch.float16"),
+        (lambda: packing.load(0, stack.a.shape[1] - 1, 2, weights, flat), "exceed the pool"),
+    ]
+    for call, message in bad:
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_errors_name_what_was_met():

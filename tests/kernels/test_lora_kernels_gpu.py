@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_kernels import LoraBatch, LoraRows, LoraStack, add_lora
+from lora_kernels import LoraBatch, LoraPacking, LoraRows, LoraStack, add_lora
 
 pytestmark = [
     pytest.mark.gpu,
@@ -152,3 +152,34 @@ def test_compiles_into_one_graph():
         return y
 
     assert_matches(torch.compile(layer, fullgraph=True)(x), x, stack, mapping, weights)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=["from-fp32", "from-bf16"])
+@pytest.mark.parametrize("ranks", [[16] * 6, [8, 0, 64, 1, 7, 256], [0, 0, 0, 0, 0, 3]], ids=["16", "mixed", "one"])
+def test_a_packed_adapter_is_loaded_as_by_the_stacks(ranks, adapter_dtype, dtype):
+    """Bit for bit, with nothing else touched."""
+    torch.manual_seed(0)
+    shapes = [(4096, (4096, 1024, 1000)), (520, (28672, 136)), (28672, (520,))]
+
+    def stacks():
+        rows = LoraRows(8, 256, "cuda")
+        return [LoraStack(rows, 300, num_in, outs, dtype) for num_in, outs in shapes]
+
+    widths = [(num_in, width) for num_in, outs in shapes for width in outs]
+    weights = [
+        (torch.randn(r, num_in).to(adapter_dtype), torch.randn(width, r).to(adapter_dtype), 0.7) if r else None
+        for r, (num_in, width) in zip(ranks, widths, strict=True)
+    ]
+    rank, entries, loaded, packed = max(ranks), iter(weights), stacks(), stacks()
+    loaded[0].rows.assign(2, 7, rank)
+    for stack in loaded:
+        stack.load(2, 7, [next(entries) for _ in stack.out_features])
+    packing = LoraPacking(packed)
+    flat = torch.full((rank * packing.row_size,), torch.nan, dtype=dtype)
+    packing.pack(rank, weights, flat)
+    packing.load(2, 7, rank, weights, flat.cuda())
+    for one, other in zip(packed, loaded, strict=True):
+        for name in ("a", "b", "ranks"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
+    assert torch.equal(packed[0].rows.counts, loaded[0].rows.counts)

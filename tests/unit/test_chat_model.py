@@ -301,7 +301,7 @@ def test_max_concurrency_is_honoured(llm: ChatLoraRetriever, engine) -> None:
 
 
 async def test_the_first_of_many_reach_the_engine_before_the_last_begin(llm: ChatLoraRetriever, engine) -> None:
-    """A large `abatch` is prepared in portions; its answers keep their order, and all run at once."""
+    """A large `abatch` is prepared a few at a time; its answers keep their order, and all run at once."""
     began: list[int] = []
 
     class Beginnings(AsyncCallbackHandler):
@@ -318,9 +318,9 @@ async def test_the_first_of_many_reach_the_engine_before_the_last_begin(llm: Cha
     assert engine.most_running > 100
 
 
-@pytest.mark.parametrize("num", [0, 1, 8, 9, 17])
+@pytest.mark.parametrize("num", [0, 1, 16, 17, 40])
 async def test_abatch_of_any_size_answers_in_order(llm: ChatLoraRetriever, engine, num: int) -> None:
-    """Portions that are not full, one config per prompt, and a failing prompt in the midst."""
+    """With one config per prompt and a failing prompt in the midst, more than are prepared at first or not."""
 
     def answer(prompt: str, names: list[str]) -> str:
         if prefix_of(prompt) == "p8":
@@ -335,6 +335,13 @@ async def test_abatch_of_any_size_answers_in_order(llm: ChatLoraRetriever, engin
     if num > 8:
         with pytest.raises(EngineError, match="broken"):
             await llm.abatch(prompts, config=configs)
+
+
+async def test_abatch_goes_on_where_calls_never_reach_the_engine(llm: ChatLoraRetriever, engine) -> None:
+    """Each of more calls than are prepared at a time is refused."""
+    answers = await llm.abatch(["x"] * 40, adapters=["nobody"], return_exceptions=True)
+    assert [type(answer).__name__ for answer in answers] == ["UnknownAdapterError"] * 40
+    assert not engine.requests
 
 
 async def test_cancelling_abatch_cancels_what_has_not_begun(llm: ChatLoraRetriever, engine) -> None:

@@ -22,25 +22,25 @@ class Characters:
         """A start and an end token."""
         return 2
 
-    def __call__(self, text, **_):
+    def __call__(self, texts, **_):
         """Offsets of every character."""
-        return {"offset_mapping": [(i, i + 1) for i in range(len(text))]}
+        return {"offset_mapping": [[(i, i + 1) for i in range(len(text))] for text in texts]}
 
 
 def test_shorten_keeps_both_ends():
-    """A text that is too long loses its middle."""
-    assert shorten("abcdefghijklmnop", Characters(), 8) == "abc nop"
+    """A text that is too long loses its middle, and those beside it nothing."""
+    assert shorten(["ab", "abcdefghijklmnop", "abcdefgh"], Characters(), 8) == ["ab", "abc nop", "abcdefgh"]
 
 
 @pytest.mark.parametrize("limit", [None, 18, 100])
 def test_shorten_leaves_short_texts(limit):
     """A text that fits is left as it is."""
-    assert shorten("abcdefghijklmnop", Characters(), limit) == "abcdefghijklmnop"
+    assert shorten(["abcdefghijklmnop"], Characters(), limit) == ["abcdefghijklmnop"]
 
 
 def test_shorten_needs_offsets():
     """Without character offsets the text is left to the encoder."""
-    assert shorten("abcdefghijklmnop", object(), 4) == "abcdefghijklmnop"
+    assert shorten(["abcdefghijklmnop"], object(), 4) == ["abcdefghijklmnop"]
 
 
 def test_blank_name_is_refused():

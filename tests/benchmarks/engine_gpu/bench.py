@@ -140,7 +140,7 @@ class Bench:
             **changes: Fields of `EngineConfig` that differ from the bench's usual ones.
         """
         sizes = {"kv_cache_bytes": 1 << 20, "lora_cache_bytes": 4 << 20, "max_num_batched_tokens": 64} if self.is_tiny \
-            else {"kv_cache_bytes": 4 << 30, "lora_cache_bytes": 6 << 30, "max_num_batched_tokens": 8192}  # fmt: skip
+            else {"kv_cache_bytes": 4 << 30, "lora_cache_bytes": 6 << 30}  # fmt: skip
         usual = {"max_num_seqs": self.batch, "enable_prefix_caching": False, "max_loras": 72}
         config = EngineConfig(**{**sizes, **usual, **changes})
         if self._worker is None or not self._worker.is_alive or config != self._config:

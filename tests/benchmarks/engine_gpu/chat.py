@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import statistics
+import tempfile
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 
 from engine_gpu.bench import DEVICE, Bench, Pairs
@@ -19,16 +20,16 @@ if TYPE_CHECKING:
     from typing import Self
 
     from langchain_core.messages import AIMessage
-    from numpy.typing import NDArray
 
     from langchain_lora_retriever import AdapterPool
+    from langchain_lora_retriever.encoder import SentenceTransformerEncoder
     from langchain_lora_retriever.engine import EngineWorker, Generation
 
 
 def chat(bench: Bench) -> None:
     """`ChatLoraRetriever.abatch` with 32 adapters in the pool, mixture k = 3, routing included.
 
-    The encoder is MiniLM's shape with random weights on the same device: its answers mean nothing and its time is real.
+    The encoder is of MiniLM's shape with random weights on the same device: its answers mean nothing, its time is real.
     The same prompts run once more with the compositions that were found, through the engine alone. Of both ways it is
     said when the engine had the first and the last prompt, when it gave the last token, and when the caller had it all;
     and how much of that the interpreter's full collections took, and the CPU time of the event loop's thread.
@@ -39,7 +40,8 @@ def chat(bench: Bench) -> None:
 
     usual = bench.engine().config
     bench.close_engine()
-    encoder = RandomMiniLM()
+    with tempfile.TemporaryDirectory() as folder:
+        encoder = random_encoder(bench, Path(folder))
     vectors = encoder.encode([f"adapter {i}" for i in range(len(bench.adapters))])
     pool = AdapterPool()
     entries = {a.name: PoolEntry(a, embedding=v) for a, v in zip(bench.adapters, vectors, strict=True)}
@@ -170,28 +172,20 @@ def _adapters(message: AIMessage, pool: AdapterPool) -> Pairs:
     return [(pool[member["name"]], member["weight"]) for member in message.response_metadata["adapters"]]
 
 
-class RandomMiniLM:
-    """An encoder of the shape of all-MiniLM-L6-v2, with random weights."""
+def random_encoder(bench: Bench, folder: Path) -> SentenceTransformerEncoder:
+    """A sentence-transformers model of the shape of all-MiniLM-L6-v2, with random weights and the bench's tokenizer."""
+    from sentence_transformers import SentenceTransformer, models
+    from transformers import BertConfig, BertModel
 
-    name = "random-minilm"
-    dimension = 384
+    from langchain_lora_retriever.encoder import SentenceTransformerEncoder
 
-    def __init__(self) -> None:
-        from transformers import BertConfig, BertModel
-
-        torch.manual_seed(0)
-        config = BertConfig(
-            vocab_size=30522, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
-        )
-        self._model: Any = BertModel(config).to(DEVICE).eval()
-
-    @torch.inference_mode()
-    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Unit vectors `[len(texts), 384]`: means over the words, a word being its hash."""
-        rows = [[hash(word) % 30522 for word in text.split()][:256] for text in texts]
-        length = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (length - len(row)) for row in rows], device=DEVICE)
-        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=DEVICE)
-        hidden = self._model(input_ids=ids, attention_mask=mask).last_hidden_state
-        means = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-        return np.asarray(torch.nn.functional.normalize(means, dim=-1).cpu().numpy(), dtype=np.float32)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(bench.tokenizer), hidden_size=384, num_hidden_layers=6, num_attention_heads=12,
+        intermediate_size=1536,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    bench.tokenizer.save_pretrained(folder)
+    transformer = models.Transformer(str(folder), max_seq_length=256)
+    model = SentenceTransformer(modules=[transformer, models.Pooling(384)], device=DEVICE.type)
+    return SentenceTransformerEncoder(model)

@@ -160,6 +160,18 @@ def test_many_streams_limit_a_prompt_and_many_prompts_do_not() -> None:
     assert run_step(scheduler) == [(0, 1, True), (100, 1, True), (200, 5, True), (300, 6, True)]
 
 
+def test_each_of_several_prompts_beside_streams_has_a_part_of_the_step() -> None:
+    """Short prompts go in whole, though together they are longer than one alone may be."""
+    scheduler = make_scheduler(num_blocks=32, max_num_seqs=7, max_num_prefill_tokens=3)
+    for start in range(0, 400, 100):
+        scheduler.add(make_request(2, start))
+    run_step(scheduler)
+    for start, length in ((400, 3), (500, 2), (600, 8)):
+        scheduler.add(make_request(length, start))
+    streams = [(start, 1, True) for start in range(0, 400, 100)]
+    assert run_step(scheduler) == [*streams, (400, 3, True), (500, 2, True), (600, 3, False)]
+
+
 def test_a_pending_token_is_scheduled_unless_it_is_the_last() -> None:
     """A stream goes on before its token is known; one that ends with it does not."""
     scheduler = make_scheduler()

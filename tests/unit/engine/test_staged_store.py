@@ -104,7 +104,6 @@ def test_a_packed_adapter_is_what_the_stacks_load(dtype: torch.dtype, ranks: dic
     direct.load(1, 3, adapter)
     flat = torch.full((adapter.rank * packing.row_size,), torch.nan, dtype=dtype)
     packing.pack(adapter, flat)
-    assert not flat.isnan().any()
     packing.load(1, 3, adapter, flat)
     assert packed.same_as(direct, 1, 3, adapter)
 
