@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 __all__ = ["ConcurrentChatModel", "owned", "reached_engine"]
 
 _NUM_PREPARED = 16
-"""Calls of an `abatch` that are routed, tokenized and given to the engine at first; each that is makes room for two."""
+"""Calls of an `abatch` that are routed, tokenized and given to the engine at first."""
+_ROOM_MADE = 4
+"""Calls that may begin for each that has reached the engine, which then is busy for as long as they take."""
 
 _prepared: ContextVar[Callable[[], None] | None] = ContextVar("prepared", default=None)
 
@@ -74,8 +76,8 @@ class ConcurrentChatModel(BaseChatModel):
         room = asyncio.Semaphore(_NUM_PREPARED)
 
         def make_room() -> None:
-            room.release()
-            room.release()
+            for _ in range(_ROOM_MADE):
+                room.release()
 
         async def answer(index: int) -> AIMessage:
             await room.acquire()

@@ -38,7 +38,7 @@ class MicroBatcher:
         max_texts: A batch of so many takes no more callers, so that the first of many need not wait for the last.
     """
 
-    def __init__(self, encode: Callable[[Sequence[str]], NDArray[np.float32]], *, max_texts: int = 32) -> None:
+    def __init__(self, encode: Callable[[Sequence[str]], NDArray[np.float32]], *, max_texts: int = 64) -> None:
         self._encode = encode
         self._max_texts = max_texts
         self._encoder_lock = threading.Lock()
