@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from langchain_lora_retriever.errors import EngineError
@@ -36,7 +37,9 @@ def load_base_model(source: ModelSource, **model_kwargs: Any) -> BaseModel:
         source: A hub name, a folder, or `(model, tokenizer)` already loaded.
         **model_kwargs: For `AutoModelForCausalLM.from_pretrained`: `device_map`, `dtype`, `quantization_config`,
             `max_memory`, `offload_folder`, `gguf_file`, ... Without `device_map`, accelerate places the model on the
-            GPUs there are, or the CPU. Without `dtype`, a GPU gets the checkpoint's own and a CPU float32.
+            GPUs there are, or the CPU. Without `dtype`, a GPU gets the checkpoint's own and a CPU float32. Without
+            `quantization_config`, a GGUF file's weights are unpacked: transformers would keep them packed where it
+            finds kernels for that, and attend by a kernel of its own choice.
 
     Raises:
         EngineError: If the model cannot attend over a paged cache.
@@ -50,6 +53,9 @@ def load_base_model(source: ModelSource, **model_kwargs: Any) -> BaseModel:
         model_kwargs.setdefault("dtype", "auto" if has_gpu else torch.float32)
         if has_gpu:
             model_kwargs.setdefault("device_map", "auto")
+        if "gguf_file" in model_kwargs and hasattr(transformers, "GgufConfig"):  # earlier versions always unpack
+            unpacked = transformers.GgufConfig(gguf_file=model_kwargs["gguf_file"], dequantize=True)
+            model_kwargs.setdefault("quantization_config", unpacked)
         tokenizer_kwargs = {
             key: model_kwargs[key]
             for key in (
