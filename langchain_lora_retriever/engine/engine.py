@@ -12,7 +12,6 @@ from langchain_lora_retriever.engine.detokenizer import Detokenizer
 from langchain_lora_retriever.engine.kv_cache import KVCacheManager
 from langchain_lora_retriever.engine.lora_layers import MAX_RANK
 from langchain_lora_retriever.engine.model_runner import ModelRunner
-from langchain_lora_retriever.engine.pace import Pace
 from langchain_lora_retriever.engine.request import Delta, FinishReason, Request
 from langchain_lora_retriever.engine.scheduler import Scheduler
 from langchain_lora_retriever.engine.stats import EngineStats, StatsRecorder
@@ -76,7 +75,6 @@ class Engine:
             max_num_prefill_tokens=memory.max_num_prefill_tokens,
         )
         self._recorder = StatsRecorder()
-        self._pace = Pace()
         self._eos_token_ids = _eos_token_ids(base)
         self._ids = itertools.count()
         self._is_async = self._runner.is_async
@@ -88,11 +86,6 @@ class Engine:
     def has_unfinished_requests(self) -> bool:
         """Whether a `step` would do anything."""
         return bool(self.scheduler.waiting or self.scheduler.running or self._in_flight)
-
-    @property
-    def slack(self) -> float:
-        """Seconds for which the device has enough to do: until then a `step` can wait for more requests."""
-        return self._pace.slack
 
     def make_request(
         self,
@@ -223,7 +216,6 @@ class Engine:
             return None
         self._in_step = [item.request for item in scheduled]
         flight = self._runner.launch(scheduled)
-        self._pace.on_launch(sum(item.num_new_tokens for item in scheduled))
         for item in scheduled:
             item.request.num_computed_tokens += item.num_new_tokens
             self.kv_cache.commit(item.request)
@@ -247,10 +239,7 @@ class Engine:
         if flight is self._in_flight:
             self._in_flight = None
         self._in_step = flight.requests
-        try:
-            token_ids, logprobs = flight.read()
-        finally:
-            self._pace.on_landing()
+        token_ids, logprobs = flight.read()
         served = [row for row in zip(flight.requests, token_ids, logprobs, strict=True) if not row[0].is_finished]
         self._recorder.on_step([request for request, _, _ in served])
         outputs = [self._deliver(*row) for row in served]

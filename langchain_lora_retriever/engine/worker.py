@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -190,7 +189,6 @@ class EngineWorker:
 
     def _take_news(self) -> bool:
         """Do what was posted, and wait if there is nothing to compute; False once the engine is closing."""
-        time.sleep(self._engine.slack)  # those who come meanwhile are in the next step
         while True:
             with self._news:
                 while not (self._inbox or self._is_closing or self._engine.has_unfinished_requests):
