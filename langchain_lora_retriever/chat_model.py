@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from langchain_core.runnables import Runnable
     from langchain_core.tools import BaseTool
 
-    from langchain_lora_retriever.messages import ChatTurn
+    from langchain_lora_retriever.dialects import ChatTurn
     from langchain_lora_retriever.types import Adapter, Composition
 
 __all__ = ["ChatLoraRetriever"]

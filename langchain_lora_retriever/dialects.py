@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jinja2
 
@@ -22,11 +22,13 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from langchain_lora_retriever.messages import ChatTurn
     from langchain_lora_retriever.readers import Reader
     from langchain_lora_retriever.tools import Tool
 
-__all__ = ["HERMES", "SECTION", "CallForm", "Dialect", "add_tools_section", "dialect_of"]
+__all__ = ["HERMES", "SECTION", "CallForm", "ChatTurn", "Dialect", "add_tools_section", "dialect_of"]
+
+ChatTurn: TypeAlias = dict[str, Any]
+"""One turn as chat templates take it: `{"role", "content"}`, and `"tool_calls"` where there are any."""
 
 _SECTION = """# Tools
 

@@ -6,7 +6,7 @@ import json
 import re
 import threading
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from langchain_core.messages import (
@@ -27,19 +27,15 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from langchain_lora_retriever.dialects import Dialect
+    from langchain_lora_retriever.dialects import ChatTurn, Dialect
     from langchain_lora_retriever.tools import Tool
 
 __all__ = [
-    "ChatTurn",
     "content_text",
     "encode_chat",
     "routing_text",
     "to_chat",
 ]
-
-ChatTurn: TypeAlias = dict[str, Any]
-"""One turn as chat templates take it: `{"role", "content"}`, and `"tool_calls"` where there are any."""
 
 _ALPACA_PREAMBLE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."

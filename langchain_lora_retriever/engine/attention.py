@@ -7,7 +7,7 @@ model's forward as a keyword argument, which transformers passes on to every att
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -18,7 +18,7 @@ from langchain_lora_retriever.errors import EngineError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["ATTENTION_IMPLEMENTATION", "AttentionStep", "PagedCache", "QuerySpan"]
+__all__ = ["ATTENTION_IMPLEMENTATION", "AttentionStep", "GatheringStep", "PagedCache", "QuerySpan"]
 
 ATTENTION_IMPLEMENTATION = "langchain_lora_retriever_paged"
 
@@ -65,18 +65,8 @@ class _Prefill(NamedTuple):
     pages: torch.Tensor  # [p] block ids
 
 
-class AttentionStep:
-    """One step's reads and writes of the cache; shared by all layers, planned once for each device.
-
-    Args:
-        spans: The packed sequences, in order.
-        caches: Each layer's cache, by `layer_idx`.
-    """
-
-    def __init__(self, spans: Sequence[QuerySpan], caches: Mapping[int, PagedCache]) -> None:
-        self._spans = spans
-        self._caches = caches
-        self._plans: dict[torch.device, _Plan] = {}
+class AttentionStep(Protocol):
+    """One step's reads and writes of the cache, of all layers: what a backend of attention is to the model."""
 
     def attend(
         self,
@@ -103,6 +93,33 @@ class AttentionStep:
         Returns:
             `[num_tokens, num_heads, head_dim]`.
         """
+
+
+class GatheringStep:
+    """Gathers the pages of each sequence and calls SDPA, on any placement; planned once for each device.
+
+    Args:
+        spans: The packed sequences, in order.
+        caches: Each layer's cache, by `layer_idx`.
+    """
+
+    def __init__(self, spans: Sequence[QuerySpan], caches: Mapping[int, PagedCache]) -> None:
+        self._spans = spans
+        self._caches = caches
+        self._plans: dict[torch.device, _Plan] = {}
+
+    def attend(
+        self,
+        layer_idx: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Write the step's keys and values, then attend."""
         cache = self._caches[layer_idx]
         plan = self._plans.get(query.device)
         if plan is None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from langchain_lora_retriever.engine.attention import AttentionStep, PagedCache, QuerySpan
+from langchain_lora_retriever.engine.attention import GatheringStep, PagedCache, QuerySpan
 from langchain_lora_retriever.engine.flight import Flight
 from langchain_lora_retriever.engine.lora_layers import LoraLayers
 from langchain_lora_retriever.engine.memory import plan_memory
@@ -138,7 +138,7 @@ class ModelRunner:
             position_ids=upload([batch.positions], torch.int64, device),
             use_cache=False,
             logits_to_keep=upload(batch.sampled_tokens, torch.int64, device),
-            attention_step=AttentionStep(spans, self._caches),
+            attention_step=GatheringStep(spans, self._caches),
         )
         logits: torch.Tensor = output.logits[0]
         return logits

@@ -33,7 +33,7 @@ class QueryTiles(NamedTuple):
 
 
 class PagedStep:
-    """Stands where `AttentionStep` does, for a model that lies on one device.
+    """An `AttentionStep` in Triton, for a model that lies on one device.
 
     Args:
         caches: Each layer's cache, by `layer_idx`.
@@ -57,7 +57,7 @@ class PagedStep:
         sliding_window: int | None,
         softcap: float | None,
     ) -> torch.Tensor:
-        """Write the step's keys and values, then attend; arguments as `AttentionStep.attend` has them."""
+        """Write the step's keys and values, then attend."""
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
         write_kv(query, key, value, *self._caches[layer_idx], self._pages)
         return self._attend(layer_idx, query, scaling, sliding_window, softcap)

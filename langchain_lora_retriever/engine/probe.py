@@ -76,7 +76,7 @@ class _LinearCall(NamedTuple):
 
 
 class _ProbeStep:
-    """Stands in for an `AttentionStep` and writes down the layers' geometry."""
+    """An `AttentionStep` that attends to nothing and writes down the layers' geometry."""
 
     def __init__(self) -> None:
         self.geometry: dict[int, AttentionGeometry] = {}
