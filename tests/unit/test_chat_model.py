@@ -318,7 +318,7 @@ async def test_the_first_of_many_reach_the_engine_before_the_last_begin(llm: Cha
     assert engine.most_running > 100
 
 
-@pytest.mark.parametrize("num", [0, 1, 16, 17, 40])
+@pytest.mark.parametrize("num", [0, 1, 8, 9, 16, 17, 40])
 async def test_abatch_of_any_size_answers_in_order(llm: ChatLoraRetriever, engine, num: int) -> None:
     """With one config per prompt and a failing prompt in the midst, more than are prepared at first or not."""
 
