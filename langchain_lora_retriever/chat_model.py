@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from langchain_core.language_models.chat_models import generate_from_stream
@@ -198,6 +199,12 @@ class ChatLoraRetriever(ChatSettings):
     def _max_concurrency(self) -> int:
         # Twice what runs at once, so that the engine never waits for a prompt to be routed and tokenized.
         return 2 * self._engine().max_num_seqs
+
+    async def _aprepare(self, inputs: Sequence[LanguageModelInput], **kwargs: Any) -> None:
+        with suppress(Exception):  # each call meets the same fault, and reports it as its own
+            options = CallOptions.merge(self, kwargs)
+            texts = [_text_to_route(self._convert_input(each).to_messages(), options) for each in inputs]
+            await self._router.aprepare(texts, options)
 
     def _engine(self) -> EngineWorker:
         """Return the engine, loading the base model at first use."""

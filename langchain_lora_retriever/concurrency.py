@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 
 __all__ = ["ConcurrentChatModel", "owned", "reached_engine"]
 
-_NUM_PREPARED = 16
-"""Calls of an `abatch` that are routed, tokenized and given to the engine at first."""
-_ROOM_MADE = 4
+_GROUP_SIZE = 64
+"""Prompts of an `abatch` that are embedded together, before the first of them begins."""
+_NUM_BEGUN = 4
+"""Calls of an `abatch` that begin at first."""
+_ROOM_MADE = 2
 """Calls that may begin for each that has reached the engine, which then is busy for as long as they take."""
 
 _prepared: ContextVar[Callable[[], None] | None] = ContextVar("prepared", default=None)
@@ -50,6 +52,9 @@ class ConcurrentChatModel(BaseChatModel):
         """Return how many calls may be under way at once where the caller sets no `max_concurrency`."""
         raise NotImplementedError
 
+    async def _aprepare(self, inputs: Sequence[LanguageModelInput], **kwargs: Any) -> None:
+        """Do for calls that are about to begin what costs less together. Raises nothing: the calls would again."""
+
     def batch(
         self,
         inputs: list[LanguageModelInput],
@@ -63,33 +68,49 @@ class ConcurrentChatModel(BaseChatModel):
         self,
         inputs: list[LanguageModelInput],
         config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
         **kwargs: Any,
     ) -> list[AIMessage]:
         """Answer prompts together without blocking the event loop; all are queued at once by default.
 
-        Calls are prepared a few at a time, and more when the engine is busy with those. Begun together, the last of
-        many would take the interpreter from the first, whose prompt the engine could be computing by then.
+        Prompts are embedded in groups. On a GPU an encoder's hundred small kernels each wait for a part of the step that
+        the engine is computing, so one pass over many is best made before the engine begins. The calls of a group then
+        begin a few at a time: begun together, the last of many would take the interpreter from the first, whose prompt
+        the engine could be computing by then.
         """
         configs = get_config_list(config, len(inputs))
-        if len(inputs) <= _NUM_PREPARED or configs[0].get("max_concurrency") is not None:
-            return await super().abatch(inputs, configs, **kwargs)
-        room = asyncio.Semaphore(_NUM_PREPARED)
+        if len(inputs) <= 1 or configs[0].get("max_concurrency") is not None:
+            return await super().abatch(inputs, configs, return_exceptions=return_exceptions, **kwargs)
+        groups = [inputs[start : start + _GROUP_SIZE] for start in range(0, len(inputs), _GROUP_SIZE)]
+        are_prepared = [asyncio.Event() for _ in groups]
+        room = asyncio.Semaphore(_NUM_BEGUN)
+
+        async def prepare() -> None:
+            for group, is_prepared in zip(groups, are_prepared, strict=True):
+                await self._aprepare(group, **kwargs)
+                is_prepared.set()
 
         def make_room() -> None:
             for _ in range(_ROOM_MADE):
                 room.release()
 
-        async def answer(index: int) -> AIMessage:
+        async def answer(index: int) -> Any:
+            await are_prepared[index // _GROUP_SIZE].wait()
             await room.acquire()
             give_room = _once(make_room)
             _prepared.set(give_room)  # in the context of this task and of those it starts
             try:
-                (message,) = await BaseChatModel.abatch(self, [inputs[index]], [configs[index]], **kwargs)
+                return await self.ainvoke(inputs[index], configs[index], **kwargs)
+            except Exception as error:
+                if not return_exceptions:
+                    raise
+                return error
             finally:
                 give_room()  # a cached answer, or one that failed before, never reaches the engine
-            return message
 
-        return await asyncio.gather(*map(answer, range(len(inputs))))
+        _, *answers = await asyncio.gather(prepare(), *map(answer, range(len(inputs))))
+        return answers
 
     def batch_as_completed(
         self,

@@ -147,11 +147,13 @@ def shorten(texts: Sequence[str], tokenizer: Any, max_tokens: int | None) -> lis
     head, tail = room - room // 2, room // 2
     if not tail:
         return shortened
-    encoded = tokenizer(
-        [texts[i] for i in suspects], add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )
-    for i, offsets in zip(suspects, encoded["offset_mapping"], strict=True):
-        if len(offsets) > room:
+    encodings = tokenizer(
+        [texts[i] for i in suspects],
+        add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False,
+    ).encodings  # fmt: skip
+    for i, encoding in zip(suspects, encodings, strict=True):
+        if len(encoding) > room:
+            offsets = encoding.offsets
             shortened[i] = f"{texts[i][: offsets[head - 1][1]]} {texts[i][offsets[-tail][0] :]}"
     return shortened
 

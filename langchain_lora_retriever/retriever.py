@@ -150,6 +150,13 @@ class LoraRetriever:
             await asyncio.wrap_future(self._batcher.executor.submit(self._synchronise))
         return self._search([text], vectors[text][None], top_k, exclusions)[0]
 
+    async def aprepare(self, texts: Sequence[str]) -> None:
+        """Embed together texts that are about to be asked for, if the cache has room for them."""
+        known = self._texts.get(texts)
+        missing = [text for text in dict.fromkeys(texts) if text not in known]
+        if missing and len(missing) <= self._texts.max_texts // 2:  # those of the last call may still be needed
+            self._texts.put(dict(zip(missing, await self._batcher.arun(missing), strict=True)))
+
     def embed(self, texts: Sequence[str]) -> Vectors:
         """Embed texts, the instruction before each, as queries are.
 

@@ -75,6 +75,11 @@ class Router:
                 if self._pinned(options) is not None:
                     raise
 
+    async def aprepare(self, texts: Sequence[str], options: CallOptions) -> None:
+        """Embed together the texts of calls that are about to be routed."""
+        if self._pinned(options) is None:
+            await self.retriever.aprepare(texts)
+
     def _pinned(self, options: CallOptions) -> Composition | None:
         names = options.adapters
         if options.model is not None:

@@ -25,7 +25,7 @@ class TextVectors:
     """The embeddings of the texts used last. Thread-safe."""
 
     def __init__(self, max_texts: int) -> None:
-        self._max_texts = max_texts
+        self.max_texts = max_texts
         self._lock = threading.Lock()
         self._vectors: OrderedDict[str, NDArray[np.float32]] = OrderedDict()
 
@@ -43,7 +43,7 @@ class TextVectors:
             for text, vector in vectors.items():
                 self._vectors[text] = vector.copy()  # not a view that keeps its whole batch
                 self._vectors.move_to_end(text)
-            while len(self._vectors) > self._max_texts:
+            while len(self._vectors) > self.max_texts:
                 self._vectors.popitem(last=False)
 
 

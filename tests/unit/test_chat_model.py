@@ -314,7 +314,7 @@ async def test_the_first_of_many_reach_the_engine_before_the_last_begin(llm: Cha
     answers = await llm.abatch(prompts, config={"callbacks": [Beginnings()]}, adapters=["sql"])
     assert [message.content for message in answers] == prompts
     assert began[0] == 0
-    assert began[-1] >= 46, "each that is in the engine lets four begin, after the first 16"
+    assert began[-1] > 100
     assert engine.most_running > 100
 
 
