@@ -74,32 +74,35 @@ class ConcurrentChatModel(BaseChatModel):
     ) -> list[AIMessage]:
         """Answer prompts together without blocking the event loop; all are queued at once by default.
 
-        Prompts are embedded in groups. On a GPU an encoder's hundred small kernels each wait for a part of the step that
-        the engine is computing, so one pass over many is best made before the engine begins. The calls of a group then
-        begin a few at a time: begun together, the last of many would take the interpreter from the first, whose prompt
-        the engine could be computing by then.
+        Prompts are embedded in groups, a group when those before it are with the engine. Their calls begin a few at a
+        time. Begun together, the last of many would take the interpreter from the first, whose prompt the engine could
+        be computing by then; and on a GPU each of an encoder's hundred small kernels waits for a part of the engine's
+        step, so one pass over many texts is better than many over a few.
         """
         configs = get_config_list(config, len(inputs))
         if len(inputs) <= 1 or configs[0].get("max_concurrency") is not None:
             return await super().abatch(inputs, configs, return_exceptions=return_exceptions, **kwargs)
         groups = [inputs[start : start + _GROUP_SIZE] for start in range(0, len(inputs), _GROUP_SIZE)]
         are_prepared = [asyncio.Event() for _ in groups]
-        room = asyncio.Semaphore(_NUM_BEGUN)
+        room, arrivals = asyncio.Semaphore(_NUM_BEGUN), asyncio.Semaphore(0)
 
         async def prepare() -> None:
             for group, is_prepared in zip(groups, are_prepared, strict=True):
                 await self._aprepare(group, **kwargs)
                 is_prepared.set()
+                for _ in group:
+                    await arrivals.acquire()
 
-        def make_room() -> None:
+        def on_arrival() -> None:
+            arrivals.release()
             for _ in range(_ROOM_MADE):
                 room.release()
 
         async def answer(index: int) -> Any:
             await are_prepared[index // _GROUP_SIZE].wait()
             await room.acquire()
-            give_room = _once(make_room)
-            _prepared.set(give_room)  # in the context of this task and of those it starts
+            arrive = _once(on_arrival)
+            _prepared.set(arrive)  # in the context of this task and of those it starts
             try:
                 return await self.ainvoke(inputs[index], configs[index], **kwargs)
             except Exception as error:
@@ -107,7 +110,7 @@ class ConcurrentChatModel(BaseChatModel):
                     raise
                 return error
             finally:
-                give_room()  # a cached answer, or one that failed before, never reaches the engine
+                arrive()  # a cached answer, or one that failed before, never reaches the engine
 
         _, *answers = await asyncio.gather(prepare(), *map(answer, range(len(inputs))))
         return answers

@@ -73,6 +73,7 @@ class Engine:
             max_num_seqs=memory.max_num_seqs,
             max_num_batched_tokens=memory.max_num_batched_tokens,
             max_num_prefill_tokens=memory.max_num_prefill_tokens,
+            step_sizes=self._runner.step_sizes,
         )
         self._recorder = StatsRecorder()
         self._eos_token_ids = _eos_token_ids(base)

@@ -90,6 +90,11 @@ class ModelRunner:
         """Whether a step should be launched before the last one's tokens are read."""
         return self._is_async
 
+    @property
+    def step_sizes(self) -> Sequence[int]:
+        """Numbers of tokens to which steps with prompts in them are padded, ascending; () if they are not padded."""
+        return self._executor.step_sizes if self._executor is not None else ()
+
     def make_store(self) -> StagedStore:
         """Where adapters are loaded from; it must be closed before the runner is."""
         packing = None

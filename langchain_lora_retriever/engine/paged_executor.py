@@ -91,6 +91,11 @@ class PagedExecutor:
         """Whether the model's layers run fused."""
         return self._fused is not None
 
+    @property
+    def step_sizes(self) -> Sequence[int]:
+        """Numbers of tokens of steps with prompts in them that run without padding; others are padded to the next."""
+        return self._shapes.prompt_sizes if self._shapes is not None else ()
+
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """Logits `[num_sampled, vocab_size]` of a step, in order of `batch.sampled_requests`."""
         self._tables.sync(item.request for item in batch.scheduled)

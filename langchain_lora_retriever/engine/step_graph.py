@@ -71,8 +71,14 @@ class StepShapes:
         decodes = {1, 2, 4, *range(8, min(max_num_seqs, 64) + 1, 8), *range(80, max_num_seqs + 1, 16), max_num_seqs}
         self._decodes = sorted(n for n in decodes if n <= max_num_seqs)
         limit = min(max_num_tokens, MAX_CAPTURED_TOKENS)
-        prompts = {16, 32, *range(64, 513, 64), 640, 768, 1024, 1280, 1536, 1792, limit}
+        # Products of more tokens than some 512 take time by the 128, which is the height of their tiles.
+        prompts = {16, 32, *range(64, 513, 64), *range(640, limit, 128), limit}
         self._prompts = sorted(n for n in prompts if n <= limit)
+
+    @property
+    def prompt_sizes(self) -> Sequence[int]:
+        """Tokens of the steps with prompts in them, ascending; others are padded to the next."""
+        return self._prompts
 
     def all(self) -> list[StepShape]:
         """Every shape, the largest first."""

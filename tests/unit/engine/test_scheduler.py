@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import torch
 
 from langchain_lora_retriever.engine.adapter_slots import AdapterSlots
@@ -30,7 +31,7 @@ class NoStore:
 
 
 def make_scheduler(
-    num_blocks: int = 8, max_num_seqs: int = 4, max_num_batched_tokens: int = 16, **limits: int
+    num_blocks: int = 8, max_num_seqs: int = 4, max_num_batched_tokens: int = 16, **limits: Any
 ) -> Scheduler:
     """A scheduler over blocks of four tokens and two slots of four rows."""
     slots = AdapterSlots(NoStore(), max_loras=2, num_rows=8, max_rank=8, module_shapes={})
@@ -207,3 +208,32 @@ def test_a_preempted_request_waits_for_its_pending_token() -> None:
     collect(second)
     assert launch_step(scheduler) == [100]
     assert second.num_computed_tokens == 9
+
+
+def test_a_step_is_not_padded_for_a_prompts_last_tokens() -> None:
+    """A few tokens more than a size are left to the next step; without them the answers come all the same."""
+    scheduler = make_scheduler(num_blocks=512, max_num_batched_tokens=2048, step_sizes=(512, 640, 768, 2048))
+    for first, num_tokens in enumerate((300, 300, 45)):
+        scheduler.add(make_request(num_tokens, first))
+    assert run_step(scheduler) == [(0, 300, True), (1, 300, True), (2, 40, False)]
+    assert run_step(scheduler) == [(0, 1, True), (1, 1, True), (2, 5, True)]
+    assert run_step(scheduler) == [(0, 1, True), (1, 1, True), (2, 1, True)]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param((645,), id="one prompt, which nobody else gains by"),
+        pytest.param((300, 285), id="the padding is hardly more than what would be left"),
+        pytest.param((300, 212), id="no padding"),
+        pytest.param((300, 200), id="below the smallest size that counts"),
+        pytest.param((1000, 1100), id="more than the largest size"),
+        pytest.param((643, 2), id="the last prompt is no longer than what would be left"),
+    ],
+)
+def test_a_step_keeps_its_tokens_where_nothing_is_gained(sizes: tuple[int, ...]) -> None:
+    """A prompt is cut for the sake of padding only if that saves more than it costs."""
+    scheduler = make_scheduler(num_blocks=1024, max_num_batched_tokens=4096, step_sizes=(512, 640, 768, 2048))
+    for first, num_tokens in enumerate(sizes):
+        scheduler.add(make_request(num_tokens, first))
+    assert run_step(scheduler) == [(i, num, True) for i, num in enumerate(sizes)]
