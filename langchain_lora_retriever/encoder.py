@@ -58,7 +58,7 @@ class SentenceTransformerEncoder:
     """
 
     def __init__(
-        self, model: str | Path | SentenceTransformer, *, device: str | None = None, batch_size: int = 32
+        self, model: str | Path | SentenceTransformer, *, device: str | None = None, batch_size: int = 64
     ) -> None:
         self._source = model
         self._model: SentenceTransformer | None = None
