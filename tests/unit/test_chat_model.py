@@ -31,6 +31,22 @@ SQL = "How many users are in the table?"
 FRENCH = "Translate good morning into French."
 
 
+@pytest.fixture
+def embedded(llm: ChatLoraRetriever, monkeypatch) -> list[list[str]]:
+    """The batches of prompts that the encoder is given, without the instruction."""
+    retriever = llm._router.retriever
+    retriever.retrieve("x")  # the adapters are embedded at first use
+    batches: list[list[str]] = []
+    encode = retriever.encoder.encode
+
+    def noted(texts: list[str]) -> Any:
+        batches.append([text.removeprefix(retriever.instruction) for text in texts])
+        return encode(texts)
+
+    monkeypatch.setattr(retriever.encoder, "encode", noted)
+    return batches
+
+
 def prefix_of(prompt: str) -> str:
     """What the human said, for answers that tell prompts apart."""
     return prompt.rsplit("<|im_start|>user\n", 1)[-1].split("<|im_end|>", maxsplit=1)[0]
@@ -335,6 +351,63 @@ async def test_abatch_of_any_size_answers_in_order(llm: ChatLoraRetriever, engin
     if num > 8:
         with pytest.raises(EngineError, match="broken"):
             await llm.abatch(prompts, config=configs)
+
+
+async def test_abatch_embeds_its_prompts_in_groups(llm: ChatLoraRetriever, engine, embedded: list[list[str]]) -> None:
+    """A group is embedded in one pass, when the calls of the one before are with the engine."""
+    engine.answer = lambda prompt, names: prefix_of(prompt)
+    engine.delay = 0.2
+    prompts = [f"{SQL} {i}" for i in range(100)]
+    answers = await llm.abatch(prompts)
+    assert [message.content for message in answers] == prompts
+    assert [len(texts) for texts in embedded] == [64, 36]
+    assert all(request["names"][0] == "sql" for request in engine.requests)
+    assert engine.most_running == 100
+
+
+@pytest.mark.parametrize("size", [0, 1, 100])
+async def test_abatch_embeds_each_prompt_once_whatever_the_cache_holds(
+    llm: ChatLoraRetriever, embedded: list[list[str]], size: int
+) -> None:
+    """A group that the cache has no room for is embedded by its calls."""
+    llm._router.retriever._texts.max_texts = size
+    prompts = [f"{SQL} {i}" for i in range(100)]
+    answers = await llm.abatch(prompts)
+    assert all(message.response_metadata["adapters"][0]["name"] == "sql" for message in answers)
+    assert sorted(text for texts in embedded for text in texts) == sorted(prompts)
+
+
+async def test_abatch_does_not_embed_what_is_not_routed(llm: ChatLoraRetriever, embedded: list[list[str]]) -> None:
+    """Neither where the adapters are named, nor what was embedded before."""
+    await llm.abatch([SQL, FRENCH], adapters=["sql"])
+    assert not embedded
+    await llm.abatch([SQL, FRENCH])
+    await llm.abatch([SQL, FRENCH])
+    assert embedded == [[SQL, FRENCH]]
+
+
+async def test_a_prompt_that_cannot_be_understood_is_its_own_calls_error(llm: ChatLoraRetriever) -> None:
+    """It keeps the group from being embedded together, and nothing else."""
+    broken: Any = object()
+    first, error, last = await llm.abatch([SQL, broken, FRENCH], return_exceptions=True)
+    assert first.response_metadata["adapters"][0]["name"] == "sql"
+    assert isinstance(error, ValueError)
+    assert last.response_metadata["adapters"][0]["name"] == "french"
+    with pytest.raises(ValueError, match="Invalid input type"):
+        await llm.abatch([SQL, broken, FRENCH])
+
+
+async def test_an_encoder_that_fails_is_the_calls_error(llm: ChatLoraRetriever, monkeypatch) -> None:
+    """All hear of it, and the next batch is answered."""
+
+    def fail(texts: list[str]) -> Any:
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm._router.retriever.encoder, "encode", fail)
+        errors = await llm.abatch([SQL, FRENCH], return_exceptions=True)
+        assert [str(error) for error in errors] == ["no memory"] * 2
+    assert [message.content for message in await llm.abatch([SQL, FRENCH])] == ["The answer."] * 2
 
 
 async def test_abatch_goes_on_where_calls_never_reach_the_engine(llm: ChatLoraRetriever, engine) -> None:
