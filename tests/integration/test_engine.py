@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,6 +17,8 @@ from makers import make_adapter, make_tiny_model, make_tokenizer, merge_adapters
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
+
+    from langchain_lora_retriever.engine.scheduler import ScheduledRequest
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text")
 SMALL = {"max_num_seqs": 16, "kv_cache_bytes": 2 << 20, "lora_cache_bytes": 4 << 20}
@@ -87,6 +90,32 @@ def test_greedy_answers_equal_generate_alone_and_in_a_batch(architecture: str, b
             assert list(completion.token_ids) == tokens
             assert completion.usage.num_cached_tokens == (len(prompt) - 1) // 16 * 16
         worker.check_integrity()
+
+
+def test_prompts_cut_to_spare_padding_answer_the_same(byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts whose last tokens are left to the next step get the answers they would have got."""
+    model = make_tiny_model("llama", max_position_embeddings=1024)
+    reference, adapters = copy.deepcopy(model), make_adapters(model)
+    prompts = make_prompts(300, 290, 65)
+    compositions = make_compositions(adapters, len(prompts))
+    config = EngineConfig(**{**SMALL, "kv_cache_bytes": 8 << 20, "max_num_batched_tokens": 1024})
+    with EngineWorker(BaseModel(model, byte_tokenizer, "tiny"), config) as worker:
+        engine, steps, may_begin = worker._engine, [], threading.Event()
+        launch = engine._runner.launch
+
+        def noted(scheduled: Sequence[ScheduledRequest]) -> Any:
+            steps.append([item.num_new_tokens for item in scheduled])
+            return launch(scheduled)
+
+        monkeypatch.setattr(engine._runner, "launch", noted)
+        monkeypatch.setattr(engine.scheduler, "_step_sizes", (512, 640, 768, 1024))
+        worker._post(lambda: may_begin.wait(60))
+        running = [worker.submit(p, greedy(), c) for p, c in zip(prompts, compositions, strict=True)]
+        may_begin.set()
+        got = [list(generation.result(60).token_ids) for generation in running]
+        worker.check_integrity()
+    assert steps[:3] == [[300, 290, 50], [1, 1, 15], [1, 1, 1]]
+    assert got == [generate(reference, *pair) for pair in zip(prompts, compositions, strict=True)]
 
 
 def test_preempted_requests_lose_nothing(llama: Any, byte_tokenizer: Any) -> None:
