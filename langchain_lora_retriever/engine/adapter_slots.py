@@ -7,10 +7,10 @@ stored true. A slot is an index into the tables that say where an adapter's rows
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from langchain_lora_retriever.engine.range_cache import RangeCache
 from langchain_lora_retriever.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -36,8 +36,6 @@ class SlotStore(Protocol):
 @dataclass(slots=True)
 class _Resident:
     slot: int
-    start: int
-    num_rows: int
     num_pins: int = 0
 
 
@@ -69,7 +67,8 @@ class AdapterSlots:
         self._max_rank = max_rank
         self._module_shapes = module_shapes
         self._fitting: set[str] = set()  # fingerprints that were checked
-        self._residents: OrderedDict[str, _Resident] = OrderedDict()  # by fingerprint, least recently used first
+        self._rows: RangeCache[str] = RangeCache(num_rows, max_keys=max_loras)  # by fingerprint, as are residents
+        self._residents: dict[str, _Resident] = {}
         self._fingerprint_by_slot: dict[int, str] = {}
         self._free_slots = list(range(max_loras - 1, -1, -1))
 
@@ -95,11 +94,12 @@ class AdapterSlots:
                 if len(self._fitting) >= _NUM_REMEMBERED:
                     self._fitting.clear()
                 self._fitting.add(adapter.fingerprint)
-        num_rows = sum(adapter.rank for adapter in adapters)
-        if len(adapters) > self.max_loras or num_rows > self.num_rows:
-            names = ", ".join(repr(adapter.name) for adapter in adapters)
+        distinct = {adapter.fingerprint: adapter for adapter in adapters}.values()
+        num_rows = sum(adapter.rank for adapter in distinct)
+        if len(distinct) > self.max_loras or num_rows > self.num_rows:
+            names = ", ".join(repr(adapter.name) for adapter in distinct)
             raise InvalidRequestError(
-                f"The adapters {names} need {len(adapters)} slots and {num_rows} rank rows of device memory, but the "
+                f"The adapters {names} need {len(distinct)} slots and {num_rows} rank rows of device memory, but the "
                 f"engine has {self.max_loras} and {self.num_rows}: raise EngineConfig.max_loras or lora_cache_bytes."
             )
 
@@ -111,28 +111,38 @@ class AdapterSlots:
     def acquire(self, adapters: Sequence[Adapter]) -> tuple[int, ...] | None:
         """Make adapters resident and pin them.
 
+        Whatever `check_fits` allows finds room once nothing else is pinned.
+
         Returns:
-            Their slots, in order, to be given back with `release`; None, with nothing pinned, if pinned adapters of
+            Their slots, in order, to be given back with `release`; None, with nothing changed, if pinned adapters of
             other requests leave no room.
+
+        Raises:
+            Exception: What loading an adapter raises; nothing is pinned then.
         """
-        pinned: list[_Resident] = []
+        by_fingerprint = {adapter.fingerprint: adapter for adapter in adapters}
+        placement = self._rows.put_all(
+            {fingerprint: adapter.rank for fingerprint, adapter in by_fingerprint.items()}, self._may_move
+        )
+        if placement is None:
+            return None
+        for fingerprint in placement.dropped:
+            self._forget(fingerprint)
+        missing = list(placement.starts)
         try:
-            for adapter in adapters:
-                resident = self._residents.get(adapter.fingerprint)
-                if resident is not None:
-                    self.num_hits += 1
-                else:
-                    resident = self._make_resident(adapter)
-                    if resident is None:
-                        break
-                self._residents.move_to_end(adapter.fingerprint)
-                resident.num_pins += 1
-                pinned.append(resident)
-        finally:
-            if len(pinned) < len(adapters):  # no room, or a load that failed
-                for resident in pinned:
-                    resident.num_pins -= 1
-        return tuple(resident.slot for resident in pinned) if len(pinned) == len(adapters) else None
+            while missing:
+                self._load(by_fingerprint[missing[0]], placement.starts[missing[0]])
+                del missing[0]
+        finally:  # what could not be loaded, and what was to come after it, is not there
+            for fingerprint in missing:
+                self._rows.pop(fingerprint)
+                if fingerprint in self._residents:
+                    self._forget(fingerprint)
+        self.num_hits += len(adapters) - len(placement.starts)
+        residents = [self._residents[adapter.fingerprint] for adapter in adapters]
+        for resident in residents:
+            resident.num_pins += 1
+        return tuple(resident.slot for resident in residents)
 
     def release(self, slots: Sequence[int]) -> None:
         """Unpin what `acquire` returned; the adapters stay resident until their memory is wanted."""
@@ -148,8 +158,9 @@ class AdapterSlots:
         for slot, fingerprint in self._fingerprint_by_slot.items():
             assert self._residents[fingerprint].num_pins == pins[slot], f"slot {slot}: pins disagree with requests"
         assert len(self._residents) + len(self._free_slots) == self.max_loras, "slots were lost"
+        assert len(self._rows) == len(self._residents), "rows and slots disagree"
         end = 0
-        for start, stop in self._occupied():
+        for start, stop in self._rows.ranges:
             assert start >= end, "the rows of two adapters overlap"
             end = stop
         assert end <= self.num_rows, "an adapter lies beyond the last row"
@@ -169,42 +180,25 @@ class AdapterSlots:
                     + ": the adapter was trained for another base model."
                 )
 
-    def _make_resident(self, adapter: Adapter) -> _Resident | None:
-        start = self._find_rows(adapter.rank)
-        while start is None or not self._free_slots:
-            if not self._evict():
-                return None
-            start = self._find_rows(adapter.rank)
-        slot = self._free_slots.pop()
+    def _may_move(self, fingerprint: str) -> bool:
+        return self._residents[fingerprint].num_pins == 0
+
+    def _load(self, adapter: Adapter, start: int) -> None:
+        """Copy an adapter to its rows; one that was moved keeps its slot."""
+        resident = self._residents.get(adapter.fingerprint)
+        slot = self._free_slots.pop() if resident is None else resident.slot
         try:
             self._store.load(slot, start, adapter)
         except BaseException:
-            self._free_slots.append(slot)
+            if resident is None:
+                self._free_slots.append(slot)
             raise
-        resident = _Resident(slot, start, adapter.rank)
-        self._residents[adapter.fingerprint] = resident
+        self._residents[adapter.fingerprint] = resident or _Resident(slot)
         self._fingerprint_by_slot[slot] = adapter.fingerprint
         self.num_loads += 1
-        return resident
 
-    def _evict(self) -> bool:
-        """Drop the least recently used adapter that nobody has pinned; False if all are pinned."""
-        victim = next((key for key, resident in self._residents.items() if resident.num_pins == 0), None)
-        if victim is None:
-            return False
-        resident = self._residents.pop(victim)
-        del self._fingerprint_by_slot[resident.slot]
-        self._free_slots.append(resident.slot)
-        return True
-
-    def _find_rows(self, num_rows: int) -> int | None:
-        """First gap of `num_rows` adjacent free rows."""
-        end = 0
-        for start, stop in self._occupied():
-            if start - end >= num_rows:
-                return end
-            end = stop
-        return end if self.num_rows - end >= num_rows else None
-
-    def _occupied(self) -> list[tuple[int, int]]:
-        return sorted((r.start, r.start + r.num_rows) for r in self._residents.values())
+    def _forget(self, fingerprint: str) -> None:
+        """Give up the slot of an adapter whose rows are gone."""
+        slot = self._residents.pop(fingerprint).slot
+        del self._fingerprint_by_slot[slot]
+        self._free_slots.append(slot)

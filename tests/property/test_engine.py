@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from langchain_lora_retriever.engine.request import Request
 
 NUM_PROMPTS, NUM_ADAPTERS = 6, 4
+NUM_RANK_ROWS = 15  # as many as the three largest adapters take
 
 # An arrival is a prompt and a composition; a step or an abort of the n-th live request may come between any two.
 arrivals = st.tuples(
@@ -31,9 +32,11 @@ actions = st.lists(
 def engine() -> Engine:
     """An engine so small that requests wait, are preempted, and evict each other's adapters."""
     model = make_tiny_model()
+    linear = [module for name, module in model.named_modules() if name.endswith("_proj")]
+    row_bytes = sum((module.in_features + module.out_features) * module.weight.itemsize for module in linear)
     config = EngineConfig(
-        max_num_seqs=4, max_num_batched_tokens=24, block_size=4, kv_cache_bytes=24 * 4 * 512, max_loras=3,
-        lora_cache_bytes=4 << 20,
+        max_num_seqs=4, max_num_batched_tokens=24, block_size=4, kv_cache_bytes=24 * 4 * 512, max_loras=4,
+        lora_cache_bytes=NUM_RANK_ROWS * row_bytes,
     )  # fmt: skip
     return Engine(BaseModel(model, make_tokenizer(), "tiny"), config)
 

@@ -81,6 +81,45 @@ def test_ranks_are_stored_true() -> None:
     assert sorted(start for _, start, _ in store.loads) == [0, 8]
 
 
+def test_a_composition_that_fits_by_its_sum_finds_adjacent_rows() -> None:
+    """With nobody else's pins in the way its own resident member is moved, in place of waiting for ever."""
+    slots, store = make_slots(num_rows=10)
+    y, x, z = make_adapter("y", 3), make_adapter("x", 3), make_adapter("z", 4)
+    for adapter in (y, x, z, y):
+        slots.release(slots.acquire([adapter]) or ())
+    held = slots.acquire([x, make_adapter("large", 7)])
+    assert held is not None
+    slots.check_integrity([held])
+    assert [(start, name) for _, start, name in store.loads[3:]] == [(0, "large"), (7, "x")]
+    assert slots.num_resident == 2
+
+
+def test_what_a_running_request_uses_is_not_moved() -> None:
+    """The composition waits until the rows between are free again, and nothing has changed meanwhile."""
+    slots, store = make_slots(num_rows=10)
+    for name, rank in (("y", 3), ("x", 3)):
+        held = slots.acquire([make_adapter(name, rank)])
+        if name == "y":
+            slots.release(held or ())
+    assert slots.acquire([make_adapter("x", 3), make_adapter("large", 7)]) is None
+    slots.check_integrity([held or ()])
+    assert [name for _, _, name in store.loads] == ["y", "x"]
+    slots.release(held or ())
+    assert slots.acquire([make_adapter("x", 3), make_adapter("large", 7)]) is not None
+
+
+def test_an_adapter_may_stand_twice_in_a_composition() -> None:
+    """Two names of equal contents take one slot, pinned twice."""
+    slots, store = make_slots(num_rows=4)
+    a = make_adapter("a", 4)
+    slots.check_fits([a, a])
+    held = slots.acquire([a, a])
+    assert held is not None
+    assert held[0] == held[1]
+    slots.check_integrity([held])
+    assert len(store.loads) == 1
+
+
 def test_a_composition_that_never_fits_is_refused() -> None:
     """More ranks than rows: an error that names the adapters and the setting to raise."""
     slots, _ = make_slots(num_rows=8)
@@ -101,6 +140,26 @@ def test_a_failed_load_gives_its_slot_back() -> None:
         slots.acquire([make_adapter("resident", 4), make_adapter("a", 4)])
     slots.check_integrity([])
     assert slots.num_resident == 1
+
+
+def test_a_failed_load_leaves_nothing_half_moved() -> None:
+    """A member that was to be moved after the one that failed is gone, and loads again later."""
+    slots, store = make_slots(num_rows=10)
+    for adapter in (make_adapter("y", 3), make_adapter("x", 3), make_adapter("z", 4)):
+        slots.release(slots.acquire([adapter]) or ())
+    load = store.load
+
+    def fail(slot: int, start: int, adapter: Adapter) -> None:
+        if adapter.name == "large":
+            raise RuntimeError("no such file")
+        load(slot, start, adapter)
+
+    store.load = fail  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="no such file"):
+        slots.acquire([make_adapter("x", 3), make_adapter("large", 7)])
+    slots.check_integrity([])
+    held = slots.acquire([make_adapter("x", 3), make_adapter("y", 3), make_adapter("z", 4)])
+    slots.check_integrity([held or ()])
 
 
 @pytest.mark.parametrize(

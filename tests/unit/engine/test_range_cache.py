@@ -60,3 +60,46 @@ def test_ranges_never_overlap() -> None:
             assert start // 16 == (start + length - 1) // 16 < 4
             taken |= places
         assert len(cache) == len(sizes)
+
+
+def test_keys_that_are_wanted_together_find_room_if_their_sizes_add_up() -> None:
+    """One that lies in the middle is moved, where no gap beside it would hold the other."""
+    cache: RangeCache[str] = RangeCache(10)
+    for key, size in (("a", 3), ("b", 3), ("c", 4)):
+        cache.put(key, size, lambda _: True)
+    assert cache.put_all({"b": 3, "large": 7}, lambda _: True) == ({"large": 0, "b": 7}, ["a", "c"])
+    assert cache.ranges == [(0, 7), (7, 10)]
+
+
+def test_keys_that_are_wanted_together_stay_where_they_can() -> None:
+    """Nothing is moved or dropped where the others leave room."""
+    cache: RangeCache[str] = RangeCache(10)
+    cache.put("a", 2, lambda _: True)
+    cache.put("b", 3, lambda _: True)
+    assert cache.put_all({"a": 2, "c": 5}, lambda _: True) == ({"c": 5}, [])
+    assert cache.put_all({"a": 2, "c": 5}, lambda _: True) == ({}, [])
+    assert cache.put_all({"a": 2, "d": 5}, lambda key: key != "c") is None
+    assert cache.ranges == [(0, 2), (2, 5), (5, 10)]
+
+
+def test_there_are_no_more_keys_than_allowed() -> None:
+    """A key too many makes the least recently used go, although there is room on the line."""
+    cache: RangeCache[str] = RangeCache(10, max_keys=2)
+    cache.put_all({"a": 1, "b": 1}, lambda _: True)
+    assert cache.put("c", 1, lambda _: True) == (0, ["a"])
+    assert cache.put_all({"a": 1, "d": 1, "e": 1}, lambda _: True) is None
+
+
+def test_any_keys_that_fit_the_line_find_room_once_others_may_be_dropped() -> None:
+    """Whatever lies where, keys whose sizes add up to the line's length are placed."""
+    rng = random.Random(0)
+    cache: RangeCache[int] = RangeCache(24)
+    size_of = {key: rng.randrange(1, 13) for key in range(40)}
+    for _ in range(500):
+        wanted = rng.sample(sorted(size_of), 3)
+        sizes = {key: size_of[key] for key in wanted}
+        placement = cache.put_all(sizes, lambda _: True)
+        assert (placement is not None) == (sum(sizes.values()) <= 24)
+        ends = [0, *(end for _, end in cache.ranges)]
+        assert all(end <= start for end, (start, _) in zip(ends, cache.ranges, strict=False))
+        assert ends[-1] <= 24
