@@ -15,15 +15,21 @@
     ├── StructuredOutputError (ValueError) generated text does not satisfy the schema asked for
     ├── RequestAbortedError                the caller (or shutdown) cancelled the request
     ├── EngineError (RuntimeError)         the engine failed while serving; the cause is chained
-    │   └── EngineDeadError                the engine has stopped and serves nothing more
+    │   ├── EngineDeadError                the engine has stopped and serves nothing more
+    │   └── EngineOverloadedError          as many requests as `EngineConfig.max_waiting` allows are there already
     └── MissingDependencyError (ImportError)  an extra is not installed; prints the exact pip install
 """
+
+from __future__ import annotations
+
+import copy
 
 __all__ = [
     "AdapterError",
     "DuplicateAdapterError",
     "EngineDeadError",
     "EngineError",
+    "EngineOverloadedError",
     "InvalidAdapterError",
     "InvalidRequestError",
     "InvalidSamplesError",
@@ -35,6 +41,7 @@ __all__ = [
     "StructuredOutputError",
     "UnknownAdapterError",
     "UnsupportedAdapterError",
+    "fresh",
 ]
 
 
@@ -98,5 +105,40 @@ class EngineDeadError(EngineError):
     """The engine has stopped and serves nothing more."""
 
 
+class EngineOverloadedError(EngineError):
+    """The engine has as many unfinished requests as it may; try again when some of them have ended."""
+
+
 class MissingDependencyError(LoraRetrieverError, ImportError):
     """An optional dependency is missing; the message holds the `pip install` that brings it."""
+
+
+def fresh(error: BaseException) -> BaseException:
+    """Return a copy of an error that is kept somewhere, to be raised in its place.
+
+    An error that is raised again and again, or to many callers, gathers the frames of all of them in its one traceback,
+    and with these their prompts. The copy begins without a traceback; type, message, attributes, notes, cause and
+    context are the error's own.
+
+    Args:
+        error: Any exception. One that cannot be copied is told of by a `LoraRetrieverError` with its type and message.
+    """
+    try:
+        copied = copy.copy(error)
+        if type(copied) is not type(error) or copied.args != error.args:  # its constructor makes others of them
+            copied = _made_without_constructor(error)
+    except Exception:  # noqa: BLE001 - the constructor and `__reduce__` of anybody's class
+        copied = _made_without_constructor(error)
+    copied.__cause__, copied.__context__ = error.__cause__, error.__context__
+    copied.__suppress_context__ = error.__suppress_context__
+    return copied
+
+
+def _made_without_constructor(error: BaseException) -> BaseException:
+    kind = type(error)
+    try:
+        copied = kind.__new__(kind, *error.args)
+        vars(copied).update(vars(error))
+    except Exception:  # noqa: BLE001 - `__new__` is anybody's too
+        return LoraRetrieverError(f"{kind.__name__}: {error}")
+    return copied

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from langchain_lora_retriever.composer import compose, materialize, pin
-from langchain_lora_retriever.errors import UnknownAdapterError
+from langchain_lora_retriever.errors import UnknownAdapterError, fresh
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -106,5 +106,5 @@ class Router:
         for name in names:
             if name not in self.pool:
                 if name in self.pool.rejected:
-                    raise self.pool.rejected[name]
+                    raise fresh(self.pool.rejected[name])
                 self.pool[name]  # raises UnknownAdapterError, with the names that are near

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, TypeAlias
 
 from langchain_lora_retriever.engine.request import Completion, Delta
-from langchain_lora_retriever.errors import RequestAbortedError
+from langchain_lora_retriever.errors import RequestAbortedError, fresh
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator
@@ -92,10 +92,13 @@ class Generation:
             EngineError: If the step that served it failed.
         """
         try:
-            return self._future.result(timeout)
+            error = self._future.exception(timeout)
         except KeyboardInterrupt:
             self.abort()
             raise
+        if error is not None:
+            raise fresh(error)
+        return self._future.result()
 
     async def aresult(self) -> Completion:
         """Wait for the end without blocking the event loop; cancelling the awaiting task aborts the request."""
@@ -109,7 +112,7 @@ class Generation:
         except asyncio.CancelledError:
             self.abort()
             raise
-        return self._future.result()
+        return self.result()
 
     def abort(self) -> None:
         """End the request and free its memory; nothing happens if it is done already."""
@@ -151,7 +154,7 @@ class Generation:
             if self._future.done():
                 error = self._future.exception()
                 if error is not None:
-                    raise error
+                    raise fresh(error)
                 raise RuntimeError("This generation was iterated to its end already; iterate it once.")
             self._on_news.append(wake)
             return None

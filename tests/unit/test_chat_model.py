@@ -157,6 +157,20 @@ def test_an_adapter_that_does_not_fit_is_rejected(llm: ChatLoraRetriever, pool: 
     assert "sql" not in [a["name"] for a in llm.invoke(SQL).response_metadata["adapters"]]
 
 
+def test_a_rejected_adapter_named_a_hundred_times_gathers_nothing(
+    llm: ChatLoraRetriever, pool: AdapterPool, write_adapter
+) -> None:
+    """Every call that names a refused adapter gets an error of its own, without the frames of those before."""
+    pool.add("wide", write_adapter("wide", size=16), samples=[SQL])
+    llm.invoke(SQL)
+    depths = set()
+    for _ in range(100):
+        with pytest.raises(InvalidAdapterError, match="wide") as info:
+            llm.invoke("hi", adapters=["wide"])
+        depths.add(len(info.traceback))
+    assert len(depths) == 1
+
+
 def test_unknown_arguments_are_refused(llm: ChatLoraRetriever) -> None:
     """A misspelt argument is an error, in a call and at construction."""
     with pytest.raises(InvalidRequestError, match="Unknown argument 'tempratur'"):
