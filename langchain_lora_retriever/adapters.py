@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from langchain_lora_retriever.errors import InvalidAdapterError, UnsupportedAdapterError
 from langchain_lora_retriever.types import Adapter, LoraWeights
 
-__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "MappedWeights", "check_fits", "read_adapter"]
+__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "MappedWeights", "read_adapter"]
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -147,31 +147,6 @@ def read_adapter(
         _check_finite(weights, where)
         fingerprint = weights.content_hash()
     return Adapter(name=name, fingerprint=fingerprint, weights=weights, base_model=made_for, path=path)
-
-
-def check_fits(adapter: Adapter, module_shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Refuse an adapter whose tensors do not fit the base model.
-
-    Args:
-        adapter: The adapter.
-        module_shapes: `(in_features, out_features)` of each linear module of the base model, by module path.
-
-    Raises:
-        InvalidAdapterError: If a module is missing from the base model or has another shape.
-    """
-    for module, weights in adapter.weights.items():
-        allowed = module_shapes.get(module)
-        if allowed is None:
-            raise InvalidAdapterError(
-                f"adapter {adapter.name!r} ({adapter.path}) adapts {module!r}, which is no linear module "
-                f"of the base model. Allowed are, for example: {', '.join(list(module_shapes)[:4])}."
-            )
-        met = (weights.lora_A.shape[1], weights.lora_B.shape[0])
-        if met != tuple(allowed):
-            raise InvalidAdapterError(
-                f"adapter {adapter.name!r} ({adapter.path}) does not fit {module!r}: it has (in_features, "
-                f"out_features) = {met}, the base model {tuple(allowed)}. It is for another base model."
-            )
 
 
 def _read_json(file: Path, where: str) -> dict[str, Any]:

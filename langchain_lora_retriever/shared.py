@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
-from langchain_lora_retriever.adapters import check_fits
 from langchain_lora_retriever.aside import run_aside
 from langchain_lora_retriever.engine import EngineConfig, EngineWorker, load_base_model
 from langchain_lora_retriever.errors import AdapterError, UnknownAdapterError
@@ -98,7 +97,7 @@ def reject_unfit(pool: AdapterPool, engine: EngineWorker) -> None:
         try:
             adapter = pool[name]
             if adapter.fingerprint not in fitting.fingerprints:
-                check_fits(adapter, engine.module_shapes)
+                engine.check_adapter(adapter)
                 fitting.fingerprints.add(adapter.fingerprint)
         except UnknownAdapterError:
             continue  # removed meanwhile

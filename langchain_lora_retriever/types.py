@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from langchain_lora_retriever.errors import InvalidRequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     import torch
@@ -60,6 +60,7 @@ class Adapter:
         weights: Module path in the base model (`"model.layers.0.self_attn.q_proj"`) to its weights.
         base_model: `base_model_name_or_path` of the PEFT configuration, if it names one.
         path: Folder it was read from; None for one made in memory (a fusion).
+        is_target: Whether its configuration targets a module of the base model, by module path; None if unknown.
     """
 
     name: str = field(compare=False)
@@ -67,6 +68,7 @@ class Adapter:
     weights: Mapping[str, LoraWeights] = field(compare=False, repr=False)
     base_model: str | None = field(default=None, compare=False)
     path: Path | None = field(default=None, compare=False)
+    is_target: Callable[[str], bool] | None = field(default=None, compare=False, repr=False)
     _rank: int = field(default=0, init=False, compare=False, repr=False)
 
     @property

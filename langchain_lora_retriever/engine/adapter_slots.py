@@ -11,16 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from langchain_lora_retriever.engine.range_cache import RangeCache
-from langchain_lora_retriever.errors import InvalidRequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from langchain_lora_retriever.types import Adapter
 
 __all__ = ["AdapterSlots", "SlotStore"]
-
-_NUM_REMEMBERED = 10_000
 
 
 class SlotStore(Protocol):
@@ -46,27 +43,14 @@ class AdapterSlots:
         store: Receives the tensors of an adapter that becomes resident.
         max_loras: Number of slots.
         num_rows: Number of rank rows.
-        max_rank: Largest rank of one adapter.
-        module_shapes: `(in_features, out_features)` of every module an adapter may target.
     """
 
-    def __init__(
-        self,
-        store: SlotStore,
-        *,
-        max_loras: int,
-        num_rows: int,
-        max_rank: int,
-        module_shapes: Mapping[str, tuple[int, int]],
-    ) -> None:
+    def __init__(self, store: SlotStore, *, max_loras: int, num_rows: int) -> None:
         self.max_loras = max_loras
         self.num_rows = num_rows
         self.num_hits = 0
         self.num_loads = 0
         self._store = store
-        self._max_rank = max_rank
-        self._module_shapes = module_shapes
-        self._fitting: set[str] = set()  # fingerprints that were checked
         self._rows: RangeCache[str] = RangeCache(num_rows, max_keys=max_loras)  # by fingerprint, as are residents
         self._residents: dict[str, _Resident] = {}
         self._fingerprint_by_slot: dict[int, str] = {}
@@ -81,28 +65,6 @@ class AdapterSlots:
         """Whether an adapter is in device memory now; any thread may ask."""
         return adapter.fingerprint in self._residents
 
-    def check_fits(self, adapters: Sequence[Adapter]) -> None:
-        """Refuse a composition that could never be resident at once; any thread may ask.
-
-        Raises:
-            InvalidRequestError: If it has more adapters than slots or more ranks than rows, or one of them is not for
-                this model or beyond the kernels' rank.
-        """
-        for adapter in adapters:
-            if adapter.fingerprint not in self._fitting:
-                self._check(adapter)
-                if len(self._fitting) >= _NUM_REMEMBERED:
-                    self._fitting.clear()
-                self._fitting.add(adapter.fingerprint)
-        distinct = {adapter.fingerprint: adapter for adapter in adapters}.values()
-        num_rows = sum(adapter.rank for adapter in distinct)
-        if len(distinct) > self.max_loras or num_rows > self.num_rows:
-            names = ", ".join(repr(adapter.name) for adapter in distinct)
-            raise InvalidRequestError(
-                f"The adapters {names} need {len(distinct)} slots and {num_rows} rank rows of device memory, but the "
-                f"engine has {self.max_loras} and {self.num_rows}: raise EngineConfig.max_loras or lora_cache_bytes."
-            )
-
     def are_ready(self, adapters: Sequence[Adapter]) -> bool:
         """Whether `acquire` would not have to wait for a copy from the host; what is missing begins to travel."""
         missing = [adapter for adapter in adapters if not self.is_resident(adapter)]
@@ -111,7 +73,7 @@ class AdapterSlots:
     def acquire(self, adapters: Sequence[Adapter]) -> tuple[int, ...] | None:
         """Make adapters resident and pin them.
 
-        Whatever `check_fits` allows finds room once nothing else is pinned.
+        Whatever `AdapterFit` allows finds room once nothing else is pinned.
 
         Returns:
             Their slots, in order, to be given back with `release`; None, with nothing changed, if pinned adapters of
@@ -164,21 +126,6 @@ class AdapterSlots:
             assert start >= end, "the rows of two adapters overlap"
             end = stop
         assert end <= self.num_rows, "an adapter lies beyond the last row"
-
-    def _check(self, adapter: Adapter) -> None:
-        if adapter.rank > self._max_rank:
-            raise InvalidRequestError(
-                f"Adapter {adapter.name!r} has rank {adapter.rank}; the kernels go up to {self._max_rank}."
-            )
-        for name, weights in adapter.weights.items():
-            shape = weights.lora_A.shape[1], weights.lora_B.shape[0]
-            allowed = self._module_shapes.get(name)
-            if shape != allowed:
-                raise InvalidRequestError(
-                    f"Adapter {adapter.name!r} targets {name!r} with (in_features, out_features) = {shape}; in this "
-                    + (f"model it has {allowed}" if allowed else "model there is no such linear module")
-                    + ": the adapter was trained for another base model."
-                )
 
     def _may_move(self, fingerprint: str) -> bool:
         return self._residents[fingerprint].num_pins == 0

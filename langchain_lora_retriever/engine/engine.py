@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from langchain_lora_retriever.engine.adapter_fit import AdapterFit
 from langchain_lora_retriever.engine.adapter_slots import AdapterSlots
 from langchain_lora_retriever.engine.detokenizer import Detokenizer
 from langchain_lora_retriever.engine.kv_cache import KVCacheManager
@@ -57,13 +58,14 @@ class Engine:
         self.max_model_len = memory.max_model_len
         self.max_num_seqs = memory.max_num_seqs
         self._store = self._runner.make_store()
-        self.slots = AdapterSlots(
-            self._store,
-            max_loras=config.max_loras,
-            num_rows=memory.num_lora_rows,
+        self.fit = AdapterFit(
+            base.name,
+            self.module_shapes,
             max_rank=MAX_RANK,
-            module_shapes=self.module_shapes,
+            num_rows=memory.num_lora_rows,
+            max_loras=config.max_loras,
         )
+        self.slots = AdapterSlots(self._store, max_loras=config.max_loras, num_rows=memory.num_lora_rows)
         self.kv_cache = KVCacheManager(
             memory.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
         )
@@ -116,7 +118,7 @@ class Engine:
                 f"The request composes {len(adapters)} adapters; the engine takes at most "
                 f"{self.config.max_adapters_per_request}: lower top_k or raise max_adapters_per_request."
             )
-        self.slots.check_fits([adapter for adapter, _ in adapters])
+        self.fit.check_together([adapter for adapter, _ in adapters])
         self._store.prefetch([adapter for adapter, _ in adapters if not self.slots.is_resident(adapter)])
         ordered = sorted(adapters, key=lambda pair: pair[0].fingerprint)  # one sum, whatever order it was asked in
         return Request(

@@ -109,6 +109,14 @@ class EngineWorker:
         self._post(lambda: self._accept(request, generation))
         return generation
 
+    def check_adapter(self, adapter: Adapter) -> None:
+        """Refuse an adapter that this engine could never run; contents are looked at once.
+
+        Raises:
+            AdapterError: If it is for another base model, incomplete, or beyond the kernels or the memory for adapters.
+        """
+        self._engine.fit.check(adapter)
+
     def stats(self) -> EngineStats:
         """A snapshot of what the engine has been doing."""
         return self._engine.stats()

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from langchain_lora_retriever.engine import Delta, Generation, TokenLogprob, Usage
+from langchain_lora_retriever.engine.adapter_fit import AdapterFit
 from langchain_lora_retriever.errors import EngineDeadError, PromptTooLongError
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ class FakeEngine:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
         self.answer: Callable[[str, list[str]], str] = lambda prompt, adapters: "The answer."
-        self.module_shapes = {"q_proj": (8, 8)}
+        shapes = {"q_proj": (8, 8)}
+        self.check_adapter = AdapterFit("fake/base", shapes, max_rank=256, num_rows=1024, max_loras=64).check
         self.delay = 0.0
         self.is_dead = False
         self.requests: list[dict[str, Any]] = []

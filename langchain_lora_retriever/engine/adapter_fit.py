@@ -1,0 +1,133 @@
+"""Which adapters an engine can run: asked when a pool is looked at, and again when a request is made."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from langchain_lora_retriever.errors import (
+    AdapterError,
+    InvalidAdapterError,
+    InvalidRequestError,
+    UnsupportedAdapterError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from langchain_lora_retriever.types import Adapter
+
+__all__ = ["AdapterFit"]
+
+_NUM_REMEMBERED = 10_000
+_NUM_NAMED = 4
+
+
+class AdapterFit:
+    """What a base model, the kernels and the device memory ask of adapters. Any thread may ask.
+
+    Args:
+        base_model: The base model's name, for error texts.
+        module_shapes: `(in_features, out_features)` of every module an adapter may target, by module path.
+        max_rank: Largest rank the kernels run.
+        num_rows: Rank rows of device memory for adapters.
+        max_loras: Most distinct adapters in device memory.
+    """
+
+    def __init__(
+        self,
+        base_model: str,
+        module_shapes: Mapping[str, tuple[int, int]],
+        *,
+        max_rank: int,
+        num_rows: int,
+        max_loras: int,
+    ) -> None:
+        self._base_model = base_model
+        self._module_shapes = module_shapes
+        self._max_rank = max_rank
+        self._num_rows = num_rows
+        self._max_loras = max_loras
+        self._fitting: set[str] = set()  # fingerprints that were checked
+
+    def check(self, adapter: Adapter) -> None:
+        """Refuse an adapter that could never run. Contents are looked at once.
+
+        Raises:
+            InvalidAdapterError: If it is for another base model, or lacks modules that its configuration targets.
+            UnsupportedAdapterError: If its rank is beyond the kernels or beyond the device memory for adapters.
+        """
+        if adapter.fingerprint in self._fitting:
+            return
+        self._check_modules(adapter)
+        self._check_rank(adapter)
+        if len(self._fitting) >= _NUM_REMEMBERED:
+            self._fitting.clear()
+        self._fitting.add(adapter.fingerprint)
+
+    def check_together(self, adapters: Sequence[Adapter]) -> None:
+        """Refuse a composition that could never be in device memory at once.
+
+        Raises:
+            InvalidRequestError: If it has more adapters than slots, or more ranks than rows, or `check` refuses one.
+        """
+        for adapter in adapters:
+            try:
+                self.check(adapter)
+            except AdapterError as error:
+                raise InvalidRequestError(str(error)) from error
+        distinct = {adapter.fingerprint: adapter for adapter in adapters}.values()
+        num_rows = sum(adapter.rank for adapter in distinct)
+        if len(distinct) > self._max_loras or num_rows > self._num_rows:
+            names = ", ".join(repr(adapter.name) for adapter in distinct)
+            raise InvalidRequestError(
+                f"The adapters {names} need {len(distinct)} slots and {num_rows} rank rows of device memory, but the "
+                f"engine has {self._max_loras} and {self._num_rows}: raise EngineConfig.max_loras or lora_cache_bytes, "
+                "or compose fewer of them (top_k)."
+            )
+
+    def _check_modules(self, adapter: Adapter) -> None:
+        where = f"adapter {adapter.name!r} ({adapter.path})"
+        for name, weights in adapter.weights.items():
+            met = (weights.lora_A.shape[1], weights.lora_B.shape[0])
+            allowed = self._module_shapes.get(name)
+            if allowed is None:
+                raise InvalidAdapterError(
+                    f"{where} adapts {name!r}, which is no linear module of the base model {self._base_model!r} that "
+                    f"sees every token{self._made_for(adapter)}. Allowed are, for example: "
+                    f"{', '.join(list(self._module_shapes)[:_NUM_NAMED])}."
+                )
+            if met != allowed:
+                raise InvalidAdapterError(
+                    f"{where} does not fit {name!r}: it has (in_features, out_features) = {met}, the base model "
+                    f"{self._base_model!r} {allowed}{self._made_for(adapter)}. It is for another base model."
+                )
+        missing = list(self._missing(adapter))
+        if missing:
+            raise InvalidAdapterError(
+                f"{where} lacks {len(missing)} of the {len(missing) + len(adapter.weights)} modules that its "
+                f"configuration targets: {', '.join(missing[:_NUM_NAMED])}{', ...' * (len(missing) > _NUM_NAMED)}. "
+                "Its file is incomplete (one shard of several, or an interrupted save): save the adapter again."
+            )
+
+    def _missing(self, adapter: Adapter) -> Iterator[str]:
+        if adapter.is_target is not None:
+            for name in self._module_shapes:
+                if name not in adapter.weights and adapter.is_target(name):
+                    yield name
+
+    def _check_rank(self, adapter: Adapter) -> None:
+        where = f"adapter {adapter.name!r} ({adapter.path})"
+        if adapter.rank > self._max_rank:
+            raise UnsupportedAdapterError(
+                f"{where} has rank {adapter.rank}; the kernels go up to {self._max_rank}. Train it with a smaller "
+                "rank, or merge it into the base model."
+            )
+        if adapter.rank > self._num_rows:
+            raise UnsupportedAdapterError(
+                f"{where} has rank {adapter.rank}, but the device memory for adapters holds {self._num_rows} ranks: "
+                "raise EngineConfig.lora_cache_bytes."
+            )
+
+    @staticmethod
+    def _made_for(adapter: Adapter) -> str:
+        return f"; its configuration names {adapter.base_model!r}" if adapter.base_model else ""
