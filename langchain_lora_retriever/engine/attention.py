@@ -53,7 +53,7 @@ class _DecodeGroup(NamedTuple):
     """Sequences with one query each and about as many pages, attended together."""
 
     tokens: torch.Tensor  # [n] positions in the packed step
-    pages: torch.Tensor  # [n, p] block ids
+    slots: torch.Tensor  # [n, length] places in the cache, see `_Plan._decode_group`
     context_lens: torch.Tensor  # [n]
 
 
@@ -96,7 +96,9 @@ class AttentionStep(Protocol):
 
 
 class GatheringStep:
-    """Gathers the pages of each sequence and calls SDPA, on any placement; planned once for each device.
+    """Gathers the keys and values of each sequence and calls SDPA, on any placement; planned once for each device.
+
+    Nothing is gathered but what its own sequence has written: a masked weight is 0, but 0 times another's NaN is NaN.
 
     Args:
         spans: The packed sequences, in order.
@@ -128,12 +130,17 @@ class GatheringStep:
         cache.values.flatten(0, 1).index_copy_(0, plan.slot_mapping, value)
         out = torch.empty_like(query)
         for group in plan.decode_groups:
-            keys, values = (pages[group.pages].flatten(1, 2) for pages in cache)
+            keys, values = (
+                pages.flatten(0, 1).index_select(0, group.slots.flatten()).unflatten(0, group.slots.shape)
+                for pages in cache
+            )
             mask = plan.decode_mask(group, sliding_window)
             out[group.tokens] = _decode(query[group.tokens], keys, values, mask, scaling, softcap)
         for prefill in plan.prefills:
             tokens = slice(prefill.start, prefill.start + prefill.span.num_queries)
-            keys, values = (pages[prefill.pages].flatten(0, 1)[: prefill.span.context_len] for pages in cache)
+            keys, values = (
+                pages.index_select(0, prefill.pages).flatten(0, 1)[: prefill.span.context_len] for pages in cache
+            )
             mask = plan.prefill_mask(prefill, sliding_window, is_softcapped=softcap is not None)
             out[tokens] = _prefill(query[tokens], keys, values, mask, scaling, softcap)
         return out
@@ -164,10 +171,10 @@ class _Plan:
         self.decode_groups = [self._decode_group(members) for members in decodes.values()]
 
     def decode_mask(self, group: _DecodeGroup, sliding_window: int | None) -> torch.Tensor | None:
-        """Bool `[n, 1, 1, p * block_size]`, True where a query sees."""
+        """Bool `[n, 1, 1, length]`, True where a query sees."""
         key = (id(group), sliding_window)
         if key not in self._masks:
-            positions = torch.arange(group.pages.shape[1] * self._block_size, device=self._device)
+            positions = torch.arange(group.slots.shape[1], device=self._device)
             mask = positions < group.context_lens[:, None]
             if sliding_window is not None:
                 mask &= positions >= group.context_lens[:, None] - sliding_window
@@ -192,12 +199,15 @@ class _Plan:
         return self._masks[key]
 
     def _decode_group(self, members: list[tuple[int, QuerySpan]]) -> _DecodeGroup:
-        context_lens = [span.context_len for _, span in members]
-        num_pages = -(-max(context_lens) // self._block_size)
-        pages = [(*span.block_ids[:num_pages], *[0] * (num_pages - len(span.block_ids))) for _, span in members]
-        return _DecodeGroup(
-            self._tensor([start for start, _ in members]), self._tensor(pages), self._tensor(context_lens)
+        """Past the end of a sequence its last token is repeated, which its query sees anyway."""
+        context_lens = self._tensor([span.context_len for _, span in members])
+        num_pages = max(-(-span.context_len // self._block_size) for _, span in members)
+        pages = self._tensor(
+            [(*span.block_ids[:num_pages], *[0] * (num_pages - len(span.block_ids))) for _, span in members]
         )
+        positions = torch.arange(num_pages * self._block_size, device=self._device).minimum(context_lens[:, None] - 1)
+        slots = pages.gather(1, positions // self._block_size) * self._block_size + positions % self._block_size
+        return _DecodeGroup(self._tensor([start for start, _ in members]), slots, context_lens)
 
     def _tensor(self, values: Sequence[Any]) -> torch.Tensor:
         return torch.tensor(values, device=self._device)

@@ -63,7 +63,6 @@ class ModelRunner:
             max_num_tokens=self.memory.max_num_batched_tokens,
             max_adapters_per_token=config.max_adapters_per_request,
         )
-        # Zeros, not empty: attention multiplies masked values by 0, and 0 * NaN is NaN.
         self._caches = {
             layer: PagedCache(
                 *(
