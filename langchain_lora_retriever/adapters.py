@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -61,7 +62,11 @@ _TensorSpec = tuple[int, tuple[int, int], torch.dtype]
 
 
 class _Layout(dict[str, tuple[_TensorSpec, _TensorSpec, float]]):
-    """A dictionary that can be weakly referenced."""
+    """Where each module's tensors lie, and the configuration they were checked against; can be weakly referenced."""
+
+    def __init__(self, config: LoraConfig) -> None:
+        super().__init__()
+        self.config = config
 
 
 # Adapters of one recipe have the same layout; they share one object.
@@ -142,11 +147,19 @@ def read_adapter(
             f"{base_model!r}. Use an adapter trained for {base_model!r}."
         )
     header, data = _map_file(path, where)
-    weights = MappedWeights(data, _shared_layout(header, raw, config, where))
+    layout = _shared_layout(header, raw, config, where)
+    weights = MappedWeights(data, layout)
     if fingerprint is None:
         _check_finite(weights, where)
         fingerprint = weights.content_hash()
-    return Adapter(name=name, fingerprint=fingerprint, weights=weights, base_model=made_for, path=path)
+    return Adapter(
+        name=name,
+        fingerprint=fingerprint,
+        weights=weights,
+        base_model=made_for,
+        path=path,
+        is_target=partial(_is_target, layout.config),
+    )
 
 
 def _read_json(file: Path, where: str) -> dict[str, Any]:
@@ -235,7 +248,7 @@ def _make_layout(header: Mapping[str, Any], config: LoraConfig, where: str) -> _
         pairs.setdefault(module, {})[side] = _tensor_spec(key, entry, where)
     if not pairs:
         raise InvalidAdapterError(f"{where}: {WEIGHTS_FILE} holds no tensors.")
-    layout = _Layout()
+    layout = _Layout(config)
     for module, sides in pairs.items():
         if len(sides) != 2:
             met, missing = ("lora_A", "lora_B") if "lora_A" in sides else ("lora_B", "lora_A")
@@ -292,10 +305,9 @@ def _rank_and_scaling(module: str, config: LoraConfig, where: str) -> tuple[int,
 
     Source: `peft.tuners.lora.LoraModel._create_and_replace` and `LoraLayer.update_layer`.
     """
-    targets = config.target_modules
-    if targets and targets != "all-linear" and not check_target_module_exists(config, module):
+    if _names_targets(config) and not _is_target(config, module):
         raise InvalidAdapterError(
-            f"{where}: {WEIGHTS_FILE} adapts {module!r}, which target_modules={targets!r} does not name; "
+            f"{where}: {WEIGHTS_FILE} adapts {module!r}, which target_modules={config.target_modules!r} does not name; "
             "PEFT would ignore it."
         )
     ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
@@ -306,6 +318,15 @@ def _rank_and_scaling(module: str, config: LoraConfig, where: str) -> tuple[int,
     if not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise InvalidAdapterError(f"{where}: lora_alpha {alpha!r} for {module!r} is not a finite number.")
     return r, alpha / (math.sqrt(r) if config.use_rslora else r)
+
+
+def _names_targets(config: LoraConfig) -> bool:
+    return bool(config.target_modules) and config.target_modules != "all-linear"
+
+
+def _is_target(config: LoraConfig, module: str) -> bool:
+    """Whether a configuration names a module; False where it leaves that to the base model ("all-linear")."""
+    return _names_targets(config) and bool(check_target_module_exists(config, module))
 
 
 def _check_finite(weights: MappedWeights, where: str) -> None:

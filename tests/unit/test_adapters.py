@@ -262,3 +262,12 @@ def test_keeps_the_dtype(checkpoint, dtype):
     """Tensors come in the file's own floating type."""
     edit_weights(checkpoint, lambda tensors: {key: tensor.to(dtype) for key, tensor in tensors.items()})
     assert read_adapter(checkpoint).weights[Q0].lora_A.dtype == dtype
+
+
+def test_knows_what_the_configuration_targets(checkpoint):
+    """Also modules that the file lacks; a configuration that leaves it to the base model names none."""
+    adapter = read_adapter(checkpoint)
+    assert adapter.is_target("model.layers.7.self_attn.q_proj")
+    assert not adapter.is_target("model.layers.0.mlp.up_proj")
+    edit_config(checkpoint, target_modules="all-linear")
+    assert not read_adapter(checkpoint).is_target("model.layers.0.self_attn.q_proj")
