@@ -194,11 +194,6 @@ class GrammarConstraint:
         self.is_shortened = False
 
     @property
-    def is_active(self) -> bool:
-        """Whether the next token is restricted: always, though free text restricts little."""
-        return True
-
-    @property
     def is_finished(self) -> bool:
         """Whether the grammar allows nothing more."""
         return bool(self._matcher.is_stopped())

@@ -5,11 +5,12 @@ All are frozen: a thread may hand any of them to another. None imports torch at 
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from langchain_lora_retriever.errors import InvalidRequestError
+from langchain_lora_retriever.shown import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -142,11 +143,13 @@ class SamplingParams:
     """How the next token is chosen, and when to stop.
 
     Attributes:
-        temperature: 0 is greedy; otherwise logits are divided by it. Finite and >= 0.
-        top_k: Keep the `top_k` most probable tokens; 0 keeps all.
+        temperature: 0 is greedy; otherwise logits are divided by it. Finite and >= 0; below 1e-5 and above 1e30 it
+            counts as these.
+        top_k: Keep the `top_k` most probable tokens; 0 keeps all, as any number does that the vocabulary does not have.
         top_p: Keep the smallest set of tokens whose probability reaches `top_p`, in (0, 1].
-        seed: Makes a sampled answer repeatable, whatever else is in the batch; None draws a fresh one.
-        max_tokens: Most tokens to generate, >= 1.
+        seed: Makes a sampled answer repeatable, whatever else is in the batch; None draws a fresh one. Any
+            integer; its lowest 63 bits count.
+        max_tokens: Most tokens to generate, >= 1; the model's context may allow fewer.
         stop: Strings that end the answer; they are not part of it.
         ignore_eos: Generate on past the end-of-sequence token (for benchmarks).
         logprobs: None for none; n >= 0 for the chosen token's and the n likeliest alternatives'.
@@ -168,7 +171,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         """Refuse values that no sampler can honour."""
-        _require(_is_number(self.temperature) and 0 <= self.temperature < math.inf,
+        _require(_is_number(self.temperature) and self.temperature >= 0,
                  "temperature", self.temperature, "a finite number >= 0; 0 is greedy")  # fmt: skip
         _require(_is_int(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "an integer >= 0; 0 keeps all")
         _require(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]")
@@ -179,6 +182,8 @@ class SamplingParams:
                  "stop", self.stop, "a tuple of non-empty strings")  # fmt: skip
         _require(self.logprobs is None or (_is_int(self.logprobs) and 0 <= self.logprobs <= 20),
                  "logprobs", self.logprobs, "an integer from 0 to 20, or None")  # fmt: skip
+        for name in ("ignore_eos", "skip_special_tokens"):
+            _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
 
 
 def _is_int(value: object) -> bool:
@@ -186,9 +191,9 @@ def _is_int(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _require(condition: bool, name: str, value: object, allowed: str) -> None:
     if not condition:
-        raise InvalidRequestError(f"{name}={value!r} is not allowed: pass {allowed}.")
+        raise InvalidRequestError(f"{name}={shown(value)} is not allowed: pass {allowed}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from array import array
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -13,10 +14,12 @@ from langchain_lora_retriever.engine.detokenizer import Detokenizer
 from langchain_lora_retriever.engine.kv_cache import KVCacheManager
 from langchain_lora_retriever.engine.lora_layers import MAX_RANK
 from langchain_lora_retriever.engine.model_runner import ModelRunner
-from langchain_lora_retriever.engine.request import Delta, FinishReason, Request
+from langchain_lora_retriever.engine.request import Delta, FinishReason, Request, TokenLogprob, failure
+from langchain_lora_retriever.engine.sampler import ChosenToken
 from langchain_lora_retriever.engine.scheduler import Scheduler
 from langchain_lora_retriever.engine.stats import EngineStats, StatsRecorder
 from langchain_lora_retriever.errors import EngineError, InvalidRequestError, PromptTooLongError
+from langchain_lora_retriever.shown import shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,12 +27,16 @@ if TYPE_CHECKING:
     from langchain_lora_retriever.engine.base_model import BaseModel
     from langchain_lora_retriever.engine.config import EngineConfig
     from langchain_lora_retriever.engine.flight import Flight
-    from langchain_lora_retriever.engine.request import Constraint, TokenLogprob
+    from langchain_lora_retriever.engine.request import Constraint
+    from langchain_lora_retriever.engine.sampler import Outcome
     from langchain_lora_retriever.types import Adapter, SamplingParams
 
 __all__ = ["Engine", "StepOutput"]
 
 _NUM_LOOKED_AHEAD = 8  # waiting requests whose adapters travel to the device
+_MAX_WEIGHT = torch.finfo(torch.float32).max  # of an adapter
+_MAX_FORCED_TOKENS = 256
+"""Forced tokens of a request taken in one step: others wait meanwhile. The grammar leaves the model no other choice."""
 
 
 class StepOutput(NamedTuple):
@@ -103,32 +110,31 @@ class Engine:
 
         Raises:
             PromptTooLongError: If the prompt leaves no room for a single token.
-            InvalidRequestError: If the prompt is empty, or an adapter is not for this model, or the composition can
-                never be resident.
+            InvalidRequestError: If the prompt is empty or has a token that the model lacks, or an adapter is not for
+                this model, or a weight is not a finite number, or the composition can never be resident.
         """
-        if not prompt_token_ids:
-            raise InvalidRequestError("The prompt has no tokens: pass at least one.")
-        if len(prompt_token_ids) >= self.max_model_len:
-            raise PromptTooLongError(
-                f"The prompt has {len(prompt_token_ids)} tokens, but prompt and answer together may have at most "
-                f"{self.max_model_len}: shorten the prompt, or raise max_model_len or kv_cache_bytes."
-            )
+        token_ids = self._check_prompt(prompt_token_ids)
         if len(adapters) > self.config.max_adapters_per_request:
             raise InvalidRequestError(
                 f"The request composes {len(adapters)} adapters; the engine takes at most "
                 f"{self.config.max_adapters_per_request}: lower top_k or raise max_adapters_per_request."
             )
+        for adapter, weight in adapters:
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) <= _MAX_WEIGHT:
+                raise InvalidRequestError(
+                    f"The weight of adapter {adapter.name!r} is {shown(weight)}: pass a finite number."
+                )
         self.fit.check_together([adapter for adapter, _ in adapters])
         self._store.prefetch([adapter for adapter, _ in adapters if not self.slots.is_resident(adapter)])
         ordered = sorted(adapters, key=lambda pair: pair[0].fingerprint)  # one sum, whatever order it was asked in
         return Request(
             request_id=next(self._ids),
-            prompt_token_ids=list(prompt_token_ids),
+            prompt_token_ids=token_ids,
             sampling=sampling,
             adapters=tuple(ordered),
             detokenizer=Detokenizer(self.tokenizer, sampling.stop, skip_special_tokens=sampling.skip_special_tokens),
             constraint=constraint,
-            max_num_tokens=min(len(prompt_token_ids) + sampling.max_tokens, self.max_model_len),
+            max_num_tokens=min(len(token_ids) + sampling.max_tokens, self.max_model_len),
         )
 
     def add(self, request: Request) -> None:
@@ -149,8 +155,9 @@ class Engine:
         need not wait for this thread. It takes those tokens from where the device keeps them, and a request that turns
         out to have ended leaves one surplus token, which is dropped. A grammar needs the token first, and gets it.
 
-        An exception that one request causes (its grammar, its tokens) ends that request alone and is in its output.
-        An exception of the step itself is raised, with the step's requests still scheduled: see `fail_step`.
+        What goes wrong for one request (its adapters cannot be loaded, its grammar fails, its logits are not finite)
+        ends that request alone and is in its output. An exception of the step itself is raised, with the step's
+        requests still scheduled: see `fail_step`.
         """
         if self._in_flight is not None and any(r.constraint is not None for r in self._in_flight.requests):
             self._collect(self._in_flight)
@@ -213,7 +220,14 @@ class Engine:
 
     def _launch(self) -> Flight | None:
         """Schedule a step and start it; None if there is nothing that could run before tokens are collected."""
+        self._in_step = []  # who is to blame if scheduling itself fails: nobody
         scheduled = self.scheduler.schedule()
+        for request, error in self.scheduler.refused:
+            request.is_finished = True
+            self._recorder.on_finished(request)
+            names = ", ".join(repr(adapter.name) for adapter, _ in request.adapters)
+            self._outputs.append(StepOutput(request, error=failure(f"The adapters {names} cannot be loaded", error)))
+        self.scheduler.refused.clear()
         self._prefetch()
         if not scheduled:
             return None
@@ -225,6 +239,33 @@ class Engine:
         for request in flight.requests:
             request.num_pending_tokens += 1
         return flight
+
+    def _check_prompt(self, prompt_token_ids: Sequence[int]) -> list[int]:
+        """The prompt's tokens as plain integers, if the model has them and has room for an answer."""
+        token_ids = array("q")
+        try:
+            num_tokens = len(prompt_token_ids)
+            if num_tokens >= self.max_model_len:
+                raise PromptTooLongError(
+                    f"The prompt has {num_tokens} tokens, but prompt and answer together may have at most "
+                    f"{self.max_model_len}: shorten the prompt, or raise max_model_len or kv_cache_bytes."
+                )
+            token_ids.extend(iter(prompt_token_ids))
+        except (TypeError, OverflowError) as error:
+            raise InvalidRequestError(
+                f"A prompt is a sequence of token ids, integers from 0 to {self._runner.vocab_size - 1}; this one is a "
+                f"{type(prompt_token_ids).__name__} with {len(token_ids)} of them at its beginning: {error}."
+            ) from error
+        if not token_ids:
+            raise InvalidRequestError("The prompt has no tokens: pass at least one.")
+        if min(token_ids) < 0 or max(token_ids) >= self._runner.vocab_size:
+            place = next(i for i, token_id in enumerate(token_ids) if not 0 <= token_id < self._runner.vocab_size)
+            raise InvalidRequestError(
+                f"The prompt has the token {token_ids[place]} at place {place}, but the model's vocabulary has "
+                f"{self._runner.vocab_size} tokens, from 0: the tokenizer has more tokens than the model; use the "
+                "tokenizer that the model came with."
+            )
+        return token_ids.tolist()
 
     def _prefetch(self) -> None:
         """Let the adapters of those who are next travel while they wait."""
@@ -242,18 +283,21 @@ class Engine:
         if flight is self._in_flight:
             self._in_flight = None
         self._in_step = flight.requests
-        token_ids, logprobs = flight.read()
-        served = [row for row in zip(flight.requests, token_ids, logprobs, strict=True) if not row[0].is_finished]
-        self._recorder.on_step([request for request, _, _ in served])
+        served = [row for row in zip(flight.requests, flight.read(), strict=True) if not row[0].is_finished]
+        self._recorder.on_step([request for request, _ in served])
         outputs = [self._deliver(*row) for row in served]
         self._outputs += [output for output in outputs if output.delta is not None or output.error is not None]
 
-    def _deliver(self, request: Request, token_id: int, logprob: TokenLogprob | None) -> StepOutput:
-        try:
-            delta = self._accept(request, token_id, logprob)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it goes to the request that caused it
+    def _deliver(self, request: Request, outcome: Outcome) -> StepOutput:
+        if not isinstance(outcome, ChosenToken):
+            self.kv_cache.forget(request)  # what it has computed may be as wrong as its logits
             self.abort(request)
-            return StepOutput(request, error=error)
+            return StepOutput(request, error=outcome)
+        try:
+            delta = self._accept(request, *outcome)
+        except BaseException as error:  # noqa: BLE001 - panics of tokenizers too; it ends the request it came from
+            self.abort(request)
+            return StepOutput(request, error=failure("The request failed while its answer was read", error))
         if delta is not None and delta.finish_reason is not None:
             self.scheduler.finish(request)
             self._recorder.on_finished(request)
@@ -262,19 +306,10 @@ class Engine:
     def _accept(self, request: Request, token_id: int, logprob: TokenLogprob | None) -> Delta | None:
         """Append a sampled token, and the tokens the grammar forces after it; None if no text is certain yet."""
         request.num_pending_tokens -= 1
-        if logprob is not None:
-            request.logprobs.append(logprob)
-        text, finish_reason = self._append(request, token_id)
+        text, finish_reason = self._append(request, token_id, logprob)
         if request.constraint is not None and finish_reason is None:
-            request.constraint.accept(token_id)
-            for forced in request.constraint.forced_tokens():
-                more, finish_reason = self._append(request, forced)
-                text += more
-                if finish_reason is not None:
-                    break
-                request.constraint.accept(forced)
-            if finish_reason is None and request.constraint.is_finished:
-                finish_reason = "stop"
+            more, finish_reason = self._follow(request, request.constraint, token_id)
+            text += more
         if finish_reason is not None and not request.detokenizer.is_stopped:
             text += request.detokenizer.flush()
         if not text and finish_reason is None:
@@ -286,8 +321,28 @@ class Engine:
             logprobs, request.logprobs = tuple(request.logprobs), []
         return Delta(text, token_ids, logprobs, finish_reason, request.usage if finish_reason else None)
 
-    def _append(self, request: Request, token_id: int) -> tuple[str, FinishReason | None]:
+    def _follow(self, request: Request, constraint: Constraint, token_id: int) -> tuple[str, FinishReason | None]:
+        """Advance the grammar by a token, and append those it forces next, as many as a step may take."""
+        constraint.accept(token_id)
+        text = ""
+        for forced in itertools.islice(constraint.forced_tokens(), _MAX_FORCED_TOKENS):
+            if not 0 <= forced < self._runner.vocab_size:
+                raise InvalidRequestError(
+                    f"The grammar forces the token {forced}, but the model has {self._runner.vocab_size} tokens: "
+                    "change the grammar, or the tokenizer, which has more tokens than the model."
+                )
+            logprob = TokenLogprob(forced, 0.0, ()) if request.sampling.logprobs is not None else None
+            more, finish_reason = self._append(request, forced, logprob)
+            text += more
+            if finish_reason is not None:
+                return text, finish_reason
+            constraint.accept(forced)
+        return text, "stop" if constraint.is_finished else None
+
+    def _append(self, request: Request, token_id: int, logprob: TokenLogprob | None) -> tuple[str, FinishReason | None]:
         request.output_token_ids.append(token_id)
+        if logprob is not None:
+            request.logprobs.append(logprob)
         if token_id in self._eos_token_ids and not request.sampling.ignore_eos:
             return "", "stop"
         text = request.detokenizer.push(token_id)

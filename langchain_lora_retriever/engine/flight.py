@@ -6,13 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from langchain_lora_retriever.engine.sampler import Choice
-from langchain_lora_retriever.engine.upload import copy_to_host
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from langchain_lora_retriever.engine.request import Request, TokenLogprob
+    from langchain_lora_retriever.engine.request import Request
+    from langchain_lora_retriever.engine.sampler import Choice, Outcome
 
 __all__ = ["Flight"]
 
@@ -27,15 +25,14 @@ class Flight:
 
     def __init__(self, requests: Sequence[Request], choice: Choice) -> None:
         self.requests = requests
-        rest = (None if part is None else copy_to_host(part) for part in choice[1:])
-        self._choice = Choice(copy_to_host(choice.token_ids), *rest)
+        self._choice = choice.to_host()
         self._arrival: torch.cuda.Event | None = None
         if choice.token_ids.device.type == "cuda":
             self._arrival = torch.cuda.Event()
             self._arrival.record()
 
-    def read(self) -> tuple[list[int], list[TokenLogprob | None]]:
-        """Wait for the step; its token ids, and log-probabilities where they were asked for."""
+    def read(self) -> list[Outcome]:
+        """Wait for the step; for each request its token, or the error that ends it."""
         if self._arrival is not None:
             self._arrival.synchronize()
         return self._choice.read(self.requests)

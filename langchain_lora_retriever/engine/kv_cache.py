@@ -98,6 +98,13 @@ class KVCacheManager:
         request.block_hashes = []
         request.num_computed_tokens = 0
 
+    def forget(self, request: Request) -> None:
+        """Let nobody find the request's blocks any more; those who share them already keep them."""
+        for block in request.block_ids:
+            block_hash = self._hash_by_block.pop(block, None)
+            if block_hash is not None:
+                del self._block_by_hash[block_hash]
+
     def check_integrity(self, holders: list[Request]) -> None:
         """Assert that free + held == total and every reference is accounted for by `holders`."""
         counts = [0] * self.num_blocks

@@ -23,6 +23,8 @@ from langchain_lora_retriever.errors import EngineError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from transformers import PreTrainedModel
+
     from langchain_lora_retriever.engine.base_model import BaseModel
     from langchain_lora_retriever.engine.config import EngineConfig
     from langchain_lora_retriever.engine.paged_executor import PagedExecutor
@@ -45,6 +47,7 @@ class ModelRunner:
         device: Where token ids go and chosen tokens come from.
         probe: What is known of the model.
         memory: Sizes of everything.
+        vocab_size: Token ids there are: rows of the model's embedding.
 
     Raises:
         EngineError: If the architecture or the memory does not allow serving.
@@ -78,6 +81,9 @@ class ModelRunner:
         }
         self._own_attention = use_attention(base.model)
         self.lora_layers.attach()
+        self.vocab_size = _vocab_size(base.model)
+        # Grammars know the tokenizer's tokens, which may be more than the model's.
+        self._num_known = max(base.tokenizer.get_vocab().values(), default=-1) + 1
         self._chosen = torch.zeros(self.memory.max_num_seqs, dtype=torch.int64, device=self.device)
         self._last_choice: dict[Request, int] = {}
         self._executor = self._make_executor(config)
@@ -114,7 +120,8 @@ class ModelRunner:
         batch = PackedBatch.pack(scheduled, self._last_choice)
         logits = self._forward(batch) if self._executor is None else self._executor.forward(batch)
         requests = batch.sampled_requests
-        choice = choose(logits, requests)
+        # A token that is chosen is embedded in the next step, before anybody could look at it.
+        choice = choose(logits[:, : self.vocab_size], requests, num_known=self._num_known)
         self._chosen[: len(requests)] = choice.token_ids
         self._last_choice = {request: place for place, request in enumerate(requests)}
         return Flight(requests, choice)
@@ -181,3 +188,8 @@ class ModelRunner:
         from langchain_lora_retriever.engine.paged_executor import PagedExecutor  # noqa: PLC0415 - needs Triton
 
         return PagedExecutor(self._model, self.probe, self._caches, self.lora_layers, self.memory, config, self._chosen)
+
+
+def _vocab_size(model: PreTrainedModel) -> int:
+    embedding = model.get_input_embeddings()
+    return int(getattr(embedding, "num_embeddings", model.config.get_text_config().vocab_size))

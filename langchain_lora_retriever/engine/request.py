@@ -8,6 +8,8 @@ import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 
+from langchain_lora_retriever.errors import EngineError, LoraRetrieverError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -25,6 +27,7 @@ __all__ = [
     "TokenLogprob",
     "Usage",
     "composition_salt",
+    "failure",
 ]
 
 FinishReason: TypeAlias = Literal["stop", "length"]
@@ -70,21 +73,26 @@ class Constraint(Protocol):
     """Restricts which token may come next. One object per request; only the engine's thread calls it."""
 
     @property
-    def is_active(self) -> bool:
-        """Whether the next token is restricted at all."""
-
-    @property
     def is_finished(self) -> bool:
         """Whether nothing more may be generated."""
 
     def fill_bitmask(self, row: torch.Tensor) -> None:
-        """Write the allowed tokens into `row`, int32 `[ceil(vocab_size / 32)]`, bit = 1: allowed."""
+        """Write the allowed tokens into `row`, int32, wide enough for model and tokenizer; bit = 1: allowed."""
 
     def accept(self, token_id: int) -> None:
         """Advance by a token that was generated or forced."""
 
     def forced_tokens(self) -> Sequence[int]:
         """Tokens that must come next, taken without a model step; empty if there is a choice."""
+
+
+def failure(what: str, cause: BaseException) -> LoraRetrieverError:
+    """The error that ends a request for `cause`: that itself if it is a documented one, else an `EngineError`."""
+    if isinstance(cause, LoraRetrieverError):
+        return cause
+    error = EngineError(f"{what}: {cause!r}")
+    error.__cause__ = cause
+    return error
 
 
 def composition_salt(adapters: Sequence[tuple[Adapter, float]]) -> bytes:

@@ -6,42 +6,86 @@ request draws depends on nothing else in the batch, on no generator's state, and
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+import math
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 
-from langchain_lora_retriever.engine.request import TokenLogprob
-from langchain_lora_retriever.engine.upload import copy_to_device, upload
+from langchain_lora_retriever.engine.request import TokenLogprob, failure
+from langchain_lora_retriever.engine.upload import copy_to_device, copy_to_host, upload
+from langchain_lora_retriever.errors import EngineError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from langchain_lora_retriever.engine.request import Request
+    from langchain_lora_retriever.errors import LoraRetrieverError
 
-__all__ = ["Choice", "apply_bitmask", "apply_top_k_top_p", "choose", "gumbel_noise", "is_plain_greedy"]
+    Outcome: TypeAlias = "ChosenToken | LoraRetrieverError"
+
+__all__ = [
+    "Choice",
+    "ChosenToken",
+    "Outcome",
+    "apply_bitmask",
+    "apply_top_k_top_p",
+    "choose",
+    "gumbel_noise",
+    "is_plain_greedy",
+]
+
+
+class ChosenToken(NamedTuple):
+    """A request's next token, with its log-probabilities if the request asked for them."""
+
+    token_id: int
+    logprob: TokenLogprob | None = None
 
 
 class Choice(NamedTuple):
-    """The chosen tokens of a step, and log-probabilities if a request asked for them; on the device or copied from it.
+    """The chosen tokens of a step, and what is to be told of them; on the device or copied from it.
 
     Attributes:
-        token_ids: `[num_requests]` int64.
+        token_ids: `[num_requests]` int64; where a request fails, some token of the vocabulary.
+        peaks: Each row's largest logit as the model gave it `[num_requests]`: NaN or infinite if the model failed.
+        allowed_peaks: The same of the tokens that grammars allow, or None without a grammar; -inf if there are none.
         logprobs: The chosen tokens' `[num_requests]`, or None.
         top_logprobs: The likeliest tokens' `[num_requests, n]`, or None.
         top_token_ids: Their ids, or None.
+        failures: What went wrong before the device was asked, by row.
     """
 
     token_ids: torch.Tensor
+    peaks: torch.Tensor
+    allowed_peaks: torch.Tensor | None = None
     logprobs: torch.Tensor | None = None
     top_logprobs: torch.Tensor | None = None
     top_token_ids: torch.Tensor | None = None
+    failures: Mapping[int, LoraRetrieverError] | None = None
 
-    def read(self, requests: Sequence[Request]) -> tuple[list[int], list[TokenLogprob | None]]:
-        """Token ids, and for each request its token's log-probabilities if it asked for them."""
-        token_ids: list[int] = self.token_ids.tolist()
+    def to_host(self) -> Choice:
+        """Begin to copy all of it to the host; to be read once the current stream has come this far."""
+        return Choice._make(copy_to_host(part) if isinstance(part, torch.Tensor) else part for part in self)
+
+    def read(self, requests: Sequence[Request]) -> list[Outcome]:
+        """For each request the token chosen for it, or the error that ends it."""
+        outcomes: list[Outcome] = list(map(ChosenToken, self.token_ids.tolist(), self._read_logprobs(requests)))
+        peaks = self.peaks.tolist()
+        allowed_peaks = peaks if self.allowed_peaks is None else self.allowed_peaks.tolist()
+        for row, (peak, allowed_peak) in enumerate(zip(peaks, allowed_peaks, strict=True)):
+            if not math.isfinite(peak):
+                outcomes[row] = _not_finite(requests[row])
+            elif not math.isfinite(allowed_peak):
+                outcomes[row] = _nothing_allowed()
+        for row, error in (self.failures or {}).items():
+            outcomes[row] = error
+        return outcomes
+
+    def _read_logprobs(self, requests: Sequence[Request]) -> list[TokenLogprob | None]:
         if self.logprobs is None or self.top_logprobs is None or self.top_token_ids is None:
-            return token_ids, [None] * len(requests)
-        chosen, values, ids = self.logprobs.tolist(), self.top_logprobs.tolist(), self.top_token_ids.tolist()
+            return [None] * len(requests)
+        token_ids, chosen = self.token_ids.tolist(), self.logprobs.tolist()
+        values, ids = self.top_logprobs.tolist(), self.top_token_ids.tolist()
         results: list[TokenLogprob | None] = []
         for row, request in enumerate(requests):
             num = request.sampling.logprobs
@@ -50,7 +94,7 @@ class Choice(NamedTuple):
             else:
                 top = tuple(zip(ids[row][:num], values[row][:num], strict=True))
                 results.append(TokenLogprob(token_ids[row], chosen[row], top))
-        return token_ids, results
+        return results
 
 
 def is_plain_greedy(request: Request) -> bool:
@@ -58,29 +102,36 @@ def is_plain_greedy(request: Request) -> bool:
     return request.sampling.temperature == 0 and request.sampling.logprobs is None and request.constraint is None
 
 
-def choose(logits: torch.Tensor, requests: Sequence[Request]) -> Choice:
+def choose(logits: torch.Tensor, requests: Sequence[Request], *, num_known: int = 0) -> Choice:
     """Choose each request's next token, without waiting for the device.
+
+    What goes wrong for one request is told in its row and changes no other's token.
 
     Args:
         logits: `[num_requests, vocab_size]`, any float dtype; may be overwritten.
         requests: The rows' requests.
+        num_known: Token ids that grammars know of, which may be more than the model has.
     """
     if all(is_plain_greedy(request) for request in requests):
-        return Choice(logits.argmax(-1))
+        peaks, token_ids = logits.max(-1)
+        return Choice(token_ids, peaks)
     logits = logits.float()
+    peaks, allowed_peaks, failures = logits.amax(-1), None, None
     logprobs = logits.log_softmax(-1) if any(r.sampling.logprobs is not None for r in requests) else None
-    constrained = [i for i, r in enumerate(requests) if r.constraint is not None and r.constraint.is_active]
-    if constrained:
-        logits = _constrain(logits, requests, constrained)
+    if any(request.constraint is not None for request in requests):
+        bitmask, failures = _fill_bitmask(requests, max(num_known, logits.shape[1]))
+        logits = apply_bitmask(logits, copy_to_device(bitmask, logits.device))
+        allowed_peaks = logits.amax(-1)
     random = [i for i, r in enumerate(requests) if r.sampling.temperature > 0]
     if random:
         rows = upload(random, torch.int64, logits.device)
         logits[rows] = _perturb(logits[rows], [requests[i] for i in random])
     token_ids = logits.argmax(-1)
     if logprobs is None:
-        return Choice(token_ids)
-    top = logprobs.topk(max(r.sampling.logprobs or 0 for r in requests), dim=-1)
-    return Choice(token_ids, logprobs.gather(1, token_ids[:, None])[:, 0], top.values, top.indices)
+        return Choice(token_ids, peaks, allowed_peaks, failures=failures)
+    top = logprobs.topk(min(max(r.sampling.logprobs or 0 for r in requests), logprobs.shape[1]), dim=-1)
+    chosen = logprobs.gather(1, token_ids[:, None])[:, 0]
+    return Choice(token_ids, peaks, allowed_peaks, chosen, top.values, top.indices, failures)
 
 
 def apply_bitmask(logits: torch.Tensor, bitmask: torch.Tensor) -> torch.Tensor:
@@ -88,7 +139,7 @@ def apply_bitmask(logits: torch.Tensor, bitmask: torch.Tensor) -> torch.Tensor:
 
     Args:
         logits: `[num_rows, vocab_size]`.
-        bitmask: int32 `[num_rows, ceil(vocab_size / 32)]`, token t is bit `t % 32` of word `t // 32`.
+        bitmask: int32 `[num_rows, >= ceil(vocab_size / 32)]`, token t is bit `t % 32` of word `t // 32`.
     """
     shifts = torch.arange(32, device=logits.device, dtype=torch.int32)
     allowed = (bitmask.unsqueeze(-1) >> shifts) & 1
@@ -133,6 +184,8 @@ def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) 
 
 
 _MASK32 = 0xFFFFFFFF
+_MASK63 = 0x7FFFFFFFFFFFFFFF
+_COLDEST, _HOTTEST = 1e-5, 1e30  # beyond, float32 logits overflow or -inf becomes NaN; draws are the same within and at
 
 
 def _hash32(x: torch.Tensor) -> torch.Tensor:
@@ -144,24 +197,49 @@ def _hash32(x: torch.Tensor) -> torch.Tensor:
     return x ^ (x >> 16)
 
 
-def _constrain(logits: torch.Tensor, requests: Sequence[Request], rows: list[int]) -> torch.Tensor:
-    bitmask = torch.full((len(requests), -(-logits.shape[1] // 32)), -1, dtype=torch.int32)
-    for row in rows:
-        constraint = requests[row].constraint
-        assert constraint is not None
-        constraint.fill_bitmask(bitmask[row])
-    return apply_bitmask(logits, copy_to_device(bitmask, logits.device))
+def _fill_bitmask(requests: Sequence[Request], num_tokens: int) -> tuple[torch.Tensor, dict[int, LoraRetrieverError]]:
+    """The tokens that each request's grammar allows, `[num_requests, ceil(num_tokens / 32)]`; what failed, by row."""
+    bitmask = torch.full((len(requests), -(-num_tokens // 32)), -1, dtype=torch.int32)
+    failures: dict[int, LoraRetrieverError] = {}
+    for row, request in enumerate(requests):
+        if request.constraint is not None:
+            try:
+                request.constraint.fill_bitmask(bitmask[row])
+            except BaseException as error:  # noqa: BLE001 - panics of llguidance too; it ends the request it came from
+                failures[row] = failure("The request's grammar failed while it was followed", error)
+                bitmask[row] = -1
+    return bitmask, failures
+
+
+def _not_finite(request: Request) -> EngineError:
+    names = ", ".join(repr(adapter.name) for adapter, _ in request.adapters)
+    if names:
+        return EngineError(
+            f"The logits of this request, which runs the adapters {names}, are not finite: its numbers overflowed on "
+            "their way through the model. The adapters' weights are too large for it: train them anew, or run others."
+        )
+    return EngineError(
+        "The logits of this request are not finite: its numbers overflowed on their way through the base model. Load "
+        "the model in a dtype of wider range, bfloat16 or float32."
+    )
+
+
+def _nothing_allowed() -> EngineError:
+    return EngineError(
+        "The request's grammar allows no token that the model has, so the answer cannot go on: change the grammar, or "
+        "the tokenizer if it has more tokens than the model."
+    )
 
 
 def _perturb(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
     """Scale, filter and add noise, so that the argmax is a draw."""
     device = logits.device
-    temperature = upload([r.sampling.temperature for r in requests], torch.float32, device)
-    logits = logits / temperature[:, None].clamp_min(1e-5)
+    temperatures = [min(max(r.sampling.temperature, _COLDEST), _HOTTEST) for r in requests]
+    logits = logits / upload(temperatures, torch.float32, device)[:, None]
     if any(r.sampling.top_k or r.sampling.top_p < 1 for r in requests):
-        top_k = upload([r.sampling.top_k for r in requests], torch.int64, device)
+        top_k = upload([min(r.sampling.top_k, logits.shape[1]) for r in requests], torch.int64, device)
         top_p = upload([r.sampling.top_p for r in requests], torch.float32, device)
         logits = apply_top_k_top_p(logits, top_k, top_p)
-    seeds = upload([r.seed & 0x7FFFFFFFFFFFFFFF for r in requests], torch.int64, device)
+    seeds = upload([r.seed & _MASK63 for r in requests], torch.int64, device)
     positions = upload([r.num_output_tokens for r in requests], torch.int64, device)
     return logits + gumbel_noise(seeds, positions, logits.shape[1])

@@ -65,6 +65,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.num_preemptions = 0
+        self.refused: list[tuple[Request, Exception]] = []
         self._kv_cache = kv_cache
         self._slots = slots
         self._max_num_seqs = max_num_seqs
@@ -80,7 +81,8 @@ class Scheduler:
     def schedule(self) -> list[ScheduledRequest]:
         """Choose the next step. Running requests come first, so that no stream waits for somebody's prompt.
 
-        Mutates the requests' blocks, slots and rows. Empty only if nothing is waiting or running, or what runs has
+        Mutates the requests' blocks, slots and rows. A waiting request that cannot be admitted (its adapters cannot be
+        loaded) leaves the queue for `refused`. Empty only if nothing is waiting or running, or what runs has
         pending tokens to be collected first.
         """
         budget = self._max_num_batched_tokens
@@ -103,7 +105,12 @@ class Scheduler:
                 budget -= num_new_tokens
                 index += 1
         while self.waiting and budget > 0 and len(self.running) < self._max_num_seqs:
-            admitted = self._admit(self.waiting[0], min(budget, prompt_limit))
+            try:
+                admitted = self._admit(self.waiting[0], min(budget, prompt_limit))
+            except Exception as error:  # noqa: BLE001 - loading an adapter reads somebody's file; it ends its request
+                self._release(self.waiting[0])
+                self.refused.append((self.waiting.popleft(), error))
+                continue
             if admitted is None:
                 break
             self.waiting.popleft()

@@ -316,10 +316,6 @@ def test_constraints_steer_and_end_an_answer(worker: EngineWorker) -> None:
             self.accepted: list[int] = []
 
         @property
-        def is_active(self) -> bool:
-            return True
-
-        @property
         def is_finished(self) -> bool:
             return len(self.accepted) == 3
 
@@ -346,7 +342,6 @@ def test_an_error_in_one_constraint_fails_that_request_alone(worker: EngineWorke
     """A grammar that raises ends its own request; the others in the batch go on."""
 
     class Broken:
-        is_active = False
         is_finished = False
 
         def fill_bitmask(self, row: torch.Tensor) -> None: ...
@@ -358,6 +353,6 @@ def test_an_error_in_one_constraint_fails_that_request_alone(worker: EngineWorke
             return []
 
     bad, good = worker.submit([5, 6], greedy(5), constraint=Broken()), worker.submit([5, 6], greedy(5))
-    with pytest.raises(ValueError, match="broken grammar"):
+    with pytest.raises(EngineError, match="broken grammar"):
         bad.result(60)
     assert good.result(60).usage.num_output_tokens == 5

@@ -181,7 +181,6 @@ class OnlyEven:
     def __init__(self) -> None:
         self.seen: list[int] = []
         self.asked_at: list[int] = []
-        self.is_active = True
         self.is_finished = False
 
     def fill_bitmask(self, row: torch.Tensor) -> None:

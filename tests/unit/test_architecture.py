@@ -70,7 +70,7 @@ def test_kernels_know_torch_and_triton_only(path: Path) -> None:
 def test_the_engine_knows_no_langchain_and_no_retrieval(path: Path) -> None:
     """The engine gets token ids and adapters, and knows nothing of where they come from."""
     found = imports(path)
-    assert {room for module in found if (room := room_of(module))} <= {"engine", "errors", "types"}
+    assert {room for module in found if (room := room_of(module))} <= {"engine", "errors", "shown", "types"}
     assert not {module.split(".")[0] for module in found} & {"langchain_core", "faiss", "sentence_transformers", "peft"}
 
 
@@ -79,7 +79,7 @@ def test_retrieval_knows_neither_langchain_nor_the_engine(room: str) -> None:
     """Adapters can be pooled, retrieved and composed without a model."""
     found = imports(ROOT / PACKAGE / f"{room}.py")
     assert "langchain_core" not in {module.split(".")[0] for module in found}
-    assert {r for module in found if (r := room_of(module))} <= RETRIEVAL_ROOMS | {"errors", "types"}
+    assert {r for module in found if (r := room_of(module))} <= RETRIEVAL_ROOMS | {"errors", "shown", "types"}
 
 
 def test_only_the_rooms_that_face_langchain_import_it() -> None:
@@ -92,8 +92,8 @@ def test_only_the_rooms_that_face_langchain_import_it() -> None:
     assert found <= LANGCHAIN_ROOMS | {path.stem for path in files_of(PACKAGE, "demo")}
 
 
-def test_types_and_errors_know_nobody() -> None:
-    """Everything may import types and errors because they import nothing of the package but each other."""
-    for stem in ("types", "errors"):
+def test_the_ground_floor_knows_nobody() -> None:
+    """Everything may import these because they import nothing of the package but each other."""
+    for stem in ("types", "errors", "shown"):
         rooms = {room for module in imports(ROOT / PACKAGE / f"{stem}.py") if (room := room_of(module))}
-        assert rooms <= {"errors"}
+        assert rooms <= {"errors", "shown"}

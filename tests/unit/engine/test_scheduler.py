@@ -34,7 +34,7 @@ def make_scheduler(
     num_blocks: int = 8, max_num_seqs: int = 4, max_num_batched_tokens: int = 16, **limits: Any
 ) -> Scheduler:
     """A scheduler over blocks of four tokens and two slots of four rows."""
-    slots = AdapterSlots(NoStore(), max_loras=2, num_rows=8, max_rank=8, module_shapes={})
+    slots = AdapterSlots(NoStore(), max_loras=2, num_rows=8)
     cache = KVCacheManager(num_blocks, 4)
     return Scheduler(cache, slots, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, **limits)
 
@@ -110,7 +110,7 @@ def test_a_request_waits_for_its_adapters_only_beside_others() -> None:
     """While its adapters travel others run; with nobody else to serve there is nothing to gain by waiting."""
     store = NoStore()
     store.is_ready = False
-    slots = AdapterSlots(store, max_loras=2, num_rows=8, max_rank=8, module_shapes={})
+    slots = AdapterSlots(store, max_loras=2, num_rows=8)
     scheduler = Scheduler(KVCacheManager(8, 4), slots, max_num_seqs=4, max_num_batched_tokens=16)
     a = Adapter("a", "a", {"m": LoraWeights(torch.zeros(4, 1), torch.zeros(1, 4), 1.0)})
     b = Adapter("b", "b", {"m": LoraWeights(torch.zeros(4, 1), torch.zeros(1, 4), 1.0)})
