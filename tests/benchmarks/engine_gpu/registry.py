@@ -73,10 +73,12 @@ def check_rows(bench: Bench, worker: EngineWorker, adapters: Mapping[str, Adapte
     num_tensors = 0
     for fingerprint, resident in residents.items():
         adapter = adapters[fingerprint]
-        rows = slice(resident.start, resident.start + adapter.rank)
+        start = worker._engine.slots._rows.get(fingerprint)
+        assert start is not None
+        rows = slice(start, start + adapter.rank)
         for names, stack in stacks:
             place = int(stack.rows.starts[resident.slot]), int(stack.rows.counts[resident.slot])
-            if place != (resident.start, adapter.rank):
+            if place != (start, adapter.rank):
                 raise GateError(f"slot {resident.slot} has (start, rows) {place}, {adapter.name} lies at {rows}")
             parts = stack.b[rows].split(stack.out_features, 1)
             for index, (name, b) in enumerate(zip(names, parts, strict=True)):
@@ -94,7 +96,7 @@ def check_rows(bench: Bench, worker: EngineWorker, adapters: Mapping[str, Adapte
                         wrong = (got[:rank] != expected).any(1).nonzero().flatten().tolist()
                         raise GateError(
                             f"{adapter.name}, slot {resident.slot}, {name}.{tensor}: rows {wrong} of {rank} on the "
-                            f"device, from {resident.start}, are not those of its source"
+                            f"device, from {start}, are not those of its source"
                         )
     bench.put("registry: rows on the device", f"{len(residents)} adapters, {num_tensors} tensors equal bit for bit")
 
