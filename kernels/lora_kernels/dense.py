@@ -6,10 +6,11 @@ many adapters is two plain products per group of projections:
     v = x @ A_active            [num_tokens, active rows of every slice]
     y += (v * row_weights) @ B_active
 
-`B_active` is block-diagonal: the rows of a slice reach its own outputs only. With many rows the zeros would cost more
-than the calls they save, and each slice has a product of its own. `row_weights[t, i]` is the weight token `t` gives to
-the adapter that owns row `i`, 0 where it does not use it. In a long prefill most of these products would be with zeros,
-so there each adapter visits its own tokens only.
+A row that is not used is left out by its mask and not by its weight of 0: inputs that overflow over it are NaN there.
+`B_active` is finite. It is block-diagonal: the rows of a slice reach its own outputs only. With many rows the zeros
+would cost more than the calls they save, and each slice has a product of its own. `row_weights[t, i]` is the weight
+token `t` gives to the adapter that owns row `i`, 0 where it does not use it. In a long prefill most of these products
+would be with zeros, so there each adapter visits its own tokens only.
 """
 
 from __future__ import annotations
@@ -53,12 +54,14 @@ class DensePlan:
     Attributes:
         slots: Distinct adapters in ascending order.
         row_weights: `[num_tokens, sum of their rows]`, fp32; None when `segments` is to be used.
+        unused: Where these are 0, `[num_tokens, 1, sum of their rows]`; None if nowhere.
         segments: One per adapter; empty when `row_weights` is to be used.
     """
 
     slots: tuple[int, ...]
     row_weights: torch.Tensor | None
     segments: tuple[Segment, ...]
+    unused: torch.Tensor | None = None
 
 
 def _segment(mapping: torch.Tensor, weights: torch.Tensor, slot: int) -> Segment:
@@ -105,7 +108,9 @@ def plan_dense(
     slots = torch.tensor(active, dtype=mapping.dtype, device=mapping.device)
     per_slot = ((mapping.unsqueeze(2) == slots) * weights.unsqueeze(2)).sum(dim=1)
     repeats = torch.tensor([row_counts[s] for s in active], dtype=torch.int64, device=mapping.device)
-    return DensePlan(active, per_slot.repeat_interleave(repeats, dim=1), ())
+    row_weights = per_slot.repeat_interleave(repeats, dim=1)
+    unused = row_weights == 0
+    return DensePlan(active, row_weights, (), unused[:, None] if unused.any() else None)
 
 
 def gather(
@@ -148,10 +153,13 @@ def add_dense(
     b_active: torch.Tensor,
     out_features: Sequence[int],
     row_weights: torch.Tensor,
+    unused: torch.Tensor | None,
 ) -> None:
-    """Add the adapters' outputs to `y` in place; see `gather` for the operands."""
+    """Add the adapters' outputs to `y` in place; see `gather` and `DensePlan` for the operands."""
     num_tokens, num_rows = row_weights.shape
     v = torch.mm(x, a_active).view(num_tokens, -1, num_rows) * row_weights[:, None]
+    if unused is not None:
+        v.masked_fill_(unused, 0.0)
     v = v.to(y.dtype).flatten(1)
     if b_active.shape[0] == v.shape[1]:
         y.addmm_(v, b_active)

@@ -92,7 +92,7 @@ def _add_torch(y: torch.Tensor, x: torch.Tensor, stack: LoraStack, batch: LoraBa
         dense.add_segments(y, x, stack.a, stack.b, stack.ranks, stack.rows.starts, stack.out_features, step.segments)
         return
     a_active, b_active = stack.gather((step.slots, stack.rows.version), step.slots)
-    dense.add_dense(y, x, a_active, b_active, stack.out_features, step.row_weights)
+    dense.add_dense(y, x, a_active, b_active, stack.out_features, step.row_weights, step.unused)
 
 
 @torch.library.custom_op("lora_kernels::add_lora", mutates_args=("y",))
@@ -117,7 +117,7 @@ def _add_lora(
             dense.add_segments(y, x, a, b, ranks, starts, out_features, step.segments)
         elif step.slots:
             gathered = dense.gather(a, b, ranks, starts, counts, out_features, step.slots)
-            dense.add_dense(y, x, *gathered, out_features, step.row_weights)
+            dense.add_dense(y, x, *gathered, out_features, step.row_weights, step.unused)
         return
     v = _lora_shrink(x, a, ranks, starts, max_rank, block_m, batch)
     _lora_expand(y, v, b, ranks, starts, out_features, block_m, [], batch)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lora_kernels.stack import check_finite
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from typing import Literal, TypeAlias
@@ -64,10 +66,11 @@ class LoraPacking:
             flat: `[rank * row_size]`, the stacks' dtype, on the CPU; mutated.
 
         Raises:
-            ValueError: If a shape does not fit.
+            ValueError: If a shape does not fit, or weights are not finite in the stacks' dtype.
         """
         self._check(rank, flat, len(weights))
-        for (a, b), (num_in, num_out), entry in zip(self._pieces(rank, flat), self._widths, weights, strict=True):
+        pieces = zip(self._pieces(rank, flat), self._widths, weights, strict=True)
+        for index, ((a, b), (num_in, num_out), entry) in enumerate(pieces):
             if entry is None:
                 continue
             lora_a, lora_b, scaling = entry
@@ -77,6 +80,7 @@ class LoraPacking:
                     f"expected lora_A [r, {num_in}] and lora_B [{num_out}, r] with r up to {rank}, got "
                     f"{list(lora_a.shape)} and {list(lora_b.shape)}"
                 )
+            check_finite(index, lora_a, lora_b, scaling, self.dtype)
             a[: r * num_in].view(r, num_in).copy_(lora_a)
             # Whatever must be rounded is scaled before, so that it is rounded once, as `LoraStack.load` does.
             lora_b = lora_b if lora_b.dtype == self.dtype else lora_b.float() * scaling

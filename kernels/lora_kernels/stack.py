@@ -14,6 +14,31 @@ if TYPE_CHECKING:
     from lora_kernels.rows import LoraRows
 
 
+def check_finite(index: int, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float, dtype: torch.dtype) -> None:
+    """Refuse weights that would not be finite as rows: the tokens of a tile multiply each other's rows by 0.
+
+    Args:
+        index: Slice, for the error's text.
+        lora_a: `[r, in_features]`.
+        lora_b: `[out_features, r]`.
+        scaling: What `lora_b` is multiplied with, in fp32.
+        dtype: Of the rows.
+
+    Raises:
+        ValueError: If one of them, or `lora_b` times `scaling`, is NaN or beyond the largest number of `dtype`.
+    """
+    limit, widest = torch.finfo(dtype).max, torch.finfo(torch.float32).max
+    largest_a, largest_b = (max(map(abs, (float(x) for x in torch.aminmax(t)))) for t in (lora_a, lora_b))
+    # Written so that NaN fails.
+    if not (
+        largest_a <= limit and largest_b <= widest and abs(scaling) <= widest and largest_b * abs(scaling) <= limit
+    ):
+        raise ValueError(
+            f"slice {index}: the largest of lora_A is {largest_a:.3g}, of lora_B {largest_b:.3g}, which times the "
+            f"scaling {scaling:.3g} is {largest_b * abs(scaling):.3g}; {dtype} goes up to {limit:.3g}"
+        )
+
+
 class LoraStack:
     """All adapters' A and B for projections that share an input (q/k/v, gate/up, or one linear layer).
 
@@ -78,7 +103,8 @@ class LoraStack:
     ) -> None:
         """Copy one adapter's tensors into rows `start : start + rank`.
 
-        `rows.assign(slot, start, ...)` must be called as well, before or after, once for all stacks.
+        `rows.assign(slot, start, ...)` must be called as well, before or after, once for all stacks. What is written is
+        finite; so are all rows of a pool that begins with zeros, whoever had them.
 
         Args:
             slot: Adapter slot.
@@ -87,7 +113,7 @@ class LoraStack:
                 dtype and device; None where the adapter lacks the module.
 
         Raises:
-            ValueError: If the number of slices or a shape does not fit.
+            ValueError: If the number of slices or a shape does not fit, or weights are not finite in the stack's dtype.
         """
         if len(weights) != self.num_slices:
             raise ValueError(f"expected weights for {self.num_slices} slices, got {len(weights)}")
@@ -107,6 +133,7 @@ class LoraStack:
                         f"slice {i}: rank {rank} at row {start} exceeds max_rank {self.rows.max_rank} or the pool of "
                         f"{self.a.shape[1]} rows"
                     )
+                check_finite(i, lora_a, lora_b, scaling, self.a.dtype)
                 # Scaled in fp32, rounded once.
                 scaled = lora_b.to(device=self.b.device, dtype=torch.float32) * scaling
                 self.a[i, start : start + rank].copy_(lora_a)

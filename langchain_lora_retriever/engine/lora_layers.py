@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from langchain_lora_retriever.engine.upload import copy_to_device
-from langchain_lora_retriever.errors import EngineError
+from langchain_lora_retriever.errors import EngineError, InvalidAdapterError
 from lora_kernels import LoraBatch, LoraRows, LoraStack, add_lora, lora_expand, lora_mix, lora_shrink
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ class LoraLayers:
 
         Raises:
             EngineError: If it targets a module this model does not have, or its rank is beyond the kernels' limit.
+            InvalidAdapterError: If its weights, scaled, are not finite in the model's dtype.
         """
         if adapter.rank > MAX_RANK:
             raise EngineError(f"Adapter {adapter.name!r} has rank {adapter.rank}; the kernels go up to {MAX_RANK}.")
@@ -200,7 +201,13 @@ class _Group:
 
     def load(self, slot: int, start: int, adapter: Adapter) -> None:
         found = (adapter.weights.get(name) for name in self.names)
-        self.stack.load(slot, start, [None if w is None else (w.lora_A, w.lora_B, w.scaling) for w in found])
+        try:
+            self.stack.load(slot, start, [None if w is None else (w.lora_A, w.lora_B, w.scaling) for w in found])
+        except ValueError as error:
+            raise InvalidAdapterError(
+                f"Adapter {adapter.name!r} cannot be loaded into {', '.join(self.names)}: {error}. Train it anew with "
+                "smaller weights, or load the model in a dtype of wider range."
+            ) from error
 
     def attach(self) -> None:
         for index, module in enumerate(self._modules):

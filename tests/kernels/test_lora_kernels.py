@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import subprocess
 import sys
@@ -238,6 +239,68 @@ def test_result_is_independent_of_neighbours(backend, num_tokens):
         if backend == "triton":
             assert torch.equal(other, results[0])
         torch.testing.assert_close(other, results[0], rtol=1e-5, atol=1e-5)
+
+
+@backends
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("num_tokens", [5, 20, 60, 133, 600])
+def test_numbers_that_overflow_stay_with_their_tokens(backend, num_tokens, k, monkeypatch):
+    """An adapter of the largest numbers there are, and inputs that are not finite, reach no other token's output."""
+    torch.manual_seed(0)
+    model = build(MIXED, backend=backend)
+    mapping, weights = assign("uniform", num_tokens, k, 5)
+    ill = (mapping == 1).any(1)
+    x = torch.randn(num_tokens, 40)
+    x[ill.nonzero()[::2]] = torch.inf
+    results = []
+    for cost in (512, 1):  # the PyTorch path by one product, then adapter by adapter
+        monkeypatch.setattr("lora_kernels.dense._SEGMENT_COST", cost)
+        for size in (1.0, 3e38):
+            start = int(model.rows.starts[1])
+            model.rows.assign(1, start, 16)
+            model.stack.load(
+                1, start, [(torch.randn(16, 40).sign() * size, torch.full((w, 16), size), 1.0) for w in (48, 16, 16)]
+            )
+            model.batch.update(mapping, weights)
+            y = torch.zeros(num_tokens, 80)
+            add_lora(y, x, model.stack, model.batch)
+            results.append(y[~ill])
+    assert results[0].isfinite().all()
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("a", "b", "scaling"),
+    [
+        (math.nan, 1.0, 1.0), (1.0, -math.inf, 1.0), (1e39, 1.0, 1.0), (1.0, -1e39, 1e-30), (1.0, 1e20, -1e20),
+        (1.0, 0.0, 1e39), (1.0, 1.0, math.nan), (-math.inf, 0.0, 0.0),
+    ],
+)  # fmt: skip
+def test_weights_that_are_not_finite_as_rows_are_refused(dtype, a, b, scaling):
+    """Before anything is written, by the stack and by its packing, and in words."""
+    rows = LoraRows(2, 4)
+    stack = LoraStack(rows, 8, 5, (6,), dtype)
+    lora_a, lora_b = torch.zeros(4, 5, dtype=torch.float64), torch.zeros(6, 4, dtype=torch.float64)
+    lora_a[1, 2], lora_b[3, 0] = a, b
+    packing = LoraPacking([stack])
+    flat = torch.zeros(4 * packing.row_size, dtype=dtype)
+    for call in (
+        lambda: stack.load(0, 0, [(lora_a, lora_b, scaling)]),
+        lambda: packing.pack(4, [(lora_a, lora_b, scaling)], flat),
+    ):
+        with pytest.raises(ValueError, match=f"slice 0: the largest of lora_A .* {dtype} goes up to"):
+            call()
+    assert not any(tensor.any() for tensor in (stack.a, stack.b, flat))
+
+
+def test_the_largest_finite_weights_are_loaded():
+    """What rounds to the dtype's largest number is no overflow."""
+    stack = LoraStack(LoraRows(2, 4), 8, 5, (6,), torch.float16)
+    stack.load(0, 0, [(torch.full((4, 5), 65504.0), torch.full((6, 4), 655.04), -100.0)])
+    assert stack.a[0, 0, 0] == 65504
+    assert stack.b[0, 0] == -65504
 
 
 @backends

@@ -57,6 +57,18 @@ def test_other_content_under_the_same_name_shares_nothing(cache: KVCacheManager)
         assert request.num_computed_tokens == 0
 
 
+def test_forgotten_blocks_are_found_by_nobody(cache: KVCacheManager) -> None:
+    """Whoever shares them keeps them; a later request with the same tokens computes its own."""
+    first, second, third = (make_request(list(range(10)), "a") for _ in range(3))
+    compute(cache, first)
+    cache.match_prefix(second)
+    cache.forget(first)
+    cache.free(first)
+    cache.match_prefix(third)
+    assert (second.num_computed_tokens, third.num_computed_tokens) == (8, 0)
+    cache.check_integrity([second, third])
+
+
 def test_freed_blocks_serve_until_they_are_reused(cache: KVCacheManager) -> None:
     """A finished request's prefix stays findable; once its blocks are needed elsewhere it is forgotten."""
     first = make_request(list(range(8)), "a")

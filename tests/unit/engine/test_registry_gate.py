@@ -41,12 +41,15 @@ def test_a_row_that_is_not_its_source_s_fails_the_gate() -> None:
         check_rows(bench, worker, by_fingerprint)
         assert bench.rows["registry: rows on the device"].startswith("3 adapters, 64 tensors equal")
         stacks = dict(worker._engine._runner.lora_layers.stacks)
-        resident = worker._engine.slots._residents[adapters[0].fingerprint]
+        slots = worker._engine.slots
+        resident = slots._residents[adapters[0].fingerprint]
+        start = slots._rows.get(adapters[0].fingerprint)
+        assert start is not None
         names = next(names for names in stacks if names[0].endswith("layers.1.self_attn.q_proj"))
         stack = stacks[names]
         for tensor, kind, name in (
-            (stack.a[2, resident.start + 1], "lora_A", "v_proj"),
-            (stack.b[resident.start + 2, :64], "lora_B", "q_proj"),
+            (stack.a[2, start + 1], "lora_A", "v_proj"),
+            (stack.b[start + 2, :64], "lora_B", "q_proj"),
         ):
             kept = float(tensor[7])
             tensor[7] += 1e-3

@@ -237,3 +237,22 @@ def test_a_step_keeps_its_tokens_where_nothing_is_gained(sizes: tuple[int, ...])
     for first, num_tokens in enumerate(sizes):
         scheduler.add(make_request(num_tokens, first))
     assert run_step(scheduler) == [(i, num, True) for i, num in enumerate(sizes)]
+
+
+def test_a_request_whose_adapters_cannot_be_loaded_leaves_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those behind it are admitted in the same step, and nothing stays held."""
+    scheduler = make_scheduler()
+    broken = OSError("the file is gone")
+
+    def load(_slot: int, _start: int, adapter: Adapter) -> None:
+        if adapter.name == "gone":
+            raise broken
+
+    monkeypatch.setattr(scheduler._slots._store, "load", load)
+    kept, gone = (Adapter(n, n, {"m": LoraWeights(torch.zeros(4, 1), torch.zeros(1, 4), 1.0)}) for n in ("a", "gone"))
+    requests = [make_request(4, 0, kept), make_request(4, 1, gone), make_request(4, 2)]
+    for request in requests:
+        scheduler.add(request)
+    assert run_step(scheduler) == [(0, 4, True), (2, 4, True)]
+    assert scheduler.refused == [(requests[1], broken)]
+    assert not scheduler.waiting
