@@ -46,6 +46,7 @@ class LoraPacking:
         self._rows = stacks[0].rows
         self.dtype = stacks[0].a.dtype
         self.device = stacks[0].a.device
+        self._limit = torch.finfo(self.dtype).max
         if backend is None:
             has_triton = importlib.util.find_spec("triton") is not None
             backend = "triton" if has_triton and self.device.type == "cuda" else "torch"
@@ -69,8 +70,7 @@ class LoraPacking:
             ValueError: If a shape does not fit, or weights are not finite in the stacks' dtype.
         """
         self._check(rank, flat, len(weights))
-        pieces = zip(self._pieces(rank, flat), self._widths, weights, strict=True)
-        for index, ((a, b), (num_in, num_out), entry) in enumerate(pieces):
+        for (a, b), (num_in, num_out), entry in zip(self._pieces(rank, flat), self._widths, weights, strict=True):
             if entry is None:
                 continue
             lora_a, lora_b, scaling = entry
@@ -80,11 +80,11 @@ class LoraPacking:
                     f"expected lora_A [r, {num_in}] and lora_B [{num_out}, r] with r up to {rank}, got "
                     f"{list(lora_a.shape)} and {list(lora_b.shape)}"
                 )
-            check_finite(index, lora_a, lora_b, scaling, self.dtype)
             a[: r * num_in].view(r, num_in).copy_(lora_a)
             # Whatever must be rounded is scaled before, so that it is rounded once, as `LoraStack.load` does.
             lora_b = lora_b if lora_b.dtype == self.dtype else lora_b.float() * scaling
             b[: r * num_out].view(num_out, r).copy_(lora_b)
+        self._check_finite(weights, flat)
 
     def load(self, slot: int, start: int, rank: int, weights: Sequence[Weights], flat: torch.Tensor) -> None:
         """Copy an adapter from `flat` into rows `start : start + rank` of the stacks and point `slot` at them.
@@ -125,6 +125,16 @@ class LoraPacking:
             raise ValueError(
                 f"flat must be contiguous {self.dtype} [{rank * self.row_size}], got {flat.dtype} {list(flat.shape)}"
             )
+
+    def _check_finite(self, weights: Sequence[Weights], flat: torch.Tensor) -> None:
+        """One look at all of it nearly always does. Where slices lack rows it meets leftovers as well."""
+        entries = [(index, entry) for index, entry in enumerate(weights) if entry is not None]
+        if not entries:
+            return
+        largest = max(abs(float(x)) for x in torch.aminmax(flat))
+        if not largest * max(1.0, *(abs(scaling) for _, (_, _, scaling) in entries)) <= self._limit:
+            for index, (lora_a, lora_b, scaling) in entries:
+                check_finite(index, lora_a, lora_b, scaling, self.dtype)
 
     def _load_torch(
         self, slot: int, start: int, rank: int, ranks: Sequence[int], scales: Sequence[float], flat: torch.Tensor
