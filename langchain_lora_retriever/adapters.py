@@ -23,6 +23,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
+from langchain_lora_retriever.base_names import is_same_base_model
 from langchain_lora_retriever.errors import InvalidAdapterError, UnsupportedAdapterError
 from langchain_lora_retriever.types import Adapter, LoraWeights
 
@@ -125,7 +126,7 @@ def read_adapter(
     Args:
         path: Folder with `adapter_config.json` and `adapter_model.safetensors`.
         name: The adapter's name; the folder's name by default.
-        base_model: Refuse an adapter made for another base model. The last path component counts.
+        base_model: Refuse an adapter made for another base model, as `is_same_base_model` tells them apart.
         fingerprint: What an earlier read of exactly these files returned. Spares hashing and the NaN check.
 
     Returns:
@@ -141,7 +142,7 @@ def read_adapter(
     raw = _read_json(path / CONFIG_FILE, where)
     config = _parse_config(raw, where)
     made_for = config.base_model_name_or_path or None
-    if base_model and made_for and _model_key(base_model) != _model_key(made_for):
+    if base_model and made_for and not is_same_base_model(base_model, made_for):
         raise InvalidAdapterError(
             f"{where} was trained for the base model {made_for!r}, but the base model here is "
             f"{base_model!r}. Use an adapter trained for {base_model!r}."
@@ -334,7 +335,3 @@ def _check_finite(weights: MappedWeights, where: str) -> None:
         for side, tensor in (("lora_A", lora.lora_A), ("lora_B", lora.lora_B)):
             if not torch.isfinite(tensor).all():
                 raise InvalidAdapterError(f"{where}: {side} of {module!r} holds NaN or infinite values.")
-
-
-def _model_key(base_model: str) -> str:
-    return base_model.replace("\\", "/").rstrip("/").rpartition("/")[2].casefold()
