@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import copy
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 
 from langchain_lora_retriever.engine import BaseModel, Engine, EngineConfig, EngineWorker
 from langchain_lora_retriever.errors import EngineError
-from langchain_lora_retriever.types import SamplingParams
+from langchain_lora_retriever.types import Adapter, LoraWeights, SamplingParams
 from makers import make_adapter, make_tiny_model, make_tokenizer, merge_adapters
-
-if TYPE_CHECKING:
-    from langchain_lora_retriever.types import Adapter
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(
@@ -24,7 +21,7 @@ needs_triton = pytest.mark.skipif(
 )
 SMALL: dict[str, Any] = {"max_num_seqs": 8, "kv_cache_bytes": 2 << 20, "lora_cache_bytes": 4 << 20}
 NUM_TOKENS = 4
-Pairs = list[tuple["Adapter", float]]
+Pairs = list[tuple[Adapter, float]]
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +90,40 @@ def test_the_triton_backend_gives_the_tokens_of_generate(
     if options == {} and architecture == "llama":
         assert "forward" not in vars(model.model.layers[0])
         assert "forward" not in vars(model.model.norm)
+
+
+@needs_triton
+def test_the_triton_backend_keeps_what_is_not_finite_with_its_request(
+    byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages, rows and padding that an overflowing adapter used harm neither those beside it nor those after it."""
+    if DEVICE == "cpu":
+        from langchain_lora_retriever.engine import paged_step
+
+        monkeypatch.setattr(paged_step, "choose_num_splits", lambda *_: 2)
+    model = make_tiny_model()
+    mild, other = make_adapter(model, "mild"), make_adapter(model, "other", r=3)
+    wild = Adapter(
+        "wild",
+        "f" * 64,
+        {n: LoraWeights(w.lora_A.clamp(-1, 1) * 3e38, w.lora_B.clamp(-1, 1) * 1e38, 2.0)
+         for n, w in make_adapter(model, "wild", r=5).weights.items()},
+    )  # fmt: skip
+    settings = {**SMALL, "kv_cache_bytes": 6 * 16 * 512, "max_model_len": 64}
+    config = EngineConfig(
+        attention_backend="triton", enable_prefix_caching=False, enable_async_scheduling=True, **settings
+    )
+    sampling = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
+    cases: list[tuple[list[int], Pairs]] = [(make_prompt(17), [(mild, 0.7), (other, 0.3)]), (make_prompt(5), [])]
+    with EngineWorker(BaseModel(model.to(DEVICE), byte_tokenizer, "tiny"), config) as worker:
+        expected = [worker.submit(prompt, sampling, adapters).result(120).token_ids for prompt, adapters in cases]
+        for _ in range(2):
+            ill = worker.submit(make_prompt(30), sampling, [(wild, 0.5), (mild, 0.5)])
+            running = [worker.submit(prompt, sampling, adapters) for prompt, adapters in cases]
+            assert [generation.result(120).token_ids for generation in running] == expected
+            with pytest.raises(EngineError, match=r"'wild'.*not finite"):
+                ill.result(120)
+        worker.check_integrity()
 
 
 def test_a_model_that_lies_elsewhere_cannot_have_the_triton_backend(byte_tokenizer: Any) -> None:
