@@ -6,6 +6,7 @@ import math
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -25,11 +26,11 @@ SAMPLINGS: tuple[dict[str, Any], ...] = ({}, {"temperature": 0.8, "top_p": 0.9, 
 
 
 @cache
-def engine() -> Engine:
+def engine(*, is_async: bool = False) -> Engine:
     """An engine so small that requests wait, are preempted, and get the pages and rows of whoever was there."""
     config = EngineConfig(
         max_num_seqs=4, max_num_batched_tokens=24, block_size=4, kv_cache_bytes=24 * 4 * 512, max_loras=4,
-        lora_cache_bytes=4 << 20,
+        lora_cache_bytes=4 << 20, enable_async_scheduling=is_async,
     )  # fmt: skip
     return Engine(BaseModel(make_tiny_model(), make_tokenizer(), "tiny"), config)
 
@@ -99,7 +100,7 @@ def prompt_of(prompt: int) -> list[int]:
 
 
 def make(prompt: int, pairs: list[tuple[Adapter, float]], grammar: Grammar | None = None, **sampling: Any) -> Request:
-    """A request for at most eight tokens."""
+    """A request for at most eight tokens; any of the engines may take it."""
     params = SamplingParams(**{"max_tokens": 8, "ignore_eos": True, **sampling})
     return engine().make_request(prompt_of(prompt), params, pairs, grammar)
 
@@ -152,10 +153,10 @@ actions = st.lists(
 )
 
 
-def step() -> dict[Request, LoraRetrieverError]:
+def step(home: Engine) -> dict[Request, LoraRetrieverError]:
     """One step; who was ended by which error."""
-    errors = {output.request: output.error for output in engine().step() if output.error is not None}
-    engine().check_integrity()
+    errors = {output.request: output.error for output in home.step() if output.error is not None}
+    home.check_integrity()
     assert all(isinstance(error, LoraRetrieverError) for error in errors.values())
     return errors  # type: ignore[return-value]
 
@@ -166,33 +167,35 @@ def alone(prompt: int, adapters: tuple[int, ...], sampling: int, is_constrained:
     request = make_good(prompt, list(adapters), sampling, is_constrained)
     engine().add(request)
     while engine().has_unfinished_requests:
-        assert not step()
+        assert not step(engine())
     return request.output_token_ids
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(actions)
-def test_bad_neighbours_change_nobody_s_answer(script: list[Any]) -> None:
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(script=actions)
+def test_bad_neighbours_change_nobody_s_answer(is_async: bool, script: list[Any]) -> None:
     """Each good request's tokens are those of its solo run, none of them fails, and nothing leaks."""
+    home = engine(is_async=is_async)
     good: dict[Request, tuple[int, tuple[int, ...], int, bool]] = {}
     failed: dict[Request, LoraRetrieverError] = {}
     for kind, *arguments in script:
         if kind == "good":
             request = make_good(*arguments)
             good[request] = (arguments[0], tuple(arguments[1]), *arguments[2:])
-            engine().add(request)
+            home.add(request)
         elif kind == "bad":
             bad = make_bad(*arguments)
             if bad is not None:
-                engine().add(bad)
-        elif engine().has_unfinished_requests:
-            failed |= step()
+                home.add(bad)
+        elif home.has_unfinished_requests:
+            failed |= step(home)
     for _ in range(3000):
-        if not engine().has_unfinished_requests:
+        if not home.has_unfinished_requests:
             break
-        failed |= step()
-    assert not engine().has_unfinished_requests
-    assert engine().kv_cache.num_free_blocks == engine().kv_cache.num_blocks
+        failed |= step(home)
+    assert not home.has_unfinished_requests
+    assert home.kv_cache.num_free_blocks == home.kv_cache.num_blocks
     assert not failed.keys() & good.keys()
     for request, key in good.items():
         assert request.output_token_ids == alone(*key)
