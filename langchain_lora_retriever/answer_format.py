@@ -5,20 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from langchain_core.utils.function_calling import convert_to_json_schema
-
-from langchain_lora_retriever.constraints import (
-    GrammarConstraint,
-    calls_grammar,
-    can_constrain,
-    choice_grammar,
-    is_honoured,
-    json_grammar,
-    make_constraint,
-    regex_grammar,
-)
+from langchain_lora_retriever.constraints import GrammarConstraint, can_constrain, compiler_of
 from langchain_lora_retriever.dialects import SECTION, Dialect, dialect_of
 from langchain_lora_retriever.errors import InvalidRequestError
+from langchain_lora_retriever.grammars import calls_grammar, choice_grammar, json_grammar, lark_grammar, regex_grammar
+from langchain_lora_retriever.schemas import to_json_schema
+from langchain_lora_retriever.shown import shown
 from langchain_lora_retriever.tools import Tool, ToolChoice, to_tool_choice, to_tools, tool_name
 
 if TYPE_CHECKING:
@@ -28,7 +20,7 @@ if TYPE_CHECKING:
 
     from langchain_lora_retriever.call_options import CallOptions
 
-__all__ = ["AnswerFormat", "answer_format", "to_json_schema", "written_out"]
+__all__ = ["AnswerFormat", "answer_format", "written_out"]
 
 
 class AnswerFormat(NamedTuple):
@@ -48,15 +40,24 @@ class AnswerFormat(NamedTuple):
     is_free_text: bool = False
     is_json: bool = False
 
+    def compile(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Compile the grammar, so that `make_constraint` need not. Takes up to seconds: not for an event loop.
+
+        Raises:
+            InvalidRequestError: If it asks for what is not supported.
+        """
+        if self.grammar is not None:
+            compiler_of(tokenizer).compile(self.grammar)
+
     def make_constraint(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> GrammarConstraint | None:
-        """Compile the grammar for one request.
+        """Make what keeps one request inside the grammar, compiled now if it was not before.
 
         Raises:
             InvalidRequestError: If it asks for what cannot be honoured.
         """
         if self.grammar is None:
             return None
-        return make_constraint(tokenizer, self.grammar, fit=max_tokens if self.is_json else None)
+        return compiler_of(tokenizer).constraint(self.grammar, fit=max_tokens if self.is_json else None)
 
 
 def answer_format(options: CallOptions, tokenizer: PreTrainedTokenizerBase) -> AnswerFormat:
@@ -101,9 +102,10 @@ def _calls_format(
         return AnswerFormat(tools, dialect, is_free_text=True)
     callable_tools = [tool for tool in tools if not isinstance(choice, tuple) or tool_name(tool) == choice[0]]
     grammar = calls_grammar(
-        tokenizer,
-        {tool_name(tool): _parameters(tool, is_strict=is_forced) for tool in callable_tools},
+        {tool_name(tool): _parameters(tool, tokenizer, is_strict=is_forced) for tool in callable_tools},
         form=dialect.form,
+        special=compiler_of(tokenizer).vocabulary.special,
+        eos_token_id=tokenizer.eos_token_id,
         is_forced=not is_free_text,
         is_repeatable=options.parallel_tool_calls is not False and not isinstance(choice, tuple),
         otherwise=None if is_forced else schema,
@@ -111,14 +113,16 @@ def _calls_format(
     return AnswerFormat(tools, dialect, grammar, is_free_text=is_free_text, is_json=not is_free_text)
 
 
-def _parameters(tool: Tool, *, is_strict: bool) -> Mapping[str, Any]:
+def _parameters(tool: Tool, tokenizer: PreTrainedTokenizerBase, *, is_strict: bool) -> Mapping[str, Any]:
     """Return the schema that a tool's arguments are constrained to.
 
     Where nobody insists on it, a schema that cannot be honoured is let go, and the arguments may be any JSON object.
     """
     function = tool["function"]
     schema: Mapping[str, Any] = function.get("parameters") or {"type": "object", "properties": {}}
-    return schema if is_strict or function.get("strict") or is_honoured(schema) else {"type": "object"}
+    if is_strict or function.get("strict") or compiler_of(tokenizer).is_valid(json_grammar(schema)):
+        return schema
+    return {"type": "object"}
 
 
 def _response_schema(response_format: Any) -> dict[str, Any] | None:
@@ -130,16 +134,16 @@ def _response_schema(response_format: Any) -> dict[str, Any] | None:
         if kind == "text":
             return None
         if kind == "json_object":
-            return dict(response_format.get("schema") or {"type": "object"})
+            return to_json_schema(response_format.get("schema") or {"type": "object"})
         if kind == "json_schema":
             described = response_format.get("json_schema", response_format)
             schema = described.get("schema") if isinstance(described, Mapping) else None
             if not isinstance(schema, Mapping):
                 raise InvalidRequestError(
-                    f"response_format={response_format!r:.200} holds no schema: pass "
+                    f"response_format={shown(response_format)} holds no schema: pass "
                     '{"type": "json_schema", "json_schema": {"name": ..., "schema": {...}}}.'
                 )
-            return dict(schema)
+            return to_json_schema(schema)
     return to_json_schema(response_format)
 
 
@@ -148,11 +152,11 @@ def _guided_grammar(guided: Mapping[str, Any]) -> str:
         "json": lambda schema: json_grammar(to_json_schema(schema)),
         "regex": regex_grammar,
         "choice": choice_grammar,
-        "grammar": str,
+        "grammar": lark_grammar,
     }
     if len(guided) != 1 or next(iter(guided)) not in writers:
         raise InvalidRequestError(
-            f"guided={guided!r:.200} is not allowed: pass one of json (a schema), regex, choice (a list of texts) "
+            f"guided={shown(guided)} is not allowed: pass one of json (a schema), regex, choice (a list of texts) "
             "and grammar (Lark)."
         )
     kind, value = next(iter(guided.items()))
@@ -169,23 +173,3 @@ def written_out(options: CallOptions) -> dict[str, Any]:
         "response_format": _response_schema(options.response_format),
         "guided": guided,
     }
-
-
-def to_json_schema(schema: Any) -> dict[str, Any]:
-    """Convert a pydantic class, TypedDict or schema to a plain JSON schema.
-
-    Raises:
-        InvalidRequestError: If it is none of these.
-    """
-    # LangChain's conversion asks for a title, which a plain JSON schema may lack and decoding does not need.
-    if (
-        isinstance(schema, Mapping)
-        and "title" not in schema
-        and "function" not in schema
-        and "parameters" not in schema
-    ):
-        return dict(schema)
-    try:
-        return dict(convert_to_json_schema(schema))
-    except ValueError as error:
-        raise InvalidRequestError(f"{schema!r:.200} is not a schema: {error}") from error

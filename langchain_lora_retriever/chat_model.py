@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from langchain_core.language_models.chat_models import generate_from_stream
@@ -122,8 +123,7 @@ class ChatLoraRetriever(ChatSettings):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,  # noqa: ARG002 - LangChain reports tokens itself
         **kwargs: Any,
     ) -> ChatResult:
-        await self._load()
-        call = self._understand(messages, stop, kwargs)
+        call = await self._aunderstand(messages, stop, kwargs)
         runs = self._start(call, *await self._router.aplan(call.text, call.options))
         reached_engine()
         with owned([run.generation for run in runs], call.options.timeout):
@@ -149,8 +149,7 @@ class ChatLoraRetriever(ChatSettings):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,  # noqa: ARG002 - LangChain reports tokens itself
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        await self._load()
-        call = self._understand(messages, stop, kwargs, is_stream=True)
+        call = await self._aunderstand(messages, stop, kwargs, is_stream=True)
         (run,) = self._start(call, *await self._router.aplan(call.text, call.options))
         reached_engine()
         with owned([run.generation], call.options.timeout):
@@ -172,8 +171,24 @@ class ChatLoraRetriever(ChatSettings):
         chat = to_chat(messages)
         engine = self._engine()
         answer = answer_format(options, engine.tokenizer)
+        answer.compile(engine.tokenizer)
         reject_unfit(self._router.pool, engine)
         return _Call(options, answer, engine, chat, _text_to_route(messages, options))
+
+    async def _aunderstand(
+        self,
+        messages: Sequence[BaseMessage],
+        stop: Sequence[str] | None,
+        kwargs: Mapping[str, Any],
+        *,
+        is_stream: bool = False,
+    ) -> _Call:
+        """Understand a call without holding up the event loop: what has a schema may take seconds to be compiled."""
+        await self._load()
+        understand = partial(self._understand, messages, stop, kwargs, is_stream=is_stream)
+        if any(kwargs.get(name) is not None for name in ("tools", "response_format", "guided")):
+            return await asyncio.to_thread(understand)
+        return understand()
 
     def _start(self, call: _Call, composition: Composition, adapters: Sequence[tuple[Adapter, float]]) -> list[_Run]:
         metadata = {

@@ -5,11 +5,12 @@ A grammar is compiled once per tokenizer; every request gets a copy of the compi
 
 from __future__ import annotations
 
-import json
-import re
 import threading
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, cast
+import weakref
+from collections import OrderedDict
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from llguidance import LLMatcher, hf
@@ -18,91 +19,16 @@ from transformers import PreTrainedTokenizerFast
 from langchain_lora_retriever.errors import EngineError, InvalidRequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable
 
-    from llguidance import LLTokenizer
     from transformers import PreTrainedTokenizerBase
 
-    from langchain_lora_retriever.dialects import CallForm
-
-__all__ = [
-    "GrammarConstraint",
-    "calls_grammar",
-    "can_constrain",
-    "choice_grammar",
-    "is_honoured",
-    "json_grammar",
-    "make_constraint",
-    "regex_grammar",
-]
-
-# No free white space: a weak model would emit blanks until the token limit. The separators are json.dumps's, so the
-# forced text is what models were trained on.
-_JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+__all__ = ["GrammarCompiler", "GrammarConstraint", "can_constrain", "compiler_of"]
 
 _LONGEST_CLOSE = 512  # tokens; an answer that needs more to end is not made to fit
-
-_compiling = threading.Lock()
-
-
-def json_grammar(schema: Mapping[str, Any]) -> str:
-    """Write the grammar of JSON texts that satisfy a schema."""
-    return f"%llguidance {{}}\nstart: {_json_rule(schema)}\n"
-
-
-def regex_grammar(pattern: str) -> str:
-    """Write the grammar of texts that match a regular expression (Rust's dialect) as a whole."""
-    return LLMatcher.grammar_from_regex(pattern)
-
-
-def choice_grammar(choices: Sequence[str]) -> str:
-    """Write the grammar of a choice between texts."""
-    return "%llguidance {}\nstart: " + " | ".join(json.dumps(choice) for choice in choices) + "\n"
-
-
-def calls_grammar(
-    tokenizer: PreTrainedTokenizerBase,
-    tools: Mapping[str, Mapping[str, Any]],
-    *,
-    form: CallForm,
-    is_forced: bool,
-    is_repeatable: bool,
-    otherwise: Mapping[str, Any] | None = None,
-) -> str:
-    """Write the grammar of tool calls.
-
-    Args:
-        tokenizer: The base model's: tags that are tokens of their own are written as such.
-        tools: Names and the schemas of their arguments.
-        form: What stands around a call's name and arguments.
-        is_forced: There is a call and nothing else; else free text may come first, or alone.
-        is_repeatable: More calls may follow the first, if the form allows several.
-        otherwise: A schema that the text may satisfy in place of a forced call.
-    """
-    special = _special_tokens(tokenizer)
-    opening = _spelled(special, form.opening)
-    rules = [
-        f"tool_{index}: {_spelled(special, form.before_name + name + form.before_arguments)} {_json_rule(schema)}"
-        for index, (name, schema) in enumerate(tools.items())
-    ]
-    body = f"({' | '.join(f'tool_{index}' for index in range(len(tools)))}) {_spelled(special, form.closing)}"
-    more = ""
-    if is_repeatable and form.separator is not None:
-        more = f" ({_spelled(special, form.separator + form.opening)} body)*"
-    rules.append(f"body: {body}")
-    if is_forced:
-        rules.insert(0, f"start: {opening} body{more}" + (f" | {_json_rule(otherwise)}" if otherwise else ""))
-    else:
-        # A lazy rule ends at the first match, so text that reaches the opening is in a call from there on. Tokens of
-        # their own in the opening may stand there and nowhere else; all others may stand anywhere.
-        taken = {id_ for text, id_ in special.items() if text in form.opening}
-        others = sorted({*special.values()} - taken - {tokenizer.eos_token_id})
-        rules.insert(0, f"start: free TEXT | free opening body{more}")
-        rules.append("opening: trigger" + (f" | TEXT {opening}" if taken else ""))
-        rules.append(f"trigger[lazy]: TEXT {json.dumps(form.opening)}")
-        rules.append(f"free: (TEXT <[{','.join(map(str, others))}]>)*" if others else 'free: ""')
-        rules.append("TEXT: /(.|\\n)*/")
-    return "%llguidance {}\n" + "\n".join(rules) + "\n"
+_STACK_BYTES = 256 << 20  # llguidance recurses over definitions that refer to others; taken only as far as it is used
+_MAX_GRAMMARS = 256  # that stay compiled
+_MAX_GRAMMARS_CHARACTERS = 8 << 20  # of those together
 
 
 def can_constrain(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -110,63 +36,111 @@ def can_constrain(tokenizer: PreTrainedTokenizerBase) -> bool:
     return isinstance(tokenizer, PreTrainedTokenizerFast)
 
 
-def is_honoured(schema: Mapping[str, Any]) -> bool:
-    """Say whether an answer can be constrained to a JSON schema."""
-    return _is_valid(json_grammar(schema))
+_compilers: WeakKeyDictionary[PreTrainedTokenizerBase, GrammarCompiler] = WeakKeyDictionary()
+_finding = threading.Lock()  # held for a look into the dictionary
 
 
-@lru_cache(maxsize=256)
-def _is_valid(grammar: str) -> bool:
-    return not LLMatcher.validate_grammar(grammar)
+def compiler_of(tokenizer: PreTrainedTokenizerBase) -> GrammarCompiler:
+    """Return the compiler of a tokenizer; it lives as long as the tokenizer does."""
+    with _finding:
+        compiler = _compilers.get(tokenizer)
+        if compiler is None:
+            # A look into the vocabulary takes a second: whoever comes meanwhile waits in the compiler, not here.
+            compiler = _compilers[tokenizer] = GrammarCompiler(_vocabulary_reader(tokenizer))
+        return compiler
 
 
-def _spelled(special: Mapping[str, int], text: str) -> str:
-    """Write fixed text in a grammar, which must name special tokens by their numbers."""
-    pattern = "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True))
-    parts = re.split(f"({pattern})", text) if pattern else [text]
-    return " ".join(f"<[{special[part]}]>" if part in special else json.dumps(part) for part in parts if part)
+class _Compiled(NamedTuple):
+    matcher: LLMatcher
+    shortest: int | None  # tokens of the shortest answer that closes everything at once; None if it does not end so
 
 
-def _json_rule(schema: Mapping[str, Any]) -> str:
-    return "%json " + json.dumps({**_closed(schema), "x-guidance": _JSON_OPTIONS})
-
-
-def _closed(schema: Any) -> Any:
-    """Close objects that list their properties and do not say whether there may be others."""
-    if isinstance(schema, list):
-        return [_closed(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    closed = {
-        key: {name: _closed(item) for name, item in value.items()}
-        if key in {"properties", "$defs", "definitions"} and isinstance(value, dict)
-        else value
-        if key in {"const", "enum", "default", "examples"}
-        else _closed(value)
-        for key, value in schema.items()
-    }
-    if closed.get("type") == "object" and "properties" in closed:
-        closed.setdefault("additionalProperties", False)
-    return closed
-
-
-def make_constraint(tokenizer: PreTrainedTokenizerBase, grammar: str, *, fit: int | None = None) -> GrammarConstraint:
-    """Compile a grammar for a request.
+class GrammarCompiler:
+    """Compiles grammars for one vocabulary, each once, whoever asks; different ones do not wait for each other.
 
     Args:
-        tokenizer: The base model's.
-        grammar: What the answer must follow.
-        fit: Token limit that JSON is to be closed within: near it strings, lists and objects end as soon as the
-            grammar lets them. None leaves the answer to be cut off there.
-
-    Raises:
-        InvalidRequestError: If the grammar, or the schema in it, asks for what cannot be honoured.
+        read_vocabulary: Reads the tokenizer, once, when it is first needed.
     """
-    with _compiling:
-        matcher = _compile(tokenizer, grammar).deep_copy()
-        closers = _closers(tokenizer)
-        shortest = None if fit is None else _shortest(tokenizer, grammar)
-    return GrammarConstraint(matcher, closers, limit=None if shortest is None else fit, shortest=shortest or 0)
+
+    def __init__(self, read_vocabulary: Callable[[], Vocabulary]) -> None:
+        self._read_vocabulary = read_vocabulary
+        self._vocabulary: Vocabulary | None = None
+        self._reading = threading.Lock()
+        self._lock = threading.Lock()  # held for a look into the dictionary
+        self._compiled: OrderedDict[str, Future[_Compiled]] = OrderedDict()  # least recently used first
+        self._num_characters = 0
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What is known of the tokenizer; read at first use.
+
+        Raises:
+            InvalidRequestError: If the tokenizer cannot be read.
+        """
+        with self._reading:
+            if self._vocabulary is None:
+                self._vocabulary = self._read_vocabulary()
+            return self._vocabulary
+
+    def compile(self, grammar: str) -> None:
+        """Compile a grammar, or wait for whoever does. Takes up to seconds; hold no lock and no event loop.
+
+        Raises:
+            InvalidRequestError: If the grammar, or the schema in it, asks for what is not supported.
+        """
+        self._get(grammar)
+
+    def is_valid(self, grammar: str) -> bool:
+        """Say whether a grammar can be followed; it is compiled then."""
+        try:
+            self._get(grammar)
+        except InvalidRequestError:
+            return False
+        return True
+
+    def constraint(self, grammar: str, *, fit: int | None = None) -> GrammarConstraint:
+        """Make what keeps one request inside a grammar.
+
+        Args:
+            grammar: What the answer must follow.
+            fit: Token limit that JSON is to be closed within: near it strings, lists, objects and numbers end as soon
+                as the grammar lets them. None leaves the answer to be cut off there.
+
+        Raises:
+            InvalidRequestError: If the grammar, or the schema in it, asks for what is not supported.
+        """
+        compiled = self._get(grammar)
+        limit = None if compiled.shortest is None else fit
+        return GrammarConstraint(
+            compiled.matcher.deep_copy(), self.vocabulary.closing, limit=limit, shortest=compiled.shortest or 0
+        )
+
+    def _get(self, grammar: str) -> _Compiled:
+        with self._lock:
+            future = self._compiled.get(grammar)
+            is_first = future is None
+            if future is None:
+                future = self._compiled[grammar] = Future()
+                self._num_characters += len(grammar)
+            self._compiled.move_to_end(grammar)
+            while len(self._compiled) > _MAX_GRAMMARS or self._num_characters > _MAX_GRAMMARS_CHARACTERS:
+                self._num_characters -= len(self._compiled.popitem(last=False)[0])
+        if is_first:
+            _run_with_large_stack(lambda: _settle(future, lambda: self._compile(grammar)))
+        error = future.exception()
+        if error is not None:
+            raise InvalidRequestError(str(error)) from error
+        return future.result()
+
+    def _compile(self, grammar: str) -> _Compiled:
+        vocabulary = self.vocabulary
+        matcher = LLMatcher(vocabulary.tokens, grammar, log_level=0)
+        if matcher.is_error():
+            raise InvalidRequestError(
+                f"The answer cannot be constrained as asked: {matcher.get_error().splitlines()[0]} "
+                "Simplify the schema, pattern or grammar."
+            )
+        return _Compiled(matcher, vocabulary.closing.num_to_end(matcher.deep_copy()))
 
 
 class GrammarConstraint:
@@ -174,7 +148,7 @@ class GrammarConstraint:
 
     Args:
         matcher: A matcher of its own, at its start.
-        closers: Bits of the tokens that close JSON, int32 `[ceil(vocab_size / 32)]`.
+        closing: The tokens that end things.
         limit: Tokens within which to end, by allowing only closing tokens wherever there are any; None for no limit.
         shortest: Tokens of the shortest answer.
 
@@ -183,10 +157,10 @@ class GrammarConstraint:
     """
 
     def __init__(
-        self, matcher: LLMatcher, closers: torch.Tensor, *, limit: int | None = None, shortest: int = 0
+        self, matcher: LLMatcher, closing: ClosingTokens, *, limit: int | None = None, shortest: int = 0
     ) -> None:
         self._matcher = matcher
-        self._closers = closers
+        self._closing = closing
         self._limit = limit
         self._shortest = shortest
         self._num_tokens = 0
@@ -200,12 +174,13 @@ class GrammarConstraint:
 
     def fill_bitmask(self, row: torch.Tensor) -> None:
         """Write the allowed tokens into `row`, int32 `[ceil(vocab_size / 32)]` on the CPU, bit = 1: allowed."""
-        known = row[: len(self._closers)]  # a model may have rows for more tokens than its tokenizer knows
+        num_words = len(self._closing.closers)
+        known = row[:num_words]  # a model may have rows for more tokens than its tokenizer knows
         _fill(self._matcher, known)
-        row[len(self._closers) :] = 0
+        row[num_words:] = 0
         self._check()
         self._is_closing = self._is_closing or self._must_close()
-        if self._is_closing and _keep_closing(known, self._closers):
+        if self._is_closing and self._closing.keep(known):
             self.is_shortened = True
 
     def accept(self, token_id: int) -> None:
@@ -224,7 +199,7 @@ class GrammarConstraint:
         reserve = 8 + self._shortest // 2
         if self._limit is None or self._num_tokens + 2 * self._shortest + reserve < self._limit:
             return False
-        num_left = _num_to_close(self._matcher.deep_copy(), self._closers)
+        num_left = self._closing.num_to_end(self._matcher.deep_copy())
         return num_left is None or self._num_tokens + num_left + reserve >= self._limit
 
     def _check(self) -> None:
@@ -232,73 +207,127 @@ class GrammarConstraint:
             raise EngineError(f"The grammar failed while it was followed: {self._matcher.get_error()}")
 
 
-@lru_cache(maxsize=8)
-def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> LLTokenizer:
+class ClosingTokens(NamedTuple):
+    """Tokens that end things, as bits of int32 `[ceil(vocab_size / 32)]`.
+
+    Attributes:
+        closers: Made of nothing but closing quotes and brackets, or the end of the answer.
+        commas: A comma, blanks around it or not.
+        digits: One digit from 1 to 9: a number that may not end yet (above 0, say) can soon after one of these.
+        numerals: Made of nothing but what numbers are written with.
+    """
+
+    closers: torch.Tensor
+    commas: torch.Tensor
+    digits: torch.Tensor
+    numerals: torch.Tensor
+
+    def keep(self, row: torch.Tensor) -> bool:
+        """Forbid all tokens but those that bring the end nearer, if any does; say whether that forbids anything."""
+        kept = row & self.closers
+        if not kept.any() and not (row & ~self.numerals & ~self.commas).any():  # in a number
+            kept = row & self.commas
+            if not kept.any():
+                kept = row & self.digits
+        if not kept.any() or torch.equal(kept, row):
+            return False
+        row.copy_(kept)
+        return True
+
+    def num_to_end(self, matcher: LLMatcher) -> int | None:
+        """Count the tokens after which an answer that closes all it can ends; None if never. Uses `matcher` up."""
+        row = torch.zeros_like(self.closers)
+        for num_tokens in range(_LONGEST_CLOSE):
+            if matcher.is_stopped():
+                return num_tokens
+            _fill(matcher, row)
+            self.keep(row)
+            words = row.nonzero()
+            if matcher.is_error() or not len(words):
+                return None
+            word = int(words[0])
+            bits = int(row[word]) & 0xFFFFFFFF
+            matcher.consume_token(32 * word + (bits & -bits).bit_length() - 1)
+        return None
+
+
+class Vocabulary(NamedTuple):
+    """What is known of a tokenizer.
+
+    Attributes:
+        tokens: For llguidance, its `LLTokenizer`.
+        special: Tokens that llguidance does not take for text, and their ids: the added ones, `<tool_call>` perhaps.
+        closing: The tokens that end things.
+    """
+
+    tokens: Any
+    special: dict[str, int]
+    closing: ClosingTokens
+
+
+def _vocabulary_reader(tokenizer: PreTrainedTokenizerBase) -> Callable[[], Vocabulary]:
+    """Return what reads a tokenizer, once, without keeping it alive."""
+    reference = weakref.ref(tokenizer)
+
+    def read() -> Vocabulary:
+        alive = reference()
+        assert alive is not None, "whoever asks for a grammar has the tokenizer"
+        return _read_vocabulary(alive)
+
+    return read
+
+
+def _read_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     if not can_constrain(tokenizer):
         raise InvalidRequestError(
             f"The answer cannot be constrained: {type(tokenizer).__name__} has no fast (tokenizers) backend. "
             "Load the tokenizer with use_fast=True, or ask for free text."
         )
-    return hf.from_tokenizer(cast("Any", tokenizer))
+    tokens = hf.from_tokenizer(cast("Any", tokenizer))
+    special = {text: id_ for text, id_ in tokenizer.get_added_vocab().items() if tokens.is_special_token(id_)}
+    num_tokens = min(tokens.vocab_size, len(tokenizer))
+    texts = tokenizer.batch_decode([[token_id] for token_id in range(num_tokens)])
+    ends = {id_ for id_ in (tokenizer.eos_token_id, tokens.eos_token) if id_ is not None}
+
+    def bits(is_in: Callable[[int, str], bool]) -> torch.Tensor:
+        members = torch.zeros(-(-tokens.vocab_size // 32) * 32, dtype=torch.int64)
+        members[[token_id for token_id, text in enumerate(texts) if is_in(token_id, text)]] = 1
+        words = (members.view(-1, 32) << torch.arange(32)).sum(1)
+        return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+    closing = ClosingTokens(
+        closers=bits(lambda id_, text: id_ in ends or bool(text and not text.strip('"}]'))),
+        commas=bits(lambda _, text: text.strip() == ","),
+        digits=bits(lambda _, text: len(text) == 1 and text in "123456789"),
+        numerals=bits(lambda _, text: bool(text and not text.strip("+-.0123456789eE"))),
+    )
+    return Vocabulary(tokens, special, closing)
 
 
-@lru_cache(maxsize=8)
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Find the tokens that llguidance does not take for text: the added ones, of which `<tool_call>` may be one."""
-    known = _tokenizer(tokenizer)
-    return {text: id_ for text, id_ in tokenizer.get_added_vocab().items() if known.is_special_token(id_)}
+def _settle(future: Future[_Compiled], work: Callable[[], _Compiled]) -> None:
+    """Give a future the outcome of `work`, whatever it is: a panic of native code is no `Exception`."""
+    try:
+        future.set_result(work())
+    except InvalidRequestError as error:
+        future.set_exception(error)
+    except BaseException as error:  # noqa: BLE001 - whoever waits must hear of it
+        future.set_exception(InvalidRequestError(f"The answer cannot be constrained as asked: {error!r:.300}"))
 
 
-@lru_cache(maxsize=256)
-def _compile(tokenizer: PreTrainedTokenizerBase, grammar: str) -> LLMatcher:
-    matcher = LLMatcher(_tokenizer(tokenizer), grammar, log_level=0)
-    if matcher.is_error():
-        raise InvalidRequestError(
-            f"The answer cannot be constrained as asked: {matcher.get_error().splitlines()[0]} "
-            "Simplify the schema, pattern or grammar."
-        )
-    return matcher
+def _run_with_large_stack(work: Callable[[], None]) -> None:
+    """Run `work` in a thread of its own, whose stack is large, and wait for it."""
+    thread = threading.Thread(target=work, name="grammar-compiler", daemon=True)
+    with _starting:
+        before = threading.stack_size(_STACK_BYTES)
+        try:
+            thread.start()
+        finally:
+            threading.stack_size(before)
+    thread.join()
 
 
-@lru_cache(maxsize=8)
-def _closers(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """Find the tokens made of nothing but closing quotes and brackets."""
-    vocab_size = _tokenizer(tokenizer).vocab_size
-    bits = torch.zeros(-(-vocab_size // 32) * 32, dtype=torch.int64)
-    texts = tokenizer.batch_decode([[token_id] for token_id in range(min(vocab_size, len(tokenizer)))])
-    bits[[token_id for token_id, text in enumerate(texts) if text and not text.strip('"}]')]] = 1
-    words = (bits.view(-1, 32) << torch.arange(32)).sum(1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
-
-
-@lru_cache(maxsize=256)
-def _shortest(tokenizer: PreTrainedTokenizerBase, grammar: str) -> int | None:
-    """Count the tokens of an answer that closes everything at once; None if it does not end so."""
-    return _num_to_close(_compile(tokenizer, grammar).deep_copy(), _closers(tokenizer))
-
-
-def _num_to_close(matcher: LLMatcher, closers: torch.Tensor) -> int | None:
-    """Count the tokens after which an answer that closes all it can ends; None if it does not. Uses `matcher` up."""
-    row = torch.zeros_like(closers)
-    for num_tokens in range(_LONGEST_CLOSE):
-        if matcher.is_stopped():
-            return num_tokens
-        _fill(matcher, row)
-        _keep_closing(row, closers)
-        word = int(row.nonzero()[0])
-        bits = int(row[word]) & 0xFFFFFFFF
-        matcher.consume_token(32 * word + (bits & -bits).bit_length() - 1)
-    return None
+_starting = threading.Lock()  # the size of a new thread's stack is a setting of the whole process
 
 
 def _fill(matcher: LLMatcher, row: torch.Tensor) -> None:
     matcher.unsafe_compute_mask_ptr(row.data_ptr(), row.numel() * row.element_size())
-
-
-def _keep_closing(row: torch.Tensor, closers: torch.Tensor) -> bool:
-    """Forbid all but the closing tokens if any is allowed; say whether that forbids anything."""
-    closing = row & closers
-    if not closing.any() or torch.equal(closing, row):
-        return False
-    row.copy_(closing)
-    return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,17 +13,15 @@ from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.output_parsers import BaseCumulativeTransformOutputParser
 from langchain_core.outputs import ChatGeneration, Generation
 from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
-from langchain_core.utils.function_calling import convert_to_openai_tool
 from langchain_core.utils.json import parse_partial_json
 from pydantic import BaseModel, ValidationError
 
-from langchain_lora_retriever.answer_format import to_json_schema
 from langchain_lora_retriever.errors import InvalidRequestError, StructuredOutputError
-from langchain_lora_retriever.tools import tool_name
+from langchain_lora_retriever.schemas import is_object_schema, to_json_schema
+from langchain_lora_retriever.shown import shown
+from langchain_lora_retriever.tools import Tool, to_tools, tool_name
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from langchain_core.language_models import BaseChatModel, LanguageModelInput
 
 
@@ -47,7 +46,7 @@ def structured_output(
     """
     trace = {"kwargs": {"method": method, "strict": strict}, "schema": schema}
     if method == "function_calling":
-        tool = convert_to_openai_tool(schema, strict=strict)
+        tool = _tool_of(schema, strict=strict)
         bound = llm.bind_tools(
             [tool], tool_choice=tool_name(tool), parallel_tool_calls=False, ls_structured_output_format=trace, **kwargs
         )
@@ -66,6 +65,24 @@ def structured_output(
     parsed = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
     failed = RunnablePassthrough.assign(parsed=lambda _: None)
     return RunnableMap(raw=bound) | parsed.with_fallbacks([failed], exception_key="parsing_error")
+
+
+def _tool_of(schema: Mapping[str, Any] | type, *, strict: bool | None) -> Tool:
+    """Write a schema as the one tool whose arguments are the answer."""
+    if not isinstance(schema, Mapping) or "function" in schema or "parameters" in schema or "input_schema" in schema:
+        return to_tools([schema], strict=strict)[0]
+    parameters = to_json_schema(schema)
+    if not is_object_schema(parameters):
+        raise InvalidRequestError(
+            f"The schema {shown(schema)} allows more than objects, and a function's arguments are an object: pass "
+            "method='json_schema', or wrap it in an object."
+        )
+    function = {
+        "name": str(parameters.pop("title", "answer")),
+        "description": str(parameters.pop("description", "")),
+        "parameters": parameters,
+    }
+    return to_tools([{"type": "function", "function": function}], strict=strict)[0]
 
 
 class StructuredOutputParser(BaseCumulativeTransformOutputParser[Any]):
@@ -102,7 +119,7 @@ class StructuredOutputParser(BaseCumulativeTransformOutputParser[Any]):
             return self._validate(json.loads(text, strict=False))
         except (ValueError, TypeError, ValidationError, pydantic.v1.ValidationError) as error:
             raise StructuredOutputError(
-                f"The answer does not satisfy the schema: {error}\nThe answer was: {text!r:.500}\n"
+                f"The answer does not satisfy the schema: {error}\nThe answer was: {shown(text)}\n"
                 "If it was cut off, raise max_tokens."
             ) from error
 
@@ -112,9 +129,10 @@ class StructuredOutputParser(BaseCumulativeTransformOutputParser[Any]):
             return target.model_validate(value)
         if isinstance(target, type) and issubclass(target, pydantic.v1.BaseModel):
             return target.parse_obj(value)
-        missing = [key for key in to_json_schema(target).get("required", ()) if key not in value]
-        if missing:
-            raise OutputParserException(f"the keys {missing} are missing")
+        if isinstance(value, dict):
+            missing = [key for key in to_json_schema(target).get("required", ()) if key not in value]
+            if missing:
+                raise OutputParserException(f"the keys {missing} are missing")
         return value
 
 

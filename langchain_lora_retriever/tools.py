@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from langchain_core.utils.function_calling import convert_to_openai_tool
 
 from langchain_lora_retriever.errors import InvalidRequestError
+from langchain_lora_retriever.schemas import check_schema, class_schema, is_recursive
+from langchain_lora_retriever.shown import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -31,13 +33,30 @@ def to_tools(
     Raises:
         InvalidRequestError: If one is not a function tool (a provider's built-in one, say).
     """
-    converted = [convert_to_openai_tool(tool, strict=strict) for tool in tools]
+    converted = [_convert(tool, strict=strict) for tool in tools]
     for tool in converted:
         if not isinstance(tool.get("function"), Mapping):
             raise InvalidRequestError(
-                f"The tool {tool!r:.200} is not a function: pass a function, a BaseTool, a pydantic class, a TypedDict "
+                f"The tool {shown(tool)} is not a function: pass a function, a BaseTool, a pydantic class, a TypedDict "
                 "or a JSON schema with a title."
             )
+    return converted
+
+
+def _convert(tool: Any, *, strict: bool | None) -> Tool:
+    if isinstance(tool, Mapping):
+        check_schema(tool)
+    try:
+        converted: Tool = convert_to_openai_tool(tool, strict=strict)
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise InvalidRequestError(
+            f"The tool {shown(tool)} cannot be read: {shown(error)}. Pass a function, a BaseTool, a pydantic class, a "
+            "TypedDict or a JSON schema with a title."
+        ) from error
+    schema = class_schema(getattr(tool, "tool_call_schema", tool))
+    if schema is not None and is_recursive(schema):  # LangChain writes definitions out, and gives up below the first
+        kept = {key: value for key, value in schema.items() if key not in {"title", "description"}}
+        converted = {**converted, "function": {**converted["function"], "parameters": kept}}
     return converted
 
 

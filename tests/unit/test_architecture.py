@@ -22,6 +22,7 @@ LANGCHAIN_ROOMS = {
     "concurrency",
     "messages",
     "profiles",
+    "schemas",
     "readers",
     "structured_output",
     "template_reader",

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from langchain_lora_retriever.answer_format import answer_format
 from langchain_lora_retriever.call_options import CallOptions
-from langchain_lora_retriever.constraints import make_constraint
+from langchain_lora_retriever.constraints import compiler_of
 from langchain_lora_retriever.dialects import HERMES, SECTION, dialect_of
 from langchain_lora_retriever.errors import InvalidRequestError
 from langchain_lora_retriever.messages import encode_chat
@@ -117,7 +117,7 @@ def with_answers(tokenizer: Any, way: tuple[str, dict[str, Any], list[str]]) -> 
 
 def follows(tokenizer: Any, grammar: str, text: str) -> bool:
     """Say whether a grammar lets a text through, token by token, and may end there."""
-    constraint = make_constraint(tokenizer, grammar)
+    constraint = compiler_of(tokenizer).constraint(grammar)
     row = torch.zeros(-(-len(tokenizer) // 32), dtype=torch.int32)
     for token_id in [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]:
         constraint.fill_bitmask(row)

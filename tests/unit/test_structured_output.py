@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import json
 import random
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,15 +20,10 @@ from typing_extensions import TypedDict
 
 from langchain_lora_retriever.answer_format import answer_format
 from langchain_lora_retriever.call_options import CallOptions
-from langchain_lora_retriever.constraints import (
-    calls_grammar,
-    choice_grammar,
-    json_grammar,
-    make_constraint,
-    regex_grammar,
-)
+from langchain_lora_retriever.constraints import GrammarCompiler, compiler_of
 from langchain_lora_retriever.dialects import HERMES
 from langchain_lora_retriever.errors import InvalidRequestError, StructuredOutputError
+from langchain_lora_retriever.grammars import calls_grammar, choice_grammar, json_grammar, regex_grammar
 
 if TYPE_CHECKING:
     from langchain_lora_retriever import ChatLoraRetriever
@@ -63,9 +63,15 @@ def weather(city: str, days: int) -> str:
     return f"{city} {days}"
 
 
+def write_calls(tokenizer: Any, tools: Any, **options: Any) -> str:
+    """Write the grammar of tool calls for a tokenizer."""
+    special = compiler_of(tokenizer).vocabulary.special
+    return calls_grammar(tools, special=special, eos_token_id=tokenizer.eos_token_id, **options)
+
+
 def follows(tokenizer: Any, grammar: str, text: str) -> bool:
     """Say whether a grammar lets a text through, token by token, and may end there; forced tokens must agree."""
-    constraint = make_constraint(tokenizer, grammar)
+    constraint = compiler_of(tokenizer).constraint(grammar)
     ids, at = tokenizer.encode(text, add_special_tokens=False), 0
     row = torch.zeros(-(-len(tokenizer) // 32) + 2, dtype=torch.int32)
 
@@ -88,7 +94,7 @@ def follows(tokenizer: Any, grammar: str, text: str) -> bool:
 
 def generate(tokenizer: Any, grammar: str, seed: int, limit: int = 400) -> str:
     """Draw a text from a grammar, as a model without any ability would."""
-    constraint, rng = make_constraint(tokenizer, grammar), random.Random(seed)
+    constraint, rng = compiler_of(tokenizer).constraint(grammar), random.Random(seed)
     row = torch.zeros(-(-len(tokenizer) // 32), dtype=torch.int32)
     ids: list[int] = []
     while len(ids) < limit and not constraint.is_finished:
@@ -127,7 +133,7 @@ def test_any_draw_from_a_schema_parses(tokenizer) -> None:
 @pytest.mark.parametrize("limit", [60, 120, 200])
 def test_json_is_closed_to_fit_the_token_limit(tokenizer, limit: int) -> None:
     """A model that never ends a string gets valid JSON all the same, and the answer says that it was shortened."""
-    constraint = make_constraint(tokenizer, json_grammar(WEATHER), fit=limit)
+    constraint = compiler_of(tokenizer).constraint(json_grammar(WEATHER), fit=limit)
     row = torch.zeros(-(-len(tokenizer) // 32), dtype=torch.int32)
     wanted, ids = tokenizer.encode("a1", add_special_tokens=False), []
     while not constraint.is_finished:
@@ -147,7 +153,7 @@ def test_json_that_fits_is_not_shortened(tokenizer) -> None:
     """What counts is what is left to close: keys that stand already need no room any more."""
     text = '{"city": "Oslo", "days": 3}'
     ids = tokenizer.encode(text, add_special_tokens=False)
-    constraint = make_constraint(tokenizer, json_grammar(WEATHER), fit=len(ids) + 24)
+    constraint = compiler_of(tokenizer).constraint(json_grammar(WEATHER), fit=len(ids) + 24)
     row = torch.zeros(-(-len(tokenizer) // 32), dtype=torch.int32)
     for token_id in ids:
         constraint.fill_bitmask(row)
@@ -186,8 +192,8 @@ def test_a_schema_that_cannot_be_honoured_raises(llm: ChatLoraRetriever, engine,
 def test_a_forced_call(tokenizer) -> None:
     """A forced call is one call of one of the tools, or several where that is allowed."""
     tools = {"weather": WEATHER, "stop": {"type": "object", "properties": {}}}
-    once = calls_grammar(tokenizer, tools, form=HERMES, is_forced=True, is_repeatable=False)
-    many = calls_grammar(tokenizer, tools, form=HERMES, is_forced=True, is_repeatable=True)
+    once = write_calls(tokenizer, tools, form=HERMES, is_forced=True, is_repeatable=False)
+    many = write_calls(tokenizer, tools, form=HERMES, is_forced=True, is_repeatable=True)
     assert follows(tokenizer, once, CALL)
     assert follows(tokenizer, many, f"{CALL}\n{CALL}")
     assert follows(tokenizer, once, '<tool_call>\n{"name": "stop", "arguments": {}}\n</tool_call>')
@@ -197,7 +203,7 @@ def test_a_forced_call(tokenizer) -> None:
 
 def test_a_free_answer_is_free_until_a_call_begins(tokenizer) -> None:
     """Any text goes, and from the opening tag on only a call of the tools there are."""
-    grammar = calls_grammar(tokenizer, {"weather": WEATHER}, form=HERMES, is_forced=False, is_repeatable=True)
+    grammar = write_calls(tokenizer, {"weather": WEATHER}, form=HERMES, is_forced=False, is_repeatable=True)
     for right in ("text with <b> and <tool", CALL, f"Let me see.\n{CALL}", f"{CALL}\n{CALL}"):
         assert follows(tokenizer, grammar, right), right
     for wrong in (CALL.replace("weather", "wether"), "<tool_call>text", CALL.replace("3", '"3"')):
@@ -339,3 +345,203 @@ def test_reasoning_becomes_a_block_of_its_own(llm: ChatLoraRetriever, engine, to
             assert message.text == "Yes."
             kinds = [block["type"] for block in message.content_blocks]
             assert kinds == (["reasoning", "text"] if "think" in answer else ["text"])
+
+
+class Part(BaseModel):
+    """A part, which may have parts."""
+
+    label: str
+    parts: list[Part]
+
+
+ITEM = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 9}}, "required": ["n"]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "right", "wrong"),
+    [
+        ({"title": "A", "type": "array", "items": {"enum": ["x", "y"]}, "minItems": 2}, '["x", "y"]', '["x"]'),
+        ({"title": "B", "anyOf": [ITEM, {"type": "null"}]}, "null", "[]"),
+        ({"title": "C", "$ref": "#/$defs/I", "$defs": {"I": ITEM}}, '{"n": 1}', '{"n": 10}'),
+        ({"title": "D", "enum": ["x", 1]}, "1", "2"),
+        ({"name": "e", "strict": True, "schema": ITEM}, '{"n": 1}', '{"m": 1}'),
+        (Part, '{"label": "a", "parts": [{"label": "b", "parts": []}]}', '{"label": "a", "parts": [{"x": 1}]}'),
+    ],
+    ids=["array", "anyOf", "ref", "enum", "openai", "recursive"],
+)
+def test_a_schema_constrains_in_every_form(tokenizer, schema, right: str, wrong: str) -> None:
+    """Also without top-level properties, in OpenAI's wrapper, and below the first level of a class in itself."""
+    grammar = answer_format(CallOptions(response_format=schema), tokenizer).grammar
+    assert follows(tokenizer, grammar, right)
+    assert not follows(tokenizer, grammar, wrong)
+
+
+def test_a_tool_may_take_what_contains_itself(tokenizer) -> None:
+    """Its arguments are constrained below the first level too, by a class and by a function of it."""
+
+    @tool
+    def build(part: Part) -> str:
+        """Build a part."""
+        return part.label
+
+    part, call = '{"label": "a", "parts": [%s]}', '<tool_call>\n{"name": "%s", "arguments": %s}\n</tool_call>'
+    for given, name, arguments in ((Part, "Part", part), (build, "build", f'{{"part": {part}}}')):
+        grammar = answer_format(CallOptions(tools=[given], tool_choice="any"), tokenizer).grammar
+        assert follows(tokenizer, grammar, call % (name, arguments % '{"label": "b", "parts": []}'))
+        assert not follows(tokenizer, grammar, call % (name, arguments % '{"label": 1}'))
+
+
+def test_a_function_takes_objects_only(llm) -> None:
+    """A schema of lists cannot be the arguments of a call: refused before anything is generated."""
+    with pytest.raises(InvalidRequestError, match="a function's arguments are an object"):
+        llm.with_structured_output({"title": "A", "type": "array", "items": {}}, method="function_calling")
+
+
+def chain(length: int) -> dict[str, Any]:
+    """A schema whose definitions refer to one another, one after the other."""
+    links = {f"d{i}": {"type": "array", "items": {"$ref": f"#/$defs/d{i + 1}"}} for i in range(length)}
+    return {"$ref": "#/$defs/d0", "$defs": {**links, f"d{length}": {"type": "string"}}}
+
+
+def nested(depth: int) -> dict[str, Any]:
+    """A schema of lists of lists."""
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+ROUND: dict[str, Any] = {"type": "object"}
+ROUND["properties"] = {"self": ROUND}
+
+
+@pytest.mark.parametrize(
+    ("guided", "message"),
+    [
+        ({"json": chain(2000)}, r"refers to 2001 definitions, at most 500"),
+        ({"json": nested(100_000)}, r"nests more than 100 levels"),
+        ({"json": ROUND}, r"nests more than 100 levels"),
+        ({"json": {"enum": ["x" * 300_000]}}, r"has 300,\d+ characters, at most 262,144"),
+        ({"json": {"type": "integer", "multipleOf": 10**9}}, r"multipleOf=1e\+09 is not allowed"),
+        ({"json": {"enum": {1, 2}}}, r"is no JSON"),
+        ({"json": {"type": "string", "pattern": "("}}, r"cannot be constrained as asked"),
+        ({"choice": [f"choice {i}" for i in range(100_000)]}, r"choices together: .* at most 262,144"),
+        ({"choice": "yes"}, r"pass a list of texts"),
+        ({"choice": [1, 2]}, r"non-empty texts"),
+        ({"choice": []}, r"non-empty texts"),
+        ({"regex": "a" * 300_000}, r"regular expression: 300,000 characters"),
+        ({"regex": 7}, r"as text"),
+        ({"regex": "("}, r"cannot be constrained as asked"),
+        ({"grammar": "start: " + "(" * 20_000}, r"cannot be constrained as asked"),
+        ({"grammar": None}, r"Lark grammar as text"),
+        ({"regex": "\ud800"}, r"halves of surrogate pairs"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_what_is_beyond_bounds_is_refused_in_words(tokenizer, guided: dict[str, Any], message: str) -> None:
+    """Before anything is generated, and before native code recurses over it."""
+    with pytest.raises(InvalidRequestError, match=message):
+        answer_format(CallOptions(guided=guided), tokenizer).compile(tokenizer)
+
+
+def test_long_chains_within_bounds_are_compiled(tokenizer) -> None:
+    """A chain of definitions, and one of a grammar's rules, that a thread's usual stack would not hold."""
+    compiler_of(tokenizer).compile(json_grammar(chain(490)))
+    rules = "\n".join(f"r{i}: r{i + 1}" for i in range(15_000))
+    compiler_of(tokenizer).compile(f'start: r0\n{rules}\nr15000: "a"\n')
+
+
+def test_thousands_of_choices(tokenizer) -> None:
+    """More than the parser takes as rules of their own."""
+    grammar = choice_grammar([f"choice {i}" for i in range(5000)])
+    assert follows(tokenizer, grammar, "choice 4999")
+    assert not follows(tokenizer, grammar, "choice 5000")
+
+
+def test_too_many_tools_are_refused(tokenizer) -> None:
+    """By their number, and by their schemas together."""
+    function = {"name": "f", "description": "", "parameters": WEATHER}
+    tools = [{"type": "function", "function": {**function, "name": f"f{i}"}} for i in range(1000)]
+    with pytest.raises(InvalidRequestError, match=r"1000 tools are bound, at most 512"):
+        answer_format(CallOptions(tools=tools, tool_choice="any"), tokenizer)
+    large = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(1000)}}
+    tools = [{"type": "function", "function": {**function, "name": f"f{i}", "parameters": large}} for i in range(20)]
+    with pytest.raises(InvalidRequestError, match="tools' schemas together"):
+        answer_format(CallOptions(tools=tools, tool_choice="any"), tokenizer)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "integer", "exclusiveMinimum": 0},
+        {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+        {"type": "array", "items": {"type": "number", "exclusiveMinimum": 0}, "minItems": 2},
+        {"type": "object", "properties": {"n": {"type": "number", "exclusiveMaximum": 0}}, "required": ["n"]},
+    ],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_numbers_are_closed_near_the_limit(tokenizer, schema, seed: int) -> None:
+    """Whatever digits a model would go on with, also where a number may not end yet."""
+    limit, rng = 40, random.Random(seed)
+    constraint = compiler_of(tokenizer).constraint(json_grammar(schema), fit=limit)
+    row, ids = torch.zeros(-(-len(tokenizer) // 32), dtype=torch.int32), []
+    while not constraint.is_finished and len(ids) < limit:
+        constraint.fill_bitmask(row)
+        allowed = [i for i in range(len(tokenizer)) if (int(row[i // 32]) >> (i % 32)) & 1]
+        zeros = [i for i in allowed if tokenizer.decode([i]) in {"0", "."}]
+        ids.append(zeros[0] if zeros else rng.choice(allowed))
+        constraint.accept(ids[-1])
+        for forced in constraint.forced_tokens():
+            ids.append(forced)
+            constraint.accept(forced)
+    assert constraint.is_finished
+    json.loads(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def test_a_grammar_is_compiled_once_and_holds_up_no_other(tokenizer) -> None:
+    """Callers of one grammar share a compilation; another's goes on while it runs."""
+    compiler = GrammarCompiler(lambda: compiler_of(tokenizer).vocabulary)
+    compile_one, begun, go = compiler._compile, threading.Event(), threading.Event()
+    compiled: list[str] = []
+
+    def compile_slowly(grammar: str) -> Any:
+        compiled.append(grammar)
+        if grammar == slow:
+            begun.set()
+            assert go.wait(30)
+        return compile_one(grammar)
+
+    compiler._compile = compile_slowly  # type: ignore[method-assign]
+    slow, quick = regex_grammar("a+"), regex_grammar("b+")
+    with ThreadPoolExecutor(2) as executor:
+        waiting = [executor.submit(compiler.compile, slow) for _ in range(2)]
+        assert begun.wait(30)
+        compiler.compile(quick)
+        go.set()
+        for future in waiting:
+            future.result(30)
+    assert compiled == [slow, quick]
+
+
+def test_a_compiler_lives_as_long_as_its_tokenizer(tokenizer) -> None:
+    """A closed engine's tokenizer is not kept by what was compiled for it."""
+    own = copy.deepcopy(tokenizer)
+    compiler_of(own).compile(regex_grammar("a+"))
+    compiler, own = weakref.ref(compiler_of(own)), None
+    gc.collect()
+    assert compiler() is None
+
+
+def test_a_panic_of_native_code_ends_in_words(tokenizer, monkeypatch) -> None:
+    """What it raises is no `Exception`; whoever asked for the grammar gets one."""
+
+    class Panic(BaseException):
+        """As of native code."""
+
+    def panic(*_: object) -> None:
+        raise Panic("index out of bounds")
+
+    compiler = GrammarCompiler(lambda: compiler_of(tokenizer).vocabulary)
+    monkeypatch.setattr(compiler, "_compile", panic)
+    with pytest.raises(InvalidRequestError, match="index out of bounds"):
+        compiler.compile(regex_grammar("a"))
