@@ -73,6 +73,8 @@ def check_schema(schema: Mapping[str, Any]) -> None:
         InvalidRequestError: If it is no JSON, nests too deep, is too large, refers to too many definitions, or asks for
             multiples of too large a number.
     """
+    if not isinstance(schema, Mapping):
+        raise InvalidRequestError(f"The schema {shown(schema)} is not allowed: pass a JSON object.")
     refs: set[str] = set()
     for depth, value in _values(schema):
         if depth > MAX_SCHEMA_DEPTH:
