@@ -331,7 +331,22 @@ def _is_target(config: LoraConfig, module: str) -> bool:
 
 
 def _check_finite(weights: MappedWeights, where: str) -> None:
+    """Refuse what is not finite, and what makes an input of 1 so large that a norm, which squares it, is not."""
+    limit = math.sqrt(torch.finfo(torch.float32).max)
     for module, lora in weights.items():
-        for side, tensor in (("lora_A", lora.lora_A), ("lora_B", lora.lora_B)):
-            if not torch.isfinite(tensor).all():
+        largest_A, largest_B = _largest(lora.lora_A), _largest(lora.lora_B)
+        for side, largest in (("lora_A", largest_A), ("lora_B", largest_B)):
+            if not math.isfinite(largest):
                 raise InvalidAdapterError(f"{where}: {side} of {module!r} holds NaN or infinite values.")
+        scaling = abs(lora.scaling)
+        if scaling > limit or largest_A * largest_B * scaling > limit:
+            raise InvalidAdapterError(
+                f"{where}: {module!r} overflows: the largest of lora_A is {largest_A:.3g}, of lora_B {largest_B:.3g}, "
+                f"and the scaling is {lora.scaling:.3g}. Neither it nor their product may exceed {limit:.3g}, whose "
+                "square float32 holds. Train it anew, with a smaller lora_alpha or learning rate."
+            )
+
+
+def _largest(tensor: torch.Tensor) -> float:
+    """The largest absolute value, NaN if there is one."""
+    return max(abs(float(x)) for x in torch.aminmax(tensor)) if tensor.numel() else 0.0

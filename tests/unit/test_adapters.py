@@ -148,6 +148,7 @@ def poison(value):
     [
         (poison(math.nan), InvalidAdapterError, f"lora_B of '{V1}' holds NaN"),
         (poison(math.inf), InvalidAdapterError, "infinite"),
+        (lambda t: {k: v * 1e12 for k, v in t.items()}, InvalidAdapterError, "overflows"),
         (drop_first, InvalidAdapterError, "has a lora_B but no lora_A"),
         (rename_key("base_model.model.", ""), InvalidAdapterError, "allowed are base_model.model."),
         (rename_key(".lora_A.", ".lora_A.default."), InvalidAdapterError, "lora_A.default"),
@@ -167,6 +168,15 @@ def test_refuses_bad_tensors(checkpoint, change, error, named):
     with pytest.raises(error, match="adapter 'plain'") as caught:
         read_adapter(checkpoint)
     assert named in str(caught.value)
+
+
+@pytest.mark.parametrize("alpha", [1e308, -1e308, 1e20])
+def test_refuses_a_scaling_under_which_everything_overflows(checkpoint, alpha):
+    """Even if B is zero: zero times what overflows is no number."""
+    edit_config(checkpoint, lora_alpha=alpha)
+    edit_weights(checkpoint, lambda t: {k: v * 0 if "lora_B" in k else v for k, v in t.items()})
+    with pytest.raises(InvalidAdapterError, match=r"'plain'.*overflows.*the scaling is"):
+        read_adapter(checkpoint)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -7])
