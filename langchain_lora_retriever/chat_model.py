@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.language_models import LanguageModelInput
 from langchain_core.language_models.chat_models import generate_from_stream
+from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
+from langchain_core.runnables import Runnable
+from langchain_core.tools import BaseTool
 
 from langchain_lora_retriever.answer_format import AnswerFormat, answer_format
 from langchain_lora_retriever.answers import AnswerStream, answer_readers, reads_special_tokens
 from langchain_lora_retriever.call_options import CallOptions
 from langchain_lora_retriever.chat_settings import ChatSettings
-from langchain_lora_retriever.concurrency import owned, reached_engine
+from langchain_lora_retriever.concurrency import Deadline, owned, reached_engine, run_in_thread, run_within
+from langchain_lora_retriever.dialects import ChatTurn
 from langchain_lora_retriever.engine import Completion, Delta, EngineConfig, EngineWorker, Generation
 from langchain_lora_retriever.errors import InvalidRequestError
 from langchain_lora_retriever.messages import encode_chat, routing_text, to_chat
@@ -22,20 +29,16 @@ from langchain_lora_retriever.profiles import loaded_profile
 from langchain_lora_retriever.shared import reject_unfit, running_engine, shared_engine
 from langchain_lora_retriever.structured_output import structured_output
 from langchain_lora_retriever.tools import to_tool_choice, to_tools
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-
-    from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-    from langchain_core.language_models import LanguageModelInput
-    from langchain_core.messages import AIMessage, BaseMessage
-    from langchain_core.runnables import Runnable
-    from langchain_core.tools import BaseTool
-
-    from langchain_lora_retriever.dialects import ChatTurn
-    from langchain_lora_retriever.types import Adapter, Composition
+from langchain_lora_retriever.types import Adapter, Composition
 
 __all__ = ["ChatLoraRetriever"]
+
+_LONG_PROMPT = 16_384
+"""Characters from which a prompt is rendered and encoded off the event loop: that takes some ten milliseconds."""
+_LONG_CHAT = 64
+"""Messages from which the same is done."""
+_UNKNOWN_CONCURRENCY = 64
+"""Requests that are taken to run at once in an engine that is not loaded yet."""
 
 
 class _Call(NamedTuple):
@@ -111,10 +114,11 @@ class ChatLoraRetriever(ChatSettings):
         run_manager: CallbackManagerForLLMRun | None = None,  # noqa: ARG002 - LangChain reports tokens itself
         **kwargs: Any,
     ) -> ChatResult:
-        call = self._understand(messages, stop, kwargs)
-        runs = self._start(call, *self._router.plan(call.text, call.options))
-        with owned([run.generation for run in runs], call.options.timeout):
-            return _to_result(runs, [run.generation.result() for run in runs])
+        options = self._options(stop, kwargs)
+        deadline = Deadline(options.timeout)
+        runs = run_within(deadline, lambda: self._begin(messages, options), discard=_abort)
+        with owned([run.generation for run in runs], deadline):
+            return _to_result(runs, [run.generation.result(deadline.remaining()) for run in runs])
 
     async def _agenerate(
         self,
@@ -123,10 +127,11 @@ class ChatLoraRetriever(ChatSettings):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,  # noqa: ARG002 - LangChain reports tokens itself
         **kwargs: Any,
     ) -> ChatResult:
-        call = await self._aunderstand(messages, stop, kwargs)
-        runs = self._start(call, *await self._router.aplan(call.text, call.options))
-        reached_engine()
-        with owned([run.generation for run in runs], call.options.timeout):
+        options = self._options(stop, kwargs)
+        deadline = Deadline(options.timeout)
+        async with deadline.limit():
+            runs = await self._abegin(messages, options)
+        with owned([run.generation for run in runs], deadline, asyncio.get_running_loop()):
             return _to_result(runs, await asyncio.gather(*(run.generation.aresult() for run in runs)))
 
     def _stream(
@@ -136,10 +141,11 @@ class ChatLoraRetriever(ChatSettings):
         run_manager: CallbackManagerForLLMRun | None = None,  # noqa: ARG002 - LangChain reports tokens itself
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        call = self._understand(messages, stop, kwargs, is_stream=True)
-        (run,) = self._start(call, *self._router.plan(call.text, call.options))
-        with owned([run.generation], call.options.timeout):
-            for delta in run.generation:
+        options = self._options(stop, kwargs, is_stream=True)
+        deadline = Deadline(options.timeout)
+        (run,) = run_within(deadline, lambda: self._begin(messages, options), discard=_abort)
+        with owned([run.generation], deadline):
+            for delta in run.generation.deltas(deadline.remaining()):
                 yield from run.answer.push(delta)
 
     async def _astream(
@@ -149,46 +155,47 @@ class ChatLoraRetriever(ChatSettings):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,  # noqa: ARG002 - LangChain reports tokens itself
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        call = await self._aunderstand(messages, stop, kwargs, is_stream=True)
-        (run,) = self._start(call, *await self._router.aplan(call.text, call.options))
-        reached_engine()
-        with owned([run.generation], call.options.timeout):
+        options = self._options(stop, kwargs, is_stream=True)
+        deadline = Deadline(options.timeout)
+        async with deadline.limit():
+            (run,) = await self._abegin(messages, options)
+        with owned([run.generation], deadline, asyncio.get_running_loop()):
             async for delta in run.generation:
                 for chunk in run.answer.push(delta):
                     yield chunk
 
-    def _understand(
-        self,
-        messages: Sequence[BaseMessage],
-        stop: Sequence[str] | None,
-        kwargs: Mapping[str, Any],
-        *,
-        is_stream: bool = False,
-    ) -> _Call:
+    def _options(
+        self, stop: Sequence[str] | None, kwargs: Mapping[str, Any], *, is_stream: bool = False
+    ) -> CallOptions:
         options = CallOptions.merge(self, {**kwargs, "stop": stop})
         if is_stream and options.n > 1:
             raise InvalidRequestError(f"n={options.n} cannot be streamed: pass n=1, or use generate().")
+        return options
+
+    def _begin(self, messages: Sequence[BaseMessage], options: CallOptions) -> list[_Run]:
+        """Understand a call, route it, and give it to the engine."""
+        call = self._understand(messages, options)
+        return self._start(call, *self._router.plan(call.text, call.options))
+
+    async def _abegin(self, messages: Sequence[BaseMessage], options: CallOptions) -> list[_Run]:
+        """Do what `_begin` does without holding up the event loop: what may take longer is done in a thread."""
+        await self._load()
+        understand = partial(self._understand, messages, options)
+        has_schema = any(value is not None for value in (options.tools, options.response_format, options.guided))
+        call = await run_in_thread(understand) if has_schema or _is_long(messages) else understand()
+        start = partial(self._start, call, *await self._router.aplan(call.text, call.options))
+        is_long = sum(len(turn["content"]) for turn in call.chat) > _LONG_PROMPT
+        runs = await run_in_thread(start, discard=_abort) if is_long else start()
+        reached_engine()
+        return runs
+
+    def _understand(self, messages: Sequence[BaseMessage], options: CallOptions) -> _Call:
         chat = to_chat(messages)
         engine = self._engine()
         answer = answer_format(options, engine.tokenizer)
         answer.compile(engine.tokenizer)
         reject_unfit(self._router.pool, engine)
         return _Call(options, answer, engine, chat, _text_to_route(messages, options))
-
-    async def _aunderstand(
-        self,
-        messages: Sequence[BaseMessage],
-        stop: Sequence[str] | None,
-        kwargs: Mapping[str, Any],
-        *,
-        is_stream: bool = False,
-    ) -> _Call:
-        """Understand a call without holding up the event loop: what has a schema may take seconds to be compiled."""
-        await self._load()
-        understand = partial(self._understand, messages, stop, kwargs, is_stream=is_stream)
-        if any(kwargs.get(name) is not None for name in ("tools", "response_format", "guided")):
-            return await asyncio.to_thread(understand)
-        return understand()
 
     def _start(self, call: _Call, composition: Composition, adapters: Sequence[tuple[Adapter, float]]) -> list[_Run]:
         metadata = {
@@ -213,18 +220,25 @@ class ChatLoraRetriever(ChatSettings):
 
     def _max_concurrency(self) -> int:
         # Twice what runs at once, so that the engine never waits for a prompt to be routed and tokenized.
-        return 2 * self._engine().max_num_seqs
+        # It is not loaded to know that: the time it takes is the calls' own, and counts for their timeouts.
+        engine = running_engine(self.base_model, self.model_kwargs, self._config)
+        return 2 * (engine.max_num_seqs if engine else self._config.max_num_seqs or _UNKNOWN_CONCURRENCY)
 
     async def _aprepare(self, inputs: Sequence[LanguageModelInput], **kwargs: Any) -> None:
         with suppress(Exception):  # each call meets the same fault, and reports it as its own
             options = CallOptions.merge(self, kwargs)
             texts = [_text_to_route(self._convert_input(each).to_messages(), options) for each in inputs]
-            await self._router.aprepare(texts, options)
+            async with Deadline(options.timeout).limit():
+                await self._router.aprepare(texts, options)
+
+    @property
+    def _config(self) -> EngineConfig:
+        assert isinstance(self.engine_config, EngineConfig)
+        return self.engine_config
 
     def _engine(self) -> EngineWorker:
         """Return the engine, loading the base model at first use."""
-        assert isinstance(self.engine_config, EngineConfig)
-        engine = shared_engine(self.base_model, self.model_kwargs, self.engine_config)
+        engine = shared_engine(self.base_model, self.model_kwargs, self._config)
         if self._has_own_profile and self.profile is not None:
             self.profile = loaded_profile(self.profile, engine)
             self._has_own_profile = False
@@ -232,9 +246,8 @@ class ChatLoraRetriever(ChatSettings):
 
     async def _load(self) -> None:
         """Load the base model without holding up the event loop."""
-        assert isinstance(self.engine_config, EngineConfig)
-        if running_engine(self.base_model, self.model_kwargs, self.engine_config) is None:
-            await asyncio.to_thread(self._engine)
+        if running_engine(self.base_model, self.model_kwargs, self._config) is None:
+            await run_in_thread(self._engine)
 
     # Tools and structured output
 
@@ -291,7 +304,23 @@ class ChatLoraRetriever(ChatSettings):
         tools: Sequence[Any] | None = None,
     ) -> int:
         """Count the tokens of the prompt that `messages` and `tools` make, template and all."""
-        return len(self._understand(messages, None, {"tools": tools}).encode())
+        return len(self._understand(messages, self._options(None, {"tools": tools})).encode())
+
+
+def _abort(runs: Sequence[_Run]) -> None:
+    for run in runs:
+        run.generation.abort()
+
+
+def _is_long(messages: Sequence[BaseMessage]) -> bool:
+    return len(messages) > _LONG_CHAT or sum(map(_num_characters, messages)) > _LONG_PROMPT
+
+
+def _num_characters(message: BaseMessage) -> int:
+    """Estimate, in no time, how much text a message holds."""
+    if isinstance(message.content, str):
+        return len(message.content)
+    return sum(len(block if isinstance(block, str) else str(block.get("text", ""))) for block in message.content)
 
 
 def _to_result(runs: Sequence[_Run], completions: Sequence[Completion]) -> ChatResult:

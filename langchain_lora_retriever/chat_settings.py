@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import Annotated, Any, Self
 
+from langchain_core.language_models import LangSmithParams, ModelProfile
 from pydantic import ConfigDict, Field, PrivateAttr, SkipValidation, field_validator, model_validator
 
 from langchain_lora_retriever.answer_format import written_out
 from langchain_lora_retriever.call_options import CallOptions
-from langchain_lora_retriever.composer import Weighting  # noqa: TC001 - pydantic reads the annotations
+from langchain_lora_retriever.composer import Weighting
 from langchain_lora_retriever.concurrency import ConcurrentChatModel
-from langchain_lora_retriever.encoder import Encoder  # noqa: TC001 - pydantic reads the annotations
+from langchain_lora_retriever.encoder import Encoder
 from langchain_lora_retriever.engine import EngineConfig
 from langchain_lora_retriever.errors import InvalidRequestError
 from langchain_lora_retriever.pool import AdapterPool
@@ -21,10 +22,7 @@ from langchain_lora_retriever.profiles import profile_before_loading
 from langchain_lora_retriever.retriever import DEFAULT_ENCODER, DEFAULT_INSTRUCTION, LoraRetriever
 from langchain_lora_retriever.routing import Router
 from langchain_lora_retriever.shared import identity, shared_retriever
-from langchain_lora_retriever.types import CompositionMode  # noqa: TC001 - pydantic reads the annotations
-
-if TYPE_CHECKING:
-    from langchain_core.language_models import LangSmithParams, ModelProfile
+from langchain_lora_retriever.types import CompositionMode
 
 __all__ = ["ChatSettings"]
 

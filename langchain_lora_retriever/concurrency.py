@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
-from contextlib import contextmanager
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
-from langchain_core.language_models import BaseChatModel
+from langchain_core.language_models import BaseChatModel, LanguageModelInput
+from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import LLMResult
+from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import ContextThreadPoolExecutor, get_config_list, patch_config
 
+from langchain_lora_retriever.engine import Generation
 from langchain_lora_retriever.errors import RequestAbortedError
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+__all__ = ["ConcurrentChatModel", "Deadline", "owned", "reached_engine", "run_in_thread", "run_within"]
 
-    from langchain_core.language_models import LanguageModelInput
-    from langchain_core.messages import AIMessage, BaseMessage
-    from langchain_core.runnables import RunnableConfig
-
-    from langchain_lora_retriever.engine import Generation
-
-__all__ = ["ConcurrentChatModel", "owned", "reached_engine"]
+T = TypeVar("T")
 
 _GROUP_SIZE = 64
 """Prompts of an `abatch` that are embedded together, before the first of them begins."""
@@ -164,36 +164,139 @@ def _once(action: Callable[[], None]) -> Callable[[], None]:
     return act
 
 
+class Deadline:
+    """When a call must be over.
+
+    Args:
+        timeout: Seconds from now; None, or more than a clock can count, for no limit.
+    """
+
+    def __init__(self, timeout: float | None) -> None:
+        self._timeout = timeout if timeout is not None and timeout <= threading.TIMEOUT_MAX else None
+        self._start = time.monotonic()
+
+    def remaining(self) -> float | None:
+        """Seconds left, 0 once they have passed; None for no limit."""
+        return None if self._timeout is None else max(0.0, self._start + self._timeout - time.monotonic())
+
+    def error(self) -> TimeoutError:
+        """What a call that is late raises."""
+        return TimeoutError(f"The call took longer than timeout={self._timeout} s and was aborted.")
+
+    @asynccontextmanager
+    async def limit(self) -> AsyncIterator[None]:
+        """Cancel what the body awaits once the time has passed. The body must not yield to others.
+
+        Raises:
+            TimeoutError: If it was cancelled for that reason.
+        """
+        scope = asyncio.timeout(self.remaining())
+        try:
+            async with scope:
+                yield
+        except TimeoutError as error:
+            if scope.expired():
+                raise self.error() from error
+            raise
+
+
+def _new_threads() -> ContextThreadPoolExecutor:
+    return ContextThreadPoolExecutor(max_workers=64, thread_name_prefix="lora-call")
+
+
+# For what may be slow before a request is in the engine (loading, embedding, compiling), and whose callers may leave
+# before it is done.
+_threads = _new_threads()
+
+
+def _renew_threads() -> None:
+    """Begin anew in a forked process, which has none of its parent's threads."""
+    global _threads  # noqa: PLW0603
+    _threads = _new_threads()
+
+
+os.register_at_fork(after_in_child=_renew_threads)
+
+
+def run_within(deadline: Deadline, work: Callable[[], T], *, discard: Callable[[T], object]) -> T:
+    """Do work, in another thread where there is a deadline, and leave it to finish by itself if that passes.
+
+    Args:
+        deadline: When to stop waiting.
+        work: What to do.
+        discard: Undoes the result of work that nobody waits for any more; called in any thread.
+
+    Raises:
+        TimeoutError: If the deadline passes first.
+    """
+    if deadline.remaining() is None:
+        return work()
+    future = _threads.submit(work)
+    try:
+        if wait([future], deadline.remaining()).done:
+            return future.result()
+    except BaseException:
+        _leave(future, discard)
+        raise
+    _leave(future, discard)
+    raise deadline.error()
+
+
+async def run_in_thread(work: Callable[[], T], *, discard: Callable[[T], object] = lambda _: None) -> T:
+    """Do work without blocking the event loop; `discard` undoes a result that comes after the task was cancelled."""
+    future = _threads.submit(work)
+    try:
+        return await asyncio.wrap_future(future)
+    except asyncio.CancelledError:
+        _leave(future, discard)
+        raise
+
+
+def _leave(future: Future[T], discard: Callable[[T], object]) -> None:
+    """Stop waiting for work: what has not begun never does, and a result that comes later is discarded."""
+
+    def on_done(done: Future[T]) -> None:
+        if not done.cancelled() and done.exception() is None:
+            discard(done.result())
+
+    future.cancel()
+    future.add_done_callback(on_done)
+
+
 @contextmanager
-def owned(generations: Sequence[Generation], timeout: float | None) -> Iterator[None]:
+def owned(
+    generations: Sequence[Generation], deadline: Deadline, loop: asyncio.AbstractEventLoop | None = None
+) -> Iterator[None]:
     """Abort generations that their caller leaves before they end: by an error, a cancellation, a close, a timeout.
 
     Args:
         generations: Generations just submitted.
-        timeout: Seconds until they are aborted; None for no limit.
+        deadline: When the call must be over.
+        loop: The caller's event loop, which aborts them at the deadline; a caller without one limits its own waiting.
 
     Raises:
-        TimeoutError: In place of `RequestAbortedError`, if the timeout was the reason.
+        TimeoutError: If the deadline was the reason.
     """
-    is_late = threading.Event()
+    is_late = False
 
     def abort() -> None:
         for generation in generations:
             generation.abort()
 
     def expire() -> None:
-        is_late.set()
+        nonlocal is_late
+        is_late = True
         abort()
 
-    timer = threading.Timer(timeout, expire) if timeout is not None else None
-    if timer is not None:
-        timer.daemon = True
-        timer.start()
+    remaining = deadline.remaining()
+    timer = None if loop is None or remaining is None else loop.call_later(remaining, expire)
     try:
         yield
+    except TimeoutError as error:
+        raise deadline.error() from error
     except RequestAbortedError as error:
-        if is_late.is_set():
-            raise TimeoutError(f"The call took longer than timeout={timeout} s and was aborted.") from error
+        if is_late:
+            raise deadline.error() from error
         raise
     finally:
         if timer is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import deque
 from concurrent.futures import Future
 from contextlib import suppress
@@ -45,18 +46,28 @@ class Generation:
         return self._future.done()
 
     def __iter__(self) -> Iterator[Delta]:
+        """Yield deltas as they come; raises as `deltas` does."""
+        return self.deltas()
+
+    def deltas(self, timeout: float | None = None) -> Iterator[Delta]:
         """Yield deltas as they come.
 
+        Args:
+            timeout: Seconds, from the first delta asked for, after which no further one is waited for.
+
         Raises:
+            TimeoutError: If `timeout` passes first. The request is aborted.
             RequestAbortedError: If the request is aborted meanwhile.
             EngineError: If the step that served it failed.
         """
+        end = None if timeout is None else time.monotonic() + timeout
         try:
             while True:
                 ready = threading.Event()
                 delta = self._next_or_wait((None, ready.set))
                 if delta is None:
-                    ready.wait()
+                    if not ready.wait(None if end is None else max(0.0, end - time.monotonic())):
+                        raise TimeoutError
                     continue
                 yield delta
                 if delta.finish_reason is not None:

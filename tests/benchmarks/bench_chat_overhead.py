@@ -41,8 +41,8 @@ def engine_contender(llm: ChatLoraRetriever, prompts: list[str]) -> Callable[[],
     engine, requests = llm._engine(), []
     for prompt in prompts:
         messages = llm._convert_input(prompt).to_messages()
-        call = llm._understand(messages, None, {})
-        _, adapters = llm._router.plan(call.text, CallOptions.merge(llm, {}))
+        call = llm._understand(messages, CallOptions.merge(llm, {}))
+        _, adapters = llm._router.plan(call.text, call.options)
         requests.append((call.encode(), call.options.sampling(), adapters))
 
     def run() -> Answers:

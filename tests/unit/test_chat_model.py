@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import pytest
 from langchain_core.caches import InMemoryCache
@@ -26,6 +27,9 @@ from langchain_lora_retriever.errors import (
     UnknownAdapterError,
 )
 from langchain_lora_retriever.reasoning import ThinkReader
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 SQL = "How many users are in the table?"
 FRENCH = "Translate good morning into French."
@@ -543,6 +547,135 @@ async def test_a_late_call_times_out(llm: ChatLoraRetriever, engine) -> None:
         _ = [chunk async for chunk in llm.astream(SQL, timeout=0.05)]
     await asyncio.sleep(0.1)  # the engine hears of the last one just after its caller
     assert engine.num_aborted == 4
+
+
+@pytest.fixture
+def stuck(llm: ChatLoraRetriever, monkeypatch) -> Iterator[threading.Event]:
+    """Has the encoder wait for an event, which is set in the end in any case."""
+    release = threading.Event()
+    encoder = llm._router.retriever.encoder
+    encode = encoder.encode
+    llm._router.retriever.retrieve("x")  # the adapters are embedded at first use
+
+    def wait(texts: list[str]) -> Any:
+        assert release.wait(60)
+        return encode(texts)
+
+    monkeypatch.setattr(encoder, "encode", wait)
+    yield release
+    release.set()
+
+
+async def test_the_timeout_counts_from_the_start_of_the_call(llm: ChatLoraRetriever, engine, stuck) -> None:
+    """An encoder that hangs holds up no caller beyond its timeout, in any way of calling."""
+    for call in (llm.invoke, lambda text, **kwargs: list(llm.stream(text, **kwargs)), lambda text, **kwargs: llm.batch(
+        [text], **kwargs)):  # fmt: skip
+        with pytest.raises(TimeoutError, match=r"timeout=0\.05"):
+            await asyncio.to_thread(call, "hung", timeout=0.05)
+    with pytest.raises(TimeoutError, match=r"timeout=0\.05"):
+        await llm.ainvoke("hung", timeout=0.05)
+    with pytest.raises(TimeoutError, match=r"timeout=0\.05"):
+        _ = [chunk async for chunk in llm.astream("hung", timeout=0.05)]
+    with pytest.raises(TimeoutError, match=r"timeout=0\.05"):
+        await llm.abatch(["hung", "too"], timeout=0.05)
+    assert not engine.requests
+
+
+def test_what_a_caller_has_left_is_not_generated(llm: ChatLoraRetriever, engine, stuck) -> None:
+    """A request that reaches the engine after its caller's timeout is aborted."""
+    engine.delay = 0.01
+    aborted = threading.Event()
+    engine._on_abort = aborted.set
+    with pytest.raises(TimeoutError):
+        llm.invoke(SQL, timeout=0.05)
+    stuck.set()
+    assert aborted.wait(30)
+
+
+def test_loading_counts_for_the_timeout(llm: ChatLoraRetriever, engine, monkeypatch) -> None:
+    """A model that is still being loaded holds up its first callers no longer than they allow."""
+    release = threading.Event()
+
+    def load(self: ChatLoraRetriever) -> Any:
+        assert release.wait(60)
+        return engine
+
+    monkeypatch.setattr(ChatLoraRetriever, "_engine", load)
+    try:
+        for call in (llm.invoke, lambda text, **kwargs: llm.batch([text] * 2, **kwargs)):
+            with pytest.raises(TimeoutError):
+                call(SQL, timeout=0.05)
+    finally:
+        release.set()
+
+
+def test_timeouts_take_no_thread_each(llm: ChatLoraRetriever, engine) -> None:
+    """Calls with a timeout, one after another, take threads that are there already."""
+    llm.invoke(SQL, timeout=60)
+    seen: set[str] = set()
+    submit = engine.submit
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        seen.add(threading.current_thread().name)
+        return submit(*args, **kwargs)
+
+    engine.submit = noted
+    for _ in range(150):
+        llm.invoke(SQL, timeout=60)
+    assert len(seen) < 75, seen
+
+
+async def test_a_failure_is_not_taken_for_a_timeout(llm: ChatLoraRetriever, engine, monkeypatch) -> None:
+    """What goes wrong in time is told as it is, also a `TimeoutError` of somebody else's."""
+
+    def fail(texts: list[str]) -> Any:
+        raise TimeoutError("the encoder's own")
+
+    monkeypatch.setattr(llm._router.retriever.encoder, "encode", fail)
+    with pytest.raises(TimeoutError, match="the encoder's own"):
+        llm.invoke("anew", timeout=60)
+    with pytest.raises(TimeoutError, match="the encoder's own"):
+        await llm.ainvoke("anew again", timeout=60)
+
+
+@pytest.mark.parametrize("timeout", [float("inf"), 1e300])
+def test_a_timeout_may_be_infinite(llm: ChatLoraRetriever, timeout: float) -> None:
+    """More seconds than a clock counts are no limit."""
+    assert llm.invoke(SQL, timeout=timeout).content == "The answer."
+    assert list(llm.stream(SQL, timeout=timeout))
+
+
+async def test_a_long_prompt_is_encoded_off_the_event_loop(llm: ChatLoraRetriever, engine) -> None:
+    """A long text, and a chat of many messages, hold up nobody else in the loop; a short prompt takes no detour."""
+    names: list[str] = []
+    engine.max_model_len = 1 << 20
+    submit = engine.submit
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        names.append(threading.current_thread().name)
+        return submit(*args, **kwargs)
+
+    engine.submit = noted
+    await llm.ainvoke("short")
+    await llm.ainvoke("x" * 20_000)
+    assert names[0] == threading.current_thread().name
+    assert names[1] != threading.current_thread().name
+
+
+def test_every_annotation_can_be_resolved() -> None:
+    """LangChain looks at return types at run time, of `bind_tools` behind `with_fallbacks` for one."""
+    for kind in ChatLoraRetriever.__mro__:
+        if kind.__module__.startswith("langchain_lora_retriever"):
+            for member in vars(kind).values():
+                if inspect.isfunction(member):
+                    get_type_hints(member)
+
+
+def test_fallbacks_bind_tools_and_schemas(llm: ChatLoraRetriever) -> None:
+    """A chat model with fallbacks is bound as a plain one is."""
+    safe = llm.with_fallbacks([llm])
+    assert safe.bind_tools([{"title": "add", "type": "object", "properties": {}}]).invoke(SQL).content
+    assert safe.with_structured_output({"title": "T", "type": "object", "properties": {}})
 
 
 def test_engine_errors_reach_the_caller(llm: ChatLoraRetriever, engine) -> None:
