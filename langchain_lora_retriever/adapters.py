@@ -7,7 +7,6 @@ adapters costs neither memory for weights nor an open file per adapter.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -18,45 +17,19 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
+from langchain_lora_retriever.adapter_config import CONFIG_FILE, AdapterConfig
 from langchain_lora_retriever.base_names import is_same_base_model
 from langchain_lora_retriever.errors import InvalidAdapterError, UnsupportedAdapterError
 from langchain_lora_retriever.types import Adapter, LoraWeights
 
 __all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "MappedWeights", "read_adapter"]
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PICKLE_FILE = "adapter_model.bin"
 _PREFIX = "base_model.model."
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-# Fields that may hold any value: they are honoured here, or have done their work once training is over.
-_FREE_FIELDS = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config",
-    "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
-    "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type",
-    "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules",
-    "task_type", "use_rslora",
-}  # fmt: skip
-_KNOWN_AS = {
-    "use_dora": "DoRA",
-    "use_qalora": "QALoRA",
-    "use_bdlora": "block-diagonal LoRA",
-    "alora_invocation_tokens": "aLoRA",
-    "fan_in_fan_out": "transposed (Conv1D) weights",
-    "kasa_config": "KaSA",
-    "monteclora_config": "MonteCLoRA",
-    "velora_config": "VeLoRA",
-    "arrow_config": "Arrow routing",
-    "modules_to_save": "fully trained modules",
-}
-# These initialisations change the base model's weights, so the adapter is only right on the changed base.
-_REBASING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 # Module path -> (lora_A, lora_B, scaling); a tensor is (offset in the data section, shape, dtype).
 _TensorSpec = tuple[int, tuple[int, int], torch.dtype]
@@ -65,7 +38,7 @@ _TensorSpec = tuple[int, tuple[int, int], torch.dtype]
 class _Layout(dict[str, tuple[_TensorSpec, _TensorSpec, float]]):
     """Where each module's tensors lie, and the configuration they were checked against; can be weakly referenced."""
 
-    def __init__(self, config: LoraConfig) -> None:
+    def __init__(self, config: AdapterConfig) -> None:
         super().__init__()
         self.config = config
 
@@ -139,16 +112,15 @@ def read_adapter(
     path = Path(path)
     name = path.name if name is None else name
     where = f"adapter {name!r} ({path})"
-    raw = _read_json(path / CONFIG_FILE, where)
-    config = _parse_config(raw, where)
-    made_for = config.base_model_name_or_path or None
+    config = AdapterConfig(_read_json(path / CONFIG_FILE, where), where)
+    made_for = config.base_model
     if base_model and made_for and not is_same_base_model(base_model, made_for):
         raise InvalidAdapterError(
             f"{where} was trained for the base model {made_for!r}, but the base model here is "
             f"{base_model!r}. Use an adapter trained for {base_model!r}."
         )
     header, data = _map_file(path, where)
-    layout = _shared_layout(header, raw, config, where)
+    layout = _shared_layout(header, config, where)
     weights = MappedWeights(data, layout)
     if fingerprint is None:
         _check_finite(weights, where)
@@ -159,50 +131,17 @@ def read_adapter(
         weights=weights,
         base_model=made_for,
         path=path,
-        is_target=partial(_is_target, layout.config),
+        is_target=partial(layout.config.is_target, where=where),
     )
 
 
-def _read_json(file: Path, where: str) -> dict[str, Any]:
+def _read_json(file: Path, where: str) -> object:
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InvalidAdapterError(
             f"{where}: cannot read {CONFIG_FILE}: {error}. An adapter is a folder that PEFT's save_pretrained() writes."
         ) from error
-    if not isinstance(raw, dict):
-        raise InvalidAdapterError(f"{where}: {CONFIG_FILE} holds a {type(raw).__name__}, not a JSON object.")
-    return raw
-
-
-def _parse_config(raw: Mapping[str, Any], where: str) -> LoraConfig:
-    if raw.get("peft_type") != "LORA":
-        raise UnsupportedAdapterError(f"{where}: peft_type is {raw.get('peft_type')!r}, only 'LORA' is honoured.")
-    fields = {field.name: field for field in dataclasses.fields(LoraConfig)}
-    known: dict[str, Any] = {}
-    for key, value in raw.items():
-        if key in fields and key != "runtime_config":
-            known[key] = value
-        if key not in _FREE_FIELDS and value not in (_default(fields.get(key)), None, False, [], {}):
-            also = f" ({_KNOWN_AS[key]})" if key in _KNOWN_AS else ""
-            raise UnsupportedAdapterError(
-                f"{where} needs {key}={value!r}{also}, which is not honoured here. "
-                "Train it without, or merge it into the base model."
-            )
-    init = str(raw.get("init_lora_weights", True)).lower()
-    if init.startswith(_REBASING_INITS):
-        raise UnsupportedAdapterError(
-            f"{where} has init_lora_weights={init!r}, which changes the base model's weights. Save it again "
-            "with save_pretrained(..., path_initial_model_for_weight_conversion=...), which makes it plain LoRA."
-        )
-    try:
-        return LoraConfig(**known)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise InvalidAdapterError(f"{where}: PEFT refuses {CONFIG_FILE}: {error}") from error
-
-
-def _default(field: dataclasses.Field[Any] | None) -> Any:
-    return None if field is None or field.default is dataclasses.MISSING else field.default
 
 
 def _map_file(path: Path, where: str) -> tuple[bytes, torch.Tensor]:
@@ -229,17 +168,16 @@ def _map_file(path: Path, where: str) -> tuple[bytes, torch.Tensor]:
     return header, mapped[start:]
 
 
-def _shared_layout(header: bytes, raw: Mapping[str, Any], config: LoraConfig, where: str) -> _Layout:
+def _shared_layout(header: bytes, config: AdapterConfig, where: str) -> _Layout:
     """The layout of a file; one object for all files of equal header and configuration."""
-    recipe = {key: sorted(map(str, value)) if isinstance(value, list) else value for key, value in raw.items()}
-    key = hashlib.sha256(header + json.dumps(recipe, sort_keys=True).encode()).digest()
+    key = hashlib.sha256(header + config.recipe.encode()).digest()
     layout = _LAYOUTS.get(key)
     if layout is None:
         layout = _LAYOUTS[key] = _make_layout(json.loads(header), config, where)
     return layout
 
 
-def _make_layout(header: Mapping[str, Any], config: LoraConfig, where: str) -> _Layout:
+def _make_layout(header: Mapping[str, Any], config: AdapterConfig, where: str) -> _Layout:
     """Pair the tensors of the file, and check them against the configuration and against each other."""
     pairs: dict[str, dict[str, _TensorSpec]] = {}
     for key, entry in header.items():
@@ -255,7 +193,7 @@ def _make_layout(header: Mapping[str, Any], config: LoraConfig, where: str) -> _
             met, missing = ("lora_A", "lora_B") if "lora_A" in sides else ("lora_B", "lora_A")
             raise InvalidAdapterError(f"{where}: {module!r} has a {met} but no {missing}.")
         lora_A, lora_B = sides["lora_A"], sides["lora_B"]
-        r, scaling = _rank_and_scaling(module, config, where)
+        r, scaling = config.rank_and_scaling(module, where)
         if lora_A[1][0] != r or lora_B[1][1] != r:
             raise InvalidAdapterError(
                 f"{where}: {module!r} has lora_A {list(lora_A[1])} and lora_B {list(lora_B[1])}, but the "
@@ -299,35 +237,6 @@ def _tensor_spec(key: str, entry: Mapping[str, Any], where: str) -> _TensorSpec:
             f"{where}: {key} has shape {list(shape)} (a convolution?); only linear modules can be adapted."
         )
     return entry["data_offsets"][0], shape, dtype
-
-
-def _rank_and_scaling(module: str, config: LoraConfig, where: str) -> tuple[int, float]:
-    """Rank and scaling that PEFT would give a module.
-
-    Source: `peft.tuners.lora.LoraModel._create_and_replace` and `LoraLayer.update_layer`.
-    """
-    if _names_targets(config) and not _is_target(config, module):
-        raise InvalidAdapterError(
-            f"{where}: {WEIGHTS_FILE} adapts {module!r}, which target_modules={config.target_modules!r} does not name; "
-            "PEFT would ignore it."
-        )
-    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
-    r = ranks.get(get_pattern_key(tuple(ranks), module), config.r)
-    alpha = alphas.get(get_pattern_key(tuple(alphas), module), config.lora_alpha)
-    if not isinstance(r, int) or r < 1:
-        raise InvalidAdapterError(f"{where}: rank {r!r} for {module!r} is not a positive integer.")
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise InvalidAdapterError(f"{where}: lora_alpha {alpha!r} for {module!r} is not a finite number.")
-    return r, alpha / (math.sqrt(r) if config.use_rslora else r)
-
-
-def _names_targets(config: LoraConfig) -> bool:
-    return bool(config.target_modules) and config.target_modules != "all-linear"
-
-
-def _is_target(config: LoraConfig, module: str) -> bool:
-    """Whether a configuration names a module; False where it leaves that to the base model ("all-linear")."""
-    return _names_targets(config) and bool(check_target_module_exists(config, module))
 
 
 def _check_finite(weights: MappedWeights, where: str) -> None:
