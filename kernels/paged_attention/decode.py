@@ -28,9 +28,9 @@ def choose_num_splits(num_sequences: int, num_kv_heads: int) -> int:
 def _decode_kernel(
     out, partial, stats, query, keys, values, tables, rows, positions, tokens, scale, softcap, window, query_stride,
     query_head_stride, out_stride, table_stride, num_kv_heads, num_splits,
-    GROUP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, IS_SPLIT: tl.constexpr,
-    PAGE: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
+    GROUP: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_CHUNKED: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    IS_SPLIT: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence, key head and split. A split without keys says so with a maximum of -inf."""
     sequence = tl.program_id(0).to(tl.int64)
@@ -39,9 +39,12 @@ def _decode_kernel(
     token = tl.load(tokens + sequence)
     row = tl.load(rows + token, mask=token >= 0, other=-1)
     length = tl.where(row >= 0, tl.load(positions + token, mask=token >= 0, other=-1) + 1, 0).to(tl.int32)
-    begin = 0
+    first_seen = 0
     if HAS_WINDOW:
-        begin = tl.maximum(length - window, 0) // BLOCK_N * BLOCK_N
+        first_seen = tl.maximum(length - window, 0)
+    if IS_CHUNKED:
+        first_seen = tl.maximum(length - 1, 0) // window * window
+    begin = first_seen // BLOCK_N * BLOCK_N
     chunk = tl.cdiv(tl.cdiv(length - begin, num_splits), BLOCK_N) * BLOCK_N
     lo = begin + split * chunk
     hi = tl.minimum(lo + chunk, length)
@@ -73,8 +76,8 @@ def _decode_kernel(
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if HAS_SOFTCAP:
             scores = (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0) * softcap
-        if HAS_WINDOW:
-            seen = seen & (position >= length - window)
+        if HAS_WINDOW or IS_CHUNKED:
+            seen = seen & (position >= first_seen)
         scores = tl.where(seen[None, :], scores * 1.4426950408889634, -float("inf"))
         new_maximum = tl.maximum(maximum, tl.max(scores, 1))
         safe = tl.where(new_maximum == -float("inf"), 0.0, new_maximum)
@@ -129,14 +132,15 @@ def attend_decode(
     *,
     scaling: float,
     sliding_window: int | None = None,
+    chunk_size: int | None = None,
     softcap: float | None = None,
     num_splits: int = 1,
 ) -> None:
     """Attend for some tokens, each the last of its sequence and its only one in the step.
 
     Semantics:
-        out[t, h] = softmax(cap(scaling * query[t, h] @ K.T)) @ V, over the last `sliding_window` of the sequence's
-        cached tokens up to `positions[t]`.
+        out[t, h] = softmax(cap(scaling * query[t, h] @ K.T)) @ V, over the sequence's cached tokens up to
+        `positions[t]`, of these the last `sliding_window` or those of the chunk.
 
     Args:
         out: `[num_tokens, num_heads, value_dim]`, heads contiguous; the rows `tokens` are written, those of padding
@@ -148,6 +152,7 @@ def attend_decode(
         tokens: Which tokens `[num_sequences]`, int64; -1 is skipped.
         scaling: Factor of the scores.
         sliding_window: Latest tokens visible to a query, itself included; None sees all.
+        chunk_size: Tokens of a chunk: only those of a query's own are visible to it. Not together with a window.
         softcap: Scores become `softcap * tanh(scores / softcap)`; None leaves them.
         num_splits: Programs that share a sequence's keys, see `choose_num_splits`.
 
@@ -177,7 +182,7 @@ def attend_decode(
         tokens,
         scaling,
         softcap or 0.0,
-        sliding_window or 0,
+        sliding_window or chunk_size or 0,
         query.stride(0),
         query.stride(1),
         out.stride(0),
@@ -186,6 +191,7 @@ def attend_decode(
         num_splits,
         GROUP=group,
         HAS_WINDOW=sliding_window is not None,
+        IS_CHUNKED=chunk_size is not None,
         HAS_SOFTCAP=softcap is not None,
         IS_SPLIT=num_splits > 1,
         PAGE=keys.shape[1],

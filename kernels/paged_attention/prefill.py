@@ -1,6 +1,6 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 # mypy: disallow-untyped-decorators=False, disallow-untyped-calls=False
-# ruff: noqa: ANN001, ANN202 - Triton types the kernels' arguments itself
+# ruff: noqa: ANN001, ANN202, PLR0915 - Triton types the kernels' arguments itself
 """Causal attention of sequences with several queries over what the cache holds of them: prompts and their prefixes."""
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def queries_per_tile(num_heads: int, num_kv_heads: int) -> int:
 def _prefill_kernel(
     out, query, keys, values, tables, rows, positions, tiles, scale, softcap, window, query_stride, query_head_stride,
     out_stride, table_stride, num_kv_heads,
-    GROUP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
+    GROUP: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_CHUNKED: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    PAGE: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
 ):  # fmt: skip
     """One program per tile and key head; row m is query `m // BLOCK_GROUP`, head `m % BLOCK_GROUP` of the group."""
     tile = tl.program_id(0)
@@ -61,6 +61,8 @@ def _prefill_kernel(
         lo = 0
         if HAS_WINDOW:
             lo = tl.maximum(begin - window + 1, 0) // BLOCK_N * BLOCK_N
+        if IS_CHUNKED:
+            lo = begin // window * window // BLOCK_N * BLOCK_N
         hi = tl.where(row >= 0, begin + count.to(tl.int32), 0)
         for start in range(lo, hi, BLOCK_N):
             position = start + n
@@ -79,6 +81,8 @@ def _prefill_kernel(
             seen = position[None, :] <= at[:, None]
             if HAS_WINDOW:
                 seen = seen & (position[None, :] > at[:, None] - window)
+            if IS_CHUNKED:
+                seen = seen & (position[None, :] >= (at // window * window)[:, None])
             scores = tl.where(seen, scores * 1.4426950408889634, -float("inf"))
             new_maximum = tl.maximum(maximum, tl.max(scores, 1))
             safe = tl.where(new_maximum == -float("inf"), 0.0, new_maximum)
@@ -106,6 +110,7 @@ def attend_prefill(
     *,
     scaling: float,
     sliding_window: int | None = None,
+    chunk_size: int | None = None,
     softcap: float | None = None,
 ) -> None:
     """Attend for runs of adjacent tokens of a sequence, each over the cached tokens up to itself.
@@ -120,6 +125,7 @@ def attend_prefill(
         tiles: First token and number of tokens `[num_tiles, 2]`, int64, at most `queries_per_tile`; 0 is skipped.
         scaling: Factor of the scores.
         sliding_window: Latest tokens visible to a query, itself included; None sees all.
+        chunk_size: Tokens of a chunk: only those of a query's own are visible to it. Not together with a window.
         softcap: Scores become `softcap * tanh(scores / softcap)`; None leaves them.
 
     Source: FlashAttention-2, arXiv:2307.08691.
@@ -143,7 +149,7 @@ def attend_prefill(
         tiles,
         scaling,
         softcap or 0.0,
-        sliding_window or 0,
+        sliding_window or chunk_size or 0,
         query.stride(0),
         query.stride(1),
         out.stride(0),
@@ -151,6 +157,7 @@ def attend_prefill(
         num_kv_heads,
         GROUP=group,
         HAS_WINDOW=sliding_window is not None,
+        IS_CHUNKED=chunk_size is not None,
         HAS_SOFTCAP=softcap is not None,
         PAGE=keys.shape[1],
         DIM=dim,

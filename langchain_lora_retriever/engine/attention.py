@@ -18,16 +18,61 @@ from langchain_lora_retriever.errors import EngineError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["ATTENTION_IMPLEMENTATION", "AttentionStep", "GatheringStep", "PagedCache", "QuerySpan"]
+__all__ = [
+    "ATTENTION_IMPLEMENTATION",
+    "AttentionStep",
+    "GatheringStep",
+    "MaskPattern",
+    "PagedCache",
+    "QuerySpan",
+    "refuse_extras",
+]
 
 ATTENTION_IMPLEMENTATION = "langchain_lora_retriever_paged"
 
+_EXTRAS = {  # keywords of attention that change its result
+    "s_aux": "attention sinks",
+    "sinks": "attention sinks",
+    "position_bias": "position biases",
+    "attention_bias": "attention biases",
+    "alibi": "position biases",
+    "head_mask": "head masks",
+    "attention_mask": "a mask",
+}
+
+
+class MaskPattern(NamedTuple):
+    """Which tokens, up to itself, a query of a layer sees: all of them where both are None; never are both set.
+
+    Attributes:
+        sliding_window: The latest so many, itself included.
+        chunk_size: Those of its own chunk: the chunks are so many tokens each, and the first begins the sequence.
+    """
+
+    sliding_window: int | None = None
+    chunk_size: int | None = None
+
+    def sees(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Bool, `queries` and `keys` broadcast: whether the query at a position sees the key at another."""
+        seen = keys <= queries
+        if self.sliding_window is not None:
+            seen &= keys > queries - self.sliding_window
+        if self.chunk_size is not None:
+            seen &= keys >= queries // self.chunk_size * self.chunk_size
+        return seen
+
+    def is_causal(self, context_len: int) -> bool:
+        """Whether in a context of so many tokens every query sees all tokens up to itself."""
+        limits = (limit for limit in self if limit is not None)
+        return all(context_len <= limit for limit in limits)
+
 
 class PagedCache(NamedTuple):
-    """Keys and values of one layer, each `[num_blocks, block_size, num_kv_heads, head_dim]`."""
+    """Keys and values of one layer, each `[num_blocks, block_size, num_kv_heads, head_dim]`, and who sees them."""
 
     keys: torch.Tensor
     values: torch.Tensor
+    pattern: MaskPattern = MaskPattern()
 
     @property
     def block_size(self) -> int:
@@ -76,7 +121,6 @@ class AttentionStep(Protocol):
         value: torch.Tensor,
         *,
         scaling: float,
-        sliding_window: int | None,
         softcap: float | None,
     ) -> torch.Tensor:
         """Write the step's keys and values, then attend.
@@ -87,7 +131,6 @@ class AttentionStep(Protocol):
             key: `[num_tokens, num_kv_heads, head_dim]`.
             value: `[num_tokens, num_kv_heads, head_dim]`.
             scaling: Factor of the scores.
-            sliding_window: Latest tokens visible to a query, itself included; None sees all.
             softcap: Scores become `softcap * tanh(scores / softcap)`; None leaves them.
 
         Returns:
@@ -118,7 +161,6 @@ class GatheringStep:
         value: torch.Tensor,
         *,
         scaling: float,
-        sliding_window: int | None,
         softcap: float | None,
     ) -> torch.Tensor:
         """Write the step's keys and values, then attend."""
@@ -128,20 +170,21 @@ class GatheringStep:
             plan = self._plans[query.device] = _Plan(self._spans, cache.block_size, query.device)
         cache.keys.flatten(0, 1).index_copy_(0, plan.slot_mapping, key)
         cache.values.flatten(0, 1).index_copy_(0, plan.slot_mapping, value)
-        out = torch.empty_like(query)
+        out = query.new_empty((*query.shape[:2], value.shape[-1]))
         for group in plan.decode_groups:
             keys, values = (
                 pages.flatten(0, 1).index_select(0, group.slots.flatten()).unflatten(0, group.slots.shape)
-                for pages in cache
+                for pages in (cache.keys, cache.values)
             )
-            mask = plan.decode_mask(group, sliding_window)
+            mask = plan.decode_mask(group, cache.pattern)
             out[group.tokens] = _decode(query[group.tokens], keys, values, mask, scaling, softcap)
         for prefill in plan.prefills:
             tokens = slice(prefill.start, prefill.start + prefill.span.num_queries)
             keys, values = (
-                pages.index_select(0, prefill.pages).flatten(0, 1)[: prefill.span.context_len] for pages in cache
+                pages.index_select(0, prefill.pages).flatten(0, 1)[: prefill.span.context_len]
+                for pages in (cache.keys, cache.values)
             )
-            mask = plan.prefill_mask(prefill, sliding_window, is_softcapped=softcap is not None)
+            mask = plan.prefill_mask(prefill, cache.pattern, is_softcapped=softcap is not None)
             out[tokens] = _prefill(query[tokens], keys, values, mask, scaling, softcap)
         return out
 
@@ -152,7 +195,7 @@ class _Plan:
     def __init__(self, spans: Sequence[QuerySpan], block_size: int, device: torch.device) -> None:
         self._block_size = block_size
         self._device = device
-        self._masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
+        self._masks: dict[tuple[int, MaskPattern], torch.Tensor | None] = {}
         self.prefills: list[_Prefill] = []
         slots: list[int] = []
         decodes: dict[int, list[tuple[int, QuerySpan]]] = {}
@@ -170,32 +213,23 @@ class _Plan:
         self.slot_mapping = self._tensor(slots)
         self.decode_groups = [self._decode_group(members) for members in decodes.values()]
 
-    def decode_mask(self, group: _DecodeGroup, sliding_window: int | None) -> torch.Tensor | None:
+    def decode_mask(self, group: _DecodeGroup, pattern: MaskPattern) -> torch.Tensor | None:
         """Bool `[n, 1, 1, length]`, True where a query sees."""
-        key = (id(group), sliding_window)
+        key = (id(group), pattern)
         if key not in self._masks:
             positions = torch.arange(group.slots.shape[1], device=self._device)
-            mask = positions < group.context_lens[:, None]
-            if sliding_window is not None:
-                mask &= positions >= group.context_lens[:, None] - sliding_window
-            self._masks[key] = mask[:, None, None]
+            self._masks[key] = pattern.sees(group.context_lens[:, None] - 1, positions)[:, None, None]
         return self._masks[key]
 
-    def prefill_mask(
-        self, prefill: _Prefill, sliding_window: int | None, *, is_softcapped: bool
-    ) -> torch.Tensor | None:
+    def prefill_mask(self, prefill: _Prefill, pattern: MaskPattern, *, is_softcapped: bool) -> torch.Tensor | None:
         """Bool `[num_queries, context_len]`; None where plain causal attention says the same."""
         num_queries, context_len = prefill.span.num_queries, prefill.span.context_len
-        if num_queries == context_len and not is_softcapped and (not sliding_window or context_len <= sliding_window):
+        if num_queries == context_len and not is_softcapped and pattern.is_causal(context_len):
             return None
-        key = (id(prefill), sliding_window)
+        key = (id(prefill), pattern)
         if key not in self._masks:
             keys = torch.arange(context_len, device=self._device)
-            queries = keys[context_len - num_queries :, None]
-            mask = keys <= queries
-            if sliding_window is not None:
-                mask &= keys > queries - sliding_window
-            self._masks[key] = mask
+            self._masks[key] = pattern.sees(keys[context_len - num_queries :, None], keys)
         return self._masks[key]
 
     def _decode_group(self, members: list[tuple[int, QuerySpan]]) -> _DecodeGroup:
@@ -265,6 +299,19 @@ def _attention(
     return scores.masked_fill(~mask, -torch.inf).softmax(-1).to(value.dtype) @ value
 
 
+def refuse_extras(module: Any, kwargs: Mapping[str, Any]) -> None:
+    """Refuse what the paged cache does not offer.
+
+    Raises:
+        EngineError: If attention is asked for sinks, biases, or a mask.
+    """
+    asked = [name for name in _EXTRAS if kwargs.get(name) is not None]
+    if asked:
+        raise EngineError(
+            f"{type(module).__name__} asks for {_EXTRAS[asked[0]]} ({asked[0]}), which the paged cache does not offer."
+        )
+
+
 def _paged_attention_forward(
     module: Any,
     query: torch.Tensor,
@@ -273,29 +320,26 @@ def _paged_attention_forward(
     attention_mask: torch.Tensor | None,
     *,
     scaling: float | None = None,
-    sliding_window: int | None = None,
     softcap: float | None = None,
     attention_step: AttentionStep | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Transformers' attention signature; `query` is `[1, num_heads, num_tokens, head_dim]`."""
+    """Transformers' attention signature; `query` is `[1, num_heads, num_tokens, head_dim]`.
+
+    A keyword `sliding_window` is not read: the layer's cache knows what the mask of the model's own attention says.
+    """
     if attention_step is None:
         raise EngineError(
             "This model belongs to a running engine and computes attention over the engine's cache: load a second "
             "copy to call it directly, or close the engine first."
         )
-    if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None or attention_mask is not None:
-        raise EngineError(
-            f"{type(module).__name__} asks for attention sinks, position biases or masks, "
-            "which the paged cache does not offer."
-        )
+    refuse_extras(module, {**kwargs, "attention_mask": attention_mask})
     out = attention_step.attend(
         module.layer_idx,
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
         scaling=scaling if scaling is not None else query.shape[-1] ** -0.5,
-        sliding_window=sliding_window,
         softcap=softcap,
     )
     return out[None], None

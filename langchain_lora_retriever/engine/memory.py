@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
@@ -11,11 +12,15 @@ from langchain_lora_retriever.engine.step_graph import MAX_CAPTURED_TOKENS
 from langchain_lora_retriever.errors import EngineError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from langchain_lora_retriever.engine.base_model import BaseModel
     from langchain_lora_retriever.engine.config import EngineConfig
     from langchain_lora_retriever.engine.probe import ModelProbe
 
-__all__ = ["MemoryPlan", "plan_memory"]
+__all__ = ["MemoryPlan", "longest_sequence", "plan_memory"]
+
+_logger = logging.getLogger(__name__)
 
 _CPU_CACHE_TOKENS_PER_SEQ = 2048  # what the CPU default reserves for each running request
 _CPU_MEMORY_SHARE = 0.25  # of what is available, at most
@@ -52,6 +57,36 @@ class MemoryPlan(NamedTuple):
     max_num_prefill_tokens: int | None
 
 
+def longest_sequence(model: PreTrainedModel, config: EngineConfig) -> int:
+    """Most tokens of one request, by the model's positions and by what the caller allows.
+
+    LongRoPE rotates every token of a step otherwise as soon as one sequence is longer than the model was trained for at
+    first, so that one request would change the answers of others: it is served up to that length.
+
+    Raises:
+        EngineError: If neither the model nor `config` says how long a sequence may be.
+    """
+    text = model.config.get_text_config()
+    limits = [getattr(text, "max_position_embeddings", None), config.max_model_len]
+    known = [int(limit) for limit in limits if limit is not None and limit > 0]
+    if not known:
+        raise EngineError(
+            f"{type(model.config).__name__} does not say how long a sequence may be (max_position_embeddings): set "
+            "EngineConfig(max_model_len=...)."
+        )
+    longest = min(known)
+    rope = getattr(text, "rope_parameters", None) or {}
+    for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        first = parameters.get("original_max_position_embeddings")
+        if parameters.get("rope_type") == "longrope" and first is not None and first < longest:
+            _logger.warning(
+                "%s scales all positions of a step once a sequence is longer than %d tokens (LongRoPE): requests are "
+                "served up to that length.", type(model).__name__, first,
+            )  # fmt: skip
+            longest = int(first)
+    return longest
+
+
 def plan_memory(base: BaseModel, probe: ModelProbe, config: EngineConfig) -> MemoryPlan:
     """Choose the sizes that `config` leaves open from what is free after loading.
 
@@ -63,8 +98,7 @@ def plan_memory(base: BaseModel, probe: ModelProbe, config: EngineConfig) -> Mem
     max_num_batched_tokens = max(
         config.max_num_batched_tokens or (MAX_CAPTURED_TOKENS if on_gpu else 512), max_num_seqs
     )
-    window = base.model.config.get_text_config().max_position_embeddings
-    max_model_len = min(config.max_model_len or window, window)
+    max_model_len = longest_sequence(base.model, config)
 
     lora_row_bytes = sum(
         (len(g.names) * g.in_features + sum(g.out_features)) * g.dtype.itemsize for g in probe.linear_groups

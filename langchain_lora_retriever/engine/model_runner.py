@@ -11,11 +11,12 @@ import torch
 from langchain_lora_retriever.engine.attention import GatheringStep, PagedCache, QuerySpan
 from langchain_lora_retriever.engine.flight import Flight
 from langchain_lora_retriever.engine.lora_layers import LoraLayers
-from langchain_lora_retriever.engine.memory import plan_memory
+from langchain_lora_retriever.engine.memory import longest_sequence, plan_memory
 from langchain_lora_retriever.engine.packed_adapter import AdapterPacking
 from langchain_lora_retriever.engine.packed_batch import PackedBatch
 from langchain_lora_retriever.engine.probe import input_device, probe_model, use_attention
 from langchain_lora_retriever.engine.sampler import choose
+from langchain_lora_retriever.engine.selfcheck import check_model
 from langchain_lora_retriever.engine.staged_store import StagedStore
 from langchain_lora_retriever.engine.upload import upload
 from langchain_lora_retriever.errors import EngineError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from langchain_lora_retriever.engine.base_model import BaseModel
     from langchain_lora_retriever.engine.config import EngineConfig
     from langchain_lora_retriever.engine.paged_executor import PagedExecutor
+    from langchain_lora_retriever.engine.probe import AttentionGeometry
     from langchain_lora_retriever.engine.request import Request
     from langchain_lora_retriever.engine.scheduler import ScheduledRequest
 
@@ -56,7 +58,10 @@ class ModelRunner:
     def __init__(self, base: BaseModel, config: EngineConfig) -> None:
         self._model = base.model
         self.device = input_device(base.model)
-        self.probe = probe_model(base.model)
+        longest = longest_sequence(base.model, config)
+        self.probe = probe_model(base.model, longest)
+        check_model(base.model, self.probe, longest)
+        self.probe = self.probe._replace(calls={})  # they hold tensors
         self.memory = plan_memory(base, self.probe, config)
         self.lora_layers = LoraLayers(
             base.model,
@@ -67,17 +72,7 @@ class ModelRunner:
             max_adapters_per_token=config.max_adapters_per_request,
         )
         self._caches = {
-            layer: PagedCache(
-                *(
-                    torch.zeros(
-                        (self.memory.num_blocks, config.block_size, geometry.num_kv_heads, width),
-                        dtype=geometry.dtype,
-                        device=geometry.device,
-                    )
-                    for width in (geometry.head_dim, geometry.value_dim)
-                )
-            )
-            for layer, geometry in self.probe.attention.items()
+            layer: self._make_cache(geometry, config.block_size) for layer, geometry in self.probe.attention.items()
         }
         self._own_attention = use_attention(base.model)
         self.lora_layers.attach()
@@ -163,6 +158,14 @@ class ModelRunner:
         self.lora_layers.detach()
         use_attention(self._model, self._own_attention)
         self._caches = {}
+
+    def _make_cache(self, geometry: AttentionGeometry, block_size: int) -> PagedCache:
+        shape = (self.memory.num_blocks, block_size, geometry.num_kv_heads)
+        keys, values = (
+            torch.zeros((*shape, width), dtype=geometry.dtype, device=geometry.device)
+            for width in (geometry.head_dim, geometry.value_dim)
+        )
+        return PagedCache(keys, values, geometry.pattern)
 
     def _make_executor(self, config: EngineConfig) -> PagedExecutor | None:
         """The Triton backend, where it is asked for or serves; None leaves PyTorch's attention.

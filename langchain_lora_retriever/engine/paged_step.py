@@ -54,20 +54,20 @@ class PagedStep:
         value: torch.Tensor,
         *,
         scaling: float,
-        sliding_window: int | None,
         softcap: float | None,
     ) -> torch.Tensor:
         """Write the step's keys and values, then attend."""
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-        write_kv(query, key, value, *self._caches[layer_idx], self._pages)
-        return self._attend(layer_idx, query, scaling, sliding_window, softcap)
+        cache = self._caches[layer_idx]
+        write_kv(query, key, value, cache.keys, cache.values, self._pages)
+        return self._attend(cache, query, scaling, softcap)
 
     def attend_projected(
         self,
         layer_idx: int,
         projected: torch.Tensor,
         geometry: AttentionGeometry,
-        rotary: Rotary,
+        rotary: Rotary | None,
         norm: QueryKeyNorm | None,
     ) -> torch.Tensor:
         """The same from what the projections gave, rotation and head norms included.
@@ -76,7 +76,7 @@ class PagedStep:
             layer_idx: Whose cache.
             projected: Queries, keys and values side by side `[num_tokens, ...]`; mutated.
             geometry: The layer's.
-            rotary: Rotation of the step's tokens.
+            rotary: Rotation of the step's tokens; None leaves them as they are.
             norm: Norms of queries and keys, if the layer has them.
 
         Returns:
@@ -92,25 +92,24 @@ class PagedStep:
         query = query.unflatten(1, (geometry.num_heads, geometry.head_dim))
         key = key.unflatten(1, (geometry.num_kv_heads, geometry.head_dim))
         value = value.unflatten(1, (geometry.num_kv_heads, geometry.value_dim))
-        write_kv(query, key, value, *self._caches[layer_idx], self._pages, rotary, norm)
-        out = self._attend(layer_idx, query, geometry.scaling, geometry.sliding_window, geometry.softcap)
+        cache = self._caches[layer_idx]
+        write_kv(query, key, value, cache.keys, cache.values, self._pages, rotary, norm)
+        out = self._attend(cache, query, geometry.scaling, geometry.softcap)
         return out.view(num_tokens, -1)
 
-    def _attend(
-        self, layer_idx: int, query: torch.Tensor, scaling: float, sliding_window: int | None, softcap: float | None
-    ) -> torch.Tensor:
-        keys, values = self._caches[layer_idx]
+    def _attend(self, cache: PagedCache, query: torch.Tensor, scaling: float, softcap: float | None) -> torch.Tensor:
+        keys, values, (sliding_window, chunk_size) = cache
         num_tokens, num_heads, _ = query.shape
         out = torch.empty(num_tokens, num_heads, values.shape[-1], dtype=query.dtype, device=query.device)
         tokens, tiles, num_decodes = self._tiles
         if tokens.shape[0]:
             attend_decode(
                 out, query, keys, values, self._pages, tokens, scaling=scaling, sliding_window=sliding_window,
-                softcap=softcap, num_splits=choose_num_splits(num_decodes, keys.shape[2]),
+                chunk_size=chunk_size, softcap=softcap, num_splits=choose_num_splits(num_decodes, keys.shape[2]),
             )  # fmt: skip
         if tiles.shape[0]:
             attend_prefill(
                 out, query, keys, values, self._pages, tiles, scaling=scaling, sliding_window=sliding_window,
-                softcap=softcap,
+                chunk_size=chunk_size, softcap=softcap,
             )  # fmt: skip
         return out

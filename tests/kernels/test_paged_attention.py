@@ -70,7 +70,7 @@ def make_step(spans: list[tuple[int, int]], heads: int, kv_heads: int, dim: int,
     )
 
 
-def reference(step: Step, window: int | None, softcap: float | None) -> torch.Tensor:
+def reference(step: Step, window: int | None, chunk: int | None, softcap: float | None) -> torch.Tensor:
     """Plain attention, sequence by sequence, in float64."""
     outputs, start = [], 0
     for (num_queries, context), (k, v) in zip(step.spans, step.history, strict=True):
@@ -84,6 +84,8 @@ def reference(step: Step, window: int | None, softcap: float | None) -> torch.Te
         mask = seen <= at
         if window is not None:
             mask &= seen > at - window
+        if chunk is not None:
+            mask &= seen // chunk == at // chunk
         outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), values))
         start += num_queries
     return torch.cat(outputs)
@@ -95,14 +97,29 @@ def close(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None
     assert error < (1e-5 if dtype == torch.float32 else 1e-2), error
 
 
-CASES = [(4, 2, 16, None, None), (6, 2, 24, 5, None), (5, 5, 16, None, 2.0), (8, 1, 32, 7, 3.0)]
+CASES = [
+    (4, 2, 16, None, None, None),
+    (6, 2, 24, 5, None, None),
+    (5, 5, 16, None, None, 2.0),
+    (8, 1, 32, 7, None, 3.0),
+    (4, 2, 16, None, 5, None),
+    (4, 4, 16, None, 64, 2.0),
+    (8, 1, 32, None, 100, None),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_splits", [1, 3])
-@pytest.mark.parametrize(("heads", "kv_heads", "dim", "window", "softcap"), CASES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "window", "chunk", "softcap"), CASES)
 def test_decode(
-    heads: int, kv_heads: int, dim: int, window: int | None, softcap: float | None, num_splits: int, dtype: torch.dtype
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    window: int | None,
+    chunk: int | None,
+    softcap: float | None,
+    num_splits: int,
+    dtype: torch.dtype,
 ) -> None:
     """Contexts of one token up to several blocks, split or not, beside a padding token."""
     from paged_attention import attend_decode, write_kv
@@ -111,16 +128,22 @@ def test_decode(
     write_kv(step.query, step.key, step.value, step.keys, step.values, step.pages)
     out = torch.full_like(step.query, torch.nan)
     tokens = torch.tensor([2, 0, 1, 3, 4, -1], device=DEVICE)
-    options = {"sliding_window": window, "softcap": softcap, "num_splits": num_splits}
+    options = {"sliding_window": window, "chunk_size": chunk, "softcap": softcap, "num_splits": num_splits}
     attend_decode(out, step.query, step.keys, step.values, step.pages, tokens, scaling=0.3, **options)
-    close(out[:4], reference(step, window, softcap), dtype)
+    close(out[:4], reference(step, window, chunk, softcap), dtype)
     assert (out[4] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("heads", "kv_heads", "dim", "window", "softcap"), CASES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "window", "chunk", "softcap"), CASES)
 def test_prefill(
-    heads: int, kv_heads: int, dim: int, window: int | None, softcap: float | None, dtype: torch.dtype
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    window: int | None,
+    chunk: int | None,
+    softcap: float | None,
+    dtype: torch.dtype,
 ) -> None:
     """Whole prompts, one of them longer than a tile, and prompts behind a cached prefix, beside a padding token."""
     from paged_attention import attend_prefill, queries_per_tile, write_kv
@@ -134,11 +157,11 @@ def test_prefill(
         start += num_queries
     tiles.append((start, 1))
     out = torch.full_like(step.query, torch.nan)
-    options = {"sliding_window": window, "softcap": softcap}
+    options = {"sliding_window": window, "chunk_size": chunk, "softcap": softcap}
     attend_prefill(
         out, step.query, step.keys, step.values, step.pages, torch.tensor(tiles, device=DEVICE), scaling=0.3, **options
     )
-    close(out[:-1], reference(step, window, softcap), dtype)
+    close(out[:-1], reference(step, window, chunk, softcap), dtype)
     assert (out[-1] == 0).all()
 
 

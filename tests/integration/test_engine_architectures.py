@@ -1,0 +1,186 @@
+"""Every kind of layer is served as `generate` would answer, or refused in words when the engine starts."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from langchain_lora_retriever.engine import BaseModel, EngineConfig, EngineWorker
+from langchain_lora_retriever.errors import EngineError
+from langchain_lora_retriever.types import SamplingParams
+from makers import make_tiny_model, make_tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "num_local_experts": 4, "moe_intermediate_size": 32}
+QWEN2_MOE = {**MOE, "use_sliding_window": True, "max_window_layers": 1, "shared_expert_intermediate_size": 32,
+             "layer_types": ["full_attention", "sliding_attention"]}  # fmt: skip
+LLAMA4 = {"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 96, "no_rope_layers": [1, 0],
+          "layer_types": ["chunked_attention", "full_attention"], "interleave_moe_layer_step": 2}  # fmt: skip
+SERVED: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "chunks of 8": ("llama4_text", {**LLAMA4, "attention_chunk_size": 8}),
+    "chunks of 13": ("llama4_text", {**LLAMA4, "attention_chunk_size": 13}),
+    "chunks wider than the prompt": ("llama4_text", {**LLAMA4, "attention_chunk_size": 500}),
+    "windows in the mask": ("qwen2_moe", {**QWEN2_MOE, "sliding_window": 8}),
+    "windows in the mask of all layers": ("phimoe", {**MOE, "sliding_window": 8}),
+    "a window of two": ("mistral", {"sliding_window": 2}),
+    "a window of a block": ("mistral", {"sliding_window": 16}),
+    "windows and softcaps": ("gemma2", {}),
+    "windows and two rotations": ("gemma3_text", {}),
+    "windows and no rotation": (
+        "cohere2",
+        {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "no rotation": ("smollm3", {"no_rope_layers": [1, 0], "use_sliding_window": False}),
+    "multipliers": ("granite", {"residual_multiplier": 0.3, "attention_multiplier": 0.1, "logits_scaling": 2.0}),
+    "parallel": ("gpt_neox", {"rotary_pct": 0.5}),
+    "latent": ("deepseek_v2", {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+                               "v_head_dim": 12, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+                               "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1}),
+}  # fmt: skip
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "no linear modules": ("gpt2", {"n_layer": 2, "n_embd": 64, "n_head": 4}, "Conv1D"),
+    "sinks": ("gpt_oss", {**MOE, "sliding_window": 8}, "attention sinks"),
+    "positions by the cache": ("llama4_text", {**LLAMA4, "attention_chunk_size": 8, "floor_scale": 8}, "floor_scale"),
+    "positions by the row": ("bart", {"decoder_layers": 2}, "position_ids"),
+    "all tokens see each other": ("bert", {"is_decoder": False}, "neither causal"),
+    "a mask of its own": ("doge", {}, "mask that was not made by"),
+    "two attentions in a layer": ("diffllama", {}, "attends twice"),
+    "no attention": ("mamba", {}, "recurrent"),
+    "attention beside a recurrence": (
+        "falcon_h1",
+        {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
+        "cache",
+    ),
+    "windows in the cache alone": ("moshi", {"sliding_window": 8}, "cache of the latest 8"),
+}
+
+
+def make_worker(model: Any, **settings: Any) -> EngineWorker:
+    """A small engine on PyTorch's attention."""
+    config = EngineConfig(max_num_seqs=4, kv_cache_bytes=1 << 20, lora_cache_bytes=4 << 20, **settings)
+    return EngineWorker(BaseModel(model, make_tokenizer(), "tiny"), config)
+
+
+def generate(model: Any, prompt: list[int], num_tokens: int = 12) -> list[int]:
+    """What transformers answers."""
+    model.generation_config.eos_token_id = None
+    ids = torch.tensor([prompt])
+    out = model.generate(ids, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False, pad_token_id=0)
+    return list(out[0, len(prompt) :].tolist())
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_tokens_are_those_of_generate(name: str) -> None:
+    """Prompts shorter and longer than any window or chunk, in pieces and side by side."""
+    architecture, extra = SERVED[name]
+    model = make_tiny_model(architecture, **extra)
+    prompts = [list(range(5, 5 + length)) for length in (40, 3, 25)]
+    expected = [generate(model, prompt) for prompt in prompts]
+    with make_worker(model, max_num_batched_tokens=24) as worker:
+        running = [worker.submit(prompt, SamplingParams(max_tokens=12, ignore_eos=True)) for prompt in prompts]
+        assert [list(g.result(60).token_ids) for g in running] == expected
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_served_is_refused_in_words(name: str) -> None:
+    """The engine does not start, and the model is as it was."""
+    architecture, extra, words = REFUSED[name]
+    model = make_tiny_model(architecture, **extra)
+    before = model.config._attn_implementation
+    with pytest.raises(EngineError, match=words):
+        make_worker(model)
+    assert model.config._attn_implementation == before
+
+
+def test_positions_that_scale_late_are_served_below() -> None:
+    """Llama 4 takes positions from its cache's length, which matters from `floor_scale` on."""
+    model = make_tiny_model("llama4_text", **LLAMA4, attention_chunk_size=8, floor_scale=64)
+    with pytest.raises(EngineError, match="max_model_len"):
+        make_worker(model)
+    prompt = list(range(5, 45))
+    expected = generate(model, prompt)
+    with make_worker(model, max_model_len=60) as worker:
+        assert (
+            list(worker.submit(prompt, SamplingParams(max_tokens=12, ignore_eos=True)).result(60).token_ids) == expected
+        )
+
+
+def test_no_request_rescales_the_positions_of_another(caplog: pytest.LogCaptureFixture) -> None:
+    """LongRoPE takes other factors for a whole step that has a long sequence in it: it is served below that length."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64,
+            "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}  # fmt: skip
+    model = make_tiny_model("phi3", rope_parameters=rope, original_max_position_embeddings=64)
+    prompt = list(range(5, 45))
+    expected = generate(model, prompt)
+    with make_worker(model) as worker:
+        assert worker.max_model_len == 64
+        assert (
+            list(worker.submit(prompt, SamplingParams(max_tokens=12, ignore_eos=True)).result(60).token_ids) == expected
+        )
+    assert "LongRoPE" in caplog.text
+
+
+def _eager(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **_: Any) -> Any:
+    """Eager attention that looks at keys in a way of its own: scores are doubled."""
+    groups = query.shape[1] // key.shape[1]
+    scores = 2 * scaling * query @ key.repeat_interleave(groups, 1).transpose(2, 3) + mask
+    return (scores.softmax(-1) @ value.repeat_interleave(groups, 1)).transpose(1, 2).contiguous(), None
+
+
+def _only_by_eager(module: Any, is_own: Callable[[], bool]) -> None:
+    """Let a layer's attention do something only where it attends by an implementation of transformers."""
+    forward = module.forward
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        out, weights = forward(*args, **kwargs)
+        return (2 * out if is_own() else out), weights
+
+    module.forward = wrapped
+
+
+def test_an_attention_function_that_differs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layer's own eager attention is the reference, and the error names the layer and its kind."""
+    model = make_tiny_model("gemma3_text")
+    model.set_attn_implementation("eager")
+    monkeypatch.setattr(sys.modules[type(model).__module__], "eager_attention_forward", _eager)
+    with pytest.raises(EngineError, match=r"Layer 0 of Gemma3ForCausalLM \(Gemma3Attention, sliding_attention\)"):
+        make_worker(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_code_that_asks_for_the_implementation_by_name_is_found(dtype: torch.dtype) -> None:
+    """A layer that does something else where the attention is not one of transformers' own."""
+    model = make_tiny_model("llama").to(dtype)
+    module = model.model.layers[1].self_attn
+    _only_by_eager(module, lambda: model.config._attn_implementation == "sdpa")
+    with pytest.raises(EngineError, match="answers otherwise over a paged cache"):
+        make_worker(model)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_experts_do_not_pass_for_modules_that_see_every_token(seed: int) -> None:
+    """Experts that are linear modules get some of the tokens: no adapter can target them, those beside them it can."""
+    torch.manual_seed(seed)
+    model = make_tiny_model("llama")
+    experts = torch.nn.ModuleList(torch.nn.Linear(64, 64, bias=False) for _ in range(2))
+    mlp = model.model.layers[0].mlp
+    mlp.experts = experts
+    mlp.router = torch.nn.Linear(64, 2, bias=False)
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        chosen = mlp.router(hidden[0]).argmax(-1)
+        out = hidden[0].clone()
+        for index, expert in enumerate(experts):
+            out[chosen == index] = expert(hidden[0][chosen == index])
+        return out[None]
+
+    mlp.forward = forward
+    with make_worker(model.requires_grad_(requires_grad=False)) as worker:
+        assert "model.layers.0.mlp.router" in worker.module_shapes
+        assert not [name for name in worker.module_shapes if "experts" in name]
