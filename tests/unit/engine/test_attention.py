@@ -37,5 +37,5 @@ def test_what_others_left_in_the_pages_is_not_read(junk: float, softcap: float |
         expected.append(torch.einsum("hqk,khd->qhd", weights, value.repeat_interleave(HEADS // KV_HEADS, 1)))
     query, key, value = (torch.cat(parts) for parts in zip(*new, strict=True))
     step = GatheringStep(spans, {0: cache})
-    got = step.attend(0, query, key, value, scaling=0.3, sliding_window=None, softcap=softcap)
+    got = step.attend(0, query, key, value, scaling=0.3, softcap=softcap)
     torch.testing.assert_close(got, torch.cat(expected))
