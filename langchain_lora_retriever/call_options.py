@@ -10,7 +10,8 @@ from typing import Any, get_args
 
 from langchain_lora_retriever.composer import Weighting
 from langchain_lora_retriever.errors import InvalidRequestError
-from langchain_lora_retriever.types import CompositionMode, SamplingParams
+from langchain_lora_retriever.shown import shown
+from langchain_lora_retriever.types import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS, CompositionMode, SamplingParams
 
 __all__ = ["CallOptions"]
 
@@ -101,7 +102,7 @@ class CallOptions:
         for name, (is_allowed, allowed) in _CHECKS.items():
             value = getattr(self, name)
             if value is not None and not is_allowed(value):
-                raise InvalidRequestError(f"{name}={value!r} is not allowed: pass {allowed}.")
+                raise InvalidRequestError(f"{name}={shown(value)} is not allowed: pass {allowed}.")
         if self.adapters is not None and self.model is not None:
             raise InvalidRequestError("Both adapters and model are given: each names the adapters to run; pass one.")
 
@@ -154,7 +155,12 @@ def _is_one_of(allowed: tuple[str, ...]) -> tuple[Callable[[Any], bool], str]:
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "adapters": (_is_list_of_text, "a list of adapter names; [] for the base model alone"),
     "exclude_adapters": (_is_list_of_text, "a list of adapter names"),
-    "stop": (_is_list_of_text, "a list of non-empty strings"),
+    "stop": (
+        lambda value: (
+            _is_list_of_text(value) and len(value) <= MAX_STOP_STRINGS and sum(map(len, value)) <= MAX_STOP_CHARACTERS
+        ),
+        f"a list of at most {MAX_STOP_STRINGS} non-empty strings, of {MAX_STOP_CHARACTERS:,} characters together",
+    ),
     "composition": _is_one_of(get_args(CompositionMode)),
     "weights": _is_one_of(get_args(Weighting)),
     "top_k": (_is_positive_int, "an integer >= 1"),

@@ -30,6 +30,9 @@ __all__ = [
 
 CompositionMode: TypeAlias = Literal["selection", "fusion", "mixture"]
 
+MAX_STOP_STRINGS = 256
+MAX_STOP_CHARACTERS = 16_384  # of all stop strings of a request together
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraWeights:
@@ -150,7 +153,8 @@ class SamplingParams:
         seed: Makes a sampled answer repeatable, whatever else is in the batch; None draws a fresh one. Any
             integer; its lowest 63 bits count.
         max_tokens: Most tokens to generate, >= 1; the model's context may allow fewer.
-        stop: Strings that end the answer; they are not part of it.
+        stop: Strings that end the answer; they are not part of it. At most 256, of 16,384 characters together. One may
+            be or contain a special token, though these are left out of the text.
         ignore_eos: Generate on past the end-of-sequence token (for benchmarks).
         logprobs: None for none; n >= 0 for the chosen token's and the n likeliest alternatives'.
         skip_special_tokens: Leave special tokens out of the text.
@@ -180,6 +184,10 @@ class SamplingParams:
                  "max_tokens", self.max_tokens, "an integer >= 1")  # fmt: skip
         _require(isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop),
                  "stop", self.stop, "a tuple of non-empty strings")  # fmt: skip
+        num_characters = sum(map(len, self.stop))
+        _require(len(self.stop) <= MAX_STOP_STRINGS and num_characters <= MAX_STOP_CHARACTERS,
+                 "stop", self.stop, f"at most {MAX_STOP_STRINGS} strings of {MAX_STOP_CHARACTERS:,} characters "
+                 f"together; these are {len(self.stop):,} of {num_characters:,}")  # fmt: skip
         _require(self.logprobs is None or (_is_int(self.logprobs) and 0 <= self.logprobs <= 20),
                  "logprobs", self.logprobs, "an integer from 0 to 20, or None")  # fmt: skip
         for name in ("ignore_eos", "skip_special_tokens"):

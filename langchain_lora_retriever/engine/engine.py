@@ -10,7 +10,7 @@ import torch
 
 from langchain_lora_retriever.engine.adapter_fit import AdapterFit
 from langchain_lora_retriever.engine.adapter_slots import AdapterSlots
-from langchain_lora_retriever.engine.detokenizer import Detokenizer
+from langchain_lora_retriever.engine.detokenizer import Detokenizer, Vocabulary
 from langchain_lora_retriever.engine.kv_cache import KVCacheManager
 from langchain_lora_retriever.engine.lora_layers import MAX_RANK
 from langchain_lora_retriever.engine.model_runner import ModelRunner
@@ -85,6 +85,7 @@ class Engine:
             step_sizes=self._runner.step_sizes,
         )
         self._recorder = StatsRecorder()
+        self._vocabulary = Vocabulary(base.tokenizer)
         self._eos_token_ids = _eos_token_ids(base)
         self._ids = itertools.count()
         self._is_async = self._runner.is_async
@@ -132,7 +133,12 @@ class Engine:
             prompt_token_ids=token_ids,
             sampling=sampling,
             adapters=tuple(ordered),
-            detokenizer=Detokenizer(self.tokenizer, sampling.stop, skip_special_tokens=sampling.skip_special_tokens),
+            detokenizer=Detokenizer(
+                self.tokenizer,
+                sampling.stop,
+                skip_special_tokens=sampling.skip_special_tokens,
+                vocabulary=self._vocabulary,
+            ),
             constraint=constraint,
             max_num_tokens=min(len(token_ids) + sampling.max_tokens, self.max_model_len),
         )

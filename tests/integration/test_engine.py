@@ -186,6 +186,16 @@ def test_stop_strings_and_limits_end_an_answer(worker: EngineWorker) -> None:
     assert cut.text == whole.text[: whole.text.index(stop)]
 
 
+def test_text_before_a_cut_character_arrives(worker: EngineWorker, byte_tokenizer: Any) -> None:
+    """Wherever the token limit falls, the text is that of all tokens up to a character that is not whole."""
+    for max_tokens in range(1, 12):
+        sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+        completion = worker.submit(make_prompts(8 + max_tokens)[0], sampling).result(60)
+        assert completion.finish_reason == "length"
+        whole = byte_tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+        assert completion.text == whole.rstrip("\ufffd")
+
+
 def test_end_of_sequence_ends_an_answer(llama: Any, byte_tokenizer: Any) -> None:
     """The model's end-of-sequence token stops the request and has no text."""
     prompt = make_prompts(10)[0]

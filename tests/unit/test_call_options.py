@@ -53,6 +53,8 @@ def test_langchains_own_arguments_are_let_through() -> None:
         ("timeout", -1),
         ("stop", "text"),
         ("stop", [""]),
+        ("stop", [f"s{i}" for i in range(257)]),
+        ("stop", ["a" * 10_000, "b" * 10_000]),
         ("route_text", 3),
         ("chat_template_kwargs", "enable_thinking"),
     ],
