@@ -62,6 +62,7 @@ class AnswerStream:
             adds chunks up, and would join two equal strings into one twice as long.
         readers: What finds reasoning and tool calls in the text.
         constraint: What the answer is constrained by, if anything; it knows whether the answer was shortened to fit.
+        tells_usage: Whether the last chunk says how many tokens were used.
     """
 
     def __init__(
@@ -71,7 +72,9 @@ class AnswerStream:
         *,
         readers: Sequence[Reader] = (),
         constraint: GrammarConstraint | None = None,
+        tells_usage: bool = True,
     ) -> None:
+        self._tells_usage = tells_usage
         self._tokenizer = tokenizer
         self._metadata = metadata
         self._readers = readers
@@ -96,7 +99,7 @@ class AnswerStream:
             message = AIMessageChunk(
                 content=text,
                 response_metadata=metadata,
-                usage_metadata=_usage_metadata(delta.usage) if delta.usage else None,
+                usage_metadata=_usage_metadata(delta.usage) if delta.usage and self._tells_usage else None,
                 chunk_position="last" if is_last else None,
             )
             yield ChatGenerationChunk(message=message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
@@ -10,13 +11,21 @@ from typing import Any, get_args
 
 from langchain_lora_retriever.composer import Weighting
 from langchain_lora_retriever.errors import InvalidRequestError
+from langchain_lora_retriever.nesting import check_texts
 from langchain_lora_retriever.shown import shown
 from langchain_lora_retriever.types import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS, CompositionMode, SamplingParams
 
 __all__ = ["CallOptions"]
 
-# Arguments that LangChain passes along for its own purposes; they change nothing here.
-_LANGCHAIN_ARGUMENTS = frozenset({"stream", "stream_usage", "ls_structured_output_format"})
+# Arguments that LangChain has acted upon before a call arrives here: it streams or not, and writes the trace.
+_LANGCHAIN_ARGUMENTS = frozenset({"stream", "ls_structured_output_format"})
+
+_MAX_ANSWERS = 128
+"""Answers of one call, each a request of its own."""
+_MAX_NAMES = 16_384
+"""Names in one list of adapters."""
+_MAX_NAME_LENGTH = 255
+"""Characters of one name; no file system allows more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +53,7 @@ class CallOptions:
         n: Answers to generate.
         timeout: Seconds the call may take; None does not limit it.
         chat_template_kwargs: More variables for the chat template.
+        stream_usage: Whether a stream's last chunk says how many tokens were used.
         tools: Tools the model may call.
         tool_choice: "auto", "any", "none" or the name of a tool.
         parallel_tool_calls: Whether one answer may hold several calls.
@@ -71,6 +81,7 @@ class CallOptions:
     n: int = 1
     timeout: float | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None
+    stream_usage: bool = True
     tools: Sequence[Any] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
@@ -84,16 +95,11 @@ class CallOptions:
         Raises:
             InvalidRequestError: If an argument is unknown or its value is not allowed.
         """
-        names = _names()
+        names, own = _names(), vars(settings)
         unknown = sorted(call.keys() - names - _LANGCHAIN_ARGUMENTS)
         if unknown:
-            near = difflib.get_close_matches(unknown[0], names, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise InvalidRequestError(
-                f"Unknown argument{'s'[: len(unknown) > 1]} {', '.join(map(repr, unknown))}.{hint} "
-                f"A call takes: {', '.join(sorted(names))}."
-            )
-        given = {**vars(settings), **{name: value for name, value in call.items() if value is not None}}
+            raise InvalidRequestError(_why_unknown(unknown, own))
+        given = {**own, **{name: value for name, value in call.items() if value is not None}}
         values = {name: value for name, value in given.items() if name in names and value is not None}
         return cls(**values)
 
@@ -105,6 +111,19 @@ class CallOptions:
                 raise InvalidRequestError(f"{name}={shown(value)} is not allowed: pass {allowed}.")
         if self.adapters is not None and self.model is not None:
             raise InvalidRequestError("Both adapters and model are given: each names the adapters to run; pass one.")
+        if self.top_logprobs is not None and self.logprobs is not True:
+            raise InvalidRequestError(
+                f"top_logprobs={shown(self.top_logprobs)} needs logprobs=True, but logprobs={shown(self.logprobs)}: "
+                "pass both, or the number as logprobs alone."
+            )
+
+        for name in ("stop", "route_text", "chat_template_kwargs", "adapters", "exclude_adapters", "model"):
+            check_texts(getattr(self, name), name)
+
+    @property
+    def has_format(self) -> bool:
+        """Whether an answer must be of some form, which may take long to be understood and compiled."""
+        return self.tools is not None or self.response_format is not None or self.guided is not None
 
     def sampling(self, index: int = 0, *, skip_special_tokens: bool = True) -> SamplingParams:
         """Build the sampling parameters of answer `index` of `n`: answers differ in their seeds."""
@@ -128,16 +147,32 @@ def _names() -> frozenset[str]:
     return frozenset(field.name for field in fields(CallOptions))
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _why_unknown(unknown: Sequence[str], settings: Mapping[str, Any]) -> str:
+    names = ", ".join(shown(name) for name in unknown[:8])
+    if unknown[0] in settings:
+        return (
+            f"{unknown[0]!r} is a setting of the chat model, not of a call. Give the model another one: "
+            f"llm.model_copy(update={{{unknown[0]!r}: ...}}), or llm.{unknown[0]} = ... for every call from then on."
+        )
+    near = difflib.get_close_matches(unknown[0][:_MAX_NAME_LENGTH], _names(), n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"Unknown argument{'s'[: len(unknown) > 1]} {names}.{hint} A call takes: {', '.join(sorted(_names()))}."
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_positive_number(value: Any) -> bool:
     return _is_number(value) and value > 0
 
 
+def _is_time(value: Any) -> bool:
+    return value == float("inf") if isinstance(value, float) and not _is_number(value) else _is_positive_number(value)
+
+
 def _is_positive_int(value: Any) -> bool:
-    return isinstance(value, int) and _is_positive_number(value)
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _is_cosine(value: Any) -> bool:
@@ -145,16 +180,26 @@ def _is_cosine(value: Any) -> bool:
 
 
 def _is_list_of_text(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(i, str) and i for i in value)
+    return isinstance(value, list | tuple) and all(isinstance(item, str) and item for item in value)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= _MAX_NAME_LENGTH
+
+
+def _is_list_of_names(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) <= _MAX_NAMES and all(map(_is_name, value)) and all(value)
 
 
 def _is_one_of(allowed: tuple[str, ...]) -> tuple[Callable[[Any], bool], str]:
-    return lambda value: value in allowed, f"one of {', '.join(map(repr, allowed))}"
+    return lambda value: isinstance(value, str) and value in allowed, f"one of {', '.join(map(repr, allowed))}"
 
+
+_NAMES = f"a list of at most {_MAX_NAMES} adapter names of at most {_MAX_NAME_LENGTH} characters"
 
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "adapters": (_is_list_of_text, "a list of adapter names; [] for the base model alone"),
-    "exclude_adapters": (_is_list_of_text, "a list of adapter names"),
+    "adapters": (_is_list_of_names, f"{_NAMES}; [] for the base model alone"),
+    "exclude_adapters": (_is_list_of_names, _NAMES),
     "stop": (
         lambda value: (
             _is_list_of_text(value) and len(value) <= MAX_STOP_STRINGS and sum(map(len, value)) <= MAX_STOP_CHARACTERS
@@ -164,12 +209,13 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "composition": _is_one_of(get_args(CompositionMode)),
     "weights": _is_one_of(get_args(Weighting)),
     "top_k": (_is_positive_int, "an integer >= 1"),
-    "n": (_is_positive_int, "an integer >= 1"),
-    "weight_temperature": (_is_positive_number, "a number > 0"),
-    "timeout": (_is_positive_number, "a number of seconds > 0"),
+    "n": (lambda value: _is_positive_int(value) and value <= _MAX_ANSWERS, f"an integer from 1 to {_MAX_ANSWERS}"),
+    "weight_temperature": (_is_positive_number, "a finite number > 0"),
+    "timeout": (_is_time, "a number of seconds > 0; infinity for no limit"),
     "min_score": (_is_cosine, "a cosine similarity, from -1 to 1"),
     "route_text": (lambda value: isinstance(value, str), "a string"),
-    "model": (lambda value: isinstance(value, str), "an adapter's name, or the base model's"),
+    "model": (_is_name, f"an adapter's name, or the base model's, of at most {_MAX_NAME_LENGTH} characters"),
     "guided": (lambda value: isinstance(value, Mapping), "a mapping of one of json, regex, choice and grammar"),
     "chat_template_kwargs": (lambda value: isinstance(value, Mapping), "a mapping of template variables"),
+    "stream_usage": (lambda value: isinstance(value, bool), "True or False"),
 }

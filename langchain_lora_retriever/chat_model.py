@@ -24,7 +24,14 @@ from langchain_lora_retriever.concurrency import Deadline, owned, reached_engine
 from langchain_lora_retriever.dialects import ChatTurn
 from langchain_lora_retriever.engine import Completion, Delta, EngineConfig, EngineWorker, Generation
 from langchain_lora_retriever.errors import InvalidRequestError
-from langchain_lora_retriever.messages import encode_chat, routing_text, to_chat
+from langchain_lora_retriever.messages import (
+    check_length,
+    encode_chat,
+    is_encoding,
+    num_characters,
+    routing_text,
+    to_chat,
+)
 from langchain_lora_retriever.profiles import loaded_profile
 from langchain_lora_retriever.shared import reject_unfit, running_engine, shared_engine
 from langchain_lora_retriever.structured_output import structured_output
@@ -143,7 +150,7 @@ class ChatLoraRetriever(ChatSettings):
     ) -> Iterator[ChatGenerationChunk]:
         options = self._options(stop, kwargs, is_stream=True)
         deadline = Deadline(options.timeout)
-        (run,) = run_within(deadline, lambda: self._begin(messages, options), discard=_abort)
+        (run,) = run_within(deadline, lambda: self._begin(messages, options, is_stream=True), discard=_abort)
         with owned([run.generation], deadline):
             for delta in run.generation.deltas(deadline.remaining()):
                 yield from run.answer.push(delta)
@@ -158,7 +165,7 @@ class ChatLoraRetriever(ChatSettings):
         options = self._options(stop, kwargs, is_stream=True)
         deadline = Deadline(options.timeout)
         async with deadline.limit():
-            (run,) = await self._abegin(messages, options)
+            (run,) = await self._abegin(messages, options, is_stream=True)
         with owned([run.generation], deadline, asyncio.get_running_loop()):
             async for delta in run.generation:
                 for chunk in run.answer.push(delta):
@@ -172,19 +179,23 @@ class ChatLoraRetriever(ChatSettings):
             raise InvalidRequestError(f"n={options.n} cannot be streamed: pass n=1, or use generate().")
         return options
 
-    def _begin(self, messages: Sequence[BaseMessage], options: CallOptions) -> list[_Run]:
+    def _begin(self, messages: Sequence[BaseMessage], options: CallOptions, *, is_stream: bool = False) -> list[_Run]:
         """Understand a call, route it, and give it to the engine."""
         call = self._understand(messages, options)
-        return self._start(call, *self._router.plan(call.text, call.options))
+        return self._start(call, *self._router.plan(call.text, call.options), is_stream=is_stream)
 
-    async def _abegin(self, messages: Sequence[BaseMessage], options: CallOptions) -> list[_Run]:
+    async def _abegin(
+        self, messages: Sequence[BaseMessage], options: CallOptions, *, is_stream: bool = False
+    ) -> list[_Run]:
         """Do what `_begin` does without holding up the event loop: what may take longer is done in a thread."""
         await self._load()
         understand = partial(self._understand, messages, options)
-        has_schema = any(value is not None for value in (options.tools, options.response_format, options.guided))
-        call = await run_in_thread(understand) if has_schema or _is_long(messages) else understand()
-        start = partial(self._start, call, *await self._router.aplan(call.text, call.options))
-        is_long = sum(len(turn["content"]) for turn in call.chat) > _LONG_PROMPT
+        is_long = options.has_format or _is_long(messages)
+        call = await run_in_thread(understand) if is_long else understand()
+        plan = await self._router.aplan(call.text, call.options)
+        start = partial(self._start, call, *plan, is_stream=is_stream)
+        # Nor wait for another's long prompt: a tokenizer encodes one at a time.
+        is_long = _is_long(messages) or is_encoding(call.engine.tokenizer)
         runs = await run_in_thread(start, discard=_abort) if is_long else start()
         reached_engine()
         return runs
@@ -192,12 +203,20 @@ class ChatLoraRetriever(ChatSettings):
     def _understand(self, messages: Sequence[BaseMessage], options: CallOptions) -> _Call:
         chat = to_chat(messages)
         engine = self._engine()
+        check_length(engine.tokenizer, len(chat), num_characters(chat), max_num_tokens=engine.max_model_len)
         answer = answer_format(options, engine.tokenizer)
         answer.compile(engine.tokenizer)
-        reject_unfit(self._router.pool, engine)
+        reject_unfit(self._router.pool, engine, self.model_name)
         return _Call(options, answer, engine, chat, _text_to_route(messages, options))
 
-    def _start(self, call: _Call, composition: Composition, adapters: Sequence[tuple[Adapter, float]]) -> list[_Run]:
+    def _start(
+        self,
+        call: _Call,
+        composition: Composition,
+        adapters: Sequence[tuple[Adapter, float]],
+        *,
+        is_stream: bool = False,
+    ) -> list[_Run]:
         metadata = {
             "model_name": call.options.model or self.model_name,
             "model_provider": "lora-retriever",
@@ -207,13 +226,22 @@ class ChatLoraRetriever(ChatSettings):
         prompt_token_ids = call.encode()
         tokenizer = call.engine.tokenizer
         limit = min(call.options.max_tokens, call.engine.max_model_len - len(prompt_token_ids))
-        runs = []
-        for index in range(call.options.n):
-            constraint = call.format.make_constraint(tokenizer, limit)
-            readers = answer_readers(tokenizer, prompt_token_ids, call.format)
-            sampling = call.options.sampling(index, skip_special_tokens=not reads_special_tokens(tokenizer, readers))
-            generation = call.engine.submit(prompt_token_ids, sampling, adapters, constraint=constraint)
-            runs.append(_Run(generation, AnswerStream(tokenizer, metadata, readers=readers, constraint=constraint)))
+        tells_usage = call.options.stream_usage or not is_stream
+        runs: list[_Run] = []
+        try:
+            for index in range(call.options.n):
+                constraint = call.format.make_constraint(tokenizer, limit)
+                readers = answer_readers(tokenizer, prompt_token_ids, call.format)
+                skips_special = not reads_special_tokens(tokenizer, readers)
+                sampling = call.options.sampling(index, skip_special_tokens=skips_special)
+                generation = call.engine.submit(prompt_token_ids, sampling, adapters, constraint=constraint)
+                answer = AnswerStream(
+                    tokenizer, metadata, readers=readers, constraint=constraint, tells_usage=tells_usage
+                )
+                runs.append(_Run(generation, answer))
+        except BaseException:
+            _abort(runs)
+            raise
         return runs
 
     # The engine
@@ -240,7 +268,7 @@ class ChatLoraRetriever(ChatSettings):
         """Return the engine, loading the base model at first use."""
         engine = shared_engine(self.base_model, self.model_kwargs, self._config)
         if self._has_own_profile and self.profile is not None:
-            self.profile = loaded_profile(self.profile, engine)
+            self.__dict__["profile"] = loaded_profile(self.profile, engine)  # found out, and not assigned
             self._has_own_profile = False
         return engine
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -25,6 +27,8 @@ from langchain_lora_retriever.shared import identity, shared_retriever
 from langchain_lora_retriever.types import CompositionMode
 
 __all__ = ["ChatSettings"]
+
+_MADE_HERE = frozenset({"callbacks", "profile"})  # of a process, or found out again
 
 
 class ChatSettings(ConcurrentChatModel):
@@ -111,7 +115,8 @@ class ChatSettings(ConcurrentChatModel):
     def _connect(self) -> Self:
         """Check the settings and find the retriever."""
         CallOptions.merge(self, {}).sampling()
-        self.model_name = self.model_name or _name_of(self.base_model)
+        given = self.__dict__  # not by assignment, which would come back here
+        given["model_name"] = self.model_name or _name_of(self.base_model)
         retriever = self.retriever
         if retriever is None:
             pool = self.pool if isinstance(self.pool, AdapterPool) else AdapterPool()
@@ -121,9 +126,72 @@ class ChatSettings(ConcurrentChatModel):
             raise InvalidRequestError("A retriever has its own encoder and instruction: pass it without these.")
         elif self.pool is not None and self.pool is not retriever.pool:
             raise InvalidRequestError("The pool is not the retriever's: pass one of the two.")
-        self.pool = retriever.pool
+        given["pool"] = retriever.pool
         self._router = Router(retriever, self.model_name)
         return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Change a setting as if the model were made with it: it is checked, and what depends on it follows.
+
+        Raises:
+            ValidationError: If the value is not allowed; nothing changes then.
+        """
+        if name in type(self).model_fields:
+            self._change({name: value})
+        else:
+            super().__setattr__(name, value)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Copy the chat model, checking what is updated. The engine, the pool and the retriever are shared.
+
+        Args:
+            update: Settings of the copy.
+            deep: Of no effect: settings are values, and the rest is shared.
+
+        Raises:
+            ValidationError: If a value is not allowed.
+        """
+        del deep
+        copied = super().model_copy()
+        if update:
+            copied._change(update)  # noqa: SLF001 - one of us
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """Copy the chat model; the engine, the pool and the retriever are shared, as they are with `model_copy`."""
+        return self.model_copy()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the settings, where another process can load from them what this one has.
+
+        Raises:
+            PicklingError: If the base model, the pool, the encoder or the retriever is in this process's memory only.
+        """
+        given = {name: getattr(self, name) for name in self.model_fields_set if name not in _MADE_HERE}
+        pool = given.get("pool")
+        if isinstance(pool, AdapterPool) and pool.path is not None:
+            given["pool"] = pool.path
+        held = [
+            name
+            for name, kinds in (
+                ("base_model", str | Path), ("pool", str | Path), ("encoder", str | Path), ("retriever", ())
+            )
+            if given.get(name) is not None and not isinstance(given[name], kinds)
+        ]  # fmt: skip
+        if held:
+            raise pickle.PicklingError(
+                f"This {type(self).__name__} cannot be pickled: its {', '.join(held)} lives in this process's memory. "
+                "Name a base model and an encoder, and pass the folder of an AdapterPool, or make the chat model in "
+                "the other process."
+            )
+        return _make, (type(self), given)
+
+    def _change(self, update: Mapping[str, Any]) -> None:
+        kept = {name: getattr(self, name) for name in self.model_fields_set - update.keys()}
+        changed = type(self)(**{**kept, **update})
+        self.__dict__.update(changed.__dict__)
+        self.__pydantic_fields_set__.update(update)
+        self.__pydantic_private__ = changed.__pydantic_private__
 
     @property
     def _llm_type(self) -> str:
@@ -170,6 +238,10 @@ class ChatSettings(ConcurrentChatModel):
         self._has_own_profile = True
         name = self.model_name or _name_of(self.base_model)
         return profile_before_loading(name, self.base_model, self.model_kwargs, self.engine_config)
+
+
+def _make(cls: type[ChatSettings], given: dict[str, Any]) -> ChatSettings:
+    return cls(**given)
 
 
 def _name_of(base_model: str | Path | tuple[Any, Any]) -> str:

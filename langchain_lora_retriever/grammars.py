@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llguidance import LLMatcher
 
 from langchain_lora_retriever.errors import InvalidRequestError
+from langchain_lora_retriever.nesting import check_unicode
 from langchain_lora_retriever.schemas import check_schema
 from langchain_lora_retriever.shown import shown
 
@@ -143,10 +144,7 @@ def _bounded(text: str, what: str) -> str:
         raise InvalidRequestError(
             f"{what}: {len(text):,} characters, at most {MAX_GRAMMAR_CHARACTERS:,} are allowed. Pass less."
         )
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRequestError(f"{what}: {error}. Pass text without halves of surrogate pairs.") from error
+    check_unicode(text, what)
     return text
 
 

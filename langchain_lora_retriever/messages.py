@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import threading
+from contextlib import suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import jinja2
 from langchain_core.messages import (
@@ -18,21 +21,25 @@ from langchain_core.messages import (
     SystemMessage,
     ToolMessage,
 )
+from transformers import PreTrainedTokenizerBase
 
 from langchain_lora_retriever.dialects import add_tools_section, dialect_of
-from langchain_lora_retriever.errors import InvalidRequestError
+from langchain_lora_retriever.errors import InvalidRequestError, PromptTooLongError
+from langchain_lora_retriever.nesting import check_texts, walk
+from langchain_lora_retriever.shown import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from transformers import PreTrainedTokenizerBase
+    from collections.abc import Mapping, Sequence
 
     from langchain_lora_retriever.dialects import ChatTurn, Dialect
     from langchain_lora_retriever.tools import Tool
 
 __all__ = [
+    "check_length",
     "content_text",
     "encode_chat",
+    "is_encoding",
+    "num_characters",
     "routing_text",
     "to_chat",
 ]
@@ -42,17 +49,34 @@ _ALPACA_PREAMBLE = (
 )
 _ALPACA_HEADINGS = {"user": "### Instruction:", "assistant": "### Response:", "tool": "### Input:"}
 _MEDIA_BLOCKS = frozenset({"image", "image_url", "input_image", "audio", "input_audio", "video", "file", "document"})
-# Blocks that repeat what `tool_calls` holds, or that the model is not shown again.
+# Past calls, which become `tool_calls` of their turn, with the names that providers give to a call's parts.
+_CALL_BLOCKS = frozenset({"tool_use", "tool_call", "invalid_tool_call", "function_call"})
+_CALL_IDS, _CALL_ARGUMENTS = ("id", "call_id"), ("args", "input", "arguments")
+# Blocks that are pieces of others, or that the model is not shown again.
 _SILENT_BLOCKS = frozenset(
-    {"tool_use", "tool_call", "tool_call_chunk", "invalid_tool_call", "function_call", "server_tool_call"}
-    | {"server_tool_result", "reasoning", "thinking", "redacted_thinking"}
+    {"tool_call_chunk", "server_tool_call", "server_tool_result", "reasoning", "thinking", "redacted_thinking"}
 )
 _ROLES = {"human": "user", "ai": "assistant", "developer": "system", "function": "tool"}
 _ROLE_PATTERN = re.compile(r"[A-Za-z][\w-]*")
 
+# What transformers takes itself; the rest are variables of the template.
+_RESERVED_KWARGS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {"messages"}
+_RESERVED_KWARGS -= {"documents"}
+# What a template's code may raise over values it did not expect.
+_REFUSALS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+
 # A fast tokenizer switches its treatment of special tokens in place while it encodes a sanitized chat, and refuses
-# to be borrowed twice. Encoding takes well under a millisecond, so one lock for all of them is enough.
-_encoding = threading.Lock()
+# to be borrowed twice: whoever encodes holds its lock, well under a millisecond where the prompt is short.
+_locks: WeakKeyDictionary[PreTrainedTokenizerBase, threading.Lock] = WeakKeyDictionary()
+
+
+def _lock_of(tokenizer: PreTrainedTokenizerBase) -> threading.Lock:
+    return _locks.get(tokenizer) or _locks.setdefault(tokenizer, threading.Lock())
+
+
+def is_encoding(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Say whether a tokenizer is in use by another thread just now, so that whoever wants it would have to wait."""
+    return _lock_of(tokenizer).locked()
 
 
 def content_text(message: BaseMessage) -> str:
@@ -73,7 +97,9 @@ def _block_text(block: str | dict[str, Any], message: BaseMessage) -> str | None
     if isinstance(block, str):
         return block
     kind = block.get("type", "text" if "text" in block else None)
-    if kind in _SILENT_BLOCKS:
+    if not isinstance(kind, str):
+        kind = shown(kind)
+    if kind in _SILENT_BLOCKS or (kind in _CALL_BLOCKS and isinstance(message, AIMessage)):
         return None
     if kind in {"text", "text-plain", "output_text", "input_text"} and isinstance(block.get("text"), str):
         return str(block["text"])
@@ -110,23 +136,91 @@ def to_chat(messages: Sequence[BaseMessage]) -> list[ChatTurn]:
     """
     if not messages:
         raise InvalidRequestError("The message list is empty: pass at least one message.")
+    for message in messages:
+        what = f"A {message.type} message"
+        check_texts([message.content, getattr(message, "tool_calls", None), message.additional_kwargs], what)
     return [_to_turn(message) for message in messages]
+
+
+def num_characters(chat: Sequence[ChatTurn]) -> int:
+    """Count the characters of the turns' texts and calls."""
+    return sum(len(turn["content"]) + check_texts(turn.get("tool_calls"), "A past call") for turn in chat)
+
+
+def check_length(
+    tokenizer: PreTrainedTokenizerBase, num_turns: int, num_characters: int, *, max_num_tokens: int
+) -> None:
+    """Refuse, before it is rendered and encoded, a prompt that cannot possibly fit.
+
+    Every turn takes a token at least, and no token covers more characters than the longest there is.
+
+    Raises:
+        PromptTooLongError: If the prompt has more turns or characters than so many tokens could hold.
+    """
+    longest = _longest_token(tokenizer, len(tokenizer))
+    if num_turns <= max_num_tokens and num_characters <= longest * max_num_tokens:
+        return
+    raise PromptTooLongError(
+        f"The prompt has {num_turns:,} messages and {num_characters:,} characters, but prompt and answer together may "
+        f"have at most {max_num_tokens:,} tokens, of which none covers more than {longest} characters: shorten the "
+        "prompt, or raise max_model_len or kv_cache_bytes."
+    )
+
+
+@lru_cache(maxsize=8)
+def _longest_token(tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> int:  # noqa: ARG001 - a tokenizer that grew is read again
+    return max(map(len, tokenizer.get_vocab()), default=1)
 
 
 def _to_turn(message: BaseMessage) -> ChatTurn:
     turn: ChatTurn = {"role": _role(message), "content": content_text(message)}
-    if isinstance(message, AIMessage) and (message.tool_calls or message.invalid_tool_calls):
-        calls = [(c["id"], c["name"], c["args"]) for c in message.tool_calls]
-        calls += [(c["id"], c["name"], c["args"]) for c in message.invalid_tool_calls]  # type: ignore[misc]
-        turn["tool_calls"] = [
-            {"type": "function", "id": id_, "function": {"name": name, "arguments": arguments}}
-            for id_, name, arguments in calls
-        ]
+    if isinstance(message, AIMessage):
+        calls = _past_calls(message)
+        if calls:
+            turn["tool_calls"] = [
+                {"type": "function", "id": id_, "function": {"name": name, "arguments": arguments}}
+                for id_, name, arguments in calls
+            ]
     if isinstance(message, ToolMessage | FunctionMessage):
         turn["name"] = message.name
     if isinstance(message, ToolMessage):
         turn["tool_call_id"] = message.tool_call_id
     return turn
+
+
+def _past_calls(message: AIMessage) -> list[tuple[Any, Any, Any]]:
+    """Return the id, name and arguments of every call, wherever a message holds it; none of them twice."""
+    calls: list[tuple[Any, Any, Any]] = [(c["id"], c["name"], c["args"]) for c in message.tool_calls]
+    calls += [(c["id"], c["name"], c["args"]) for c in message.invalid_tool_calls]
+    blocks: list[dict[str, Any]] = [
+        block for block in message.content if isinstance(block, dict) and block.get("type") in _CALL_BLOCKS
+    ]
+    function_call = message.additional_kwargs.get("function_call")
+    blocks += [function_call] if isinstance(function_call, dict) else []
+    for call in message.additional_kwargs.get("tool_calls") or ():
+        if isinstance(call, dict) and isinstance(call.get("function"), dict):
+            blocks.append({"id": call.get("id"), **call["function"]})
+    for block in blocks:
+        id_ = next((block[key] for key in _CALL_IDS if block.get(key) is not None), None)
+        given = (block[key] for key in _CALL_ARGUMENTS if block.get(key) is not None)
+        call = (id_, block.get("name"), _read_arguments(next(given, {})))
+        if not any(_is_same_call(call, known) for known in calls):
+            calls.append(call)
+    return calls
+
+
+def _is_same_call(call: tuple[Any, Any, Any], known: tuple[Any, Any, Any]) -> bool:
+    if call[0] is not None and known[0] is not None:
+        return bool(call[0] == known[0])
+    return call[1:] == (known[1], _read_arguments(known[2]))
+
+
+def _read_arguments(arguments: Any) -> Any:
+    """Read arguments that are JSON; what is none stays as it is."""
+    if isinstance(arguments, str):
+        with suppress(ValueError, RecursionError):
+            return json.loads(arguments)
+    return arguments
 
 
 def _role(message: BaseMessage) -> str:
@@ -167,8 +261,14 @@ def encode_chat(
         template_kwargs: More variables for the template (`enable_thinking=False`).
 
     Raises:
-        InvalidRequestError: If the template refuses the turns.
+        InvalidRequestError: If the template refuses the turns, or `template_kwargs` would replace an argument of it.
     """
+    own = _RESERVED_KWARGS & (template_kwargs or {}).keys()
+    if own:
+        raise InvalidRequestError(
+            f"chat_template_kwargs may not hold {', '.join(map(repr, sorted(own)))}: these decide how a prompt is "
+            "made. Pass variables that the model's template reads, such as enable_thinking=False."
+        )
     turns = list(chat)
     is_continued = turns[-1]["role"] == "assistant" and not turns[-1].get("tool_calls")
     if is_continued and not turns[-1]["content"]:
@@ -178,13 +278,13 @@ def encode_chat(
     if not (dialect or dialect_of(tokenizer)).by_template:
         turns, tools = add_tools_section(turns, tools), ()
     if not getattr(tokenizer, "chat_template", None):
-        with _encoding:
+        with _lock_of(tokenizer):
             encoded = tokenizer(_alpaca(turns, is_continued=is_continued), split_special_tokens=True)
         return list(encoded["input_ids"])
     refusals: list[Exception] = []
     for variant in (turns, _alternating(turns)):
         try:
-            with _encoding:
+            with _lock_of(tokenizer):
                 token_ids: Any = tokenizer.apply_chat_template(
                     variant,
                     tools=list(tools) or None,
@@ -197,17 +297,18 @@ def encode_chat(
                     **(template_kwargs or {}),
                 )
             return list(token_ids)
-        except jinja2.TemplateError as error:
+        except _REFUSALS as error:
             refusals.append(error)
     raise InvalidRequestError(
-        f"The chat template refuses these messages ({', '.join(turn['role'] for turn in turns)}): {refusals[0]}"
+        f"The chat template refuses these messages ({', '.join(turn['role'] for turn in turns[:8])}"
+        f"{', ...' * (len(turns) > 8)}): {refusals[0]}"
     ) from refusals[0]
 
 
 def _names_control_tokens(tokenizer: PreTrainedTokenizerBase, parts: Any) -> bool:
     """Say whether a text among a prompt's parts holds what might be a control token of the tokenizer's."""
     pattern = _control_tokens(tokenizer, len(tokenizer))
-    return any(pattern.search(text) for text in _texts(parts))
+    return any(pattern.search(text) for text in walk(parts, "The prompt") if isinstance(text, str))
 
 
 @lru_cache(maxsize=32)
@@ -218,26 +319,20 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> re.P
     return re.compile("|".join(map(re.escape, contents)) or "(?!)")
 
 
-def _texts(parts: Any) -> Iterator[str]:
-    """Yield the texts among nested values."""
-    if isinstance(parts, str):
-        yield parts
-    elif isinstance(parts, dict):
-        yield from _texts(list(parts.values()))
-    elif isinstance(parts, list | tuple):
-        for part in parts:
-            yield from _texts(part)
-
-
 def _alternating(turns: Sequence[ChatTurn]) -> list[ChatTurn]:
     """Merge turns that follow one of the same role, the system's into the user's that follows."""
     merged: list[ChatTurn] = []
+    parts: list[list[str]] = []
     for turn in turns:
         role = "user" if turn["role"] in {"system", "tool"} else turn["role"]
         if merged and merged[-1]["role"] == role:
-            merged[-1] = {"role": role, "content": f"{merged[-1]['content']}\n\n{turn['content']}"}
+            merged[-1] = {"role": role, "content": ""}
+            parts[-1].append(turn["content"])
         else:
             merged.append({**turn, "role": role})
+            parts.append([turn["content"]])
+    for turn, contents in zip(merged, parts, strict=True):
+        turn["content"] = "\n\n".join(contents)
     return merged
 
 

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pydantic
 import pydantic.v1
 from langchain_core.utils.function_calling import convert_to_json_schema
 
 from langchain_lora_retriever.errors import InvalidRequestError
+from langchain_lora_retriever.nesting import walk
 from langchain_lora_retriever.shown import shown
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 __all__ = [
     "MAX_SCHEMA_CHARACTERS",
-    "MAX_SCHEMA_DEPTH",
     "MAX_SCHEMA_REFS",
     "check_schema",
     "class_schema",
@@ -29,8 +26,6 @@ __all__ = [
 
 MAX_SCHEMA_CHARACTERS = 256 << 10
 """Characters of a schema that is written out as JSON."""
-MAX_SCHEMA_DEPTH = 100
-"""Levels of nesting of a schema."""
 MAX_SCHEMA_REFS = 500
 """Definitions that a schema refers to: native code recurses over chains of them."""
 _MAX_MULTIPLE_OF = 100_000
@@ -76,12 +71,7 @@ def check_schema(schema: Mapping[str, Any]) -> None:
     if not isinstance(schema, Mapping):
         raise InvalidRequestError(f"The schema {shown(schema)} is not allowed: pass a JSON object.")
     refs: set[str] = set()
-    for depth, value in _values(schema):
-        if depth > MAX_SCHEMA_DEPTH:
-            raise InvalidRequestError(
-                f"The schema nests more than {MAX_SCHEMA_DEPTH} levels deep: flatten it, or refer to definitions "
-                "($defs) in place of writing them out."
-            )
+    for value in walk(schema, "The schema"):
         if isinstance(value, Mapping):
             if isinstance(value.get("$ref"), str):
                 refs.add(value["$ref"])
@@ -157,28 +147,10 @@ def _by_langchain(schema: Any) -> dict[str, Any]:
         ) from error
 
 
-def _values(schema: Any) -> Iterator[tuple[int, Any]]:
-    """Yield nested values with their depths, without recursion; too large a schema, or one in a circle, ends early."""
-    stack = [(0, schema)]
-    num_values = 0
-    while stack:
-        depth, value = stack.pop()
-        yield depth, value
-        num_values += 1
-        if num_values > MAX_SCHEMA_CHARACTERS:
-            raise InvalidRequestError(
-                f"The schema holds more than {MAX_SCHEMA_CHARACTERS:,} values: leave out what the answer does not need."
-            )
-        if isinstance(value, Mapping):
-            stack += [(depth + 1, item) for item in value.values()]
-        elif isinstance(value, list | tuple):
-            stack += [(depth + 1, item) for item in value]
-
-
 def _refs(schema: Any) -> set[str]:
     return {
         value["$ref"].rpartition("/")[2]
-        for _, value in _values(schema)
+        for value in walk(schema, "The schema")
         if isinstance(value, Mapping) and isinstance(value.get("$ref"), str)
     }
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 import threading
 import uuid
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from langchain_lora_retriever.aside import run_aside
+from langchain_lora_retriever.base_names import is_same_base_model
 from langchain_lora_retriever.engine import EngineConfig, EngineWorker, load_base_model
 from langchain_lora_retriever.errors import AdapterError, UnknownAdapterError
 from langchain_lora_retriever.retriever import LoraRetriever
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from langchain_lora_retriever.encoder import Encoder
     from langchain_lora_retriever.engine import ModelSource
     from langchain_lora_retriever.pool import AdapterPool
+    from langchain_lora_retriever.types import Adapter
 
 __all__ = ["close_engines", "identity", "reject_unfit", "running_engine", "shared_engine", "shared_retriever"]
 
@@ -83,8 +86,8 @@ def shared_retriever(pool: AdapterPool, encoder: str | Encoder, instruction: str
         return retriever
 
 
-def reject_unfit(pool: AdapterPool, engine: EngineWorker) -> None:
-    """Move adapters that do not fit the base model to the pool's `rejected`.
+def reject_unfit(pool: AdapterPool, engine: EngineWorker, model_name: str = "") -> None:
+    """Move adapters that do not fit the base model to the pool's `rejected`, and warn of those that are doubtful.
 
     Contents are looked at once: again only after the pool has changed, and then only what is new in it.
     """
@@ -99,11 +102,39 @@ def reject_unfit(pool: AdapterPool, engine: EngineWorker) -> None:
             if adapter.fingerprint not in fitting.fingerprints:
                 engine.check_adapter(adapter)
                 fitting.fingerprints.add(adapter.fingerprint)
+                _tell_doubts(adapter, engine, model_name)
         except UnknownAdapterError:
             continue  # removed meanwhile
         except AdapterError as error:
             pool.reject(name, error)
     fitting.pool_version = version
+
+
+def _tell_doubts(adapter: Adapter, engine: EngineWorker, model_name: str) -> None:
+    """Warn, once, of an adapter that runs but is incomplete, or names another base model whose shapes agree."""
+    where = f"adapter {adapter.name!r} ({adapter.path})"
+    missing = engine.missing_modules(adapter)
+    if missing:
+        _warn(
+            f"{where} lacks {len(missing)} of the {len(missing) + len(adapter.weights)} modules that its configuration "
+            f"targets: {', '.join(missing[:4])}{', ...' * (len(missing) > 4)}. They run as the base model's. If its "
+            "file is one shard of several, or an interrupted save, save it again."
+        )
+    names = engine.base_names
+    if names and adapter.base_model:
+        known = sorted({*names, model_name} - {""})
+        if not any(is_same_base_model(name, adapter.base_model) for name in known):
+            _warn(
+                f"{where} was trained for the base model {adapter.base_model!r}; the one here is "
+                f"{' or '.join(map(repr, known))}. Its tensors fit, so it is served; unless the two are the same "
+                "model, its answers mean nothing. Pass model_name to say what the base model is, or "
+                "AdapterPool(base_model=...) to refuse adapters of others."
+            )
+
+
+def _warn(message: str) -> None:
+    _logger.warning(message)
+    warnings.warn(message, UserWarning, stacklevel=4)
 
 
 def identity(thing: object) -> str:

@@ -12,7 +12,7 @@ from langchain_lora_retriever.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from langchain_lora_retriever.types import Adapter
 
@@ -53,7 +53,7 @@ class AdapterFit:
         """Refuse an adapter that could never run. Contents are looked at once.
 
         Raises:
-            InvalidAdapterError: If it is for another base model, or lacks modules that its configuration targets.
+            InvalidAdapterError: If it is for another base model.
             UnsupportedAdapterError: If its rank is beyond the kernels or beyond the device memory for adapters.
         """
         if adapter.fingerprint in self._fitting:
@@ -63,6 +63,12 @@ class AdapterFit:
         if len(self._fitting) >= _NUM_REMEMBERED:
             self._fitting.clear()
         self._fitting.add(adapter.fingerprint)
+
+    def missing(self, adapter: Adapter) -> list[str]:
+        """Name the modules that an adapter's configuration targets and its file lacks: they run as the base model's."""
+        if adapter.is_target is None:
+            return []
+        return [name for name in self._module_shapes if name not in adapter.weights and adapter.is_target(name)]
 
     def check_together(self, adapters: Sequence[Adapter]) -> None:
         """Refuse a composition that could never be in device memory at once.
@@ -101,19 +107,6 @@ class AdapterFit:
                     f"{where} does not fit {name!r}: it has (in_features, out_features) = {met}, the base model "
                     f"{self._base_model!r} {allowed}{self._made_for(adapter)}. It is for another base model."
                 )
-        missing = list(self._missing(adapter))
-        if missing:
-            raise InvalidAdapterError(
-                f"{where} lacks {len(missing)} of the {len(missing) + len(adapter.weights)} modules that its "
-                f"configuration targets: {', '.join(missing[:_NUM_NAMED])}{', ...' * (len(missing) > _NUM_NAMED)}. "
-                "Its file is incomplete (one shard of several, or an interrupted save): save the adapter again."
-            )
-
-    def _missing(self, adapter: Adapter) -> Iterator[str]:
-        if adapter.is_target is not None:
-            for name in self._module_shapes:
-                if name not in adapter.weights and adapter.is_target(name):
-                    yield name
 
     def _check_rank(self, adapter: Adapter) -> None:
         where = f"adapter {adapter.name!r} ({adapter.path})"

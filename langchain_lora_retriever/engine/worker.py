@@ -46,6 +46,8 @@ class EngineWorker:
     def __init__(self, base: BaseModel, config: EngineConfig | None = None) -> None:
         self.config = config or EngineConfig()
         self.name = base.name
+        names = {base.name, str(base.model.config.name_or_path or "")}
+        self._base_names = frozenset(names - {"", type(base.model).__name__})
         self._engine = Engine(base, self.config)
         freezes = self.config.freeze_heap
         self._freezes_heap = self._engine.device.type == "cuda" if freezes is None else freezes
@@ -109,13 +111,22 @@ class EngineWorker:
         self._post(lambda: self._accept(request, generation))
         return generation
 
+    @property
+    def base_names(self) -> frozenset[str]:
+        """What the base model is known as; empty for one that was handed over without a name."""
+        return self._base_names
+
     def check_adapter(self, adapter: Adapter) -> None:
         """Refuse an adapter that this engine could never run; contents are looked at once.
 
         Raises:
-            AdapterError: If it is for another base model, incomplete, or beyond the kernels or the memory for adapters.
+            AdapterError: If it is for another base model, or beyond the kernels or the memory for adapters.
         """
         self._engine.fit.check(adapter)
+
+    def missing_modules(self, adapter: Adapter) -> list[str]:
+        """Name the modules that an adapter's configuration targets and its file lacks."""
+        return self._engine.fit.missing(adapter)
 
     def stats(self) -> EngineStats:
         """A snapshot of what the engine has been doing."""

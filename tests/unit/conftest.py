@@ -63,7 +63,9 @@ class FakeEngine:
         self.tokenizer = tokenizer
         self.answer: Callable[[str, list[str]], str] = lambda prompt, adapters: "The answer."
         shapes = {"q_proj": (8, 8)}
-        self.check_adapter = AdapterFit("fake/base", shapes, max_rank=256, num_rows=1024, max_loras=64).check
+        fit = AdapterFit("fake/base", shapes, max_rank=256, num_rows=1024, max_loras=64)
+        self.check_adapter, self.missing_modules = fit.check, fit.missing
+        self.base_names = frozenset({"fake/base"})
         self.delay = 0.0
         self.is_dead = False
         self.requests: list[dict[str, Any]] = []

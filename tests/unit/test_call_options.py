@@ -94,3 +94,26 @@ def test_model_and_adapters_exclude_each_other() -> None:
     """Two ways of naming the adapters at once are refused."""
     with pytest.raises(InvalidRequestError, match="Both adapters and model"):
         CallOptions(model="sql", adapters=["sql"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n", 129), ("n", 10**30), ("n", True), ("adapters", ["x" * 256]), ("exclude_adapters", ["a"] * 20_000),
+        ("exclude_adapters", [""]), ("stop", {"a"}), ("composition", ["mixture"]), ("min_score", float("nan")),
+        ("weight_temperature", float("inf")), ("timeout", float("nan")), ("timeout", 10**400), ("top_logprobs", 3),
+        ("stream_usage", "no"), ("route_text", "\ud800"), ("stop", ["\ud800"]), ("model", "x" * 256),
+        ("chat_template_kwargs", {"a": "\ud800"}),
+    ],
+    ids=lambda value: str(value)[:20],
+)  # fmt: skip
+def test_values_at_their_extremes_are_refused_in_words(name: str, value: Any) -> None:
+    """Never by an error of Python's own."""
+    with pytest.raises(InvalidRequestError, match=name):
+        CallOptions(**{name: value})
+
+
+def test_a_setting_of_the_model_is_no_argument_of_a_call() -> None:
+    """The hint says how to change it instead."""
+    with pytest.raises(InvalidRequestError, match=r"'pool' is a setting of the chat model.*model_copy"):
+        CallOptions.merge(SimpleNamespace(pool=None), {"pool": "folder"})

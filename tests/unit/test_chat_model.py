@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
+import json
+import pickle
 import threading
 import time
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -707,8 +710,8 @@ def test_no_two_configurations_share_a_cached_answer(llm: ChatLoraRetriever, eng
     cached = llm.model_copy(update={"cache": InMemoryCache()})
     copies = [cached.model_copy(update=change) for change in ({}, {"top_k": 1}, {"composition": "fusion"},
               {"temperature": 0.1}, {"weights": "uniform"}, {"min_score": 0.2}, {"adapters": ["sql"]})]  # fmt: skip
-    for copy in copies:
-        copy.invoke(SQL)
+    for copied in copies:
+        copied.invoke(SQL)
     assert len(engine.requests) == len(copies)
     cached.invoke(SQL)
     assert len(engine.requests) == len(copies)
@@ -806,3 +809,104 @@ def test_a_pool_may_be_a_folder(engine, pool: AdapterPool, tmp_path, llm: ChatLo
     loaded = ChatLoraRetriever(base_model="fake/base", pool=tmp_path / "pool", encoder=llm.retriever.encoder)
     assert isinstance(loaded.pool, AdapterPool)
     assert loaded.route(SQL, top_k=1).names == ("sql",)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", "hot"), ("max_tokens", -5), ("composition", "bogus"), ("pool", 7), ("stop", "x")],
+)
+def test_assignment_is_checked(llm: ChatLoraRetriever, name: str, value: Any) -> None:
+    """What a constructor would refuse is refused, by assignment and in a copy, and nothing changes."""
+    before = getattr(llm, name)
+    with pytest.raises(ValueError, match=name):
+        setattr(llm, name, value)
+    with pytest.raises(ValueError, match=name):
+        llm.model_copy(update={name: value})
+    assert getattr(llm, name) == before
+
+
+def test_assigning_a_pool_routes_in_it(llm: ChatLoraRetriever, pool: AdapterPool, write_adapter) -> None:
+    """Of the chat model, and of a copy alone."""
+    other = AdapterPool()
+    other.add("other", write_adapter("other"), samples=[SQL])
+    llm = ChatLoraRetriever(base_model="fake/base", pool=pool, encoder=llm.retriever.encoder, top_k=1)
+    copied = llm.model_copy(update={"pool": other, "top_k": 2})
+    assert copied.route(SQL).names == ("other",)
+    assert llm.route(SQL).names == ("sql",)
+    llm.pool = other
+    llm.temperature = 0.5
+    assert llm.route(SQL).names == ("other",)
+    assert (llm.top_k, llm.temperature, copied.temperature) == (1, 0.5, 0.0)
+
+
+def test_assigning_a_pool_beside_a_retriever_is_refused(llm: ChatLoraRetriever) -> None:
+    """The retriever has its own."""
+    with pytest.raises(ValueError, match="The pool is not the retriever's"):
+        llm.pool = AdapterPool()
+
+
+def test_assigning_a_base_model_renames_the_model(llm: ChatLoraRetriever) -> None:
+    """Unless the caller gave the name."""
+    llm.base_model = "fake/other"
+    assert llm.model_name == "fake/other"
+
+
+def test_a_deep_copy_shares_what_is_loaded(llm: ChatLoraRetriever) -> None:
+    """Settings are its own; the pool and the retriever are not copied."""
+    copied = copy.deepcopy({"chain": [llm]})["chain"][0]
+    copied.temperature = 0.9
+    assert llm.temperature == 0.0
+    assert copied.retriever is llm.retriever
+    assert copied.invoke(SQL).text == llm.invoke(SQL).text
+
+
+def test_pickling_takes_names_and_folders(llm: ChatLoraRetriever, write_adapter, tmp_path) -> None:
+    """What another process can load travels as its name; what it cannot is said in words."""
+    write_adapter("sql")
+    pool = AdapterPool(tmp_path / "pool", create=True)
+    pool.add("sql", tmp_path / "checkpoints" / "sql", samples=[SQL])
+    named = ChatLoraRetriever(base_model="fake/base", pool=pool, temperature=0.3)
+    restored = pickle.loads(pickle.dumps(named))
+    assert (restored.pool.names, restored.temperature, restored.base_model) == (pool.names, 0.3, "fake/base")
+    with pytest.raises(pickle.PicklingError, match="its pool, encoder lives in this process's memory"):
+        pickle.dumps(ChatLoraRetriever(base_model="fake/base", pool=AdapterPool(), encoder=llm.retriever.encoder))
+
+
+def test_a_stream_may_leave_usage_out(llm: ChatLoraRetriever) -> None:
+    """`stream_usage=False` is heeded by streams; an answer as a whole always says what it used."""
+    assert any(chunk.usage_metadata for chunk in llm.stream(SQL))
+    assert not any(chunk.usage_metadata for chunk in llm.stream(SQL, stream_usage=False))
+    assert llm.invoke(SQL, stream_usage=False).usage_metadata
+
+
+def test_answers_begun_before_one_fails_are_aborted(llm: ChatLoraRetriever, engine, monkeypatch) -> None:
+    """Of `n` answers none goes on in the engine when one of them is refused."""
+    submit, engine.delay = engine.submit, 5.0
+
+    def refuse_the_third(*args: Any, **kwargs: Any) -> Any:
+        if len(engine.requests) == 2:
+            raise InvalidRequestError("no more")
+        return submit(*args, **kwargs)
+
+    monkeypatch.setattr(engine, "submit", refuse_the_third)
+    with pytest.raises(InvalidRequestError, match="no more"):
+        llm.invoke(SQL, n=3)
+    assert engine.num_aborted == 2
+
+
+def test_an_adapter_that_may_not_be_meant_for_the_model_is_told_once(
+    llm: ChatLoraRetriever, engine, pool: AdapterPool, write_adapter, caplog, recwarn
+) -> None:
+    """It is served, as its tensors fit; a warning and the log name it, and what it was trained for."""
+    folder = write_adapter("foreign")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/another"}))
+    engine.missing_modules = lambda adapter: ["v_proj"] if adapter.name == "foreign" else []
+    pool.add("foreign", folder, samples=[SQL])
+    assert llm.invoke(SQL, adapters=["foreign"]).response_metadata["adapters"][0]["name"] == "foreign"
+    said = [record.message for record in caplog.records]
+    assert any("'foreign'" in text and "lacks 1 of the 2 modules" in text for text in said)
+    assert any("trained for the base model 'org/another'; the one here is 'fake/base'" in text for text in said)
+    assert sum("'foreign'" in str(warning.message) for warning in recwarn.list) == 2
+    llm.invoke(SQL, adapters=["foreign"])
+    assert [record.message for record in caplog.records] == said

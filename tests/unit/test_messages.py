@@ -7,8 +7,8 @@ import copy
 import pytest
 from langchain_core.messages import AIMessage, ChatMessage, FunctionMessage, HumanMessage, SystemMessage, ToolMessage
 
-from langchain_lora_retriever.errors import InvalidRequestError
-from langchain_lora_retriever.messages import content_text, encode_chat, routing_text, to_chat
+from langchain_lora_retriever.errors import InvalidRequestError, PromptTooLongError
+from langchain_lora_retriever.messages import check_length, content_text, encode_chat, routing_text, to_chat
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -153,3 +153,74 @@ def test_a_template_that_refuses_everything_is_reported(tokenizer) -> None:
     broken.chat_template = "{{ raise_exception('no such luck') }}"
     with pytest.raises(InvalidRequestError, match="no such luck"):
         encode_chat(broken, HELLO)
+
+
+CALL = {"name": "look_up", "args": {"city": "Oslo"}, "id": "c"}
+OPENAI_CALL = {"id": "c", "type": "function", "function": {"name": "look_up", "arguments": '{"city": "Oslo"}'}}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        AIMessage("", tool_calls=[CALL]),
+        AIMessage([{"type": "tool_use", "id": "c", "name": "look_up", "input": {"city": "Oslo"}}]),
+        AIMessage([{"type": "tool_call", **CALL}]),
+        AIMessage([{"type": "function_call", "call_id": "c", "name": "look_up", "arguments": '{"city": "Oslo"}'}]),
+        AIMessage("", additional_kwargs={"tool_calls": [OPENAI_CALL]}),
+        AIMessage("", additional_kwargs={"function_call": OPENAI_CALL["function"]}),
+        AIMessage([{"type": "tool_use", "id": "c", "name": "look_up", "input": {"city": "Oslo"}}], tool_calls=[CALL]),
+    ],
+    ids=["tool_calls", "tool_use", "tool_call", "responses", "openai", "function_call", "twice"],
+)
+def test_a_past_call_reaches_the_prompt_wherever_it_stands(message: AIMessage) -> None:
+    """In every form that providers write it, and once where a message holds it twice."""
+    (turn,) = to_chat([message])
+    (call,) = turn["tool_calls"]
+    assert call["function"] == {"name": "look_up", "arguments": {"city": "Oslo"}}
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        (HumanMessage("a\ud800b"), "human message holds half a surrogate pair"),
+        (AIMessage("", tool_calls=[{"name": "f", "args": {"x": ["\udfff"]}, "id": "1"}]), "ai message holds half"),
+        (HumanMessage([{"type": "text", "text": "\ud800"}]), "human message holds half"),
+    ],
+)
+def test_half_a_surrogate_pair_is_refused(message, said: str) -> None:
+    """Wherever a text stands: no tokenizer could read it."""
+    with pytest.raises(InvalidRequestError, match=said):
+        to_chat([message])
+
+
+def test_what_nests_too_deep_is_refused() -> None:
+    """A call's arguments of a thousand levels, in words and not by the interpreter's limit."""
+    nested: dict = {}
+    for _ in range(1000):
+        nested = {"x": nested}
+    with pytest.raises(InvalidRequestError, match="nests more than 100 levels"):
+        to_chat([AIMessage("", tool_calls=[{"name": "f", "args": nested, "id": "1"}])])
+
+
+@pytest.mark.parametrize(("num_turns", "num_characters"), [(101, 500), (1, 10_000_000)])
+def test_a_prompt_that_cannot_fit_is_not_encoded(tokenizer, num_turns: int, num_characters: int) -> None:
+    """Told by its messages and characters, of which no token covers more than so many."""
+    with pytest.raises(PromptTooLongError, match=f"{num_turns:,} messages and {num_characters:,} characters"):
+        check_length(tokenizer, num_turns, num_characters, max_num_tokens=100)
+    check_length(tokenizer, 100, 100, max_num_tokens=100)
+
+
+@pytest.mark.parametrize("name", ["chat_template", "tokenize", "tools", "messages", "truncation"])
+def test_template_arguments_of_ours_are_refused(tokenizer, name: str) -> None:
+    """Variables of the template pass; what decides how a prompt is made does not."""
+    with pytest.raises(InvalidRequestError, match=f"may not hold '{name}'"):
+        encode_chat(tokenizer, HELLO, template_kwargs={name: "x"})
+    encode_chat(tokenizer, HELLO, template_kwargs={"documents": [], "enable_thinking": False})
+
+
+def test_a_template_that_stumbles_refuses_in_words(tokenizer) -> None:
+    """Whatever its code raises over values it did not expect."""
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = "{{ messages[0].content + 1 }}"
+    with pytest.raises(InvalidRequestError, match="The chat template refuses these messages"):
+        encode_chat(own, HELLO)

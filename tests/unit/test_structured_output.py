@@ -434,7 +434,7 @@ ROUND["properties"] = {"self": ROUND}
         ({"regex": "("}, r"cannot be constrained as asked"),
         ({"grammar": "start: " + "(" * 20_000}, r"cannot be constrained as asked"),
         ({"grammar": None}, r"Lark grammar as text"),
-        ({"regex": "\ud800"}, r"halves of surrogate pairs"),
+        ({"regex": "\ud800"}, r"half a surrogate pair"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )

@@ -35,16 +35,25 @@ def make_fit(num_rows: int = 12, max_loras: int = 3) -> AdapterFit:
             make_adapter("a", layers_0_q=(4, 5)),
             r"'layers.0.q': it has .* = \(4, 5\), the base model 'org/base' \(4, 6\)",
         ),
-        (make_adapter("a", layers_0_q=(4, 6)), r"lacks 1 of the 2 modules that its configuration targets: layers.1.q"),
         (make_adapter("a", 17), r"rank 17; the kernels go up to 16"),
         (make_adapter("a", 13), r"rank 13, but .* holds 12 ranks: raise EngineConfig.lora_cache_bytes"),
     ],
-    ids=["module", "shape", "half", "kernels", "memory"],
+    ids=["module", "shape", "kernels", "memory"],
 )
 def test_an_adapter_that_can_never_run_is_refused(adapter: Adapter, message: str) -> None:
     """By name, with what was met and what is allowed; the first thing wrong gives the reason."""
     with pytest.raises(AdapterError, match=message):
         make_fit().check(adapter)
+
+
+def test_knows_what_an_adapter_lacks() -> None:
+    """Modules that its configuration targets and its file has not; a whole one, or one made here, lacks none."""
+    fit = make_fit()
+    half = make_adapter("a", layers_0_q=(4, 6))
+    fit.check(half)
+    assert fit.missing(half) == ["layers.1.q"]
+    assert fit.missing(make_adapter("b")) == []
+    assert fit.missing(Adapter("c", "fp-c", half.weights)) == []
 
 
 def test_an_adapter_that_fits_is_looked_at_once() -> None:
