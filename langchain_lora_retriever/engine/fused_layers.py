@@ -2,11 +2,13 @@
 
 transformers computes norms, rotations, residual additions and activations operation by operation. A layer that is built
 as Llama, Mistral, Qwen or Gemma build theirs is recognised by its modules, and only its `forward` is replaced. Nothing
-is taken on trust: each norm is read by what it computes, and the paged executor compares the model's logits.
+is taken on trust: each norm is read by what it computes, and `fused_check` compares each layer with its own forward,
+with a rotation of queries and keys and without. Layers that it does not find equal stay as they are, beside fused ones.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,7 +18,7 @@ from decoder_kernels import ACTIVATIONS, RmsNorm, add_rms_norm, gated_activation
 from paged_attention import QueryKeyNorm, Rotary
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from transformers import PreTrainedModel
 
@@ -24,7 +26,9 @@ if TYPE_CHECKING:
     from langchain_lora_retriever.engine.paged_step import PagedStep
     from langchain_lora_retriever.engine.probe import AttentionGeometry
 
-__all__ = ["FusedLayers"]
+__all__ = ["FusedForward", "FusedLayers"]
+
+_logger = logging.getLogger(__name__)
 
 _PLAIN_NORMS = frozenset({"input_layernorm", "post_attention_layernorm"})
 _SANDWICH_NORMS = _PLAIN_NORMS | {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
@@ -46,12 +50,19 @@ class _Layer(NamedTuple):
     norm_after_attention: RmsNorm | None
     norm_before_mlp: RmsNorm
     norm_after_mlp: RmsNorm | None
+    is_rotated: bool = True
 
 
 class FusedLayers:
-    """The layers of a decoder and its last norm, with fused forwards from `attach` to `detach`."""
+    """The layers of a decoder and its last norm, with fused forwards from `attach` to `detach`.
 
-    def __init__(self, layers: list[_Layer], final: nn.Module, final_norm: RmsNorm) -> None:
+    Args:
+        layers: Each layer of the decoder; None for one that is not fused.
+        final: The norm behind the last.
+        final_norm: What it computes; None if it is not fused.
+    """
+
+    def __init__(self, layers: list[_Layer | None], final: nn.Module | None, final_norm: RmsNorm | None) -> None:
         self._layers = layers
         self._final = final
         self._final_norm = final_norm
@@ -60,33 +71,60 @@ class FusedLayers:
     @classmethod
     def recognise(
         cls, model: PreTrainedModel, lora_layers: LoraLayers, geometry: Mapping[int, AttentionGeometry]
-    ) -> FusedLayers | None:
-        """Read `model`; None if any of its layers is built in another way."""
+    ) -> FusedLayers:
+        """Read `model`; a layer that is built in another way is left out."""
         decoder = model.get_decoder()
         modules, final = getattr(decoder, "layers", None), getattr(decoder, "norm", None)
-        if not isinstance(modules, nn.ModuleList) or final is None or len(modules) != len(geometry):
-            return None
+        if not isinstance(modules, nn.ModuleList) or len(modules) != len(geometry):
+            return cls([], None, None)
         names = {id(module): name for name, module in model.named_modules()}
         config = model.config.get_text_config()
         activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
-        final_norm = _read_norm(final)
-        layers = [_read_layer(module, names[id(module)], lora_layers, geometry, activation) for module in modules]
-        if final_norm is None or any(layer is None for layer in layers):
-            return None
-        return cls([layer for layer in layers if layer is not None], final, final_norm)
+        layers: list[_Layer | None] = []
+        for module in modules:
+            try:
+                layers.append(_read_layer(module, names[id(module)], lora_layers, geometry, activation))
+            except Exception as error:  # noqa: BLE001 - code of other people's, run by guess; the layer works as it is
+                _logger.warning("%s stays unfused: it could not be read: %r", names[id(module)], error)
+                layers.append(None)
+        try:
+            final_norm = None if final is None else _read_norm(final)
+        except Exception as error:  # noqa: BLE001 - likewise
+            _logger.warning("The last norm stays unfused: it could not be read: %r", error)
+            final_norm = None
+        return cls(layers, final, final_norm)
+
+    @property
+    def num_fused(self) -> int:
+        """Layers that run fused."""
+        return sum(layer is not None for layer in self._layers)
+
+    def candidates(self) -> Iterator[tuple[int, nn.Module, list[FusedForward]]]:
+        """Each layer that could be fused: its place, its module, and the forwards to be tried in its stead."""
+        for index, layer in enumerate(self._layers):
+            if layer is not None:
+                ways = (layer, layer._replace(is_rotated=False))
+                yield index, layer.module, [FusedForward(self, way, None) for way in ways]
+
+    def decide(self, index: int, forward: FusedForward | None) -> None:
+        """Say which of its forwards a layer runs; None leaves it unfused."""
+        self._layers[index] = None if forward is None else forward.layer
 
     def attach(self) -> None:
         """Replace the forwards."""
-        for index, layer in enumerate(self._layers):
-            is_last = index + 1 == len(self._layers)
-            following = self._final_norm if is_last else self._layers[index + 1].norm_before_attention
-            layer.module.forward = _FusedForward(self, layer, following)
-        self._final.forward = self._forward_final
+        following = self._final_norm
+        for layer in reversed(self._layers):
+            if layer is not None:
+                layer.module.forward = FusedForward(self, layer, following)
+            following = None if layer is None else layer.norm_before_attention
+        if self._final is not None and self._final_norm is not None and self._layers and self._layers[-1] is not None:
+            self._final.forward = self._forward_final
 
     def detach(self) -> None:
         """Give the modules their own forwards back."""
-        for module in (*(layer.module for layer in self._layers), self._final):
-            del module.forward
+        for module in (*(layer.module for layer in self._layers if layer is not None), self._final):
+            if module is not None:
+                vars(module).pop("forward", None)
         self._handed_on = None
 
     def hand_on(self, hidden: torch.Tensor, normed: torch.Tensor) -> None:
@@ -101,32 +139,46 @@ class FusedLayers:
         return rms_norm(hidden.reshape(-1, hidden.shape[-1]), norm)
 
     def _forward_final(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        assert self._final_norm is not None
         return self.take(hidden_states, self._final_norm).view(hidden_states.shape)
 
 
-class _FusedForward:
-    """A decoder layer's forward: four products, attention, and one launch between each two of them."""
+class FusedForward:
+    """A decoder layer's forward: four products, attention, and one launch between each two of them.
 
-    def __init__(self, stack: FusedLayers, layer: _Layer, following: RmsNorm) -> None:
+    Args:
+        stack: The layers it is one of.
+        layer: What it computes.
+        following: The norm that comes next; None if whoever comes next computes its own.
+    """
+
+    def __init__(self, stack: FusedLayers, layer: _Layer, following: RmsNorm | None) -> None:
         self._stack = stack
-        self._layer = layer
+        self.layer = layer
         self._following = following
 
     def __call__(
         self,
         hidden_states: torch.Tensor,
         *,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_step: PagedStep,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **_: Any,
     ) -> torch.Tensor:
-        layer = self._layer
+        """The layer's output, of the input's shape; other keywords than these are the attention's and not read."""
+        layer = self.layer
         residual = hidden_states.reshape(-1, hidden_states.shape[-1])
-        rotary = Rotary(position_embeddings[0][0], position_embeddings[1][0])
+        rotary = None
+        if layer.is_rotated:
+            assert position_embeddings is not None
+            rotary = Rotary(position_embeddings[0][0], position_embeddings[1][0])
         x = self._stack.take(hidden_states, layer.norm_before_attention)
         x = attention_step.attend_projected(layer.layer_idx, layer.qkv(x), layer.geometry, rotary, layer.head_norm)
         residual, x = add_rms_norm(layer.out(x), residual, layer.norm_before_mlp, layer.norm_after_attention)
         x = layer.down(gated_activation(layer.gate_up(x), layer.activation))
+        if self._following is None:
+            x = x if layer.norm_after_mlp is None else rms_norm(x, layer.norm_after_mlp)
+            return (residual + x).view(hidden_states.shape)
         residual, x = add_rms_norm(x, residual, self._following, layer.norm_after_mlp)
         out = residual.view(hidden_states.shape)
         self._stack.hand_on(out, x)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from langchain_lora_retriever.engine.block_tables import BlockTables
+from langchain_lora_retriever.engine.fused_check import check_fused
 from langchain_lora_retriever.engine.fused_layers import FusedLayers
 from langchain_lora_retriever.engine.paged_step import PagedStep, QueryTiles
 from langchain_lora_retriever.engine.step_graph import CaptureError, StepGraph, StepShapes
@@ -35,8 +36,6 @@ __all__ = ["PagedExecutor"]
 
 _logger = logging.getLogger(__name__)
 
-_TOLERANCE = {torch.float32: 1e-3}  # of the fused layers' logits, by relative norm
-_TOLERANCE_16_BIT = 5e-2
 _USUAL_NUM_STREAMS = 16  # beside prompts; decides how the streams' keys are split, as their number is data there
 
 
@@ -46,7 +45,7 @@ class PagedExecutor:
     Args:
         model: The model, all of it on one device.
         probe: What is known of it.
-        caches: Each layer's cache; block 0 is written and cleared again.
+        caches: Each layer's cache.
         lora_layers: Its adapters.
         memory: Sizes.
         config: What to use.
@@ -69,8 +68,8 @@ class PagedExecutor:
         self._device = chosen.device
         self._chosen = chosen
         self._tables = BlockTables(memory.max_num_seqs, -(-memory.max_model_len // config.block_size), self._device)
-        geometry = next(iter(probe.attention.values()))
-        self._tile_size = queries_per_tile(geometry.num_heads, geometry.num_kv_heads)
+        self._tile_size = min(queries_per_tile(g.num_heads, g.num_kv_heads) for g in probe.attention.values())
+        self._num_layers = len(probe.attention)
         self._fused = self._fuse(probe) if config.enable_fused_layers else None
         self._graphs: dict[tuple[StepShape, tuple[int, int] | None], StepGraph] = {}
         self._num_adapters = sorted(
@@ -88,8 +87,13 @@ class PagedExecutor:
 
     @property
     def is_fused(self) -> bool:
-        """Whether the model's layers run fused."""
-        return self._fused is not None
+        """Whether all of the model's layers run fused."""
+        return self.num_fused_layers == self._num_layers
+
+    @property
+    def num_fused_layers(self) -> int:
+        """How many of the model's layers run fused."""
+        return self._fused.num_fused if self._fused is not None else 0
 
     @property
     def step_sizes(self) -> Sequence[int]:
@@ -223,41 +227,9 @@ class PagedExecutor:
         return decode_tokens, prefill_tiles
 
     def _fuse(self, probe: ModelProbe) -> FusedLayers | None:
-        """The model's layers, fused and attached, if they are of a known shape and give the same logits."""
-        fused = FusedLayers.recognise(self._model, self._lora_layers, probe.attention)
-        if fused is None:
-            _logger.info("%s: layers of another shape; they run unfused", type(self._model).__name__)
-            return None
-        expected = self._try_out()
-        fused.attach()
-        got = self._try_out()
-        error = float((got - expected).norm() / expected.norm())
-        if error <= _TOLERANCE.get(self._model.dtype, _TOLERANCE_16_BIT):
-            return fused
-        fused.detach()
-        _logger.warning(
-            "%s: fused layers change the logits by %.1e (relative), more than rounding does; they run unfused",
-            type(self._model).__name__, error,
-        )  # fmt: skip
-        return None
-
-    @torch.inference_mode()
-    def _try_out(self) -> torch.Tensor:
-        """Logits of a few tokens in block 0, as a prompt and one more token."""
-        num = min(next(iter(self._caches.values())).block_size, 8)
+        """The model's layers, those of them that are of a known shape and as exact as their own forwards attached."""
         self._lora_layers.set_device_batch(None, None)
-        empty = torch.zeros(0, dtype=torch.int64, device=self._device)
-        logits = []
-        for positions, tiles in (
-            (list(range(num - 1)), QueryTiles(empty, upload([(0, num - 1)], torch.int64, self._device), 0)),
-            ([num - 1], QueryTiles(upload([0], torch.int64, self._device), empty.view(0, 2), 1)),
-        ):
-            if positions:
-                zeros, none = [0] * len(positions), [-1] * len(positions)
-                tokens = upload([[p + 1 for p in positions], positions, zeros, none], torch.int64, self._device)
-                sampled = torch.arange(len(positions), device=self._device)
-                logits.append(self._run(tokens, tiles, sampled).float())
-        for cache in self._caches.values():
-            cache.keys[0].zero_()
-            cache.values[0].zero_()
-        return torch.cat(logits)
+        fused = FusedLayers.recognise(self._model, self._lora_layers, probe.attention)
+        check_fused(self._model, fused, probe, self._tile_size)
+        _logger.info("%s: %d of %d layers run fused", type(self._model).__name__, fused.num_fused, len(probe.attention))
+        return fused if fused.num_fused else None

@@ -40,7 +40,8 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
     "multipliers": ("granite", {"residual_multiplier": 0.3, "attention_multiplier": 0.1, "logits_scaling": 2.0}),
     "parallel": ("gpt_neox", {"rotary_pct": 0.5}),
     "latent": ("deepseek_v2", {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16,
-                               "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+                               "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12,
+                               "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
                                "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1}),
 }  # fmt: skip
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {

@@ -21,6 +21,13 @@ needs_triton = pytest.mark.skipif(
 )
 SMALL: dict[str, Any] = {"max_num_seqs": 8, "kv_cache_bytes": 2 << 20, "lora_cache_bytes": 4 << 20}
 NUM_TOKENS = 4
+EXTRA: dict[str, dict[str, Any]] = {
+    "llama4_text": {"attention_chunk_size": 8, "layer_types": ["chunked_attention", "full_attention"],
+                    "num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 96,
+                    "no_rope_layers": [1, 0], "interleave_moe_layer_step": 3},
+    "smollm3": {"no_rope_layers": [1, 0], "use_sliding_window": False},
+    "granite": {"residual_multiplier": 0.3, "attention_multiplier": 0.1, "logits_scaling": 2.0},
+}  # fmt: skip
 Pairs = list[tuple[Adapter, float]]
 
 
@@ -61,6 +68,8 @@ def make_cases(model: Any, *lengths: int) -> list[tuple[list[int], Pairs]]:
         ("mistral", {"enable_cuda_graphs": False}),
         ("gemma2", {}),
         ("gemma3_text", {}),
+        ("llama4_text", {"enable_fused_layers": False}),
+        ("smollm3", {}),
     ],
 )
 def test_the_triton_backend_gives_the_tokens_of_generate(
@@ -71,7 +80,7 @@ def test_the_triton_backend_gives_the_tokens_of_generate(
         from langchain_lora_retriever.engine import paged_step
 
         monkeypatch.setattr(paged_step, "choose_num_splits", lambda *_: 2)
-    model = make_tiny_model(architecture)
+    model = make_tiny_model(architecture, **EXTRA.get(architecture, {}))
     cases = make_cases(model, 3, 37, 20)
     expected = [generate(model, *case, NUM_TOKENS) for case in cases]
     settings = {**SMALL, "enable_async_scheduling": True, **options}
@@ -124,6 +133,82 @@ def test_the_triton_backend_keeps_what_is_not_finite_with_its_request(
             with pytest.raises(EngineError, match=r"'wild'.*not finite"):
                 ill.result(120)
         worker.check_integrity()
+
+
+def make_strange(model: Any) -> tuple[Any, int, str]:
+    """One of three layers does what no fused forward knows of."""
+    model.model.layers[1].mlp.act_fn = torch.nn.ReLU()
+    return model, 2, "model.layers.1 stays unfused: fused it computes something else"
+
+
+def make_multiplied(model: Any) -> tuple[Any, int, str]:
+    """All layers do."""
+    return model, 0, "model.layers.0 stays unfused"
+
+
+def make_last_strange(model: Any) -> tuple[Any, int, str]:
+    """The last layer does, so that the norm behind it takes nothing from it."""
+    layer = model.model.layers[2]
+    layer.self_attn.register_forward_hook(lambda _module, _args, output: (0.7 * output[0], output[1]))
+    return model, 2, "model.layers.2 stays unfused"
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("architecture", "change"),
+    [("gemma2", make_strange), ("llama", make_last_strange), ("granite", make_multiplied)],
+)
+def test_layers_that_are_built_otherwise_run_unfused_beside_the_others_on_the_triton_backend(
+    architecture: str,
+    change: Any,
+    byte_tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Each is judged alone, and the tokens are those of the model."""
+    if DEVICE == "cpu":
+        from langchain_lora_retriever.engine import paged_step
+
+        monkeypatch.setattr(paged_step, "choose_num_splits", lambda *_: 2)
+    layers = {"num_hidden_layers": 3}
+    if architecture == "gemma2":
+        layers["layer_types"] = ["sliding_attention", "full_attention", "sliding_attention"]
+    model, num_fused, words = change(make_tiny_model(architecture, **EXTRA.get(architecture, {}), **layers))
+    prompt = make_prompt(20)
+    expected = generate(model, prompt, [], NUM_TOKENS)
+    config = EngineConfig(attention_backend="triton", **SMALL)
+    with EngineWorker(BaseModel(model.to(DEVICE), byte_tokenizer, "tiny"), config) as worker:
+        executor = worker._engine._runner._executor
+        assert executor is not None
+        assert executor.num_fused_layers == num_fused
+        assert words in caplog.text
+        running = worker.submit(prompt, SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True))
+        assert list(running.result(120).token_ids) == expected
+    assert not [name for name, module in model.named_modules() if "forward" in vars(module)]
+
+
+@needs_triton
+@pytest.mark.parametrize("where", ["_read_norm", "gated_activation"])
+def test_a_fused_forward_that_fails_leaves_the_triton_backend_unfused(
+    where: str, byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where it is read and where it is tried out: the engine starts, says why, and answers the same."""
+    from langchain_lora_retriever.engine import fused_layers
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise TypeError("renamed in another version")
+
+    monkeypatch.setattr(fused_layers, where, fail)
+    model = make_tiny_model("llama")
+    expected = generate(model, make_prompt(5), [], 2)
+    config = EngineConfig(attention_backend="triton", **SMALL)
+    with EngineWorker(BaseModel(model.to(DEVICE), byte_tokenizer, "tiny"), config) as worker:
+        executor = worker._engine._runner._executor
+        assert executor is not None
+        assert executor.num_fused_layers == 0
+        assert "renamed in another version" in caplog.text
+        running = worker.submit(make_prompt(5), SamplingParams(max_tokens=2, ignore_eos=True))
+        assert list(running.result(120).token_ids) == expected
 
 
 def test_a_model_that_lies_elsewhere_cannot_have_the_triton_backend(byte_tokenizer: Any) -> None:
