@@ -1,90 +1,62 @@
 """Read one PEFT LoRA checkpoint, and refuse by name what cannot be honoured.
 
-The configuration is read by PEFT's own `LoraConfig`, with PEFT's own pattern matching. The weights stay in
-the file: `MappedWeights` maps it once and makes a tensor only when it is asked for, so a pool of ten thousand
-adapters costs neither memory for weights nor an open file per adapter.
+The weights are read once, piece by piece, to be checked and hashed, and stay in the file until they are wanted, so a
+pool of ten thousand adapters costs neither memory for weights nor an open file per adapter.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+import re
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
 from langchain_lora_retriever.adapter_config import CONFIG_FILE, AdapterConfig
+from langchain_lora_retriever.adapter_folder import read_one_version, said
 from langchain_lora_retriever.base_names import is_same_base_model
 from langchain_lora_retriever.errors import InvalidAdapterError, UnsupportedAdapterError
-from langchain_lora_retriever.types import Adapter, LoraWeights
+from langchain_lora_retriever.file_weights import (
+    CHUNK_BYTES,
+    DTYPES,
+    MAX_WEIGHTS_BYTES,
+    FileWeights,
+    Layout,
+    TensorSpec,
+    hash_of,
+    parse_header,
+    read_header,
+)
+from langchain_lora_retriever.shown import shown
+from langchain_lora_retriever.types import Adapter
 
-__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "MappedWeights", "read_adapter"]
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from numpy.typing import NDArray
+
+    from langchain_lora_retriever.adapter_folder import AdapterFolder, RegularFile
+
+__all__ = ["CONFIG_FILE", "MAX_CONFIG_BYTES", "WEIGHTS_FILE", "adapter_of", "moved", "read_adapter"]
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PICKLE_FILE = "adapter_model.bin"
 _PREFIX = "base_model.model."
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-# Module path -> (lora_A, lora_B, scaling); a tensor is (offset in the data section, shape, dtype).
-_TensorSpec = tuple[int, tuple[int, int], torch.dtype]
-
-
-class _Layout(dict[str, tuple[_TensorSpec, _TensorSpec, float]]):
-    """Where each module's tensors lie, and the configuration they were checked against; can be weakly referenced."""
-
-    def __init__(self, config: AdapterConfig) -> None:
-        super().__init__()
-        self.config = config
-
+_COMPILED = re.compile(r"(?:(?<=\.)|^)_orig_mod\.")
+_KEY = re.compile(r"base_model\.model\.([^\x00-\x1f\x7f\ud800-\udfff]{1,512})\.(lora_[AB])(?:\.default)?\.weight")
+_ADVICE = "An adapter is a folder that PEFT's save_pretrained() writes."
+MAX_CONFIG_BYTES = 4 << 20
 
 # Adapters of one recipe have the same layout; they share one object.
-_LAYOUTS: WeakValueDictionary[bytes, _Layout] = WeakValueDictionary()
-
-
-class MappedWeights(Mapping[str, LoraWeights]):
-    """The weights of one safetensors file, mapped and not copied.
-
-    The map outlives the file's name: an adapter whose folder is removed stays usable for whoever holds it.
-
-    Args:
-        data: The file's tensor section, `[num_bytes]` uint8, usually mapped.
-        layout: Where each module's `lora_A` and `lora_B` lie, and its scaling.
-    """
-
-    __slots__ = ("_data", "_layout")
-
-    def __init__(self, data: torch.Tensor, layout: _Layout) -> None:
-        self._data = data
-        self._layout = layout
-
-    def __getitem__(self, module: str) -> LoraWeights:
-        lora_A, lora_B, scaling = self._layout[module]
-        return LoraWeights(self._view(lora_A), self._view(lora_B), scaling)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._layout)
-
-    def __len__(self) -> int:
-        return len(self._layout)
-
-    def _view(self, spec: _TensorSpec) -> torch.Tensor:
-        offset, shape, dtype = spec
-        raw = self._data[offset : offset + math.prod(shape) * dtype.itemsize]
-        if raw.storage_offset() % dtype.itemsize:  # an unaligned file, legal but rare
-            raw = raw.clone()
-        return raw.view(dtype).view(shape)
-
-    def content_hash(self) -> str:
-        """Sha256 of layout, scalings and every tensor byte."""
-        digest = hashlib.sha256(repr(sorted(self._layout.items())).encode())
-        digest.update(self._data.numpy().data)
-        return digest.hexdigest()
+_LAYOUTS: WeakValueDictionary[bytes, Layout] = WeakValueDictionary()
 
 
 def read_adapter(
@@ -103,7 +75,7 @@ def read_adapter(
         fingerprint: What an earlier read of exactly these files returned. Spares hashing and the NaN check.
 
     Returns:
-        The adapter, its weights mapped from the file.
+        The adapter, its weights in the file.
 
     Raises:
         UnsupportedAdapterError: If it needs what is not honoured here (DoRA, modules_to_save, bias, pickle).
@@ -111,151 +83,188 @@ def read_adapter(
     """
     path = Path(path)
     name = path.name if name is None else name
-    where = f"adapter {name!r} ({path})"
-    config = AdapterConfig(_read_json(path / CONFIG_FILE, where), where)
+    return read_one_version(
+        path,
+        f"adapter {name!r} ({path})",
+        lambda folder: adapter_of(folder, name, base_model=base_model, fingerprint=fingerprint),
+        guard=contextlib.nullcontext,
+    )
+
+
+def adapter_of(
+    folder: AdapterFolder, name: str, *, base_model: str | None = None, fingerprint: str | None = None
+) -> Adapter:
+    """`read_adapter` of an open folder.
+
+    Raises:
+        AdapterError: If it cannot be used.
+        OSError: If a file cannot be read.
+    """
+    where = f"adapter {name!r} ({folder.path})"
+    config = AdapterConfig(_read_config(folder, where), where)
     made_for = config.base_model
     if base_model and made_for and not is_same_base_model(base_model, made_for):
         raise InvalidAdapterError(
-            f"{where} was trained for the base model {made_for!r}, but the base model here is "
+            f"{where} was trained for the base model {shown(made_for)}, but the base model here is "
             f"{base_model!r}. Use an adapter trained for {base_model!r}."
         )
-    header, data = _map_file(path, where)
-    layout = _shared_layout(header, config, where)
-    weights = MappedWeights(data, layout)
-    if fingerprint is None:
-        _check_finite(weights, where)
-        fingerprint = weights.content_hash()
+    file = _open_weights(folder, where)
+    with contextlib.closing(file):
+        layout = _layout_of(file, config, where)
+        fingerprint = fingerprint or _checked_hash(file, layout, where)
     return Adapter(
         name=name,
         fingerprint=fingerprint,
-        weights=weights,
+        weights=FileWeights(folder.path / WEIGHTS_FILE, name, file.identity, layout, fingerprint),
         base_model=made_for,
-        path=path,
+        path=folder.path,
         is_target=partial(layout.config.is_target, where=where),
     )
 
 
-def _read_json(file: Path, where: str) -> object:
+def moved(adapter: Adapter, path: Path) -> Adapter:
+    """The same adapter after its folder was renamed to `path`."""
+    assert isinstance(adapter.weights, FileWeights), "only adapters that were read from a folder are moved"
+    return dataclasses.replace(adapter, path=path, weights=adapter.weights.moved(path / WEIGHTS_FILE))
+
+
+def _read_config(folder: AdapterFolder, where: str) -> object:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InvalidAdapterError(
-            f"{where}: cannot read {CONFIG_FILE}: {error}. An adapter is a folder that PEFT's save_pretrained() writes."
-        ) from error
+        data = folder.read(CONFIG_FILE, MAX_CONFIG_BYTES)
+        if data is not None:
+            return json.loads(data.decode("utf-8"))
+    except Exception as error:
+        raise InvalidAdapterError(f"{where}: cannot read {CONFIG_FILE}: {said(error)}. {_ADVICE}") from error
+    raise InvalidAdapterError(f"{where}: cannot read {CONFIG_FILE}: there is no such file. {_ADVICE}")
 
 
-def _map_file(path: Path, where: str) -> tuple[bytes, torch.Tensor]:
-    """The header, JSON, and the tensor section `[num_bytes]` uint8, mapped."""
-    file = path / WEIGHTS_FILE
-    if not file.is_file():
-        if (path / _PICKLE_FILE).is_file():
-            raise UnsupportedAdapterError(
-                f"{where} has its weights in {_PICKLE_FILE}, a pickle, which can run code when it is read. "
-                "Load it where you trust it and save it again with save_pretrained(safe_serialization=True)."
-            )
+def _open_weights(folder: AdapterFolder, where: str) -> RegularFile:
+    file = folder.open(WEIGHTS_FILE, MAX_WEIGHTS_BYTES)
+    if file is None and folder.has(_PICKLE_FILE):
+        raise UnsupportedAdapterError(
+            f"{where} has its weights in {_PICKLE_FILE}, a pickle, which can run code when it is read. "
+            "Load it where you trust it and save it again with save_pretrained(safe_serialization=True)."
+        )
+    if file is None:
         raise InvalidAdapterError(f"{where} has no {WEIGHTS_FILE}.")
-    try:
-        with safe_open(file, framework="pt"):  # safetensors checks the header, the offsets and the length
-            pass
-        with file.open("rb") as stream:
-            start = 8 + int.from_bytes(stream.read(8), "little")
-            header = stream.read(start - 8)
-        mapped = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise InvalidAdapterError(
-            f"{where}: {WEIGHTS_FILE} is corrupt or truncated: {error}. Copy the adapter again."
-        ) from error
-    return header, mapped[start:]
+    return file
 
 
-def _shared_layout(header: bytes, config: AdapterConfig, where: str) -> _Layout:
+def _layout_of(file: RegularFile, config: AdapterConfig, where: str) -> Layout:
     """The layout of a file; one object for all files of equal header and configuration."""
-    key = hashlib.sha256(header + config.recipe.encode()).digest()
-    layout = _LAYOUTS.get(key)
-    if layout is None:
-        layout = _LAYOUTS[key] = _make_layout(json.loads(header), config, where)
+    try:
+        header = read_header(file)
+        num_bytes = file.identity.num_bytes - 8 - len(header)
+        key = hashlib.sha256(b"%d\0%b\0%b" % (num_bytes, header, config.recipe.encode())).digest()
+        layout = _LAYOUTS.get(key)
+        if layout is not None:
+            return layout
+        tensors = parse_header(header, num_bytes)
+    except Exception as error:
+        raise InvalidAdapterError(
+            f"{where}: {WEIGHTS_FILE} is corrupt or truncated: {said(error)}. Copy the adapter again."
+        ) from error
+    layout = _LAYOUTS[key] = _make_layout(tensors, Layout(num_bytes, config), where)
     return layout
 
 
-def _make_layout(header: Mapping[str, Any], config: AdapterConfig, where: str) -> _Layout:
+def _make_layout(tensors: Mapping[str, TensorSpec], layout: Layout, where: str) -> Layout:
     """Pair the tensors of the file, and check them against the configuration and against each other."""
-    pairs: dict[str, dict[str, _TensorSpec]] = {}
-    for key, entry in header.items():
-        if key == "__metadata__":
-            continue
+    pairs: dict[str, dict[str, TensorSpec]] = {}
+    for key, spec in tensors.items():
         module, side = _split_key(key, where)
-        pairs.setdefault(module, {})[side] = _tensor_spec(key, entry, where)
+        _check_tensor(key, spec, where)
+        if side in pairs.setdefault(module, {}):
+            raise InvalidAdapterError(f"{where}: {WEIGHTS_FILE} holds two {side} of {module!r}.")
+        pairs[module][side] = spec
     if not pairs:
         raise InvalidAdapterError(f"{where}: {WEIGHTS_FILE} holds no tensors.")
-    layout = _Layout(config)
     for module, sides in pairs.items():
         if len(sides) != 2:
             met, missing = ("lora_A", "lora_B") if "lora_A" in sides else ("lora_B", "lora_A")
             raise InvalidAdapterError(f"{where}: {module!r} has a {met} but no {missing}.")
         lora_A, lora_B = sides["lora_A"], sides["lora_B"]
-        r, scaling = config.rank_and_scaling(module, where)
-        if lora_A[1][0] != r or lora_B[1][1] != r:
+        r, scaling = layout.config.rank_and_scaling(module, where)
+        if lora_A.shape[0] != r or lora_B.shape[1] != r:
             raise InvalidAdapterError(
-                f"{where}: {module!r} has lora_A {list(lora_A[1])} and lora_B {list(lora_B[1])}, but the "
+                f"{where}: {module!r} has lora_A {list(lora_A.shape)} and lora_B {list(lora_B.shape)}, but the "
                 f"configuration gives it rank {r}: allowed are [{r}, in_features] and [out_features, {r}]."
             )
-        if lora_A[2] != lora_B[2]:
-            raise InvalidAdapterError(f"{where}: {module!r} has lora_A in {lora_A[2]} but lora_B in {lora_B[2]}.")
+        if lora_A.dtype != lora_B.dtype:
+            raise InvalidAdapterError(f"{where}: {module!r} has lora_A in {lora_A.dtype} but lora_B in {lora_B.dtype}.")
         layout[module] = (lora_A, lora_B, scaling)
     return layout
 
 
 def _split_key(key: str, where: str) -> tuple[str, str]:
-    """`base_model.model.<module>.lora_A.weight` -> (`<module>`, `lora_A`)."""
-    if key.startswith(_PREFIX):
-        for side in ("lora_A", "lora_B"):
-            module = key.removeprefix(_PREFIX).removesuffix(f".{side}.weight")
-            if len(module) < len(key) - len(_PREFIX):
-                return module, side
-        if ".lora_embedding_" in key:
-            raise UnsupportedAdapterError(f"{where} adapts an embedding ({key}); only linear modules can be.")
-        if ".lora_magnitude_vector" in key:
-            raise UnsupportedAdapterError(f"{where} is a DoRA adapter ({key}), which is not honoured here.")
-        if ".lora_" not in key:
-            raise UnsupportedAdapterError(
-                f"{where} brings whole weights of the base model ({key}), which is not honoured here. "
-                "Train without modules_to_save, bias and resized embeddings."
-            )
+    """`base_model.model.<module>.lora_A.weight` -> (`<module>`, `lora_A`).
+
+    A model that was compiled leaves `_orig_mod.` in its modules' names, a state dict saved by hand the adapter's name.
+    """
+    match = _KEY.fullmatch(_COMPILED.sub("", key))
+    if match is not None:
+        return match[1], match[2]
+    if ".lora_embedding_" in key:
+        raise UnsupportedAdapterError(f"{where} adapts an embedding ({shown(key)}); only linear modules can be.")
+    if ".lora_magnitude_vector" in key:
+        raise UnsupportedAdapterError(f"{where} is a DoRA adapter ({shown(key)}), which is not honoured here.")
+    if key.startswith(_PREFIX) and ".lora_" not in key:
+        raise UnsupportedAdapterError(
+            f"{where} brings whole weights of the base model ({shown(key)}), which is not honoured here. "
+            "Train without modules_to_save, bias and resized embeddings."
+        )
     raise InvalidAdapterError(
-        f"{where}: {WEIGHTS_FILE} holds {key!r}; allowed are {_PREFIX}<module>.lora_A.weight and "
-        f"{_PREFIX}<module>.lora_B.weight."
+        f"{where}: {WEIGHTS_FILE} holds {shown(key)}; allowed are {_PREFIX}<module>.lora_A.weight and "
+        f"{_PREFIX}<module>.lora_B.weight, <module> of up to 512 printable characters."
     )
 
 
-def _tensor_spec(key: str, entry: Mapping[str, Any], where: str) -> _TensorSpec:
-    shape = tuple(entry["shape"])
-    dtype = _DTYPES.get(entry["dtype"])
-    if dtype is None:
-        raise UnsupportedAdapterError(f"{where}: {key} is {entry['dtype']}; allowed are {', '.join(_DTYPES)}.")
-    if len(shape) != 2:
+def _check_tensor(key: str, spec: TensorSpec, where: str) -> None:
+    if spec.dtype not in DTYPES:
+        raise UnsupportedAdapterError(f"{where}: {shown(key)} is {spec.dtype}; allowed are {', '.join(DTYPES)}.")
+    if len(spec.shape) != 2:
         raise UnsupportedAdapterError(
-            f"{where}: {key} has shape {list(shape)} (a convolution?); only linear modules can be adapted."
+            f"{where}: {shown(key)} has shape {shown(list(spec.shape))} (a convolution?); only linear modules can be "
+            "adapted."
         )
-    return entry["data_offsets"][0], shape, dtype
 
 
-def _check_finite(weights: MappedWeights, where: str) -> None:
-    """Refuse what is not finite, and what makes an input of 1 so large that a norm, which squares it, is not."""
+def _checked_hash(file: RegularFile, layout: Layout, where: str) -> str:
+    """The fingerprint; refuses what is not finite, and what makes an input of 1 so large that its square is not.
+
+    The file is read piece by piece, in the order in which tensors lie.
+    """
+    sides = [(spec, module, side) for module, (*pair, _) in layout.items() for side, spec in enumerate(pair)]
+    largest: dict[str, list[float]] = {module: [0.0, 0.0] for module in layout}
+    start = file.identity.num_bytes - layout.num_bytes
+
+    def pieces() -> Iterator[NDArray[np.uint8]]:
+        for spec, module, side in sorted(sides, key=lambda item: item[0].offset):
+            dtype = DTYPES[spec.dtype]
+            stop = spec.offset + math.prod(spec.shape) * dtype.itemsize
+            for offset in range(spec.offset, stop, CHUNK_BYTES):
+                piece = np.empty(min(CHUNK_BYTES, stop - offset), np.uint8)
+                file.read_into(piece.data, start + offset)
+                met = _largest(torch.from_numpy(piece).view(dtype))
+                if not math.isfinite(met):
+                    name = ("lora_A", "lora_B")[side]
+                    raise InvalidAdapterError(f"{where}: {name} of {module!r} holds NaN or infinite values.")
+                largest[module][side] = max(largest[module][side], met)
+                yield piece
+
+    fingerprint = hash_of(layout, pieces())
     limit = math.sqrt(torch.finfo(torch.float32).max)
-    for module, lora in weights.items():
-        largest_A, largest_B = _largest(lora.lora_A), _largest(lora.lora_B)
-        for side, largest in (("lora_A", largest_A), ("lora_B", largest_B)):
-            if not math.isfinite(largest):
-                raise InvalidAdapterError(f"{where}: {side} of {module!r} holds NaN or infinite values.")
-        scaling = abs(lora.scaling)
-        if scaling > limit or largest_A * largest_B * scaling > limit:
+    for module, (largest_A, largest_B) in largest.items():
+        scaling = layout[module][2]
+        if abs(scaling) > limit or largest_A * largest_B * abs(scaling) > limit:
             raise InvalidAdapterError(
                 f"{where}: {module!r} overflows: the largest of lora_A is {largest_A:.3g}, of lora_B {largest_B:.3g}, "
-                f"and the scaling is {lora.scaling:.3g}. Neither it nor their product may exceed {limit:.3g}, whose "
+                f"and the scaling is {scaling:.3g}. Neither it nor their product may exceed {limit:.3g}, whose "
                 "square float32 holds. Train it anew, with a smaller lora_alpha or learning rate."
             )
+    return fingerprint
 
 
 def _largest(tensor: torch.Tensor) -> float:
     """The largest absolute value, NaN if there is one."""
-    return max(abs(float(x)) for x in torch.aminmax(tensor)) if tensor.numel() else 0.0
+    return max(abs(float(x)) for x in torch.aminmax(tensor))

@@ -120,15 +120,17 @@ def fuse(adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
 
     Raises:
         InvalidRequestError: If there is no adapter, or two differ in a module's shape.
+        InvalidAdapterError: If the file of one is not the one that was read any more.
     """
     if not adapters:
         raise InvalidRequestError("adapters=[] is not allowed: pass at least one adapter to fuse.")
     adapters = sorted(adapters, key=lambda member: (member[0].fingerprint, member[1]))  # sums do not depend on order
-    modules = dict.fromkeys(module for adapter, _ in adapters for module in adapter.weights)
+    members = [(adapter, dict(adapter.weights), weight) for adapter, weight in adapters]  # each file is read once
+    modules = dict.fromkeys(module for _, weights, _ in members for module in weights)
     return Adapter(
         name="+".join(adapter.name for adapter, _ in adapters),
         fingerprint=_fusion_key(adapters),
-        weights={module: _fuse_module(module, adapters) for module in modules},
+        weights={module: _fuse_module(module, members) for module in modules},
         base_model=adapters[0][0].base_model,
     )
 
@@ -199,12 +201,12 @@ def _fusion_key(adapters: Sequence[tuple[Adapter, float]]) -> str:
     return hashlib.sha256("\n".join(["fusion", *members]).encode()).hexdigest()
 
 
-def _fuse_module(module: str, adapters: Sequence[tuple[Adapter, float]]) -> LoraWeights:
-    members = [(adapter.weights[module], weight) for adapter, weight in adapters if module in adapter.weights]
+def _fuse_module(module: str, adapters: Sequence[tuple[Adapter, dict[str, LoraWeights], float]]) -> LoraWeights:
+    members = [(weights[module], weight) for _, weights, weight in adapters if module in weights]
     shapes = sorted({(lora.lora_A.shape[1], lora.lora_B.shape[0]) for lora, _ in members})
     if len(shapes) > 1:
         raise InvalidRequestError(
-            f"the adapters {[adapter.name for adapter, _ in adapters]!r} cannot be fused: {module!r} has "
+            f"the adapters {[adapter.name for adapter, _, _ in adapters]!r} cannot be fused: {module!r} has "
             f"(in_features, out_features) of {shapes!r} in them. Fuse adapters of one base model."
         )
     ((in_features, out_features),) = shapes

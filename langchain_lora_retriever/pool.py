@@ -9,24 +9,26 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
+import logging
+import os
 import shutil
 import threading
 import warnings
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from langchain_lora_retriever.adapters import CONFIG_FILE
+from langchain_lora_retriever.adapters import CONFIG_FILE, moved
 from langchain_lora_retriever.errors import (
     AdapterError,
     DuplicateAdapterError,
     InvalidAdapterError,
-    InvalidSamplesError,
     PoolError,
     UnknownAdapterError,
 )
+from langchain_lora_retriever.file_weights import FileWeights
 from langchain_lora_retriever.pool_folder import (
     FingerprintCache,
     PoolEntry,
@@ -35,11 +37,12 @@ from langchain_lora_retriever.pool_folder import (
     list_folders,
     make_embedding,
     read_entry,
-    recover,
+    reader_lock,
     uninstall,
     write_entry,
 )
 from langchain_lora_retriever.samples import Sample, make_samples
+from langchain_lora_retriever.shown import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -50,6 +53,10 @@ if TYPE_CHECKING:
     from langchain_lora_retriever.types import Adapter
 
 __all__ = ["AdapterPool", "PoolEntry", "PoolState", "Sample"]
+
+_logger = logging.getLogger(__name__)
+_MAX_NAME_BYTES = 200
+_NUM_NAMED = 10
 
 
 class PoolState:
@@ -85,9 +92,9 @@ class PoolState:
             return self.entries[name]
         if name in self.rejected:
             raise UnknownAdapterError(f"adapter {name!r} was refused when the pool was loaded: {self.rejected[name]}")
-        near = difflib.get_close_matches(str(name), self.names, n=3) or self.names[:3]
+        near = difflib.get_close_matches(str(name)[:_MAX_NAME_BYTES], self.names, n=3) or self.names[:3]
         raise UnknownAdapterError(
-            f"no adapter {name!r} in the pool of {len(self.names)}. Near names: "
+            f"no adapter {shown(name)} in the pool of {len(self.names)}. Near names: "
             f"{', '.join(map(repr, near)) or 'none, the pool is empty'}."
         )
 
@@ -95,11 +102,13 @@ class PoolState:
 class AdapterPool:
     """A set of adapters that may change while it is used. Any thread may call anything.
 
-    Whoever holds an `Adapter` may use it on after it is removed or updated.
+    Whoever holds an `Adapter` may use it on after this pool has removed or updated it. If its file was changed or
+    removed otherwise, reading its weights is an `InvalidAdapterError`.
 
     Args:
         path: A folder with one PEFT checkpoint per subfolder, named by it, each with a `samples.jsonl` or an
-            `embedding.npy` beside its weights. Changes are written there. None keeps the pool in memory.
+            `embedding.npy` beside its weights; without, an adapter runs only where it is pinned. Changes are written
+            there; any process may. None keeps the pool in memory.
         base_model: Refuse adapters whose configuration names another base model.
         create: Let `path` be missing or hold no adapter yet.
 
@@ -194,20 +203,18 @@ class AdapterPool:
             name: Its name from now on.
             path: Folder of the PEFT checkpoint.
             samples: Inputs of its training data, a dozen to 20, as strings or `{"input", "output"}`.
-                By default those in `samples.jsonl` beside the weights.
+                By default those in `samples.jsonl` beside the weights; without any it is found by no prompt, and
+                runs where it is pinned.
             embedding: Its embedding `[d]`, in place of samples.
             encoder: Name of the encoder that made `embedding`.
 
         Raises:
-            DuplicateAdapterError: If the pool has that name.
+            DuplicateAdapterError: If the pool has that name, or another process has put it into the pool's folder.
             AdapterError: If the adapter or its samples cannot be used. The pool is unchanged.
         """
         _check_name(name)
-        with self._lock:
-            if name in self:
-                raise DuplicateAdapterError(
-                    f"the pool already has an adapter {name!r}. Choose another name, or call update({name!r}, ...)."
-                )
+        with self._lock, self._writers():
+            self._check_free(name)
             found = read_entry(Path(path), name, base_model=self._base_model)
             return self._put(_with_routing(found, samples, embedding, encoder), source=Path(path))
 
@@ -229,14 +236,14 @@ class AdapterPool:
             UnknownAdapterError: If no adapter has that name.
             AdapterError: If the new adapter or samples cannot be used. The pool is unchanged.
         """
-        with self._lock:
-            old = self._state[name]
+        with self._lock, self._writers():
+            old = self._current(name)
             source = Path(path) if path is not None else old.adapter.path
             assert source is not None, "every adapter of a pool was read from a folder"
             found = old
             if path is not None or (samples is None and embedding is None):
                 found = read_entry(source, name, base_model=self._base_model)
-            if not found.samples and found.embedding is None:
+            if not found.is_described:
                 found = replace(old, adapter=found.adapter)
             return self._put(_with_routing(found, samples, embedding, encoder), source=source)
 
@@ -246,12 +253,13 @@ class AdapterPool:
         Raises:
             UnknownAdapterError: If no adapter has that name.
         """
-        with self._lock:
+        with self._lock, self._writers():
             state = self._state
             if name not in state.rejected:
                 state[name]
             if self._path is not None:
-                with _writing(self._path), folder_lock(self._path):
+                self._hold(name)
+                with _writing(self._path):
                     uninstall(self._path, name)
             self._replace_state(_without(state.entries, name), _without(state.rejected, name))
 
@@ -272,6 +280,7 @@ class AdapterPool:
 
         Raises:
             PoolError: If the folder exists and is not empty, or cannot be written.
+            InvalidAdapterError: If an adapter's files were changed since they were read.
         """
         target = Path(path)
         if self._path is not None and target.exists() and target.samefile(self._path):
@@ -287,9 +296,57 @@ class AdapterPool:
                     assert entry.adapter.path is not None
                     (aside / name).mkdir()
                     write_entry(aside / name, entry, source=entry.adapter.path)
+                    _check_same(entry, read_entry(aside / name, name))
                 aside.replace(target)
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _writers(self) -> Iterator[None]:
+        """Keep other processes from changing the folder, if there is one."""
+        with contextlib.ExitStack() as stack:
+            if self._path is not None:
+                with _writing(self._path):
+                    stack.enter_context(folder_lock(self._path))
+            yield
+
+    def _check_free(self, name: str) -> None:
+        if name in self:
+            raise DuplicateAdapterError(
+                f"the pool already has an adapter {name!r}. Choose another name, or call update({name!r}, ...)."
+            )
+        if self._path is None or not os.path.lexists(self._path / name):
+            return
+        if name in self.rejected:
+            try:
+                read_entry(self._path / name, name, base_model=self._base_model)
+            except AdapterError:
+                return  # it is still one that was refused
+        raise DuplicateAdapterError(
+            f"the pool's folder already has {self._path / name}, which another process may have added since this pool "
+            f"was loaded. Choose another name, or load the pool again and call update({name!r}, ...)."
+        )
+
+    def _current(self, name: str) -> PoolEntry:
+        """What there is of a name now; other processes may have changed it on disk."""
+        known = self._state[name]
+        if self._path is None:
+            return known
+        if not (self._path / name).is_dir():
+            raise UnknownAdapterError(
+                f"adapter {name!r} is no longer in the pool's folder {self._path}: another process has removed it. Add "
+                "it anew, or load the pool again."
+            )
+        try:
+            return read_entry(self._path / name, name, base_model=self._base_model)
+        except AdapterError:
+            return known  # what is to replace it is read and checked by itself
+
+    def _hold(self, name: str) -> None:
+        """Let those who run an adapter keep its file, which is about to go."""
+        entry = self._state.entries.get(name)
+        if entry is not None and isinstance(entry.adapter.weights, FileWeights):
+            entry.adapter.weights.hold()
 
     def _put(self, entry: PoolEntry, *, source: Path) -> Adapter:
         name = entry.adapter.name
@@ -298,11 +355,14 @@ class AdapterPool:
 
             def write(folder: Path) -> PoolEntry:
                 write_entry(folder, entry, source=source)
-                return read_entry(folder, name, base_model=self._base_model)
+                written = read_entry(folder, name, base_model=self._base_model)
+                _check_same(entry, written)
+                return written
 
-            with _writing(root), folder_lock(root):
+            self._hold(name)
+            with _writing(root):
                 entry = install(root, name, write)
-            entry = replace(entry, adapter=replace(entry.adapter, path=root / name))
+            entry = replace(entry, adapter=moved(entry.adapter, root / name))
         state = self._state
         self._replace_state({**state.entries, name: entry}, _without(state.rejected, name))
         return entry.adapter
@@ -314,7 +374,6 @@ class AdapterPool:
         if (root / CONFIG_FILE).is_file():
             raise PoolError(f"{root} is one adapter, not a pool. Pass the folder that holds it: {root.parent}.")
         try:
-            recover(root)
             folders = list_folders(root)
         except OSError as error:
             raise PoolError(
@@ -331,17 +390,20 @@ class AdapterPool:
         for folder in folders:
             name = folder.name
             try:
-                entry = read_entry(folder, name, base_model=self._base_model, fingerprint=cache.get(folder))
-                entries[name] = _with_routing(entry, None, None, None)
-                cache.put(folder, entry.adapter.fingerprint)
+                _check_printable(folder)
+                entries[name] = read_entry(
+                    folder, name, base_model=self._base_model, cache=cache, guard=partial(reader_lock, root)
+                )
             except AdapterError as error:
-                rejected[name] = error
-                _warn_rejected(error)
+                if os.path.lexists(folder):  # and was not removed meanwhile
+                    rejected[name] = error
+                    _warn_rejected(error)
         cache.save()
         if not entries and not allow_empty:
             reasons = "\n".join(f"  {error}" for error in list(rejected.values())[:5])
             raise PoolError(f"no adapter of the pool {root} can be used; {len(rejected)} were refused:\n{reasons}")
         self._replace_state(entries, rejected)
+        _tell_undescribed(root, entries)
 
 
 def _with_routing(
@@ -350,18 +412,29 @@ def _with_routing(
     embedding: ArrayLike | None,
     encoder: str | None,
 ) -> PoolEntry:
-    """The entry with what the caller gave; refused if nothing is left to find it by."""
+    """The entry with what the caller gave."""
     where = f"adapter {entry.adapter.name!r}"
     if samples is not None:
         entry = replace(entry, samples=make_samples(samples, where=where), embedding=None, encoder=None)
     if embedding is not None:
         entry = replace(entry, embedding=make_embedding(embedding, where=where), encoder=encoder)
-    if not entry.samples and entry.embedding is None:
-        raise InvalidSamplesError(
-            f"{where} has neither samples nor an embedding, so no prompt could find it. Write a samples.jsonl "
-            "beside its weights, or pass samples=[...] or embedding=[...]."
-        )
     return entry
+
+
+def _check_same(read: PoolEntry, written: PoolEntry) -> None:
+    """Refuse a copy of files that were changed between reading and copying."""
+    if written.adapter.fingerprint != read.adapter.fingerprint:
+        raise InvalidAdapterError(
+            f"adapter {read.adapter.name!r}: its files in {read.adapter.path} were changed after they were read. Do it "
+            "again once they are whole."
+        )
+
+
+def _check_printable(folder: Path) -> None:
+    if not folder.name.isprintable():
+        raise InvalidAdapterError(
+            f"adapter {folder.name!a} has a folder whose name cannot be printed. Rename the folder."
+        )
 
 
 def _check_name(name: object) -> None:
@@ -369,11 +442,12 @@ def _check_name(name: object) -> None:
         not isinstance(name, str)
         or not name.strip()
         or name.startswith(".")
-        or len(name.encode()) > 200
-        or any(character in '/\\:*?"<>|' or not character.isprintable() for character in name)
+        or not name.isprintable()
+        or len(name.encode()) > _MAX_NAME_BYTES
+        or any(character in '/\\:*?"<>|' for character in name)
     ):
         raise InvalidAdapterError(
-            f"adapter name {name!r} cannot be the name of a folder. Allowed are up to 200 bytes of printable "
+            f"adapter name {shown(name)} cannot be the name of a folder. Allowed are up to 200 bytes of printable "
             'characters without / \\ : * ? " < > |, not starting with a dot.'
         )
 
@@ -391,5 +465,20 @@ def _without(mapping: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in mapping.items() if key != name}
 
 
+def _tell_undescribed(root: Path, entries: Mapping[str, PoolEntry]) -> None:
+    names = [name for name, entry in entries.items() if not entry.is_described]
+    if names:
+        _logger.warning(
+            "%d adapters of the pool %s have neither samples nor an embedding, so that no prompt finds them; they run "
+            "where they are pinned: %s%s. Write a samples.jsonl beside their weights, or call "
+            "pool.update(name, samples=[...]).",
+            len(names),
+            root,
+            ", ".join(names[:_NUM_NAMED]),
+            ", ..." * (len(names) > _NUM_NAMED),
+        )
+
+
 def _warn_rejected(error: AdapterError) -> None:
+    _logger.warning("refused: %s", error)
     warnings.warn(f"refused: {error}", UserWarning, stacklevel=4)

@@ -235,7 +235,7 @@ class LoraRetriever:
             state = self.pool.state
             if self._version == state.version:
                 return
-            entries = dict(state.entries)
+            entries = {name: entry for name, entry in state.entries.items() if entry.is_described}
             for name, error in self._misfits(entries):
                 del entries[name]
                 self.pool.reject(name, error)

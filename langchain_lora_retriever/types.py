@@ -39,7 +39,7 @@ class LoraWeights:
     """The low-rank update of one linear module: `y += scaling * (x @ lora_A.T) @ lora_B.T`.
 
     Attributes:
-        lora_A: `[r, in_features]`, any float dtype, on the CPU (usually a memory-mapped file).
+        lora_A: `[r, in_features]`, any float dtype, on the CPU.
         lora_B: `[out_features, r]`, same dtype.
         scaling: `lora_alpha / r`, or `lora_alpha / sqrt(r)` for rsLoRA.
     """
@@ -61,7 +61,9 @@ class Adapter:
     Attributes:
         name: Name in the pool.
         fingerprint: Hex hash of configuration and weights. Caches are keyed by this, never by `name`.
-        weights: Module path in the base model (`"model.layers.0.self_attn.q_proj"`) to its weights.
+        weights: Module path in the base model (`"model.layers.0.self_attn.q_proj"`) to its weights. They may be read
+            from a file when they are asked for, which raises `AdapterError` if it is another by then; `dict(weights)`
+            reads it once.
         base_model: `base_model_name_or_path` of the PEFT configuration, if it names one.
         path: Folder it was read from; None for one made in memory (a fusion).
         is_target: Whether its configuration targets a module of the base model, by module path; None if unknown.
@@ -76,16 +78,22 @@ class Adapter:
     _rank: int = field(default=0, init=False, compare=False, repr=False)
 
     @property
+    def shapes(self) -> Mapping[str, LoraWeights]:
+        """`weights` for shapes, dtypes and scalings alone, without reading a file: tensors may be on meta."""
+        shapes: Mapping[str, LoraWeights] = getattr(self.weights, "shapes", self.weights)
+        return shapes
+
+    @property
     def rank(self) -> int:
         """Largest rank over the modules."""
         if not self._rank:  # counted once: that takes two milliseconds where weights are mapped from a file
-            object.__setattr__(self, "_rank", max(w.r for w in self.weights.values()))
+            object.__setattr__(self, "_rank", max(w.r for w in self.shapes.values()))
         return self._rank
 
     @property
     def num_parameters(self) -> int:
         """Number of weights in all `lora_A` and `lora_B`."""
-        return sum(w.lora_A.numel() + w.lora_B.numel() for w in self.weights.values())
+        return sum(w.lora_A.numel() + w.lora_B.numel() for w in self.shapes.values())
 
 
 @dataclass(frozen=True, slots=True)

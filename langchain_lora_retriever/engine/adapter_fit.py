@@ -93,7 +93,7 @@ class AdapterFit:
 
     def _check_modules(self, adapter: Adapter) -> None:
         where = f"adapter {adapter.name!r} ({adapter.path})"
-        for name, weights in adapter.weights.items():
+        for name, weights in adapter.shapes.items():
             met = (weights.lora_A.shape[1], weights.lora_B.shape[0])
             allowed = self._module_shapes.get(name)
             if allowed is None:

@@ -19,12 +19,12 @@ from langchain_lora_retriever.errors import EngineError, InvalidAdapterError
 from lora_kernels import LoraBatch, LoraRows, LoraStack, add_lora, lora_expand, lora_mix, lora_shrink
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from transformers import PreTrainedModel
 
     from langchain_lora_retriever.engine.probe import LinearGroup
-    from langchain_lora_retriever.types import Adapter
+    from langchain_lora_retriever.types import Adapter, LoraWeights
 
 __all__ = ["MAX_RANK", "LoraLayers"]
 
@@ -78,17 +78,19 @@ class LoraLayers:
 
         Raises:
             EngineError: If it targets a module this model does not have, or its rank is beyond the kernels' limit.
-            InvalidAdapterError: If its weights, scaled, are not finite in the model's dtype.
+            InvalidAdapterError: If its weights, scaled, are not finite in the model's dtype, or its file is not the one
+                that was read any more.
         """
         if adapter.rank > MAX_RANK:
             raise EngineError(f"Adapter {adapter.name!r} has rank {adapter.rank}; the kernels go up to {MAX_RANK}.")
         unknown = set(adapter.weights).difference(*(group.names for group in self._groups))
         if unknown:
             raise EngineError(f"Adapter {adapter.name!r} targets {min(unknown)!r}, which this model does not have.")
+        weights = dict(adapter.weights)  # its file is read once
         for rows, _ in self._devices.values():
             rows.assign(slot, start, adapter.rank)
         for group in self._groups:
-            group.load(slot, start, adapter)
+            group.load(slot, start, adapter.name, weights)
 
     def set_batch(self, spans: Sequence[tuple[int, Sequence[int], Sequence[float]]]) -> None:
         """Say which adapters the next forward pass runs for its tokens.
@@ -199,13 +201,13 @@ class _Group:
     def is_fused(self) -> bool:
         return self._fused is not None
 
-    def load(self, slot: int, start: int, adapter: Adapter) -> None:
-        found = (adapter.weights.get(name) for name in self.names)
+    def load(self, slot: int, start: int, name: str, weights: Mapping[str, LoraWeights]) -> None:
+        found = (weights.get(module) for module in self.names)
         try:
             self.stack.load(slot, start, [None if w is None else (w.lora_A, w.lora_B, w.scaling) for w in found])
         except ValueError as error:
             raise InvalidAdapterError(
-                f"Adapter {adapter.name!r} cannot be loaded into {', '.join(self.names)}: {error}. Train it anew with "
+                f"Adapter {name!r} cannot be loaded into {', '.join(self.names)}: {error}. Train it anew with "
                 "smaller weights, or load the model in a dtype of wider range."
             ) from error
 

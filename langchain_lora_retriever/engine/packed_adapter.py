@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 from lora_kernels import LoraPacking
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import torch
 
-    from langchain_lora_retriever.types import Adapter
+    from langchain_lora_retriever.types import Adapter, LoraWeights
     from lora_kernels import LoraStack
 
 __all__ = ["AdapterPacking"]
@@ -49,11 +49,12 @@ class AdapterPacking:
         Raises:
             KeyError: If it targets a module that no stack has.
             ValueError: If a shape does not fit.
+            AdapterError: If its file is not the one that was read any more.
         """
         unknown = set(adapter.weights).difference(self._names)
         if unknown:
             raise KeyError(f"adapter {adapter.name!r} targets {min(unknown)!r}, which this model does not have")
-        self._packing.pack(adapter.rank, self._weights(adapter), flat)
+        self._packing.pack(adapter.rank, self._by_slice(adapter.weights), flat)
 
     def load(self, slot: int, start: int, adapter: Adapter, flat: torch.Tensor) -> None:
         """Give an adapter that was packed, and is on the device, its rows; in the order of the current stream.
@@ -64,8 +65,8 @@ class AdapterPacking:
             adapter: The adapter.
             flat: What `pack` wrote, on the stacks' device.
         """
-        self._packing.load(slot, start, adapter.rank, self._weights(adapter), flat)
+        self._packing.load(slot, start, adapter.rank, self._by_slice(adapter.shapes), flat)
 
-    def _weights(self, adapter: Adapter) -> list[tuple[torch.Tensor, torch.Tensor, float] | None]:
-        found = (adapter.weights.get(name) for name in self._names)
+    def _by_slice(self, weights: Mapping[str, LoraWeights]) -> list[tuple[torch.Tensor, torch.Tensor, float] | None]:
+        found = (weights.get(name) for name in self._names)
         return [None if w is None else (w.lora_A, w.lora_B, w.scaling) for w in found]

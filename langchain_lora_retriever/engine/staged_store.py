@@ -108,10 +108,11 @@ class StagedStore:
     def load(self, slot: int, start: int, adapter: Adapter) -> None:
         """Load an adapter from where it is staged; one that is not goes the same way, or else straight to the sink."""
         staged = self._stage_now(adapter)
-        if staged is None or self._packing is None or staged.copy.exception() is not None:
-            # A copy that failed is made up for by the sink, which also says what is wrong with the adapter.
-            self._sink.load(slot, start, adapter)
-        else:
+        try:
+            if staged is None or self._packing is None or staged.copy.exception() is not None:
+                # A copy that failed is made up for by the sink, which also says what is wrong with the adapter.
+                self._sink.load(slot, start, adapter)
+                return
             event = staged.copy.result()
             if event is not None:
                 torch.cuda.current_stream(self._packing.device).wait_event(event)
@@ -120,10 +121,11 @@ class StagedStore:
                 read = torch.cuda.Event()
                 read.record(torch.cuda.current_stream(self._packing.device))
                 self._last_load = read
-        if staged is not None:
-            with self._lock:
-                del self._staged[adapter.fingerprint]
-                self._ranges.pop(adapter.fingerprint)
+        finally:
+            if staged is not None:
+                with self._lock:
+                    del self._staged[adapter.fingerprint]
+                    self._ranges.pop(adapter.fingerprint)
 
     def close(self) -> None:
         """Stop the thread, drop what waits, and let go of the memory once nothing is being copied any more.

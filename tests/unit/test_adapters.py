@@ -6,6 +6,8 @@ import json
 import math
 import os
 import shutil
+import time
+import weakref
 
 import pytest
 import torch
@@ -151,12 +153,17 @@ def poison(value):
         (lambda t: {k: v * 1e12 for k, v in t.items()}, InvalidAdapterError, "overflows"),
         (drop_first, InvalidAdapterError, "has a lora_B but no lora_A"),
         (rename_key("base_model.model.", ""), InvalidAdapterError, "allowed are base_model.model."),
-        (rename_key(".lora_A.", ".lora_A.default."), InvalidAdapterError, "lora_A.default"),
+        (rename_key(".lora_A.", ".lora_A.other."), InvalidAdapterError, "lora_A.other"),
+        (
+            lambda t: t | {k.replace("A.w", "A.default.w"): v + 1 for k, v in t.items()},
+            InvalidAdapterError,
+            "two lora_",
+        ),
         (rename_key("q_proj.lora_A.weight", "q_proj.weight"), UnsupportedAdapterError, "whole weights"),
         (rename_key("lora_A.weight", "lora_embedding_A"), UnsupportedAdapterError, "embedding"),
         (rename_key("q_proj", "o_proj"), InvalidAdapterError, "target_modules"),
         (lambda t: {k: v[:3] if "lora_A" in k else v for k, v in t.items()}, InvalidAdapterError, "rank 4"),
-        (lambda t: {k: v.half() if "lora_A" in k else v for k, v in t.items()}, InvalidAdapterError, "float16"),
+        (lambda t: {k: v.half() if "lora_A" in k else v for k, v in t.items()}, InvalidAdapterError, "lora_A in F16"),
         (lambda t: {k: v.to(torch.int8) for k, v in t.items()}, UnsupportedAdapterError, "I8"),
         (lambda t: {k: v[..., None, None] for k, v in t.items()}, UnsupportedAdapterError, "convolution"),
         (lambda _: {"__nothing__": torch.zeros(1)}, InvalidAdapterError, "__nothing__"),
@@ -250,12 +257,82 @@ def test_fingerprint_is_of_content(tmp_path, checkpoint):
     assert len({original.fingerprint, rescaled, read_adapter(copy).fingerprint}) == 3
 
 
-def test_weights_outlive_their_file(checkpoint):
-    """An adapter whose folder is deleted is still whole for whoever holds it."""
-    before = load_file(checkpoint / WEIGHTS_FILE)[f"base_model.model.{Q0}.lora_A.weight"].clone()
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("base_model.model.model.", "base_model.model._orig_mod.model."),
+        ("base_model.model.model.", "_orig_mod.base_model.model.model."),
+        ("layers.", "layers._orig_mod."),
+        (".weight", ".default.weight"),
+    ],
+)
+def test_names_of_compiled_models_and_state_dicts_are_repaired(checkpoint, old, new):
+    """What torch.compile or a state dict adds to the tensors' names does not make another adapter."""
+    fingerprint = read_adapter(checkpoint).fingerprint
+    edit_weights(checkpoint, rename_key(old, new))
+    assert read_adapter(checkpoint).fingerprint == fingerprint
+
+
+def test_a_file_that_is_gone_is_said(checkpoint):
+    """Weights of a file that somebody deleted are an error that names the adapter and what to do."""
     adapter = read_adapter(checkpoint)
     shutil.rmtree(checkpoint)
+    with pytest.raises(InvalidAdapterError, match=r"adapter 'plain'.*No such file.*pool\.update\('plain'\)"):
+        adapter.weights[Q0]
+
+
+@pytest.mark.parametrize("seconds_ago", [0, 100], ids=["new", "old"])
+@pytest.mark.parametrize("change", ["truncate", "shorten", "overwrite", "replace"])
+def test_a_file_that_was_changed_is_said(checkpoint, change, seconds_ago):
+    """A file that is written to after it was read gives an error: no crash, no other weights under the old name."""
+    file = checkpoint / WEIGHTS_FILE
+    moment = time.time() - seconds_ago
+    os.utime(file, (moment, moment))
+    adapter = read_adapter(checkpoint)
+    data = bytearray(file.read_bytes())
+    if change == "truncate":
+        os.truncate(file, 0)
+    elif change == "shorten":
+        os.truncate(file, len(data) - 1)
+    else:
+        data[-4:] = b"\1\2\3\4"
+        target = file if change == "overwrite" else checkpoint / "aside"
+        target.write_bytes(data)
+        target.replace(file)
+    with pytest.raises(InvalidAdapterError, match=r"adapter 'plain'.*pool\.update"):
+        adapter.weights[Q0]
+
+
+def test_a_file_that_was_only_touched_is_recognised(checkpoint):
+    """Another time, another link or more bytes after its own do not make other weights."""
+    adapter = read_adapter(checkpoint)
+    before = adapter.weights[Q0].lora_A.clone()
+    os.utime(checkpoint / WEIGHTS_FILE, (1, 1))
+    os.link(checkpoint / WEIGHTS_FILE, checkpoint / "link")
+    with (checkpoint / WEIGHTS_FILE).open("ab") as stream:
+        stream.write(b"more")
     assert torch.equal(adapter.weights[Q0].lora_A, before)
+
+
+def test_weights_are_read_once_while_they_are_held(checkpoint):
+    """All modules of a `dict` share one read; afterwards nothing of it is kept."""
+    weights = read_adapter(checkpoint).weights
+    held = dict(weights)
+    storages = {w.lora_A.untyped_storage().data_ptr() for w in held.values()}
+    assert storages == {weights[Q0].lora_A.untyped_storage().data_ptr()}
+    kept = weakref.ref(weights._data())
+    del held
+    assert kept() is None
+
+
+def test_shapes_need_no_file(checkpoint):
+    """Rank, size and shapes of an adapter are known without its file."""
+    adapter = read_adapter(checkpoint)
+    met = {module: (w.lora_A.shape, w.lora_B.shape, w.scaling) for module, w in adapter.weights.items()}
+    shutil.rmtree(checkpoint)
+    assert {module: (w.lora_A.shape, w.lora_B.shape, w.scaling) for module, w in adapter.shapes.items()} == met
+    assert adapter.rank == 4
+    assert adapter.num_parameters > 0
 
 
 def test_no_open_files(checkpoint):

@@ -33,8 +33,9 @@ LANGCHAIN_ROOMS = {
 GROUND_FLOOR = {"base_names", "errors", "shown", "types"}
 # Retrieval and composition: no LangChain, no engine.
 RETRIEVAL_ROOMS = {
-    "adapter_config", "adapters", "answer_fit", "aside", "composer", "encoder", "hybrid_encoder", "index",
-    "micro_batcher", "patterns", "pool", "pool_folder", "retriever", "samples", "training", "vector_cache",
+    "adapter_config", "adapter_folder", "adapters", "answer_fit", "aside", "composer", "encoder", "file_weights",
+    "hybrid_encoder", "index", "micro_batcher", "patterns", "pool", "pool_folder", "retriever", "samples",
+    "training", "vector_cache",
 }  # fmt: skip
 
 

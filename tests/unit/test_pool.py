@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import shutil
 import threading
 import time
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from langchain_lora_retriever.adapter_folder import AdapterFolder
 from langchain_lora_retriever.adapters import CONFIG_FILE, WEIGHTS_FILE
 from langchain_lora_retriever.errors import (
     DuplicateAdapterError,
@@ -41,6 +44,17 @@ def folder(tmp_path, checkpoints):
         rows = [{"input": f"{name} question {i}", "output": "answer"} for i in range(3)]
         (root / name / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return root
+
+
+def adapters_in(folder):
+    """What lies in a pool's folder, but for the lock of those who have written."""
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+
+
+def known_fingerprint(folder, name):
+    """What the cache beside a pool says of an adapter."""
+    with AdapterFolder(folder / name) as opened:
+        return FingerprintCache(folder).get(opened)
 
 
 def test_loads_a_folder(folder):
@@ -95,11 +109,19 @@ def test_bad_samples_are_refused_by_line(folder, content, named):
     assert named in str(pool.rejected["sql"])
 
 
-def test_an_adapter_without_samples_or_embedding_is_refused(folder):
-    """Nothing could find it."""
+def test_an_adapter_without_samples_is_there(folder, checkpoints, caplog):
+    """A checkpoint as PEFT writes it is loaded and named in the log; `update` describes it."""
     (folder / "sql" / "samples.jsonl").unlink()
-    with pytest.warns(UserWarning, match="neither samples nor an embedding"):
-        assert AdapterPool(folder).names == ("dates",)
+    pool = AdapterPool(folder)
+    assert pool.names == ("dates", "sql")
+    assert not pool.rejected
+    assert "neither samples nor an embedding" in caplog.text
+    assert ": sql." in caplog.text
+    assert not pool.state["sql"].is_described
+    pool.add("units", checkpoints["units"])
+    pool.update("sql", samples=["a question"])
+    again = AdapterPool(folder)
+    assert [again.state[name].is_described for name in again.names] == [True, True, False]
 
 
 def test_samples_may_hold_line_separators(folder):
@@ -149,7 +171,7 @@ def test_add_is_persistent(folder, checkpoints):
     assert again.names == ("dates", "sql", "units")
     assert again.samples("units") == (Sample("3 km in miles"), Sample("2 lb", "0.9 kg"))
     assert again.fingerprint == pool.fingerprint
-    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    assert adapters_in(folder) == ["dates", "sql", "units"]
 
 
 def test_create_starts_a_pool(tmp_path, checkpoints):
@@ -189,17 +211,23 @@ def test_bad_names(checkpoints, name):
 @pytest.mark.parametrize(
     "given",
     [
-        {},
         {"samples": []},
         {"samples": "one string"},
         {"samples": [""]},
         {"samples": [3]},
         {"samples": [{"text": "a"}]},
+        {"samples": ["half a pair: \ud800"]},
+        {"samples": [{"input": "a", "output": "\udfff"}]},
+        {"samples": ["a" * 100_001]},
+        {"samples": itertools.repeat("for ever")},
+        {"samples": 5},
         {"embedding": []},
         {"embedding": [[1.0]]},
         {"embedding": [0.0, 0.0]},
         {"embedding": [float("nan")]},
         {"embedding": ["a"]},
+        {"embedding": [10**400]},
+        {"embedding": np.ones(300_000)},
     ],
 )
 def test_bad_routing_leaves_the_pool_alone(folder, checkpoints, given):
@@ -208,7 +236,7 @@ def test_bad_routing_leaves_the_pool_alone(folder, checkpoints, given):
     with pytest.raises(InvalidSamplesError, match="adapter 'units'"):
         pool.add("units", checkpoints["units"], **given)
     assert pool.names == ("dates", "sql")
-    assert sorted(path.name for path in folder.iterdir()) == ["dates", "sql"]
+    assert adapters_in(folder) == ["dates", "sql"]
 
 
 def test_unknown_names_are_answered_with_near_ones(folder):
@@ -304,7 +332,7 @@ def test_recovers_from_crashes(folder):
     (folder / "dates").rename(folder / ".replaced-dates")
     shutil.copytree(folder / "sql", folder / ".replaced-sql")
     assert AdapterPool(folder).names == ("dates", "sql")
-    assert sorted(path.name for path in folder.iterdir()) == ["dates", "sql"]
+    assert adapters_in(folder) == ["dates", "sql"]
 
 
 def test_a_crash_while_writing_is_undone(folder, checkpoints, monkeypatch):
@@ -387,15 +415,57 @@ def test_many_threads(checkpoints):
     assert not errors
 
 
-def test_known_fingerprints_spare_hashing(folder, monkeypatch):
-    """A big pool remembers fingerprints of unchanged files; a changed file is hashed again."""
+@pytest.fixture
+def big_pool(folder, monkeypatch):
+    """A pool whose fingerprints are kept, of files that were written a while ago."""
     monkeypatch.setattr("langchain_lora_retriever.pool_folder._CACHE_ABOVE_BYTES", 1)
-    first = AdapterPool(folder)
-    assert FingerprintCache(folder).get(folder / "sql") == first["sql"].fingerprint
-    (folder / "sql" / WEIGHTS_FILE).write_bytes((folder / "sql" / WEIGHTS_FILE).read_bytes())
-    assert FingerprintCache(folder).get(folder / "sql") is None
-    assert FingerprintCache(folder).get(folder / "dates") == first["dates"].fingerprint
-    assert AdapterPool(folder).fingerprint == first.fingerprint
+    monkeypatch.setattr("langchain_lora_retriever.adapter_folder._SETTLED_NS", -(10**9))
+    return folder
+
+
+def test_known_fingerprints_spare_hashing(big_pool):
+    """A big pool remembers fingerprints of unchanged files; a changed file is hashed again."""
+    first = AdapterPool(big_pool)
+    assert known_fingerprint(big_pool, "sql") == first["sql"].fingerprint
+    (big_pool / "sql" / WEIGHTS_FILE).write_bytes((big_pool / "sql" / WEIGHTS_FILE).read_bytes())
+    assert known_fingerprint(big_pool, "sql") is None
+    assert known_fingerprint(big_pool, "dates") == first["dates"].fingerprint
+    assert AdapterPool(big_pool).fingerprint == first.fingerprint
+
+
+def test_files_written_a_moment_ago_are_not_remembered(folder, monkeypatch):
+    """They might be written to again without another time."""
+    monkeypatch.setattr("langchain_lora_retriever.pool_folder._CACHE_ABOVE_BYTES", 1)
+    AdapterPool(folder)
+    assert known_fingerprint(folder, "sql") is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[" * 100_000, b"[]", b'{"sql": 5}', b'{"sql": []}', b'{"sql": [5]}', b'{"sql": {"a": 1}}', b"\xff", None],
+)
+def test_known_fingerprints_that_are_none_are_made_again(big_pool, content):
+    """Whatever lies in place of the cache, adapters are read and it is replaced."""
+    first = AdapterPool(big_pool).fingerprint
+    cache = big_pool / ".fingerprints.json"
+    cache.unlink()
+    if content is None:
+        os.mkfifo(cache)
+    else:
+        cache.write_bytes(content)
+    assert AdapterPool(big_pool).fingerprint == first
+    assert known_fingerprint(big_pool, "sql") is not None
+
+
+def test_a_cache_that_others_may_write_is_not_believed(big_pool):
+    """Only the owner's word for a file's content spares looking at it."""
+    first = AdapterPool(big_pool)
+    cache = big_pool / ".fingerprints.json"
+    known = json.loads(cache.read_text())
+    known["sql"][0] = "f" * 64
+    cache.write_text(json.dumps(known))
+    cache.chmod(0o666)
+    assert AdapterPool(big_pool)["sql"].fingerprint == first["sql"].fingerprint
 
 
 def test_small_pools_are_left_clean(folder):
