@@ -7,7 +7,7 @@ import os
 import stat
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Never, Self, TypeVar
 
 from langchain_lora_retriever.errors import AdapterError, InvalidAdapterError
 from langchain_lora_retriever.shown import shown
@@ -94,6 +94,10 @@ class RegularFile:
         if descriptor >= 0:
             os.close(descriptor)
 
+    def __reduce__(self) -> Never:
+        """Refuse to be copied: two objects would close one descriptor."""
+        raise TypeError("an open file cannot be copied or pickled")
+
     def __del__(self) -> None:
         self.close()
 
@@ -122,9 +126,9 @@ class RegularFile:
         self.read_into(memoryview(data), offset)
         return bytes(data)
 
-    def is_unchanged(self) -> bool:
-        """Whether it still is what it was when it was opened."""
-        return FileIdentity.of(os.fstat(self._descriptor)) == self.identity
+    def current_identity(self) -> FileIdentity:
+        """What it is now."""
+        return FileIdentity.of(os.fstat(self._descriptor))
 
 
 class AdapterFolder:

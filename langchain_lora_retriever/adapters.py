@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from langchain_lora_retriever.adapter_folder import AdapterFolder, RegularFile
 
-__all__ = ["CONFIG_FILE", "MAX_CONFIG_BYTES", "WEIGHTS_FILE", "adapter_of", "moved", "read_adapter"]
+__all__ = ["CONFIG_FILE", "MAX_CONFIG_BYTES", "WEIGHTS_FILE", "adapter_of", "read_adapter", "renamed"]
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PICKLE_FILE = "adapter_model.bin"
@@ -109,23 +109,23 @@ def adapter_of(
             f"{base_model!r}. Use an adapter trained for {base_model!r}."
         )
     file = _open_weights(folder, where)
-    with contextlib.closing(file):
-        layout = _layout_of(file, config, where)
-        fingerprint = fingerprint or _checked_hash(file, layout, where)
+    layout = _layout_of(file, config, where)
+    fingerprint = fingerprint or _checked_hash(file, layout, where)
     return Adapter(
         name=name,
         fingerprint=fingerprint,
-        weights=FileWeights(folder.path / WEIGHTS_FILE, name, file.identity, layout, fingerprint),
+        weights=FileWeights(folder.path / WEIGHTS_FILE, name, file, layout, fingerprint),
         base_model=made_for,
         path=folder.path,
         is_target=partial(layout.config.is_target, where=where),
     )
 
 
-def moved(adapter: Adapter, path: Path) -> Adapter:
-    """The same adapter after its folder was renamed to `path`."""
-    assert isinstance(adapter.weights, FileWeights), "only adapters that were read from a folder are moved"
-    return dataclasses.replace(adapter, path=path, weights=adapter.weights.moved(path / WEIGHTS_FILE))
+def renamed(adapter: Adapter, path: Path) -> Adapter:
+    """The adapter after its folder was renamed to `path`."""
+    assert isinstance(adapter.weights, FileWeights), "only the folders of adapters that were read from one are renamed"
+    adapter.weights.rename(path / WEIGHTS_FILE)
+    return dataclasses.replace(adapter, path=path)
 
 
 def _read_config(folder: AdapterFolder, where: str) -> object:

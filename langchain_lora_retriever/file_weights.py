@@ -10,6 +10,8 @@ import contextlib
 import hashlib
 import json
 import math
+import sys
+import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from langchain_lora_retriever.adapter_folder import FileIdentity, RegularFile
+from langchain_lora_retriever.adapter_folder import RegularFile
 from langchain_lora_retriever.errors import InvalidAdapterError
 from langchain_lora_retriever.shown import shown
 from langchain_lora_retriever.types import LoraWeights
@@ -146,30 +148,66 @@ class _Shapes(Mapping[str, LoraWeights]):
         return len(self._layout)
 
 
+class _HeldFiles:
+    """How many adapters keep their file open: an eighth of what the process may open, and no more than 128."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_held = 0
+
+    def take(self, holder: object) -> bool:
+        """Whether `holder` may keep one until it goes."""
+        with self._lock:
+            if self._num_held >= _max_held():
+                return False
+            self._num_held += 1
+        weakref.finalize(holder, self._give_back)
+        return True
+
+    def _give_back(self) -> None:
+        with self._lock:
+            self._num_held -= 1
+
+
+def _max_held() -> int:
+    if sys.platform == "win32":  # an open file cannot be renamed there, nor its folder
+        return 0
+    import resource  # noqa: PLC0415 - not on Windows
+
+    max_open, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 128 if max_open == resource.RLIM_INFINITY else min(128, max_open // 8)
+
+
+_HELD = _HeldFiles()
+
+
 class FileWeights(Mapping[str, LoraWeights]):
     """The weights of one adapter's file, read when a module is asked for.
 
     The whole file is read for the first module, and kept for as long as anybody holds a tensor of it: `dict(weights)`
     reads it once. Any thread may ask.
 
+    A hundred of them or so keep their file open, so that a version that another process replaces stays whole for those
+    who have it; the others open it anew.
+
     Args:
-        path: The file.
+        path: The file's path.
         name: The adapter's name.
-        identity: What the file was when it was checked and hashed.
+        file: The file as it was checked and hashed. It is kept or closed.
         layout: Where the tensors lie in it.
         fingerprint: `hash_of` layout and data.
     """
 
-    def __init__(self, path: Path, name: str, identity: FileIdentity, layout: Layout, fingerprint: str) -> None:
+    def __init__(self, path: Path, name: str, file: RegularFile, layout: Layout, fingerprint: str) -> None:
         self._path = path
         self._name = name
-        self._read_as = identity
+        identity = file.identity
         # One that was written a moment ago may be written again without another time: not to be recognised by it.
         self._identity = identity if identity.is_settled() else None
         self._start = identity.num_bytes - layout.num_bytes
         self._layout = layout
         self._fingerprint = fingerprint
-        self._held: RegularFile | None = None
+        self._file = file if _HELD.take(self) else None
         self._data: weakref.ref[NDArray[np.uint8]] | None = None
 
     @property
@@ -197,29 +235,36 @@ class FileWeights(Mapping[str, LoraWeights]):
     def __contains__(self, module: object) -> bool:
         return module in self._layout
 
-    def moved(self, path: Path) -> FileWeights:
-        """The same weights in a file that was renamed."""
-        return FileWeights(path, self._name, self._read_as, self._layout, self._fingerprint)
+    def __deepcopy__(self, memo: object) -> FileWeights:
+        """These weights themselves: nobody changes them, and a file is not copied."""
+        return self
+
+    def rename(self, path: Path) -> None:
+        """Say that the file was renamed."""
+        self._path = path
 
     def hold(self) -> None:
-        """Keep the file for whoever holds these weights, before it is removed."""
-        with contextlib.suppress(OSError):
-            self._held = RegularFile(self._path, MAX_WEIGHTS_BYTES)
+        """Keep the file open in any case, because it is about to be removed."""
+        if self._file is None:
+            with contextlib.suppress(OSError):
+                self._file = RegularFile(self._path, MAX_WEIGHTS_BYTES)
 
     def _read(self) -> NDArray[np.uint8]:
         """The data section, `[num_bytes]`."""
         data = self._data() if self._data is not None else None
         if data is None:
             try:
-                file = self._held or RegularFile(self._path, MAX_WEIGHTS_BYTES)
+                file = self._file or RegularFile(self._path, MAX_WEIGHTS_BYTES)
+                before = file.current_identity()
                 data = np.empty(self._layout.num_bytes, np.uint8)
                 file.read_into(data.data, self._start)
+                after = file.current_identity()
             except (OSError, MemoryError) as error:
                 raise self._changed(error) from error
-            if file.identity != self._identity or not file.is_unchanged():
+            if not before == after == self._identity:
                 if hash_of(self._layout, [data]) != self._fingerprint:
                     raise self._changed("its numbers are others")
-                self._identity = file.identity if file.identity.is_settled() and file.is_unchanged() else None
+                self._identity = before if before == after and before.is_settled() else None
             self._data = weakref.ref(data)
         return data
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from langchain_lora_retriever.adapters import CONFIG_FILE, moved
+from langchain_lora_retriever.adapters import CONFIG_FILE, renamed
 from langchain_lora_retriever.errors import (
     AdapterError,
     DuplicateAdapterError,
@@ -362,7 +362,7 @@ class AdapterPool:
             self._hold(name)
             with _writing(root):
                 entry = install(root, name, write)
-            entry = replace(entry, adapter=moved(entry.adapter, root / name))
+            entry = replace(entry, adapter=renamed(entry.adapter, root / name))
         state = self._state
         self._replace_state({**state.entries, name: entry}, _without(state.rejected, name))
         return entry.adapter
@@ -469,13 +469,13 @@ def _tell_undescribed(root: Path, entries: Mapping[str, PoolEntry]) -> None:
     names = [name for name, entry in entries.items() if not entry.is_described]
     if names:
         _logger.warning(
-            "%d adapters of the pool %s have neither samples nor an embedding, so that no prompt finds them; they run "
-            "where they are pinned: %s%s. Write a samples.jsonl beside their weights, or call "
+            "adapters of the pool %s that have neither samples nor an embedding: %s%s. No prompt finds them (%d in "
+            "all); they run where they are pinned. Write a samples.jsonl beside their weights, or call "
             "pool.update(name, samples=[...]).",
-            len(names),
             root,
             ", ".join(names[:_NUM_NAMED]),
             ", ..." * (len(names) > _NUM_NAMED),
+            len(names),
         )
 
 
