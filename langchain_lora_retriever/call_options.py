@@ -13,7 +13,15 @@ from langchain_lora_retriever.composer import Weighting
 from langchain_lora_retriever.errors import InvalidRequestError
 from langchain_lora_retriever.nesting import check_texts
 from langchain_lora_retriever.shown import shown
-from langchain_lora_retriever.types import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS, CompositionMode, SamplingParams
+from langchain_lora_retriever.types import (
+    MAX_STOP_CHARACTERS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+    CompositionMode,
+    SamplingParams,
+    is_repetition_penalty,
+    is_stop_token_ids,
+)
 
 __all__ = ["CallOptions"]
 
@@ -48,6 +56,8 @@ class CallOptions:
         top_p: As in `SamplingParams`.
         seed: As in `SamplingParams`.
         stop: As in `SamplingParams`.
+        stop_token_ids: As in `SamplingParams`.
+        repetition_penalty: As in `SamplingParams`; 1.0 switches the model's own off.
         logprobs: True, or the number of alternatives to report per token; None or False reports none.
         top_logprobs: Number of alternatives, where `logprobs` is True.
         n: Answers to generate.
@@ -76,6 +86,8 @@ class CallOptions:
     top_p: float = 1.0
     seed: int | None = None
     stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    repetition_penalty: float | None = None
     logprobs: bool | int | None = None
     top_logprobs: int | None = None
     n: int = 1
@@ -137,6 +149,8 @@ class CallOptions:
             seed=None if self.seed is None else self.seed + index,
             max_tokens=self.max_tokens,
             stop=tuple(self.stop),
+            stop_token_ids=tuple(self.stop_token_ids),
+            repetition_penalty=self.repetition_penalty,
             logprobs=logprobs,
             skip_special_tokens=skip_special_tokens,
         )
@@ -206,6 +220,11 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
         ),
         f"a list of at most {MAX_STOP_STRINGS} non-empty strings, of {MAX_STOP_CHARACTERS:,} characters together",
     ),
+    "stop_token_ids": (
+        lambda value: isinstance(value, Sequence) and not isinstance(value, str | bytes) and is_stop_token_ids(value),
+        f"a list of at most {MAX_STOP_TOKEN_IDS:,} token ids, integers >= 0",
+    ),
+    "repetition_penalty": (is_repetition_penalty, "a number from 0.01 to 100; 1 does nothing"),
     "composition": _is_one_of(get_args(CompositionMode)),
     "weights": _is_one_of(get_args(Weighting)),
     "top_k": (_is_positive_int, "an integer >= 1"),

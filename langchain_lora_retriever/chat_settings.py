@@ -59,6 +59,9 @@ class ChatSettings(ConcurrentChatModel):
         top_p: Keep the smallest set of tokens of this probability.
         seed: Makes sampled answers repeatable.
         stop: Strings that end the answer.
+        stop_token_ids: Tokens that end the answer, beside the model's own.
+        repetition_penalty: Makes tokens that prompt or answer have already less likely if above 1; None takes what the
+            model's `generation_config` says, 1.0 switches that off.
         logprobs: Report log-probabilities: True, or the number of alternatives per token.
         timeout: Seconds a call may take before it is aborted with `TimeoutError`.
         chat_template_kwargs: More variables for the chat template, such as `{"enable_thinking": False}`.
@@ -88,6 +91,8 @@ class ChatSettings(ConcurrentChatModel):
     top_p: float = CallOptions.top_p
     seed: int | None = None
     stop: list[str] = Field(default_factory=list)
+    stop_token_ids: list[int] = Field(default_factory=list)
+    repetition_penalty: float | None = None
     logprobs: bool | int | None = None
     timeout: float | None = None
     chat_template_kwargs: dict[str, Any] | None = None

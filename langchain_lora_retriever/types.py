@@ -13,7 +13,7 @@ from langchain_lora_retriever.errors import InvalidRequestError
 from langchain_lora_retriever.shown import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -32,6 +32,7 @@ CompositionMode: TypeAlias = Literal["selection", "fusion", "mixture"]
 
 MAX_STOP_STRINGS = 256
 MAX_STOP_CHARACTERS = 16_384  # of all stop strings of a request together
+MAX_STOP_TOKEN_IDS = 1024
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -163,8 +164,12 @@ class SamplingParams:
         max_tokens: Most tokens to generate, >= 1; the model's context may allow fewer.
         stop: Strings that end the answer; they are not part of it. At most 256, of 16,384 characters together. One may
             be or contain a special token, though these are left out of the text.
+        stop_token_ids: Tokens that end the answer beside the model's own end-of-sequence tokens; their text is not part
+            of it. At most 1,024.
+        repetition_penalty: Divides positive logits of tokens that prompt or answer have already, multiplies negative
+            ones; from 0.01 to 100, and 1 does nothing. None takes what the model's `generation_config` says.
         ignore_eos: Generate on past the end-of-sequence token (for benchmarks).
-        logprobs: None for none; n >= 0 for the chosen token's and the n likeliest alternatives'.
+        logprobs: None for none; n >= 0 for the chosen token's and the n likeliest ones', before any penalty.
         skip_special_tokens: Leave special tokens out of the text.
 
     Raises:
@@ -177,6 +182,8 @@ class SamplingParams:
     seed: int | None = None
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    repetition_penalty: float | None = None
     ignore_eos: bool = False
     logprobs: int | None = None
     skip_special_tokens: bool = True
@@ -196,10 +203,25 @@ class SamplingParams:
         _require(len(self.stop) <= MAX_STOP_STRINGS and num_characters <= MAX_STOP_CHARACTERS,
                  "stop", self.stop, f"at most {MAX_STOP_STRINGS} strings of {MAX_STOP_CHARACTERS:,} characters "
                  f"together; these are {len(self.stop):,} of {num_characters:,}")  # fmt: skip
+        _require(isinstance(self.stop_token_ids, tuple) and is_stop_token_ids(self.stop_token_ids),
+                 "stop_token_ids", self.stop_token_ids,
+                 f"a tuple of at most {MAX_STOP_TOKEN_IDS:,} token ids, integers >= 0")  # fmt: skip
+        _require(self.repetition_penalty is None or is_repetition_penalty(self.repetition_penalty),
+                 "repetition_penalty", self.repetition_penalty, "a number from 0.01 to 100, or None")  # fmt: skip
         _require(self.logprobs is None or (_is_int(self.logprobs) and 0 <= self.logprobs <= 20),
                  "logprobs", self.logprobs, "an integer from 0 to 20, or None")  # fmt: skip
         for name in ("ignore_eos", "skip_special_tokens"):
             _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
+
+
+def is_repetition_penalty(value: object) -> bool:
+    """Whether logits can be divided by and multiplied with it."""
+    return _is_number(value) and 0.01 <= value <= 100  # type: ignore[operator]
+
+
+def is_stop_token_ids(value: Sequence[object]) -> bool:
+    """Whether these are token ids, and no more of them than a request may have."""
+    return len(value) <= MAX_STOP_TOKEN_IDS and all(_is_int(i) and 0 <= i < 2**63 for i in value)  # type: ignore[operator]
 
 
 def _is_int(value: object) -> bool:

@@ -11,7 +11,9 @@ import torch
 from langchain_lora_retriever.engine.adapter_fit import AdapterFit
 from langchain_lora_retriever.engine.adapter_slots import AdapterSlots
 from langchain_lora_retriever.engine.detokenizer import Detokenizer, Vocabulary
+from langchain_lora_retriever.engine.generation_defaults import GenerationDefaults
 from langchain_lora_retriever.engine.kv_cache import KVCacheManager
+from langchain_lora_retriever.engine.logits_rules import LogitsRules
 from langchain_lora_retriever.engine.lora_layers import MAX_RANK
 from langchain_lora_retriever.engine.model_runner import ModelRunner
 from langchain_lora_retriever.engine.request import Delta, FinishReason, Request, TokenLogprob, failure
@@ -57,6 +59,7 @@ class Engine:
 
     def __init__(self, base: BaseModel, config: EngineConfig) -> None:
         self.config = config
+        self._defaults = GenerationDefaults.of(base)
         self.tokenizer = base.tokenizer
         self._runner = ModelRunner(base, config)
         self.device = self._runner.device
@@ -86,7 +89,6 @@ class Engine:
         )
         self._recorder = StatsRecorder()
         self._vocabulary = Vocabulary(base.tokenizer)
-        self._eos_token_ids = _eos_token_ids(base)
         self._ids = itertools.count()
         self._is_async = self._runner.is_async
         self._in_flight: Flight | None = None
@@ -125,6 +127,7 @@ class Engine:
                 raise InvalidRequestError(
                     f"The weight of adapter {adapter.name!r} is {shown(weight)}: pass a finite number."
                 )
+        rules = self._make_rules(token_ids, sampling)
         self.fit.check_together([adapter for adapter, _ in adapters])
         self._store.prefetch([adapter for adapter, _ in adapters if not self.slots.is_resident(adapter)])
         ordered = sorted(adapters, key=lambda pair: pair[0].fingerprint)  # one sum, whatever order it was asked in
@@ -140,7 +143,8 @@ class Engine:
                 vocabulary=self._vocabulary,
             ),
             constraint=constraint,
-            max_num_tokens=min(len(token_ids) + sampling.max_tokens, self.max_model_len),
+            rules=rules,
+            max_num_tokens=self._max_num_tokens(token_ids, sampling),
         )
 
     def add(self, request: Request) -> None:
@@ -159,13 +163,14 @@ class Engine:
 
         With asynchronous scheduling a step is launched before the tokens of the last one are read, so that the device
         need not wait for this thread. It takes those tokens from where the device keeps them, and a request that turns
-        out to have ended leaves one surplus token, which is dropped. A grammar needs the token first, and gets it.
+        out to have ended leaves one surplus token, which is dropped. What needs the token first (a
+        grammar, a ban on repeated sequences) gets it.
 
         What goes wrong for one request (its adapters cannot be loaded, its grammar fails, its logits are not finite)
         ends that request alone and is in its output. An exception of the step itself is raised, with the step's
         requests still scheduled: see `fail_step`.
         """
-        if self._in_flight is not None and any(r.constraint is not None for r in self._in_flight.requests):
+        if self._in_flight is not None and any(r.needs_known_tokens for r in self._in_flight.requests):
             self._collect(self._in_flight)
         launched = self._launch()
         landing, self._in_flight = self._in_flight, launched
@@ -273,6 +278,26 @@ class Engine:
             )
         return token_ids.tolist()
 
+    def _max_num_tokens(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> int:
+        return min(len(prompt_token_ids) + sampling.max_tokens, self.max_model_len)
+
+    def _make_rules(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> LogitsRules | None:
+        """What the model and the request say of tokens to avoid; None if there is nothing."""
+        unknown = [i for i in sampling.stop_token_ids if i >= self._runner.vocab_size]
+        if unknown:
+            raise InvalidRequestError(
+                f"stop_token_ids has {unknown[0]}, but the model's vocabulary has {self._runner.vocab_size} tokens, "
+                "from 0: pass ids of the tokenizer that the model came with."
+            )
+        rules = LogitsRules(
+            self._defaults,
+            prompt_token_ids,
+            repetition_penalty=sampling.repetition_penalty,
+            stop_token_ids=sampling.stop_token_ids,
+            max_num_tokens=self._max_num_tokens(prompt_token_ids, sampling),
+        )
+        return rules if rules.is_needed else None
+
     def _prefetch(self) -> None:
         """Let the adapters of those who are next travel while they wait."""
         if self.scheduler.waiting:
@@ -349,7 +374,9 @@ class Engine:
         request.output_token_ids.append(token_id)
         if logprob is not None:
             request.logprobs.append(logprob)
-        if token_id in self._eos_token_ids and not request.sampling.ignore_eos:
+        if token_id in self._defaults.eos_token_ids and not request.sampling.ignore_eos:
+            return "", "stop"
+        if token_id in request.sampling.stop_token_ids:
             return "", "stop"
         text = request.detokenizer.push(token_id)
         if request.detokenizer.is_stopped:
@@ -357,10 +384,3 @@ class Engine:
         if request.num_known_tokens >= request.max_num_tokens:
             return text, "length"
         return text, None
-
-
-def _eos_token_ids(base: BaseModel) -> frozenset[int]:
-    """End-of-sequence ids of the generation config and of the tokenizer."""
-    configured = base.model.generation_config.eos_token_id if base.model.generation_config else None
-    ids = [configured] if isinstance(configured, int) else list(configured or ())
-    return frozenset(i for i in (*ids, base.tokenizer.eos_token_id) if i is not None)

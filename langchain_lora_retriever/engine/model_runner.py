@@ -10,6 +10,7 @@ import torch
 
 from langchain_lora_retriever.engine.attention import GatheringStep, PagedCache, QuerySpan
 from langchain_lora_retriever.engine.flight import Flight
+from langchain_lora_retriever.engine.logits_rules import PendingTokens
 from langchain_lora_retriever.engine.lora_layers import LoraLayers
 from langchain_lora_retriever.engine.memory import longest_sequence, plan_memory
 from langchain_lora_retriever.engine.packed_adapter import AdapterPacking
@@ -116,7 +117,8 @@ class ModelRunner:
         logits = self._forward(batch) if self._executor is None else self._executor.forward(batch)
         requests = batch.sampled_requests
         # A token that is chosen is embedded in the next step, before anybody could look at it.
-        choice = choose(logits[:, : self.vocab_size], requests, num_known=self._num_known)
+        pending = PendingTokens(self._chosen, [batch.sources[token] for token in batch.sampled_tokens])
+        choice = choose(logits[:, : self.vocab_size], requests, num_known=self._num_known, pending=pending)
         self._chosen[: len(requests)] = choice.token_ids
         self._last_choice = {request: place for place, request in enumerate(requests)}
         return Flight(requests, choice)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from langchain_lora_retriever.engine.detokenizer import Detokenizer
+    from langchain_lora_retriever.engine.logits_rules import LogitsRules
     from langchain_lora_retriever.types import Adapter, SamplingParams
 
 __all__ = [
@@ -116,6 +117,7 @@ class Request:
         sampling: How tokens are chosen and when to stop.
         adapters: `(adapter, weight)` pairs; empty runs the base model.
         constraint: Grammar of the answer, if any.
+        rules: Penalties and bans, if there are any.
         seed: Seed of its random choices.
         salt: Root of its prefix-cache hash chain.
         output_token_ids: Tokens generated so far.
@@ -137,6 +139,7 @@ class Request:
     adapters: tuple[tuple[Adapter, float], ...]
     detokenizer: Detokenizer
     constraint: Constraint | None = None
+    rules: LogitsRules | None = None
     max_num_tokens: int = sys.maxsize
     seed: int = 0
     salt: bytes = b""
@@ -176,6 +179,11 @@ class Request:
     def is_exhausted(self) -> bool:
         """Whether the pending token is the last there may be."""
         return self.num_pending_tokens > 0 and self.num_tokens >= self.max_num_tokens
+
+    @property
+    def needs_known_tokens(self) -> bool:
+        """Whether its last token must be known here before the next one can be chosen."""
+        return self.constraint is not None or (self.rules is not None and self.rules.needs_known_tokens)
 
     @property
     def token_ids(self) -> list[int]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 
+from langchain_lora_retriever.engine.logits_rules import apply_rules
 from langchain_lora_retriever.engine.request import TokenLogprob, failure
 from langchain_lora_retriever.engine.upload import copy_to_device, copy_to_host, upload
 from langchain_lora_retriever.errors import EngineError
@@ -18,6 +19,7 @@ from langchain_lora_retriever.errors import EngineError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from langchain_lora_retriever.engine.logits_rules import PendingTokens
     from langchain_lora_retriever.engine.request import Request
     from langchain_lora_retriever.errors import LoraRetrieverError
 
@@ -99,10 +101,14 @@ class Choice(NamedTuple):
 
 def is_plain_greedy(request: Request) -> bool:
     """Whether its next token is the argmax of the logits and nothing else is asked."""
-    return request.sampling.temperature == 0 and request.sampling.logprobs is None and request.constraint is None
+    sampling, rules = request.sampling, request.rules
+    is_plain = sampling.temperature == 0 and sampling.logprobs is None and request.constraint is None
+    return is_plain and (rules is None or not rules.is_active(request))
 
 
-def choose(logits: torch.Tensor, requests: Sequence[Request], *, num_known: int = 0) -> Choice:
+def choose(
+    logits: torch.Tensor, requests: Sequence[Request], *, num_known: int = 0, pending: PendingTokens | None = None
+) -> Choice:
     """Choose each request's next token, without waiting for the device.
 
     What goes wrong for one request is told in its row and changes no other's token.
@@ -111,6 +117,7 @@ def choose(logits: torch.Tensor, requests: Sequence[Request], *, num_known: int 
         logits: `[num_requests, vocab_size]`, any float dtype; may be overwritten.
         requests: The rows' requests.
         num_known: Token ids that grammars know of, which may be more than the model has.
+        pending: The requests' last tokens, where the host does not know them.
     """
     if all(is_plain_greedy(request) for request in requests):
         peaks, token_ids = logits.max(-1)
@@ -118,9 +125,16 @@ def choose(logits: torch.Tensor, requests: Sequence[Request], *, num_known: int 
     logits = logits.float()
     peaks, allowed_peaks, failures = logits.amax(-1), None, None
     logprobs = logits.log_softmax(-1) if any(r.sampling.logprobs is not None for r in requests) else None
+    given = logits
+    if any(request.rules is not None for request in requests):
+        logits = apply_rules(logits, requests, pending)
     if any(request.constraint is not None for request in requests):
         bitmask, failures = _fill_bitmask(requests, max(num_known, logits.shape[1]))
-        logits = apply_bitmask(logits, copy_to_device(bitmask, logits.device))
+        bitmask = copy_to_device(bitmask, logits.device)
+        ruled, logits = logits, apply_bitmask(logits, bitmask)
+        if ruled is not given:  # where the rules ban all that a grammar allows, the grammar counts
+            is_stuck = logits.amax(-1, keepdim=True) == -torch.inf
+            logits = torch.where(is_stuck, apply_bitmask(given, bitmask), logits)
         allowed_peaks = logits.amax(-1)
     random = [i for i, r in enumerate(requests) if r.sampling.temperature > 0]
     if random:

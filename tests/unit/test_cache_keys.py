@@ -47,6 +47,8 @@ SHARED = {
     "top_p": st.sampled_from([0.5, 1.0]),
     "seed": st.sampled_from([0, 1]),
     "stop": st.sampled_from([["a"], ["b"]]),
+    "stop_token_ids": st.sampled_from([[5], [6]]),
+    "repetition_penalty": st.sampled_from([1.0, 1.3]),
     "logprobs": st.sampled_from([True, False, 2]),
     "chat_template_kwargs": st.sampled_from([{"style": "kind"}, {"style": "curt"}]),
     "timeout": st.sampled_from([5.0, 6.0]),
@@ -90,6 +92,8 @@ def asked(llm: ChatLoraRetriever, engine: Any, call: Mapping[str, Any]) -> Any:
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(some(SHARED, 3), some(SHARED | CALL_ONLY, 3), some(SHARED, 3), some(SHARED | CALL_ONLY, 3))
 @example({"stop": ["a"]}, {}, {"stop": ["b"]}, {})
+@example({"repetition_penalty": 1.3}, {}, {}, {"repetition_penalty": 1.0})
+@example({}, {"stop_token_ids": [5]}, {"stop_token_ids": [6]}, {})
 @example({}, {"response_format": TEXT}, {}, {"response_format": NUMBER})
 @example({}, {"tools": [TEXT]}, {}, {"tools": [NUMBER]})
 @example({}, {"guided": {"json": TEXT}}, {}, {"guided": {"json": NUMBER}})

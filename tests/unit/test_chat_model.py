@@ -224,10 +224,12 @@ def test_a_prompt_longer_than_the_context_is_refused(llm: ChatLoraRetriever) -> 
 def test_sampling_arguments_arrive(llm: ChatLoraRetriever, engine) -> None:
     """No sampling argument is dropped on the way to the engine."""
     call = {"temperature": 0.5, "sampling_top_k": 4, "top_p": 0.9, "seed": 3, "max_tokens": 7, "stop": ["x"]}
+    call |= {"repetition_penalty": 1.2, "stop_token_ids": [4, 9]}
     llm.invoke(SQL, logprobs=1, **call)
     sampling = engine.requests[0]["sampling"]
     assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed) == (0.5, 4, 0.9, 3)
     assert (sampling.max_tokens, sampling.stop, sampling.logprobs) == (7, ("x",), 1)
+    assert (sampling.repetition_penalty, sampling.stop_token_ids) == (1.2, (4, 9))
 
 
 def test_stop_of_the_model_and_of_the_call(llm: ChatLoraRetriever, engine) -> None:
