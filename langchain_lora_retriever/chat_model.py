@@ -33,7 +33,7 @@ from langchain_lora_retriever.messages import (
     to_chat,
 )
 from langchain_lora_retriever.profiles import loaded_profile
-from langchain_lora_retriever.shared import reject_unfit, running_engine, shared_engine
+from langchain_lora_retriever.shared import close_engine, reject_unfit, running_engine, shared_engine
 from langchain_lora_retriever.structured_output import structured_output
 from langchain_lora_retriever.tools import to_tool_choice, to_tools
 from langchain_lora_retriever.types import Adapter, Composition
@@ -276,6 +276,18 @@ class ChatLoraRetriever(ChatSettings):
         """Load the base model without holding up the event loop."""
         if running_engine(self.base_model, self.model_kwargs, self._config) is None:
             await run_in_thread(self._engine)
+
+    def close(self) -> None:
+        """Stop the engine, give the base model back as it was, and let go of its memory.
+
+        Other chat models of the process that share the engine lose it too: their running calls end with
+        `EngineDeadError`, and the next call of any of them loads the model anew.
+        """
+        close_engine(self.base_model, self.model_kwargs, self._config)
+
+    async def aclose(self) -> None:
+        """Do what `close` does without blocking the event loop."""
+        await run_in_thread(self.close)
 
     # Tools and structured output
 

@@ -215,7 +215,8 @@ def _renew_threads() -> None:
     _threads = _new_threads()
 
 
-os.register_at_fork(after_in_child=_renew_threads)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_threads)
 
 
 def run_within(deadline: Deadline, work: Callable[[], T], *, discard: Callable[[T], object]) -> T:

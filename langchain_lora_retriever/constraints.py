@@ -5,6 +5,7 @@ A grammar is compiled once per tokenizer; every request gets a copy of the compi
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections import OrderedDict
@@ -327,6 +328,17 @@ def _run_with_large_stack(work: Callable[[], None]) -> None:
 
 
 _starting = threading.Lock()  # the size of a new thread's stack is a setting of the whole process
+
+
+def _begin_in_child() -> None:
+    """Begin anew in a forked process: whoever compiles in another thread, or holds a lock, is not there."""
+    global _finding, _starting
+    _finding, _starting = threading.Lock(), threading.Lock()
+    _compilers.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_in_child)
 
 
 def _fill(matcher: LLMatcher, row: torch.Tensor) -> None:

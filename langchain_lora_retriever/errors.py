@@ -106,7 +106,7 @@ class EngineDeadError(EngineError):
 
 
 class EngineOverloadedError(EngineError):
-    """The engine has as many unfinished requests as it may; try again when some of them have ended."""
+    """As many requests wait as `EngineConfig.max_waiting` allows; try again when some of them have ended."""
 
 
 class MissingDependencyError(LoraRetrieverError, ImportError):

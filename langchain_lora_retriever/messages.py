@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 import threading
 from contextlib import suppress
@@ -68,6 +69,10 @@ _REFUSALS = (jinja2.TemplateError, TypeError, ValueError, LookupError, Attribute
 # A fast tokenizer switches its treatment of special tokens in place while it encodes a sanitized chat, and refuses
 # to be borrowed twice: whoever encodes holds its lock, well under a millisecond where the prompt is short.
 _locks: WeakKeyDictionary[PreTrainedTokenizerBase, threading.Lock] = WeakKeyDictionary()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_locks.clear)  # a thread that held one is not there
 
 
 def _lock_of(tokenizer: PreTrainedTokenizerBase) -> threading.Lock:

@@ -7,6 +7,7 @@ again nor embed the pool again.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import uuid
 import warnings
@@ -29,7 +30,15 @@ if TYPE_CHECKING:
     from langchain_lora_retriever.pool import AdapterPool
     from langchain_lora_retriever.types import Adapter
 
-__all__ = ["close_engines", "identity", "reject_unfit", "running_engine", "shared_engine", "shared_retriever"]
+__all__ = [
+    "close_engine",
+    "close_engines",
+    "identity",
+    "reject_unfit",
+    "running_engine",
+    "shared_engine",
+    "shared_retriever",
+]
 
 
 @dataclass(slots=True)
@@ -64,6 +73,7 @@ def shared_engine(source: ModelSource, model_kwargs: Mapping[str, Any], config: 
         if engine is not None and engine.is_alive:
             return engine
         if engine is not None:
+            engine.check_process()
             _logger.warning("The engine of %s has stopped; starting a new one.", engine.name)
             engine.close()  # returns once it has given back the model and its memory
         _engines[key] = engine = run_aside(_start_engine, source, model_kwargs, config)
@@ -143,6 +153,14 @@ def identity(thing: object) -> str:
         return _identities.setdefault(thing, uuid.uuid4().hex)
 
 
+def close_engine(source: ModelSource, model_kwargs: Mapping[str, Any], config: EngineConfig) -> None:
+    """Stop the engine of a configuration, if it is loaded, and let go of its memory."""
+    with _starting:
+        engine = _engines.pop(_engine_key(source, model_kwargs, config), None)
+    if engine is not None:
+        engine.close()
+
+
 def close_engines() -> None:
     """Stop every shared engine and let go of its memory; the next call of a chat model loads afresh."""
     with _starting:
@@ -165,3 +183,13 @@ def _source_key(source: ModelSource) -> Hashable:
     if isinstance(source, tuple):
         return tuple(map(id, source))
     return str(source.resolve()) if isinstance(source, Path) else source
+
+
+def _begin_in_child() -> None:
+    """Make the locks anew in a forked process: a thread that held one is not there."""
+    global _starting, _lock
+    _starting, _lock = threading.Lock(), threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_in_child)

@@ -75,4 +75,4 @@ def load_base_model(source: ModelSource, **model_kwargs: Any) -> BaseModel:
             f"{type(model).__name__} does not route its attention through transformers' AttentionInterface, so it "
             "cannot use the paged cache. Use an architecture that does (Llama, Qwen, Gemma, Mistral, Phi, ...)."
         )
-    return BaseModel(model.eval().requires_grad_(requires_grad=False), tokenizer, name)
+    return BaseModel(model, tokenizer, name)

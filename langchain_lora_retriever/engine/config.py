@@ -16,6 +16,8 @@ class EngineConfig:
 
     Attributes:
         max_num_seqs: Most requests running at once; None picks 16 on a CPU and 128 on a GPU.
+        max_waiting: Most requests that wait to run; one more is refused with `EngineOverloadedError`. None sets no
+            limit.
         max_num_batched_tokens: Most tokens computed in one step, >= `max_num_seqs`. A longer prompt is prefilled
             in chunks beside the decoding of others; None picks 512 on a CPU and 2,048 on a GPU, up to which steps
             are captured.
@@ -46,6 +48,7 @@ class EngineConfig:
     """
 
     max_num_seqs: int | None = None
+    max_waiting: int | None = None
     max_num_batched_tokens: int | None = None
     max_num_prefill_tokens: int | None = None
     max_model_len: int | None = None
@@ -68,6 +71,7 @@ class EngineConfig:
         """Refuse limits under which nothing could run."""
         for name in (
             "max_num_seqs",
+            "max_waiting",
             "max_num_batched_tokens",
             "max_num_prefill_tokens",
             "max_model_len",

@@ -140,6 +140,13 @@ class Generation:
         _wake_all(wakes or ())
         return wakes is not None
 
+    def orphan(self, error: Exception) -> None:
+        """End with an error in a forked process, where a lock may be held by a thread that is not there."""
+        self._lock = threading.Lock()
+        if not self._future.done():
+            self._future = Future()
+            self._future.set_exception(error)
+
     def _take(self, news: Delta | Exception) -> list[Wake] | None:
         """Take in a delta or an error; whom to wake, None if it is done already."""
         with self._lock:

@@ -7,8 +7,9 @@ computed as one product.
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -62,11 +63,15 @@ class LoraLayers:
             self._devices[device] = (rows, LoraBatch(rows, max_num_tokens, max_adapters_per_token))
         is_on_one_gpu = [device.type for device in self._devices] == ["cuda"]
         self._side = torch.cuda.Stream(*self._devices) if is_on_one_gpu else None
-        self._groups = [
-            _Group(self, modules, group, num_rows, *self._devices[group.device])
-            for shared in groups
-            for group, modules in _split(model, shared)
-        ]
+        uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())  # noqa: SLF001 - parameters() names a shared one once
+        self._groups: list[_Group] = []
+        try:
+            for shared in groups:
+                for group, modules in _split(model, shared):
+                    self._groups.append(_Group(self, modules, group, num_rows, *self._devices[group.device], uses))
+        except BaseException:
+            self.release()
+            raise
 
     @property
     def stacks(self) -> list[tuple[tuple[str, ...], LoraStack]]:
@@ -148,6 +153,11 @@ class LoraLayers:
         for group in self._groups:
             group.detach()
 
+    def release(self) -> None:
+        """Give the modules their own weights back, each in memory of its own."""
+        for group in self._groups:
+            group.release()
+
     def add(self, y: torch.Tensor, x: torch.Tensor, stack: LoraStack, batch: LoraBatch) -> None:
         """Add the adapters' outputs for packed inputs `x` to `y` in place; nothing if no token has one."""
         if self._is_active:
@@ -186,6 +196,7 @@ class _Group:
         num_rows: int,
         rows: LoraRows,
         batch: LoraBatch,
+        uses: Mapping[int, int],
     ) -> None:
         self.names = group.names
         self._layers = layers
@@ -193,7 +204,10 @@ class _Group:
         self._out_features = group.out_features
         self._batch = batch
         self.stack = LoraStack(rows, num_rows, group.in_features, group.out_features, group.dtype)
-        self._fused = _fuse(modules) if all(_is_plain(module) for module in modules) else None
+        self._fused: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self._originals: list[nn.Parameter] = []
+        if all(_is_plain(module) for module in modules):
+            self._fused, self._originals = _fuse(modules, uses)
         self._input: torch.Tensor | None = None
         self._outputs: tuple[torch.Tensor, ...] = ()
 
@@ -226,6 +240,14 @@ class _Group:
                 hooked = forward.args[0]
                 if getattr(hooked, "__func__", None) is not type(module).forward:
                     module.forward = hooked  # accelerate's own wrapper, an attribute of the instance too
+
+    def release(self) -> None:
+        for module, original in zip(self._modules, self._originals, strict=False):
+            if module.weight is original:
+                original.data = original.data.clone(memory_format=torch.contiguous_format)
+            else:  # others use it too, and it was left as it was
+                module.weight = original
+        self._originals, self._fused = [], None
 
     def _forward_single(self, forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         y = forward(x)
@@ -268,17 +290,31 @@ def _is_plain(module: nn.Module) -> bool:
     return type(module) is nn.Linear and not hasattr(module, "_hf_hook")
 
 
-def _fuse(modules: Sequence[nn.Module]) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _fuse(
+    modules: Sequence[nn.Module], uses: Mapping[int, int]
+) -> tuple[tuple[torch.Tensor, torch.Tensor | None], list[nn.Parameter]]:
     """Lay the weights side by side and let each module's weight be a view of its part; biases likewise.
 
     On a CPU they lie transposed, `[in_features, sum(out_features)]`: a decode step's product of few rows runs up to
     twice as fast over that layout, a prefill's as fast.
+
+    Args:
+        modules: The linear modules.
+        uses: In how many places a parameter is used, by identity. One that others use too (tied embeddings) is left to
+            them, and the module gets another.
+
+    Returns:
+        The joint weight and bias, and the modules' own parameters.
     """
     linears = [module for module in modules if isinstance(module, nn.Linear)]
-    weight = torch.cat([module.weight for module in linears])
+    originals: list[Any] = [module.weight for module in linears]
+    weight = torch.cat([parameter.detach() for parameter in originals])
     if weight.device.type == "cpu":
         weight = weight.t().contiguous().t()
     for module, part in zip(linears, weight.split([m.out_features for m in linears]), strict=True):
-        module.weight = nn.Parameter(part, requires_grad=False)
-    bias = None if linears[0].bias is None else torch.cat([module.bias for module in linears])
-    return weight, bias
+        if uses[id(module.weight)] > 1:
+            module.weight = nn.Parameter(part, requires_grad=False)
+        else:
+            module.weight.data = part
+    bias = None if linears[0].bias is None else torch.cat([module.bias.detach() for module in linears])
+    return (weight, bias), originals

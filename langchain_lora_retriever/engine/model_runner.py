@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +24,7 @@ from langchain_lora_retriever.engine.upload import upload
 from langchain_lora_retriever.errors import EngineError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedModel
 
@@ -59,6 +60,20 @@ class ModelRunner:
     def __init__(self, base: BaseModel, config: EngineConfig) -> None:
         self._model = base.model
         self.device = input_device(base.model)
+        self._executor: PagedExecutor | None = None
+        self._give_back = ExitStack()  # what `close` undoes, in reverse order
+        try:
+            self._take(base, config)
+        except BaseException:
+            self.close()
+            raise
+        is_on_gpu = self.device.type == "cuda"
+        self._is_async = is_on_gpu if config.enable_async_scheduling is None else config.enable_async_scheduling
+
+    def _take(self, base: BaseModel, config: EngineConfig) -> None:
+        """Make everything, and note for each change of the model how it is undone."""
+        self._give_back.callback(_modes(base.model))
+        base.model.eval().requires_grad_(requires_grad=False)
         longest = longest_sequence(base.model, config)
         self.probe = probe_model(base.model, longest)
         check_model(base.model, self.probe, longest)
@@ -72,10 +87,12 @@ class ModelRunner:
             max_num_tokens=self.memory.max_num_batched_tokens,
             max_adapters_per_token=config.max_adapters_per_request,
         )
+        self._give_back.callback(self.lora_layers.release)
         self._caches = {
             layer: self._make_cache(geometry, config.block_size) for layer, geometry in self.probe.attention.items()
         }
-        self._own_attention = use_attention(base.model)
+        self._give_back.callback(use_attention, base.model, use_attention(base.model))
+        self._give_back.callback(self.lora_layers.detach)
         self.lora_layers.attach()
         self.vocab_size = _vocab_size(base.model)
         # Grammars know the tokenizer's tokens, which may be more than the model's.
@@ -83,8 +100,6 @@ class ModelRunner:
         self._chosen = torch.zeros(self.memory.max_num_seqs, dtype=torch.int64, device=self.device)
         self._last_choice: dict[Request, int] = {}
         self._executor = self._make_executor(config)
-        is_on_gpu = self.device.type == "cuda"
-        self._is_async = is_on_gpu if config.enable_async_scheduling is None else config.enable_async_scheduling
 
     @property
     def is_async(self) -> bool:
@@ -157,9 +172,9 @@ class ModelRunner:
             torch.cuda.synchronize(self.device)
         if self._executor is not None:
             self._executor.close()
-        self.lora_layers.detach()
-        use_attention(self._model, self._own_attention)
+            self._executor = None
         self._caches = {}
+        self._give_back.close()
 
     def _make_cache(self, geometry: AttentionGeometry, block_size: int) -> PagedCache:
         shape = (self.memory.num_blocks, block_size, geometry.num_kv_heads)
@@ -193,6 +208,20 @@ class ModelRunner:
         from langchain_lora_retriever.engine.paged_executor import PagedExecutor  # noqa: PLC0415 - needs Triton
 
         return PagedExecutor(self._model, self.probe, self._caches, self.lora_layers, self.memory, config, self._chosen)
+
+
+def _modes(model: PreTrainedModel) -> Callable[[], None]:
+    """Return what gives modules and parameters the modes back that they have now: training or not, trainable or not."""
+    training = [(module, module.training) for module in model.modules()]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def restore() -> None:
+        for module, is_training in training:
+            module.training = is_training
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+
+    return restore
 
 
 def _vocab_size(model: PreTrainedModel) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import sys
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 
@@ -131,6 +132,7 @@ class Request:
         lora_slots: Slots its adapters are pinned to while it runs.
         row: Its place among the running requests, kept while it runs; -1 while it does not.
         is_finished: Whether it has left the engine.
+        arrival: When it was made, by `time.monotonic`.
     """
 
     request_id: int
@@ -154,6 +156,7 @@ class Request:
     num_delivered_tokens: int = 0
     row: int = -1
     is_finished: bool = False
+    arrival: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         """Fix the seed and the salt for its whole life."""

@@ -96,7 +96,7 @@ class StatsRecorder:
 
     def on_added(self, request: Request) -> None:
         """A request was queued."""
-        self._submitted[request.request_id] = time.monotonic()
+        self._submitted[request.request_id] = request.arrival
         self.num_prompt_tokens += len(request.prompt_token_ids)
 
     def on_step(self, sampled: Sequence[Request]) -> None:

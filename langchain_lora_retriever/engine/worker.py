@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
 import threading
 from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING
+from weakref import WeakSet
+
+import torch
 
 from langchain_lora_retriever.engine.config import EngineConfig
 from langchain_lora_retriever.engine.engine import Engine
 from langchain_lora_retriever.engine.generation import Generation, deliver
 from langchain_lora_retriever.engine.heap import frozen_heap
-from langchain_lora_retriever.errors import EngineDeadError
+from langchain_lora_retriever.errors import EngineDeadError, EngineOverloadedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +35,11 @@ if TYPE_CHECKING:
 __all__ = ["EngineWorker"]
 
 _logger = logging.getLogger(__name__)
+
+_MAX_FAILED_STEPS = 8
+"""Steps that may fail one after the other before the engine takes itself for broken."""
+_MAX_SECONDS_AT_EXIT = 60
+"""How long a process that ends waits for the step that runs."""
 
 
 class EngineWorker:
@@ -52,12 +62,17 @@ class EngineWorker:
         freezes = self.config.freeze_heap
         self._freezes_heap = self._engine.device.type == "cuda" if freezes is None else freezes
         self._generations: dict[Request, Generation] = {}  # the engine's thread alone
+        self._submitted: WeakSet[Generation] = WeakSet()  # for a forked process, which tells those who hold one
         self._inbox: deque[Callable[[], None]] = deque()
         self._news = threading.Condition()
+        self._num_arriving = 0  # submitted, and not with the scheduler yet
+        self._num_failed_steps = 0  # one after the other
         self._is_closing = False
-        self._death: Exception | None = None
+        self._is_exiting = False
+        self._death: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="lora-engine", daemon=True)
         self._thread.start()
+        _running.add(self)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -105,10 +120,14 @@ class EngineWorker:
             InvalidRequestError: If the prompt is empty, or an adapter is not for this model, or the composition can
                 never be resident.
             EngineDeadError: If the engine has stopped.
+            EngineOverloadedError: If `EngineConfig.max_waiting` requests wait already.
         """
+        if self._is_closing:
+            raise self._dead()
         request = self._engine.make_request(prompt_token_ids, sampling, adapters, constraint)
         generation = Generation(on_abort=lambda: self._post_unless_dead(lambda: self._forget(request)))
-        self._post(lambda: self._accept(request, generation))
+        self._post(lambda: self._accept(request, generation), is_arrival=True)
+        self._submitted.add(generation)
         return generation
 
     @property
@@ -127,6 +146,15 @@ class EngineWorker:
     def missing_modules(self, adapter: Adapter) -> list[str]:
         """Name the modules that an adapter's configuration targets and its file lacks."""
         return self._engine.fit.missing(adapter)
+
+    def check_process(self) -> None:
+        """Say what is wrong in a forked process, where neither the engine nor its model can be used.
+
+        Raises:
+            EngineDeadError: If the engine was running when this process was forked.
+        """
+        if isinstance(self._death, EngineDeadError):
+            raise self._dead()
 
     def stats(self) -> EngineStats:
         """A snapshot of what the engine has been doing."""
@@ -158,6 +186,25 @@ class EngineWorker:
         if self._thread is not threading.current_thread():
             self._thread.join()
 
+    def _end_with_interpreter(self) -> None:
+        """Let the thread end before the interpreter is taken down under it; nobody wants the model back any more."""
+        self._is_exiting = True
+        with self._news:
+            self._is_closing = True
+            self._news.notify()
+        self._thread.join(_MAX_SECONDS_AT_EXIT)
+
+    def _end_in_child(self) -> None:
+        """Say in a forked process that the engine is not there: its thread is its parent's."""
+        self._death = EngineDeadError(
+            "This process was forked from one whose engine was running, and a thread does not survive that. Make the "
+            "first call after the fork (in each worker), or start processes by spawn."
+        )
+        self._is_closing = True
+        self._news = threading.Condition()
+        for generation in list(self._submitted):
+            generation.orphan(self._death)
+
     def __enter__(self) -> Self:
         """Nothing to do: the thread runs from the start."""
         return self
@@ -168,17 +215,31 @@ class EngineWorker:
         """Close."""
         self.close()
 
-    def _post(self, action: Callable[[], None]) -> None:
+    def _dead(self) -> EngineDeadError:
+        if isinstance(self._death, EngineDeadError):
+            return EngineDeadError(str(self._death))
+        why = f" after an error: {self._death!r}" if self._death else ": it was closed"
+        return EngineDeadError(f"The engine has stopped{why}. Create a new one.{_advice(self._death)}")
+
+    def _post(self, action: Callable[[], None], *, is_arrival: bool = False) -> None:
         """Let the engine's thread do something before its next step."""
         with self._news:
             if self._is_closing or self._death is not None:
-                raise EngineDeadError(
-                    "The engine has stopped"
-                    + (f" after an error: {self._death!r}" if self._death else ": it was closed")
-                    + ". Create a new one."
-                ) from self._death
+                raise self._dead() from self._death
+            if is_arrival:
+                self._check_room()
+                self._num_arriving += 1
             self._inbox.append(action)
             self._news.notify()
+
+    def _check_room(self) -> None:
+        limit = self.config.max_waiting
+        num_waiting = self._num_arriving + len(self._engine.scheduler.waiting)
+        if limit is not None and num_waiting >= limit:
+            raise EngineOverloadedError(
+                f"{num_waiting} requests wait for the engine, and EngineConfig(max_waiting={limit}) allows no more: "
+                "try again later, or raise it."
+            )
 
     def _post_unless_dead(self, action: Callable[[], None]) -> None:
         """The same for what a stopped engine has done already: forgetting a request."""
@@ -186,6 +247,8 @@ class EngineWorker:
             self._post(action)
 
     def _accept(self, request: Request, generation: Generation) -> None:
+        with self._news:
+            self._num_arriving -= 1
         if not generation.is_done:  # it may have been aborted on the way
             self._generations[request] = generation
             self._engine.add(request)
@@ -195,16 +258,23 @@ class EngineWorker:
             self._engine.abort(request)
 
     def _run(self) -> None:
+        cause: BaseException | None = None
         try:
             with frozen_heap(is_wanted=self._freezes_heap):
                 while self._take_news():
                     self._deliver(self._step())
-        except Exception as error:
+        except BaseException as error:
             _logger.exception("The engine died")
-            self._die(error)
-        else:
-            self._die(None)
-        self._engine.close()
+            cause = error
+        self._die(cause)
+        if self._is_exiting:
+            return
+        try:
+            self._engine.close()
+        except Exception:
+            if cause is None:
+                raise
+            _logger.exception("The engine died and could not give its model back")
 
     def _take_news(self) -> bool:
         """Do what was posted, and wait if there is nothing to compute; False once the engine is closing."""
@@ -214,22 +284,33 @@ class EngineWorker:
                     self._news.wait()
                 if self._is_closing:
                     return False
-                actions = list(self._inbox)
-                self._inbox.clear()
-            for action in actions:
-                action()
+            self._do_what_was_posted()
             if self._engine.has_unfinished_requests:
                 return True
 
+    def _do_what_was_posted(self) -> None:
+        """One by one: if one of them fails, the others are still there for `_die`."""
+        while True:
+            with self._news:
+                if not self._inbox:
+                    return
+                action = self._inbox.popleft()
+            action()
+
     def _step(self) -> list[StepOutput]:
         try:
-            return self._engine.step()
+            outputs = self._engine.step()
         except Exception as error:
+            self._num_failed_steps += 1
+            if self._num_failed_steps >= _MAX_FAILED_STEPS or _is_sticky(error):
+                raise
             _logger.exception("A step failed; its requests get the error and the engine goes on")
             outputs = self._engine.fail_step(error)
             if not outputs:  # nobody to blame: scheduling itself is broken, and would be again
                 raise
             return outputs
+        self._num_failed_steps = 0
+        return outputs
 
     def _deliver(self, outputs: list[StepOutput]) -> None:
         news: list[tuple[Generation, Delta | Exception]] = []
@@ -239,18 +320,50 @@ class EngineWorker:
             news += [(generation, item) for item in (delta, error) if item is not None]
         deliver(news)
 
-    def _die(self, cause: Exception | None) -> None:
+    def _die(self, cause: BaseException | None) -> None:
         with self._news:
             self._death = cause
             self._is_closing = True
-            actions = list(self._inbox)
-            self._inbox.clear()
-        for action in actions:  # an accepted request must hear of it, and whoever waits for a check
-            action()
+        while True:
+            try:
+                self._do_what_was_posted()  # an accepted request must hear of it, and whoever waits for a check
+                break
+            except Exception:
+                _logger.exception("What was asked of an engine that died failed")
         error = EngineDeadError(
-            f"The engine died: {cause!r}" if cause else "The engine was closed while this request was running."
+            f"The engine died: {cause!r}.{_advice(cause)}"
+            if cause
+            else "The engine was closed while this request was running."
         )
         error.__cause__ = cause
         for generation in self._generations.values():
             generation.fail(error)
         self._generations.clear()
+
+
+def _is_sticky(error: BaseException | None) -> bool:
+    """Whether an error of the device stays: after an illegal access every later call fails too, out of memory not."""
+    is_of_device = isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error)
+    return is_of_device and "out of memory" not in str(error)
+
+
+def _advice(cause: BaseException | None) -> str:
+    return " The device cannot be used by this process any more: start another." if _is_sticky(cause) else ""
+
+
+_running: WeakSet[EngineWorker] = WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    for worker in list(_running):
+        worker._end_with_interpreter()  # noqa: SLF001 - its other half
+
+
+def _end_all_in_child() -> None:
+    for worker in list(_running):
+        worker._end_in_child()  # noqa: SLF001 - its other half
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_end_all_in_child)

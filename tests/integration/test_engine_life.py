@@ -1,0 +1,226 @@
+"""The engine's life: what ends it, who hears of it, and what is left of the model afterwards."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from langchain_lora_retriever.engine import BaseModel, EngineConfig, EngineWorker, load_base_model
+from langchain_lora_retriever.errors import EngineDeadError, EngineError, EngineOverloadedError
+from langchain_lora_retriever.types import SamplingParams
+from makers import make_tiny_model, make_tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CONFIG = EngineConfig(max_num_seqs=2, kv_cache_bytes=1 << 20, lora_cache_bytes=4 << 20)
+LONG = SamplingParams(max_tokens=400, ignore_eos=True)
+SHORT = SamplingParams(max_tokens=2, ignore_eos=True)
+
+
+@pytest.fixture
+def worker() -> Iterator[EngineWorker]:
+    """An engine of a tiny model."""
+    with EngineWorker(BaseModel(make_tiny_model(), make_tokenizer(), "tiny"), CONFIG) as engine:
+        yield engine
+
+
+def hold(worker: EngineWorker) -> threading.Event:
+    """Keep a worker's thread from its next step until the event is set."""
+    held, go = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        held.set()
+        assert go.wait(30)
+
+    worker._post(wait)
+    assert held.wait(30)
+    return go
+
+
+def fail_launches(worker: EngineWorker, error: BaseException, num: int = 10**6) -> None:
+    """Let the next launches of a worker's engine raise."""
+    runner, left = worker._engine._runner, [num]
+    launch = runner.launch
+
+    def broken(*args: Any) -> Any:
+        if left[0] == 0:
+            return launch(*args)
+        left[0] -= 1
+        raise error
+
+    runner.launch = broken  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("error", [SystemExit("by a model"), KeyboardInterrupt(), GeneratorExit()])
+def test_whatever_ends_the_thread_is_told_to_everybody(worker: EngineWorker, error: BaseException) -> None:
+    """Those who run, who wait and who come later get `EngineDeadError` with the cause; nobody hangs."""
+    fail_launches(worker, error)
+    go = hold(worker)
+    running = [worker.submit([5, 6, 7 + i], LONG) for i in range(4)]
+    go.set()
+    for generation in running:
+        with pytest.raises(EngineDeadError, match="The engine died") as met:
+            generation.result(30)
+        assert met.value.__cause__ is error
+    assert not worker.is_alive
+    for call in (lambda: worker.submit([5], SHORT), worker.check_integrity):
+        with pytest.raises(EngineDeadError, match="has stopped after an error"):
+            call()
+
+
+def test_what_was_posted_before_a_failing_action_is_not_lost(worker: EngineWorker) -> None:
+    """An action that raises ends the engine; requests posted behind it hear of it."""
+
+    def leave() -> None:
+        raise SystemExit
+
+    go = hold(worker)
+    worker._post(leave)
+    behind = worker.submit([5, 6], SHORT)
+    go.set()
+    with pytest.raises(EngineDeadError):
+        behind.result(30)
+
+
+def test_failing_steps_end_their_requests_until_there_are_too_many(worker: EngineWorker) -> None:
+    """A few failures are their requests' own; eight in a row are the engine's."""
+    fail_launches(worker, RuntimeError("now and then"), num=7)
+    for _ in range(7):
+        with pytest.raises(EngineError, match="now and then") as met:
+            worker.submit([5, 6], SHORT).result(30)
+        assert not isinstance(met.value, EngineDeadError)
+    assert worker.submit([5, 6], SHORT).result(30).finish_reason == "length"
+    fail_launches(worker, RuntimeError("always"))
+    errors = []
+    for _ in range(8):
+        with pytest.raises(EngineError, match="always") as met:
+            worker.submit([5, 6], SHORT).result(30)
+        errors.append(isinstance(met.value, EngineDeadError))
+    assert errors == [False] * 7 + [True]
+
+
+def test_an_error_that_stays_with_the_device_ends_the_engine(worker: EngineWorker) -> None:
+    """At once: every later step would fail too. The error says that another process is needed."""
+    fail_launches(worker, RuntimeError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(EngineDeadError, match="start another"):
+        worker.submit([5, 6], SHORT).result(30)
+    assert not worker.is_alive
+
+
+def test_no_more_wait_than_are_allowed() -> None:
+    """One more is refused with numbers, and all that were accepted are answered."""
+    config = EngineConfig(max_num_seqs=1, max_waiting=2, kv_cache_bytes=1 << 20, lora_cache_bytes=4 << 20)
+    with EngineWorker(BaseModel(make_tiny_model(), make_tokenizer(), "tiny"), config) as engine:
+        go = hold(engine)
+        accepted = [engine.submit([5, 6], SHORT) for _ in range(2)]
+        with pytest.raises(EngineOverloadedError, match=r"2 requests wait.*max_waiting=2"):
+            engine.submit([5, 6], SHORT)
+        go.set()
+        assert [generation.result(30).finish_reason for generation in accepted] == ["length"] * 2
+        assert engine.submit([5, 6], SHORT).result(30).finish_reason == "length"
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_close_gives_the_model_back(tmp_path: Any, *, is_tied: bool) -> None:
+    """Weights in memory of their own, the very parameters, modes, gradients and outputs; it saves and trains."""
+    model = make_tiny_model(tie_word_embeddings=is_tied).train().requires_grad_()
+    model.lm_head.weight.requires_grad_(requires_grad=False)
+    tokens = torch.arange(5)[None]
+    before = {name: (id(p), p.is_contiguous(), p.untyped_storage().nbytes(), p.requires_grad) for name, p in
+              model.named_parameters()}  # fmt: skip
+    logits, attention = model(tokens).logits, model.config._attn_implementation
+    base = load_base_model((model, make_tokenizer()))
+    with EngineWorker(base, CONFIG) as engine:
+        engine.submit([5, 6], SHORT).result(30)
+        assert not model.training
+    after = {name: (id(p), p.is_contiguous(), p.untyped_storage().nbytes(), p.requires_grad) for name, p in
+             model.named_parameters()}  # fmt: skip
+    assert after == before
+    assert model.training
+    assert model.config._attn_implementation == attention
+    assert torch.equal(model(tokens).logits, logits)
+    model(tokens).logits.sum().backward()
+    model.save_pretrained(tmp_path)
+    EngineWorker(load_base_model((model, make_tokenizer())), CONFIG).close()
+
+
+def test_a_model_that_cannot_be_served_is_given_back() -> None:
+    """Also where the engine failed to start half-way."""
+    model = make_tiny_model().train().requires_grad_()
+    before = {name: (id(p), p.untyped_storage().nbytes()) for name, p in model.named_parameters()}
+    with pytest.raises(EngineError):
+        EngineWorker(
+            BaseModel(model, make_tokenizer(), "tiny"), EngineConfig(kv_cache_bytes=1, lora_cache_bytes=4 << 20)
+        )
+    assert {name: (id(p), p.untyped_storage().nbytes()) for name, p in model.named_parameters()} == before
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    model(torch.arange(5)[None]).logits.sum().backward()
+
+
+START = """
+from langchain_lora_retriever.engine import BaseModel, EngineConfig, EngineWorker
+from langchain_lora_retriever.types import SamplingParams
+from makers import make_tiny_model, make_tokenizer
+import os, sys, threading
+config = EngineConfig(kv_cache_bytes=1 << 22, lora_cache_bytes=4 << 20)
+engine = EngineWorker(BaseModel(make_tiny_model(), make_tokenizer(), "tiny"), config)
+for i in range(8):
+    engine.submit([5, 6, 7 + i], SamplingParams(max_tokens=400, ignore_eos=True))
+running = engine.submit([5, 6], SamplingParams(max_tokens=400, ignore_eos=True))
+stream = running.deltas()
+next(stream)
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        ("", 0),
+        ("sys.exit(3)", 3),
+        ("raise RuntimeError", 1),
+        ("import signal; signal.raise_signal(signal.SIGINT)", 1),
+    ],
+    ids=["end", "exit", "error", "interrupt"],
+)
+def test_a_process_that_ends_while_the_engine_computes_ends_well(end: str, code: int) -> None:
+    """With its own exit status, however it ends, and not by a signal of the interpreter's going down."""
+    done = subprocess.run([sys.executable, "-c", START + end], capture_output=True, timeout=120, check=False)
+    assert done.returncode == code, done.stderr.decode()[-500:]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+def test_a_forked_process_is_told_and_never_hangs() -> None:
+    """The engine is not there, in words: for a call, for whoever holds a running one, and for multiprocessing."""
+    code = START + textwrap.dedent(
+        """
+        import warnings
+        from langchain_lora_retriever.errors import EngineDeadError
+        warnings.simplefilter("ignore")
+        def met(call):
+            try:
+                call()
+            except EngineDeadError as error:
+                return "forked" in str(error)
+            return False
+        pid = os.fork()
+        if not pid:
+            import signal
+            signal.alarm(60)
+            calls = (lambda: engine.submit([5], SamplingParams()), running.result, engine.check_integrity)
+            os._exit(0 if not engine.is_alive and all(map(met, calls)) else 9)
+        assert os.waitpid(pid, 0)[1] == 0
+        running.result(60)
+        engine.close()
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr.decode()[-800:]
