@@ -113,8 +113,9 @@ class Engine:
 
         Raises:
             PromptTooLongError: If the prompt leaves no room for a single token.
-            InvalidRequestError: If the prompt is empty or has a token that the model lacks, or an adapter is not for
-                this model, or a weight is not a finite number, or the composition can never be resident.
+            InvalidRequestError: If the prompt is empty or has a token that the model lacks, or `stop_token_ids` has
+                one, or an adapter is not for this model, or a weight is not a finite number, or the composition can
+                never be resident.
         """
         token_ids = self._check_prompt(prompt_token_ids)
         if len(adapters) > self.config.max_adapters_per_request:
@@ -127,7 +128,15 @@ class Engine:
                 raise InvalidRequestError(
                     f"The weight of adapter {adapter.name!r} is {shown(weight)}: pass a finite number."
                 )
-        rules = self._make_rules(token_ids, sampling)
+        max_num_tokens = min(len(token_ids) + sampling.max_tokens, self.max_model_len)
+        end_token_ids = self._end_token_ids(sampling)
+        rules = LogitsRules(
+            self._defaults,
+            token_ids,
+            repetition_penalty=sampling.repetition_penalty,
+            end_token_ids=end_token_ids,
+            max_num_tokens=max_num_tokens,
+        )
         self.fit.check_together([adapter for adapter, _ in adapters])
         self._store.prefetch([adapter for adapter, _ in adapters if not self.slots.is_resident(adapter)])
         ordered = sorted(adapters, key=lambda pair: pair[0].fingerprint)  # one sum, whatever order it was asked in
@@ -143,8 +152,9 @@ class Engine:
                 vocabulary=self._vocabulary,
             ),
             constraint=constraint,
-            rules=rules,
-            max_num_tokens=self._max_num_tokens(token_ids, sampling),
+            rules=rules if rules.is_needed else None,
+            end_token_ids=end_token_ids,
+            max_num_tokens=max_num_tokens,
         )
 
     def add(self, request: Request) -> None:
@@ -278,25 +288,15 @@ class Engine:
             )
         return token_ids.tolist()
 
-    def _max_num_tokens(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> int:
-        return min(len(prompt_token_ids) + sampling.max_tokens, self.max_model_len)
-
-    def _make_rules(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> LogitsRules | None:
-        """What the model and the request say of tokens to avoid; None if there is nothing."""
+    def _end_token_ids(self, sampling: SamplingParams) -> frozenset[int]:
+        """The model's end-of-sequence tokens, unless these are ignored, and the request's own."""
         unknown = [i for i in sampling.stop_token_ids if i >= self._runner.vocab_size]
         if unknown:
             raise InvalidRequestError(
                 f"stop_token_ids has {unknown[0]}, but the model's vocabulary has {self._runner.vocab_size} tokens, "
                 "from 0: pass ids of the tokenizer that the model came with."
             )
-        rules = LogitsRules(
-            self._defaults,
-            prompt_token_ids,
-            repetition_penalty=sampling.repetition_penalty,
-            stop_token_ids=sampling.stop_token_ids,
-            max_num_tokens=self._max_num_tokens(prompt_token_ids, sampling),
-        )
-        return rules if rules.is_needed else None
+        return (frozenset() if sampling.ignore_eos else self._defaults.eos_token_ids).union(sampling.stop_token_ids)
 
     def _prefetch(self) -> None:
         """Let the adapters of those who are next travel while they wait."""
@@ -374,9 +374,7 @@ class Engine:
         request.output_token_ids.append(token_id)
         if logprob is not None:
             request.logprobs.append(logprob)
-        if token_id in self._defaults.eos_token_ids and not request.sampling.ignore_eos:
-            return "", "stop"
-        if token_id in request.sampling.stop_token_ids:
+        if token_id in request.end_token_ids:
             return "", "stop"
         text = request.detokenizer.push(token_id)
         if request.detokenizer.is_stopped:

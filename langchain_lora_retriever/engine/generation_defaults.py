@@ -121,7 +121,7 @@ def _is_token_ids(value: Any) -> bool:
     return (
         isinstance(value, list | tuple)
         and len(value) > 0
-        and all(isinstance(i, int) and not isinstance(i, bool) for i in value)
+        and all(isinstance(i, int) and not isinstance(i, bool) and abs(i) < 2**63 for i in value)
     )
 
 

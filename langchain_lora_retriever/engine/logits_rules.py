@@ -14,7 +14,7 @@ import torch
 from langchain_lora_retriever.engine.upload import copy_to_device, upload
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from langchain_lora_retriever.engine.generation_defaults import GenerationDefaults
     from langchain_lora_retriever.engine.request import Request
@@ -41,7 +41,7 @@ class LogitsRules:
         defaults: The model's rules.
         prompt_token_ids: The prompt.
         repetition_penalty: The request's own; None takes the model's.
-        stop_token_ids: Tokens that end the answer beside the model's.
+        end_token_ids: Tokens that end the answer.
         max_num_tokens: Where prompt and answer end at the latest.
     """
 
@@ -51,14 +51,14 @@ class LogitsRules:
         prompt_token_ids: Sequence[int],
         *,
         repetition_penalty: float | None,
-        stop_token_ids: Sequence[int],
+        end_token_ids: Collection[int],
         max_num_tokens: int,
     ) -> None:
         self.repetition_penalty = defaults.repetition_penalty if repetition_penalty is None else repetition_penalty
         self._always = array("q", defaults.suppress_tokens)
         self._always.extend(word[0] for word in defaults.bad_words_ids if len(word) == 1)
         self._first = array("q", defaults.begin_suppress_tokens)
-        self._ends = array("q", {*defaults.eos_token_ids, *stop_token_ids})
+        self._ends = array("q", end_token_ids)
         # As `generate` has it: the one takes the place of the other.
         num_new = defaults.min_new_tokens or max(defaults.min_length - len(prompt_token_ids), 0)
         self._min_num_tokens = len(prompt_token_ids) + num_new if num_new else 0
@@ -67,10 +67,10 @@ class LogitsRules:
         self._ngram_size = defaults.no_repeat_ngram_size
         self._followers: dict[tuple[int, ...], array[int]] = {}
         self._words = [word for word in defaults.bad_words_ids if len(word) > 1]
-        self._num_remembered = max([self._ngram_size, *map(len, self._words)]) - 1
+        self._num_remembered = max([self._ngram_size, *map(len, self._words)]) - 1  # before the next token
         self._last: list[int] = []
         self._num_read = 0
-        self._seen: dict[int, None] = {}
+        self._seen: set[int] = set()
         self._seen_ids = array("q")
         self._read(prompt_token_ids)
 
@@ -82,7 +82,7 @@ class LogitsRules:
     @property
     def needs_known_tokens(self) -> bool:
         """Whether the host must know the last token before the next is chosen."""
-        return self._num_remembered >= 0 and bool(self._ngram_size or self._words)
+        return bool(self._ngram_size or self._words)
 
     @property
     def _is_always_active(self) -> bool:
@@ -129,7 +129,7 @@ class LogitsRules:
         if self.repetition_penalty != 1:
             for token_id in token_ids:
                 if token_id not in self._seen:
-                    self._seen[token_id] = None
+                    self._seen.add(token_id)
                     self._seen_ids.append(token_id)
         if not self.needs_known_tokens:
             return

@@ -119,6 +119,7 @@ class Request:
         adapters: `(adapter, weight)` pairs; empty runs the base model.
         constraint: Grammar of the answer, if any.
         rules: Penalties and bans, if there are any.
+        end_token_ids: Tokens that end it.
         seed: Seed of its random choices.
         salt: Root of its prefix-cache hash chain.
         output_token_ids: Tokens generated so far.
@@ -142,6 +143,7 @@ class Request:
     detokenizer: Detokenizer
     constraint: Constraint | None = None
     rules: LogitsRules | None = None
+    end_token_ids: frozenset[int] = frozenset()
     max_num_tokens: int = sys.maxsize
     seed: int = 0
     salt: bytes = b""

