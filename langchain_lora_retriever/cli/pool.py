@@ -29,7 +29,7 @@ SamplesOption = Annotated[
 
 @commands.command("list")
 def list_adapters(folder: FolderArgument, *, as_json: JsonOption = False) -> None:
-    """List a pool's adapters, and those that were refused."""
+    """List a pool's adapters, those that no prompt finds, and those that were refused."""
     pool = _open(folder)
     rows = [_describe(pool, name) for name in pool.names]
     rejected = {name: str(error) for name, error in pool.rejected.items()}
@@ -47,8 +47,17 @@ def list_adapters(folder: FolderArgument, *, as_json: JsonOption = False) -> Non
         )
     console = Console()
     console.print(table)
+    for row in rows:
+        if not row["is_routed"]:
+            console.print(
+                f"{row['name']} runs only where it is pinned: no prompt finds it without samples. Describe it: "
+                f"lora-retriever pool update {folder} {row['name']} --samples samples.jsonl",
+                style="yellow",
+                markup=False,
+                highlight=False,
+            )
     for name, reason in rejected.items():
-        console.print(f"refused {name}: {reason}", style="red", markup=False, highlight=False)
+        console.print(f"refused {name!r}: {reason}", style="red", markup=False, highlight=False)
 
 
 @commands.command()
@@ -161,6 +170,7 @@ def _describe(pool: AdapterPool, name: str) -> dict[str, Any]:
         "modules": sorted(adapter.weights),
         "num_samples": len(pool.samples(name)),
         "has_embedding": pool.embedding(name) is not None,
+        "is_routed": pool.state[name].is_described,
     }
 
 

@@ -21,8 +21,8 @@ __all__ = ["adapter_vectors", "plot_accuracy", "plot_map", "plot_similarity", "p
 
 
 def adapter_vectors(retriever: LoraRetriever) -> tuple[list[str], NDArray[np.float32]]:
-    """Return the names of a pool's adapters and their embeddings `[n, d]`, rows of length 1."""
-    entries = retriever.pool.state.entries
+    """Return the names of a pool's adapters that can be found and their embeddings `[n, d]`, rows of length 1."""
+    entries = {name: entry for name, entry in retriever.pool.state.entries.items() if entry.is_described}
     vectors = []
     for entry in entries.values():
         vector = entry.embedding

@@ -9,13 +9,21 @@ import numpy as np
 import pytest
 import torch
 
+from langchain_lora_retriever.adapters import read_adapter
 from langchain_lora_retriever.engine import BaseModel, Completion, EngineConfig, EngineWorker, Generation
-from langchain_lora_retriever.errors import EngineError, InvalidRequestError, LoraRetrieverError, PromptTooLongError
+from langchain_lora_retriever.errors import (
+    EngineError,
+    InvalidAdapterError,
+    InvalidRequestError,
+    LoraRetrieverError,
+    PromptTooLongError,
+)
 from langchain_lora_retriever.types import Adapter, LoraWeights, SamplingParams
 from makers import VOCAB_SIZE, make_adapter, make_tiny_model, make_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 PROMPTS = [[5, 6, 7, 8 + i] for i in range(3)]
 
@@ -209,3 +217,28 @@ def test_a_step_takes_so_many_forced_tokens_and_no_more() -> None:
     tokens = [token for delta in deltas for token in delta.token_ids]
     assert max(len(delta.token_ids) for delta in deltas) <= 257
     assert tuple(tokens[1:257]) == forced[:256]
+
+
+@pytest.mark.parametrize("change", ["truncated", "overwritten", "removed"])
+def test_an_adapter_whose_file_was_changed_ends_its_request(
+    worker: EngineWorker, make_checkpoint: Any, tmp_path: Path, change: str
+) -> None:
+    """With the adapter's name and what to do; those beside it, and a later one with the file as it was, are served."""
+    folder = make_checkpoint(tmp_path / "changed")
+    file = folder / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    adapter = read_adapter(folder)
+    expected = [worker.submit(p, sampling()).result(60).token_ids for p in PROMPTS]
+    if change == "removed":
+        file.replace(tmp_path / "elsewhere")
+        (tmp_path / "elsewhere").write_bytes(b"other")
+    else:
+        file.write_bytes(whole[:100] if change == "truncated" else whole[:-4] + b"\1\2\3\4")
+    good, error = answers_beside(worker, [9, 9], adapters=[(adapter, 1.0)])
+    assert [completion.token_ids for completion in good] == expected
+    assert isinstance(error, InvalidAdapterError)
+    assert "pool.update('changed')" in str(error)
+    file.write_bytes(whole)
+    again = read_adapter(folder)
+    assert again.fingerprint == adapter.fingerprint
+    assert worker.submit([9, 9], sampling(), [(again, 1.0)]).result(60).token_ids

@@ -53,6 +53,20 @@ def test_pool_list_names_adapters_and_refusals(run, folder: Path) -> None:
         assert "french" in run("pool", "list", folder)
 
 
+def test_pool_list_says_which_adapters_no_prompt_finds(run, folder: Path) -> None:
+    """And how to describe them."""
+    (folder / "french" / "samples.jsonl").unlink()
+    listed = json.loads(run("pool", "list", folder, "--json"))
+    assert {row["name"]: row["is_routed"] for row in listed["adapters"]} == {
+        "dates": True,
+        "french": False,
+        "sql": True,
+    }
+    shown = " ".join(run("pool", "list", folder).split())
+    assert "french runs only where it is pinned" in shown
+    assert "pool update" in shown
+
+
 def test_pool_add_inspect_remove(run, folder: Path, write_adapter, tmp_path: Path) -> None:
     """An adapter can be added with its samples, looked at and removed."""
     samples = tmp_path / "samples.jsonl"

@@ -68,6 +68,22 @@ def pool(checkpoint):
     return pool
 
 
+def test_adapters_without_samples_are_found_once_they_are_described(pool, checkpoint, retriever):
+    """Until then every prompt finds the others."""
+    pool.add("bare", checkpoint)
+    assert {found.name for found in retriever.retrieve("the date", top_k=9)} == set(TOPICS)
+    assert retriever.retrieve("the date", exclude=["bare", *TOPICS]) == []
+    pool.update("bare", samples=["translate into french"])
+    assert retriever.retrieve("translate into french", top_k=1)[0].name == "bare"
+
+
+def test_a_pool_without_any_samples_finds_nothing(checkpoint):
+    """The base model is left to answer."""
+    pool = AdapterPool()
+    pool.add("bare", checkpoint)
+    assert LoraRetriever(pool, WordEncoder()).retrieve("the date") == []
+
+
 @pytest.fixture
 def retriever(pool):
     """A retriever over it."""
