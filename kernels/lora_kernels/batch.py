@@ -87,7 +87,11 @@ class LoraBatch:
         )
 
     def update(
-        self, token_lora_mapping: torch.Tensor, token_lora_weights: torch.Tensor, num_active: int | None = None
+        self,
+        token_lora_mapping: torch.Tensor,
+        token_lora_weights: torch.Tensor,
+        num_active: int | None = None,
+        rank_bound: int | None = None,
     ) -> None:
         """Group the tokens of a step by adapter.
 
@@ -97,6 +101,8 @@ class LoraBatch:
             token_lora_weights: Weight per slot `[num_tokens, k]`, fp32, contiguous.
             num_active: How many different adapters the step names, if the host knows it: it decides between kernels and
                 changes no result beyond rounding. By default all that are loaded.
+            rank_bound: For which ranks launches are made, a result of `LoraRows.bound`; no adapter that the step names
+                may have a higher one (not checked). By default `LoraRows.rank_bound`.
 
         Raises:
             ValueError: If shapes, dtypes or devices do not fit.
@@ -126,7 +132,7 @@ class LoraBatch:
                 raise ValueError(f"slots must be below max_loras {self.rows.max_loras}, got {highest}")
         self.num_tokens, self.k = shape
         num_active = self.rows.num_used if num_active is None else num_active
-        self.rank_bound, self.block_m = self.launch_shape(*shape, num_active)
+        self.rank_bound, self.block_m = self.launch_shape(*shape, num_active, rank_bound)
         if self.backend == "torch":
             self.dense = plan_dense(token_lora_mapping, token_lora_weights, self.rows.counts, self.dense.slots)
             self._step = (token_lora_mapping, token_lora_weights)
@@ -142,18 +148,19 @@ class LoraBatch:
             (*self._buffers, self._segments),
         )
 
-    def launch_shape(self, num_tokens: int, k: int, num_active: int) -> tuple[int, int]:
+    def launch_shape(self, num_tokens: int, k: int, num_active: int, rank_bound: int | None = None) -> tuple[int, int]:
         """What a captured step is made for besides its number of tokens and `k`: capture again when this changes.
 
         Args:
             num_tokens: Tokens of the step.
             k: Adapters per token.
             num_active: As in `update`.
+            rank_bound: As in `update`.
 
         Returns:
-            `LoraRows.rank_bound`, and how many tokens one program of expand takes.
+            The bound of the ranks, and how many tokens one program of expand takes.
         """
-        return self.rows.rank_bound, plan.token_block(num_tokens, k, num_active)
+        return self.rows.rank_bound if rank_bound is None else rank_bound, plan.token_block(num_tokens, k, num_active)
 
     def tensors(self) -> list[torch.Tensor]:
         """Return what the operators read: the step's mapping and weights, and the Triton path's groups."""

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 class LoraRows:
@@ -46,12 +51,16 @@ class LoraRows:
 
     @property
     def rank_bound(self) -> int:
-        """What launch shapes are made for: the power of two, at least 16, that no adapter's rows exceed.
+        """What launch shapes are made for by default: the power of two, at least 16, that no adapter's rows exceed."""
+        return self.bound(max(self._host_counts.values(), default=1))
 
-        A captured step is valid for as long as it stays the same.
-        """
-        highest = max(self._host_counts.values(), default=1)
-        return min(self.max_rank, max(16, 1 << (highest - 1).bit_length()))
+    def bound(self, rank: int) -> int:
+        """The power of two, at least 16 and at most what fits, that is not below `rank`."""
+        return min(self.max_rank, max(16, 1 << (rank - 1).bit_length()))
+
+    def highest_rank(self, slots: Iterable[int]) -> int:
+        """Most rows of any of these slots; 1 if there are none."""
+        return max((self._host_counts.get(slot, 1) for slot in slots), default=1)
 
     def assign(self, slot: int, start: int, count: int) -> None:
         """Give `slot` the rows `start : start + count`. Call it whenever the slot's weights change.

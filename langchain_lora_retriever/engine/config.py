@@ -9,6 +9,9 @@ from langchain_lora_retriever.errors import InvalidRequestError
 
 __all__ = ["EngineConfig"]
 
+_MAX_COUNT = 1 << 24  # of tokens, requests, adapters
+_MAX_BYTES = 1 << 48
+
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
@@ -38,8 +41,10 @@ class EngineConfig:
             a GPU and PyTorch elsewhere.
         enable_cuda_graphs: Replay steps of up to 2,048 tokens as CUDA graphs, where the Triton backend runs on a GPU.
         captured_num_adapters: Numbers of adapters per request for which graphs are captured when the engine starts. A
-            request with another number takes the next larger one; beyond the largest, graphs are captured when first
-            met.
+            request with another number takes the next larger one; beyond the largest, steps run without graphs.
+        captured_ranks: Ranks up to which adapters find graphs, which are captured when the engine starts: a step takes
+            the smallest that none of its adapters exceeds. Beyond the largest, steps run without graphs. The first has
+            graphs for steps of up to 2,048 tokens, the others for those of up to 512. Fewer make the start shorter.
         enable_fused_layers: Run decoder layers of a known shape with fused kernels, where the Triton backend runs; the
             result is checked against the model's own layers when the engine starts.
         enable_async_scheduling: Launch a step before the tokens of the last one are known here; None does on a GPU.
@@ -63,6 +68,7 @@ class EngineConfig:
     attention_backend: Literal["auto", "torch", "triton"] = "auto"
     enable_cuda_graphs: bool = True
     captured_num_adapters: tuple[int, ...] = (0, 1, 3)
+    captured_ranks: tuple[int, ...] = (16, 64, 256)
     enable_fused_layers: bool = True
     enable_async_scheduling: bool | None = None
     freeze_heap: bool | None = None
@@ -79,28 +85,50 @@ class EngineConfig:
             "lora_cache_bytes",
         ):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InvalidRequestError(f"EngineConfig({name}={value!r}): pass a positive integer, or None.")
+            most = _MAX_BYTES if name.endswith("bytes") else _MAX_COUNT
+            if value is not None and not _is_whole(value, 1, most):
+                raise InvalidRequestError(
+                    f"EngineConfig({name}={value!r}): pass a positive integer of at most {most:,}, or None."
+                )
         for name in ("block_size", "max_loras"):
-            if getattr(self, name) < 1:
-                raise InvalidRequestError(f"EngineConfig({name}={getattr(self, name)!r}): pass a positive integer.")
-        if self.pinned_lora_bytes is not None and self.pinned_lora_bytes < 0:
+            if not _is_whole(getattr(self, name), 1, _MAX_COUNT):
+                raise InvalidRequestError(
+                    f"EngineConfig({name}={getattr(self, name)!r}): pass a positive integer of at most {_MAX_COUNT:,}."
+                )
+        if self.pinned_lora_bytes is not None and not _is_whole(self.pinned_lora_bytes, 0, _MAX_BYTES):
             raise InvalidRequestError(
                 f"EngineConfig(pinned_lora_bytes={self.pinned_lora_bytes!r}): pass 0 or more bytes, or None."
             )
-        if not 1 <= self.max_adapters_per_request <= 8:
+        self._check_choices()
+
+    def _check_choices(self) -> None:
+        if not _is_whole(self.max_adapters_per_request, 1, 8):
             raise InvalidRequestError(
                 f"EngineConfig(max_adapters_per_request={self.max_adapters_per_request!r}): pass 1 to 8."
             )
-        if not all(0 <= num <= 8 for num in self.captured_num_adapters):
+        if not _are_whole(self.captured_num_adapters, 0, 8):
             raise InvalidRequestError(
                 f"EngineConfig(captured_num_adapters={self.captured_num_adapters!r}): pass numbers of 0 to 8."
+            )
+        if not (self.captured_ranks and _are_whole(self.captured_ranks, 1, 256)):
+            raise InvalidRequestError(
+                f"EngineConfig(captured_ranks={self.captured_ranks!r}): pass one or more of 1 to 256."
             )
         if self.attention_backend not in {"auto", "torch", "triton"}:
             raise InvalidRequestError(
                 f'EngineConfig(attention_backend={self.attention_backend!r}): pass "auto", "torch" or "triton".'
             )
-        if not 0 < self.gpu_memory_utilization <= 1:
+        share = self.gpu_memory_utilization
+        if not isinstance(share, int | float) or not 0 < share <= 1:
             raise InvalidRequestError(
                 f"EngineConfig(gpu_memory_utilization={self.gpu_memory_utilization!r}): pass a number in (0, 1]."
             )
+
+
+def _is_whole(value: object, least: int, most: int) -> bool:
+    """Whether a setting is an integer within its limits."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _are_whole(values: object, least: int, most: int) -> bool:
+    return isinstance(values, tuple | list) and all(_is_whole(value, least, most) for value in values)

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from langchain_lora_retriever.engine.upload import copy_to_device
+from langchain_lora_retriever.engine.upload import copy_to_device, on_device
 from langchain_lora_retriever.errors import EngineError, InvalidAdapterError
 from lora_kernels import LoraBatch, LoraRows, LoraStack, add_lora, lora_expand, lora_mix, lora_shrink
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from transformers import PreTrainedModel
 
@@ -95,13 +95,25 @@ class LoraLayers:
         for rows, _ in self._devices.values():
             rows.assign(slot, start, adapter.rank)
         for group in self._groups:
-            group.load(slot, start, adapter.name, weights)
+            with on_device(group.stack.b.device):
+                group.load(slot, start, adapter.name, weights)
 
-    def set_batch(self, spans: Sequence[tuple[int, Sequence[int], Sequence[float]]]) -> None:
+    def rank_bound(self, rank: int) -> int:
+        """What launches for adapters of a rank, and of lower ones, are made for."""
+        return next(iter(self._devices.values()))[0].bound(rank)
+
+    def highest_rank(self, slots: Iterable[int]) -> int:
+        """The highest rank of the adapters in some slots."""
+        return next(iter(self._devices.values()))[0].highest_rank(slots)
+
+    def set_batch(
+        self, spans: Sequence[tuple[int, Sequence[int], Sequence[float]]], rank_bound: int | None = None
+    ) -> None:
         """Say which adapters the next forward pass runs for its tokens.
 
         Args:
             spans: For each packed sequence its number of tokens, adapter slots and their weights.
+            rank_bound: For which ranks launches are made; None takes the resident adapters'.
         """
         self._is_active = any(slots for _, slots, _ in spans)
         if not self._is_active:
@@ -113,15 +125,20 @@ class LoraLayers:
         weights = torch.tensor([(*w, *[0.0] * (k - len(w))) for _, _, w in spans], dtype=torch.float32)
         mapping, weights = mapping.repeat_interleave(counts, 0), weights.repeat_interleave(counts, 0)
         for device, (_, batch) in self._devices.items():
-            batch.update(copy_to_device(mapping, device), copy_to_device(weights, device), num_active)
+            with on_device(device):
+                batch.update(copy_to_device(mapping, device), copy_to_device(weights, device), num_active, rank_bound)
 
-    def launch_shape(self, num_tokens: int, k: int, num_active: int) -> tuple[int, int] | None:
+    def launch_shape(self, num_tokens: int, k: int, num_active: int, rank_bound: int) -> tuple[int, int] | None:
         """What a captured step is made for besides its number of tokens and of adapters per token, see `LoraBatch`."""
         _, batch = next(iter(self._devices.values()))
-        return batch.launch_shape(num_tokens, k, num_active) if k else None
+        return batch.launch_shape(num_tokens, k, num_active, rank_bound) if k else None
 
     def set_device_batch(
-        self, mapping: torch.Tensor | None, weights: torch.Tensor | None, num_active: int | None = None
+        self,
+        mapping: torch.Tensor | None,
+        weights: torch.Tensor | None,
+        num_active: int | None = None,
+        rank_bound: int | None = None,
     ) -> None:
         """Say the same with tensors that are on the model's one device already; nothing is read from them here.
 
@@ -129,11 +146,12 @@ class LoraLayers:
             mapping: Slot per token `[num_tokens, k]`, int32; None if no token has adapters.
             weights: Weight per slot, fp32.
             num_active: How many adapters the step names, if that is known.
+            rank_bound: As in `set_batch`.
         """
         self._is_active = mapping is not None
         if mapping is not None and weights is not None:
             for _, batch in self._devices.values():
-                batch.update(mapping, weights, num_active)
+                batch.update(mapping, weights, num_active, rank_bound)
 
     def find_product(self, names: tuple[str, ...]) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """The product of packed inputs `[num_tokens, in_features]` with the modules `names`, adapters included.
@@ -160,8 +178,11 @@ class LoraLayers:
 
     def add(self, y: torch.Tensor, x: torch.Tensor, stack: LoraStack, batch: LoraBatch) -> None:
         """Add the adapters' outputs for packed inputs `x` to `y` in place; nothing if no token has one."""
-        if self._is_active:
+        if self._is_active and len(self._devices) == 1:
             add_lora(y, x, stack, batch)
+        elif self._is_active:
+            with on_device(y.device):  # Triton launches on the current device
+                add_lora(y, x, stack, batch)
 
     def add_to_product(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stack: LoraStack, batch: LoraBatch

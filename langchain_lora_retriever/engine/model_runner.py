@@ -20,7 +20,7 @@ from langchain_lora_retriever.engine.probe import input_device, probe_model, use
 from langchain_lora_retriever.engine.sampler import choose
 from langchain_lora_retriever.engine.selfcheck import check_model
 from langchain_lora_retriever.engine.staged_store import StagedStore
-from langchain_lora_retriever.engine.upload import upload
+from langchain_lora_retriever.engine.upload import on_device, upload
 from langchain_lora_retriever.errors import EngineError
 
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ class ModelRunner:
         self._executor: PagedExecutor | None = None
         self._give_back = ExitStack()  # what `close` undoes, in reverse order
         try:
-            self._take(base, config)
+            with on_device(self.device):
+                self._take(base, config)
         except BaseException:
             self.close()
             raise
@@ -79,14 +80,19 @@ class ModelRunner:
         check_model(base.model, self.probe, longest)
         self.probe = self.probe._replace(calls={})  # they hold tensors
         self.memory = plan_memory(base, self.probe, config)
-        self.lora_layers = LoraLayers(
-            base.model,
-            self.probe.linear_groups,
-            num_rows=self.memory.num_lora_rows,
-            max_loras=config.max_loras,
-            max_num_tokens=self.memory.max_num_batched_tokens,
-            max_adapters_per_token=config.max_adapters_per_request,
-        )
+        try:
+            self.lora_layers = LoraLayers(
+                base.model,
+                self.probe.linear_groups,
+                num_rows=self.memory.num_lora_rows,
+                max_loras=config.max_loras,
+                max_num_tokens=self.memory.max_num_batched_tokens,
+                max_adapters_per_token=config.max_adapters_per_request,
+            )
+        except RuntimeError as error:  # whichever allocator it is
+            raise EngineError(
+                f"There is no memory for {self.memory.num_lora_rows:,} rank rows of adapters: lower lora_cache_bytes."
+            ) from error
         self._give_back.callback(self.lora_layers.release)
         self._caches = {
             layer: self._make_cache(geometry, config.block_size) for layer, geometry in self.probe.attention.items()
@@ -178,10 +184,16 @@ class ModelRunner:
 
     def _make_cache(self, geometry: AttentionGeometry, block_size: int) -> PagedCache:
         shape = (self.memory.num_blocks, block_size, geometry.num_kv_heads)
-        keys, values = (
-            torch.zeros((*shape, width), dtype=geometry.dtype, device=geometry.device)
-            for width in (geometry.head_dim, geometry.value_dim)
-        )
+        try:
+            keys, values = (
+                torch.zeros((*shape, width), dtype=geometry.dtype, device=geometry.device)
+                for width in (geometry.head_dim, geometry.value_dim)
+            )
+        except RuntimeError as error:  # whichever allocator it is
+            raise EngineError(
+                f"The KV cache of {self.memory.num_blocks:,} blocks does not fit into the memory of {geometry.device}: "
+                "lower kv_cache_bytes or gpu_memory_utilization."
+            ) from error
         return PagedCache(keys, values, geometry.pattern)
 
     def _make_executor(self, config: EngineConfig) -> PagedExecutor | None:

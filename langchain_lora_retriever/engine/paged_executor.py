@@ -30,12 +30,14 @@ if TYPE_CHECKING:
     from langchain_lora_retriever.engine.probe import ModelProbe
     from langchain_lora_retriever.engine.step_graph import StaticInputs, StepShape
 
+    _GraphKey = tuple[StepShape, tuple[int, int] | None]
     Adapters = list[tuple[int, Sequence[int], Sequence[float]]]  # for each sequence its tokens, slots and weights
 
 __all__ = ["PagedExecutor"]
 
 _logger = logging.getLogger(__name__)
 
+_MAX_TOKENS_OF_HIGH_RANKS = 512  # of captured steps whose adapters' ranks are beyond the lowest of the bounds
 _USUAL_NUM_STREAMS = 16  # beside prompts; decides how the streams' keys are split, as their number is data there
 
 
@@ -71,7 +73,8 @@ class PagedExecutor:
         self._tile_size = min(queries_per_tile(g.num_heads, g.num_kv_heads) for g in probe.attention.values())
         self._num_layers = len(probe.attention)
         self._fused = self._fuse(probe) if config.enable_fused_layers else None
-        self._graphs: dict[tuple[StepShape, tuple[int, int] | None], StepGraph] = {}
+        self._max_loras = config.max_loras
+        self._rank_bounds = sorted({lora_layers.rank_bound(rank) for rank in config.captured_ranks})
         self._num_adapters = sorted(
             {0, *(num for num in config.captured_num_adapters if num <= config.max_adapters_per_request)}
         )
@@ -80,10 +83,14 @@ class PagedExecutor:
             self._shapes = StepShapes(
                 memory.max_num_seqs, memory.max_num_batched_tokens, self._tile_size, self._num_adapters
             )
+        self._graphs: dict[_GraphKey, StepGraph] = {}
+        self._told: set[tuple[int, int]] = set()
         self._pool: Any = None
         self._logits = torch.empty(0)
         if self._device.type == "cuda":
-            self._warm_up(memory, config)
+            self._warm_up(memory)
+        if self._shapes is not None:
+            self._capture_all(self._shapes)
 
     @property
     def is_fused(self) -> bool:
@@ -108,11 +115,12 @@ class PagedExecutor:
             for item in batch.scheduled
         ]
         decode_tokens, prefill_tiles = self._tiles(batch)
-        num_active = len({slot for _, slots, _ in adapters for slot in slots})
-        graph = self._find_graph(batch, max(len(slots) for _, slots, _ in adapters), num_active)
+        active = {slot for _, slots, _ in adapters for slot in slots}
+        rank_bound = self._rank_bound(active)
+        graph = self._find_graph(batch, max(len(slots) for _, slots, _ in adapters), len(active), rank_bound)
         if graph is not None:
             return graph.replay(batch, decode_tokens, prefill_tiles, adapters)
-        self._lora_layers.set_batch(adapters)
+        self._lora_layers.set_batch(adapters, rank_bound)
         tokens = upload([batch.token_ids, batch.positions, batch.rows, batch.sources], torch.int64, self._device)
         tiles = QueryTiles(
             upload(decode_tokens, torch.int64, self._device),
@@ -127,56 +135,78 @@ class PagedExecutor:
         if self._fused is not None:
             self._fused.detach()
 
-    def _find_graph(self, batch: PackedBatch, num_adapters: int, num_active: int) -> StepGraph | None:
-        """The graph that serves a step, captured now if it was not foreseen; None if the step runs without."""
+    def _rank_bound(self, slots: set[int]) -> int:
+        """For which ranks a step that names these adapters is launched: one that was foreseen, if there is one."""
+        needed = self._lora_layers.rank_bound(self._lora_layers.highest_rank(slots))
+        return next((bound for bound in self._rank_bounds if bound >= needed), needed)
+
+    def _find_graph(self, batch: PackedBatch, num_adapters: int, num_active: int, rank_bound: int) -> StepGraph | None:
+        """The graph that serves a step; None if the step runs without. Nothing is captured while serving."""
         if self._shapes is None:
             return None
         shape = self._shapes.find(len(batch.token_ids), num_adapters, is_decode=batch.is_decode)
-        if shape is None:
-            return None
-        try:
-            return self._capture(shape, num_active)
-        except CaptureError as error:
-            self._give_up_graphs(error)
-            return None
-
-    def _capture(self, shape: StepShape, num_active: int) -> StepGraph:
-        """The graph for steps of a shape that name so many adapters, captured if there is none yet."""
-        key = (shape, self._lora_layers.launch_shape(shape.num_tokens, shape.num_adapters, num_active))
-        graph = self._graphs.get(key)
-        if graph is None:
-            forward = partial(self._run_static, shape, num_active)
-            graph = self._graphs[key] = StepGraph(forward, shape, self._device, self._pool)
+        graph = self._graphs.get(self._key(shape, num_active, rank_bound)) if shape is not None else None
+        if num_adapters > self._num_adapters[-1] or (num_adapters and rank_bound not in self._rank_bounds):
+            self._tell(num_adapters, rank_bound)
         return graph
 
+    def _key(self, shape: StepShape, num_active: int, rank_bound: int) -> _GraphKey:
+        """Which graph serves steps of a shape; few adapters and many are told apart for the lowest ranks alone."""
+        if not shape.num_adapters:
+            return shape, None
+        if rank_bound != self._rank_bounds[0]:
+            num_active = self._max_loras
+        return shape, self._lora_layers.launch_shape(shape.num_tokens, shape.num_adapters, num_active, rank_bound)
+
+    def _tell(self, num_adapters: int, rank_bound: int) -> None:
+        """Say once what runs without graphs."""
+        if (num_adapters, rank_bound) not in self._told:
+            self._told.add((num_adapters, rank_bound))
+            _logger.warning(
+                "Steps with %d adapters of ranks up to %d run without CUDA graphs: name them in captured_num_adapters "
+                "%s and captured_ranks %s.", num_adapters, rank_bound, self._num_adapters, self._rank_bounds,
+            )  # fmt: skip
+
     @torch.inference_mode()
-    def _warm_up(self, memory: MemoryPlan, config: EngineConfig) -> None:
-        """Take the memory and compile the kernels of the largest steps, and capture every foreseen one."""
-        start = time.perf_counter()
+    def _warm_up(self, memory: MemoryPlan) -> None:
+        """Take the memory and compile the kernels of the largest steps."""
         # A launch with a multiple of 16 tokens is compiled apart from others.
         for num_tokens in {memory.max_num_batched_tokens, max(1, memory.max_num_batched_tokens - 1)}:
             for num_adapters in self._num_adapters:
-                logits = self._run_padding(num_tokens, num_adapters, memory.max_num_seqs)
-        if self._shapes is None:
-            return
+                for rank_bound in self._rank_bounds[: None if num_adapters else 1]:
+                    logits = self._run_padding(num_tokens, num_adapters, memory.max_num_seqs, rank_bound)
         self._pool = torch.cuda.graph_pool_handle()
         self._logits = torch.empty(memory.max_num_seqs, logits.shape[1], dtype=logits.dtype, device=self._device)
+
+    @torch.inference_mode()
+    def _capture_all(self, shapes: StepShapes) -> None:
+        """Capture every foreseen step."""
+        start = time.perf_counter()
         try:
-            for shape in self._shapes.all():
-                for num_active in (1, config.max_loras) if shape.num_adapters else (0,):
-                    self._capture(shape, num_active)
+            for shape in shapes.all():
+                for rank_bound in self._rank_bounds[: None if shape.num_adapters else 1]:
+                    is_lowest = rank_bound == self._rank_bounds[0]
+                    if is_lowest or shape.num_tokens <= _MAX_TOKENS_OF_HIGH_RANKS:
+                        for num_active in (1, self._max_loras):
+                            self._capture(shape, num_active, rank_bound)
         except CaptureError as error:
             self._give_up_graphs(error)
             return
         _logger.info("%d graphs captured in %.1f s", len(self._graphs), time.perf_counter() - start)
 
-    def _run_padding(self, num_tokens: int, num_adapters: int, num_sampled: int) -> torch.Tensor:
+    def _capture(self, shape: StepShape, num_active: int, rank_bound: int) -> None:
+        key = self._key(shape, num_active, rank_bound)
+        if key not in self._graphs:
+            forward = partial(self._run_static, shape, num_active, rank_bound)
+            self._graphs[key] = StepGraph(forward, shape, self._device, self._pool)
+
+    def _run_padding(self, num_tokens: int, num_adapters: int, num_sampled: int, rank_bound: int) -> torch.Tensor:
         """A step of padding alone, without a graph."""
         slots = weights = None
         if num_adapters:
             slots = torch.full((num_tokens, num_adapters), -1, dtype=torch.int32, device=self._device)
             weights = torch.zeros(num_tokens, num_adapters, device=self._device)
-        self._lora_layers.set_device_batch(slots, weights)
+        self._lora_layers.set_device_batch(slots, weights, rank_bound=rank_bound)
         tokens = torch.zeros(4, num_tokens, dtype=torch.int64, device=self._device)
         tokens[2:] = -1
         zeros = tokens[0]
@@ -188,9 +218,9 @@ class PagedExecutor:
         self._shapes = None
         self._graphs.clear()
 
-    def _run_static(self, shape: StepShape, num_active: int, inputs: StaticInputs) -> torch.Tensor:
+    def _run_static(self, shape: StepShape, num_active: int, rank_bound: int, inputs: StaticInputs) -> torch.Tensor:
         """A step that reads nothing from the host."""
-        self._lora_layers.set_device_batch(inputs.lora_slots, inputs.lora_weights, num_active)
+        self._lora_layers.set_device_batch(inputs.lora_slots, inputs.lora_weights, num_active, rank_bound)
         num_sequences = shape.num_decodes if shape.is_decode else min(shape.num_decodes, _USUAL_NUM_STREAMS)
         tiles = QueryTiles(inputs.decode_tokens, inputs.prefill_tiles, num_sequences)
         logits = self._run(inputs.tokens, tiles, inputs.sampled)

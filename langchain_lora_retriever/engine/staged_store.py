@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -69,7 +70,9 @@ class StagedStore:
             # Who had this memory before may still be using it.
             self._stream.wait_stream(torch.cuda.current_stream(packing.device))
         self._pinned = _PinnedAdapters(packing, pinned_bytes)
-        self._copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lora-copier")
+        # Page-locked memory is taken, and events are made, where the thread's current device is.
+        enter = partial(torch.cuda.set_device, packing.device) if packing.device.type == "cuda" else None
+        self._copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lora-copier", initializer=enter)
 
     def prefetch(self, adapters: Sequence[Adapter], *, may_drop: bool = False) -> None:
         """Begin to copy adapters, as far as there is staging memory.

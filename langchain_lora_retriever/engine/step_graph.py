@@ -60,8 +60,7 @@ class StepShapes:
         max_num_seqs: Most running requests.
         max_num_tokens: Most tokens of a step.
         tile_size: Most tokens of a tile.
-        num_adapters: Numbers of adapters per token to have graphs for; a step that needs more than these has one for
-            just as many.
+        num_adapters: Numbers of adapters per token to have graphs for.
     """
 
     def __init__(self, max_num_seqs: int, max_num_tokens: int, tile_size: int, num_adapters: Sequence[int]) -> None:
@@ -93,10 +92,11 @@ class StepShapes:
         return sorted(shapes, reverse=True)
 
     def find(self, num_tokens: int, num_adapters: int, *, is_decode: bool) -> StepShape | None:
-        """The shape that serves a step; None if the step is too large for any."""
+        """The shape that serves a step; None if the step is too large for any, or names too many adapters."""
         index = bisect.bisect_left(self._num_adapters, num_adapters)
-        if index < len(self._num_adapters):
-            num_adapters = self._num_adapters[index]
+        if index == len(self._num_adapters):
+            return None
+        num_adapters = self._num_adapters[index]
         sizes = self._decodes if is_decode else self._prompts
         index = bisect.bisect_left(sizes, num_tokens)
         if index == len(sizes):
@@ -199,7 +199,9 @@ class StepGraph:
         self._forward(self._inputs)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            # torch keeps one stream for the captures of a process, on the device that was the first to capture.
+            stream = torch.cuda.Stream(self._data.device)
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 self._logits = self._forward(self._inputs)
         except RuntimeError as error:
             raise CaptureError from error

@@ -1,15 +1,22 @@
-"""Small copies between host and device that neither side waits for."""
+"""Small copies between host and device that neither side waits for, and which device is the current one."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
 
-__all__ = ["copy_to_device", "copy_to_host", "upload"]
+__all__ = ["copy_to_device", "copy_to_host", "on_device", "upload"]
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Make a CUDA device this thread's current one: where Triton launches, and streams and events are made."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def upload(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -17,6 +17,7 @@ from langchain_lora_retriever.engine.config import EngineConfig
 from langchain_lora_retriever.engine.engine import Engine
 from langchain_lora_retriever.engine.generation import Generation, deliver
 from langchain_lora_retriever.engine.heap import frozen_heap
+from langchain_lora_retriever.engine.upload import on_device
 from langchain_lora_retriever.errors import EngineDeadError, EngineOverloadedError
 
 if TYPE_CHECKING:
@@ -260,7 +261,7 @@ class EngineWorker:
     def _run(self) -> None:
         cause: BaseException | None = None
         try:
-            with frozen_heap(is_wanted=self._freezes_heap):
+            with on_device(self._engine.device), frozen_heap(is_wanted=self._freezes_heap):
                 while self._take_news():
                     self._deliver(self._step())
         except BaseException as error:
@@ -270,7 +271,8 @@ class EngineWorker:
         if self._is_exiting:
             return
         try:
-            self._engine.close()
+            with on_device(self._engine.device):
+                self._engine.close()
         except Exception:
             if cause is None:
                 raise

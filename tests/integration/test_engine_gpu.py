@@ -126,6 +126,166 @@ def test_serving_captures_nothing_and_takes_no_memory(llama: Any) -> None:
         worker.check_integrity()
 
 
+def test_ranks_from_8_to_128_capture_no_graph_while_serving(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone, mixed in one step and in one request, coming and going: the graphs of the start serve them all."""
+    from langchain_lora_retriever.engine import paged_executor
+
+    adapters = [make_adapter(llama, f"rank{rank}", r=rank, scaling=2.0 / rank) for rank in (8, 16, 32, 64, 128)]
+    pairs: list[Pairs] = [[(adapter, 1.0)] for adapter in adapters]
+    pairs += [[(adapters[0], 0.5), (adapters[2], 0.3), (adapters[4], 0.2)], []]
+    cases = [(make_prompt(9 + i, i), pairs[i % len(pairs)]) for i in range(14)]
+    expected = [generate(llama, *case) for case in cases]
+    made = []
+    make = paged_executor.StepGraph
+
+    def count(*args: Any) -> Any:
+        made.append(args)
+        return make(*args)
+
+    monkeypatch.setattr(paged_executor, "StepGraph", count)
+    replayed = reserved = 0
+    replay = make.replay
+
+    def count_replay(self: Any, *args: Any) -> Any:
+        nonlocal replayed
+        replayed += 1
+        return replay(self, *args)
+
+    monkeypatch.setattr(make, "replay", count_replay)
+    with make_worker(llama, lora_cache_bytes=64 << 20) as worker:
+        captured = len(made)
+        assert captured
+        for prompt, adapters_of_one in cases:
+            worker.submit(prompt, greedy(3), adapters_of_one).result(60)
+        for round_ in range(2):
+            running = [worker.submit(prompt, greedy(), pairs_of_one) for prompt, pairs_of_one in cases]
+            assert [list(g.result(120).token_ids) for g in running] == expected
+            torch.cuda.synchronize()
+            if round_ == 0:
+                reserved = torch.cuda.memory_reserved()
+        num_steps = worker.stats().num_steps
+        assert len(made) == captured, "a graph was captured while serving"
+        assert torch.cuda.memory_reserved() == reserved
+        assert replayed >= num_steps - 1, "a step ran without its graph"
+        worker.check_integrity()
+
+
+def test_what_no_graph_was_captured_for_runs_without(llama: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Higher ranks and more adapters than `captured_ranks` and `captured_num_adapters` name; it is said once."""
+    adapters = [make_adapter(llama, f"rank{rank}", r=rank, scaling=2.0 / rank) for rank in (8, 40)]
+    cases: list[tuple[list[int], Pairs]] = [
+        (make_prompt(9), [(adapters[1], 1.0)]),
+        (make_prompt(12), [(adapters[0], 0.5), (adapters[1], 0.5)]),
+    ]
+    expected = [generate(llama, *case) for case in cases]
+    settings = {"captured_ranks": (16,), "captured_num_adapters": (0, 1), "lora_cache_bytes": 64 << 20}
+    with make_worker(llama, **settings) as worker:
+        executor = worker._engine._runner._executor
+        assert executor is not None
+        captured = set(executor._graphs)
+        assert [list(worker.submit(p, greedy(), a).result(60).token_ids) for p, a in cases] == expected
+        assert set(executor._graphs) == captured
+    assert sum("without CUDA graphs" in record.message for record in caplog.records) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("architecture", "extra", "num_fused"),
+    [
+        ("llama", {}, 4),
+        ("gemma3_text", {"layer_types": ["sliding_attention", "full_attention"] * 2}, 4),
+        ("smollm3", {"no_rope_layers": [1, 1, 1, 0], "use_sliding_window": False}, 4),
+        ("granite", {"residual_multiplier": 0.3, "attention_multiplier": 0.1, "logits_scaling": 2.0}, 0),
+    ],
+)
+def test_layers_are_fused_by_what_they_compute(
+    architecture: str, extra: dict[str, Any], num_fused: int, dtype: torch.dtype
+) -> None:
+    """In every dtype, layers without rotation without it; and their logits are as near to float32 as unfused ones."""
+    model = make_tiny_model(architecture, num_hidden_layers=4, **extra)
+    prompt = make_prompt(60)
+    exact = model.to(DEVICE)(torch.tensor([prompt], device=DEVICE)).logits[0, -1].log_softmax(-1)
+    distances = {}
+    for is_fused in (True, False):
+        with make_worker(copy.deepcopy(model).to(dtype), enable_fused_layers=is_fused) as worker:
+            executor = worker._engine._runner._executor
+            assert executor is not None
+            assert executor.num_fused_layers == (num_fused if is_fused else 0)
+            (first,) = worker.submit(prompt, replace(greedy(1), logprobs=20)).result(60).logprobs or ()
+            distances[is_fused] = sum(abs(p - float(exact[i])) for i, p in first.top)
+    assert distances[True] <= 2 * distances[False] + (1e-2 if dtype == torch.float32 else 0.5)
+
+
+def test_chunked_attention_on_the_device() -> None:
+    """Llama 4's chunks, with Triton's kernels inside graphs."""
+    extra = {"attention_chunk_size": 8, "layer_types": ["chunked_attention", "full_attention"], "num_local_experts": 2,
+             "num_experts_per_tok": 1, "intermediate_size_mlp": 96, "no_rope_layers": [1, 0],
+             "interleave_moe_layer_step": 3}  # fmt: skip
+    model = make_tiny_model("llama4_text", **extra).to(DEVICE)
+    cases = [(make_prompt(length), []) for length in (3, 40, 25)]
+    expected = [generate(model, *case) for case in cases]
+    with make_worker(model) as worker:
+        running = [worker.submit(prompt, greedy(), adapters) for prompt, adapters in cases]
+        assert [list(g.result(120).token_ids) for g in running] == expected
+
+
+two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+@two_devices
+def test_a_model_on_another_device_uses_that_one_alone() -> None:
+    """Weights, cache, adapters, graphs, staging and page-locked memory are those of `cuda:1`, in every thread."""
+    model = make_tiny_model("llama")
+    cases = make_cases(model, 8)
+    expected = [generate(model, *case) for case in cases]
+    torch.cuda.synchronize()
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved(0)
+    with make_worker(model.to("cuda:1"), kv_cache_bytes=64 << 20) as worker:
+        assert worker._engine._runner._executor is not None
+        for _ in range(2):
+            running = [worker.submit(prompt, greedy(), adapters) for prompt, adapters in cases]
+            assert [list(g.result(120).token_ids) for g in running] == expected
+        assert worker.stats().num_adapter_loads > 0
+        assert torch.cuda.memory_reserved(0) == before
+        assert torch.cuda.memory_allocated(1) > 64 << 20
+        worker.check_integrity()
+    assert torch.cuda.current_device() == 0
+
+
+@two_devices
+def test_two_engines_on_two_devices_capture_and_serve_side_by_side() -> None:
+    """Neither takes the other's stream or pool."""
+    model = make_tiny_model("llama")
+    cases = make_cases(model, 6)
+    expected = [generate(model, *case) for case in cases]
+    with (
+        make_worker(copy.deepcopy(model).to("cuda:0")) as one,
+        make_worker(copy.deepcopy(model).to("cuda:1")) as other,
+    ):
+        running = [(w.submit(prompt, greedy(), adapters)) for prompt, adapters in cases for w in (one, other)]
+        got = [list(g.result(120).token_ids) for g in running]
+    assert got[::2] == got[1::2] == expected
+
+
+@two_devices
+def test_a_model_on_two_devices_runs_its_adapters_on_both(tmp_path: Path) -> None:
+    """Layers on either device, each with its part of the cache and of the adapters."""
+    model = make_tiny_model("llama")
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    cases = make_cases(model, 6)
+    expected = [generate(model, *case) for case in cases]
+    device_map = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 1, "model.norm": 1,
+                  "model.rotary_emb": 0, "lm_head": 1}  # fmt: skip
+    base = load_base_model(tmp_path / "model", device_map=device_map, dtype=torch.float32)
+    with EngineWorker(base, EngineConfig(**SMALL)) as worker:
+        running = [worker.submit(prompt, greedy(), adapters) for prompt, adapters in cases]
+        assert [list(g.result(120).token_ids) for g in running] == expected
+        worker.check_integrity()
+
+
 def test_one_graph_serves_one_adapter_and_many(llama: Any) -> None:
     """A step captured while every row ran the same adapter is replayed while each runs its own, and back again."""
     adapters = [make_adapter(llama, f"g{i}", r=4) for i in range(8)]

@@ -221,6 +221,25 @@ def test_launches_are_sized_by_the_ranks_that_are_loaded():
 
 @backends
 @pytest.mark.parametrize("num_tokens", [4, 70])
+def test_launches_may_be_made_for_the_ranks_of_a_step_or_for_higher_ones(backend, num_tokens):
+    """With room for rank 64 or for no more than a step names, the result is the same to fp32 rounding."""
+    torch.manual_seed(0)
+    model = build([[8, 4, 8], [3, 3, 0], [60, 12, 33]], backend=backend)
+    mapping, weights = assign("uniform", num_tokens, 2, 2)
+    x = torch.randn(num_tokens, 40)
+    results = []
+    for bound in (None, model.rows.bound(8), model.rows.bound(33)):
+        y = torch.zeros(num_tokens, 80)
+        model.batch.update(mapping, weights, 2, bound)
+        add_lora(y, x, model.stack, model.batch)
+        results.append(y)
+    assert model.rows.highest_rank((0, 1)) == 8
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(results[2], results[0], rtol=1e-5, atol=1e-5)
+
+
+@backends
+@pytest.mark.parametrize("num_tokens", [4, 70])
 def test_result_is_independent_of_neighbours(backend, num_tokens):
     """A token's result does not move, to fp32 rounding, when its neighbours change adapters."""
     torch.manual_seed(0)
