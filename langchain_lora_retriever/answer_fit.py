@@ -6,6 +6,8 @@ import re
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from langchain_lora_retriever.encoder import cut_middle
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 __all__ = ["AnswerFit"]
 
 _WORD = re.compile(r"\w+|[^\w\s]")
+_MAX_CHARACTERS = 1 << 14
+"""Of a longer prompt the middle is not looked at: all of an adapter's answers are looked for in all of its prompts."""
 
 
 class AnswerFit:
@@ -34,7 +38,9 @@ class AnswerFit:
 
     def __init__(self, samples: Sequence[Sample]) -> None:
         pairs = [
-            (_words(s.input), _words(s.output)) for s in samples if s.output is not None and _WORD.search(s.output)
+            (_words(s.input), _words(s.output))
+            for s in samples
+            if s.output is not None and _WORD.search(s.output[:_MAX_CHARACTERS])
         ]
         self._answers = Counter(answer for _, answer in pairs)
         self._num_answers = len(pairs)
@@ -56,4 +62,4 @@ class AnswerFit:
 
 def _words(text: str) -> str:
     """Words and marks in lower case, a blank around each, so that only whole words are found in one another."""
-    return f" {' '.join(_WORD.findall(text.lower()))} "
+    return f" {' '.join(_WORD.findall(cut_middle(text, _MAX_CHARACTERS).lower()))} "

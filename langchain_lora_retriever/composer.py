@@ -12,11 +12,13 @@ import hashlib
 import math
 import threading
 from collections import OrderedDict
+from numbers import Real
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 import torch
 
 from langchain_lora_retriever.errors import InvalidRequestError
+from langchain_lora_retriever.shown import shown
 from langchain_lora_retriever.types import (
     Adapter,
     ComposedAdapter,
@@ -35,6 +37,9 @@ __all__ = ["FusionCache", "Weighting", "compose", "fuse", "materialize", "pin"]
 
 Weighting: TypeAlias = Literal["uniform", "similarity"]
 
+_MIN_STEPS = 32
+"""Similarity shares are multiples of one such part."""
+
 
 def compose(
     retrieved: Sequence[RetrievedAdapter],
@@ -47,7 +52,10 @@ def compose(
 
     Semantics:
         selection:        the best adapter, weight 1
-        fusion, mixture:  all of them; "uniform" 1 / k, "similarity" softmax(score / temperature)
+        fusion, mixture:  all of them; "uniform" 1 / k, "similarity" softmax(score / temperature), rounded
+        Similarity shares are whole multiples of 1/32 (of 1/64 above 8 adapters, 1/128 above 16, and so on) that sum to
+        exactly 1, by the method of largest remainders: none moves by a whole step, and none overtakes a better one's.
+        Adapters left without a share do not run. So prompts for the same adapters share cached prefixes and fusions.
 
     Args:
         retrieved: Adapters of distinct names; none means that the base model answers alone.
@@ -61,8 +69,13 @@ def compose(
     _check(mode, [adapter.name for adapter in retrieved])
     if weights not in get_args(Weighting):
         raise InvalidRequestError(f"weights={weights!r} is not allowed: pass one of {get_args(Weighting)}.")
-    if not 0 < temperature < math.inf:
-        raise InvalidRequestError(f"temperature={temperature!r} is not allowed: pass a finite number above 0.")
+    if not _is_finite(temperature) or temperature <= 0:
+        raise InvalidRequestError(f"temperature={shown(temperature)} is not allowed: pass a finite number above 0.")
+    for adapter in retrieved:
+        if not _is_finite(adapter.score):
+            raise InvalidRequestError(
+                f"score={shown(adapter.score)} of {adapter.name!r} is not allowed: pass a number."
+            )
     if not retrieved:
         return Composition(mode)
     ranked = sorted(retrieved, key=lambda adapter: (-adapter.score, adapter.name))
@@ -72,8 +85,9 @@ def compose(
         shares = [1 / len(ranked)] * len(ranked)
     else:
         powers = [math.exp((adapter.score - ranked[0].score) / temperature) for adapter in ranked]
-        shares = [power / sum(powers) for power in powers]
-    members = (ComposedAdapter(a.name, share, a.score) for a, share in zip(ranked, shares, strict=True))
+        total = sum(powers)
+        shares = _rounded([power / total for power in powers])
+    members = (ComposedAdapter(a.name, share, a.score) for a, share in zip(ranked, shares, strict=True) if share)
     return Composition(mode, tuple(members))
 
 
@@ -96,11 +110,14 @@ def pin(names: Sequence[str], *, mode: CompositionMode, weights: Sequence[float]
             f"composition='selection' runs one adapter, but {list(names)!r} were pinned. "
             "Pin one, or choose 'mixture' or 'fusion'."
         )
-    shares = [1.0] * len(names) if weights is None else [float(weight) for weight in weights]
-    if len(shares) != len(names) or not all(0 < share < math.inf for share in shares):
+    shares = [1.0] * len(names) if weights is None else list(weights)
+    if len(shares) != len(names) or not all(_is_finite(share) and share > 0 for share in shares):
         raise InvalidRequestError(
-            f"weights={weights!r} is not allowed for {len(names)} adapters: pass one finite number above 0 for each."
+            f"weights={shown(weights)} is not allowed for {len(names)} adapters: pass one finite number "
+            "above 0 for each."
         )
+    exponent = math.frexp(max(shares, default=1.0))[1]
+    shares = [math.ldexp(share, -exponent) for share in shares]  # so that their sum is finite
     total = sum(shares)
     return Composition(mode, tuple(ComposedAdapter(n, share / total) for n, share in zip(names, shares, strict=True)))
 
@@ -186,6 +203,23 @@ def materialize(
     if composition.mode != "fusion" or not members:
         return members
     return ((cache.fuse(members), 1.0),)
+
+
+def _rounded(shares: Sequence[float]) -> list[float]:
+    """Shares that sum to 1, best first, as multiples of a power of two: by the method of largest remainders."""
+    num_steps = max(_MIN_STEPS, 1 << (4 * len(shares) - 1).bit_length())
+    counts = [math.floor(share * num_steps) for share in shares]
+    order = sorted(range(len(shares)), key=lambda i: (counts[i] - shares[i] * num_steps, i))
+    for i in order[: num_steps - sum(counts)]:
+        counts[i] += 1
+    return [count / num_steps for count in counts]
+
+
+def _is_finite(value: object) -> bool:
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def _check(mode: str, names: Sequence[str]) -> None:

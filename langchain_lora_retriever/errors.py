@@ -12,6 +12,7 @@
     ├── UnknownAdapterError (KeyError)     a name that is not in the pool
     ├── InvalidRequestError (ValueError)   a call that cannot be served (empty messages, NaN temperature, ...)
     │   └── PromptTooLongError             the prompt leaves no room in the context window
+    ├── EncoderError (RuntimeError)        the encoder cannot be loaded, or failed over a text; the cause is chained
     ├── StructuredOutputError (ValueError) generated text does not satisfy the schema asked for
     ├── RequestAbortedError                the caller (or shutdown) cancelled the request
     ├── EngineError (RuntimeError)         the engine failed while serving; the cause is chained
@@ -27,6 +28,7 @@ import copy
 __all__ = [
     "AdapterError",
     "DuplicateAdapterError",
+    "EncoderError",
     "EngineDeadError",
     "EngineError",
     "EngineOverloadedError",
@@ -87,6 +89,10 @@ class InvalidRequestError(LoraRetrieverError, ValueError):
 
 class PromptTooLongError(InvalidRequestError):
     """A prompt that leaves no room for an answer in the model's context window."""
+
+
+class EncoderError(LoraRetrieverError, RuntimeError):
+    """The encoder cannot be loaded, or failed over a text; the cause is chained."""
 
 
 class StructuredOutputError(LoraRetrieverError, ValueError):

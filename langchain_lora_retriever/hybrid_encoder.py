@@ -11,6 +11,7 @@ import numpy as np
 
 from langchain_lora_retriever.encoder import DEFAULT_INSTRUCTION, SentenceTransformerEncoder
 from langchain_lora_retriever.errors import InvalidRequestError
+from langchain_lora_retriever.shown import shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["HybridEncoder"]
 
 _WORD = re.compile(r"\w+|[^\w\s]")
+_MAX_WEIGHT, _MAX_NUM_WORDS = 1_000_000, 1 << 20
 
 
 class HybridEncoder:
@@ -41,7 +43,7 @@ class HybridEncoder:
         instruction: Text whose words do not count, where a text starts with it.
 
     Raises:
-        InvalidRequestError: If `weight` or `num_words` is not above 0.
+        InvalidRequestError: If `weight` or `num_words` is out of range.
     """
 
     def __init__(
@@ -52,10 +54,14 @@ class HybridEncoder:
         num_words: int = 1024,
         instruction: str = DEFAULT_INSTRUCTION,
     ) -> None:
-        if not weight > 0:
-            raise InvalidRequestError(f"weight={weight!r} is not allowed: pass a number > 0.")
-        if num_words < 1:
-            raise InvalidRequestError(f"num_words={num_words!r} is not allowed: pass an integer >= 1.")
+        if not isinstance(weight, int | float) or not 0 < weight <= _MAX_WEIGHT:
+            raise InvalidRequestError(
+                f"weight={shown(weight)} is not allowed: pass a number above 0, at most {_MAX_WEIGHT}."
+            )
+        if not isinstance(num_words, int) or not 1 <= num_words <= _MAX_NUM_WORDS:
+            raise InvalidRequestError(
+                f"num_words={shown(num_words)} is not allowed: pass an integer from 1 to {_MAX_NUM_WORDS}."
+            )
         self._encoder: Encoder = SentenceTransformerEncoder(encoder) if isinstance(encoder, str | Path) else encoder
         self._weight = weight
         self._num_words = num_words
@@ -80,5 +86,5 @@ class HybridEncoder:
                 row[code % self._num_words] += 1 if code >> 20 & 1 else -1
         words *= self._weight**0.5 / np.maximum(np.linalg.norm(words, axis=1, keepdims=True), 1e-12)
         vectors = np.concatenate([self._encoder.encode(texts), words], axis=1)
-        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         return vectors

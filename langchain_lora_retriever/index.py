@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import faiss
 import numpy as np
-
-from langchain_lora_retriever.errors import PoolError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -19,12 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = ["AdapterIndex"]
 
-_INDEX_FILE = "index.faiss"
-_NAMES_FILE = "names.json"
-
 
 class AdapterIndex:
-    """Unit vectors by name, searched exactly. Not thread-safe: its owner holds a lock.
+    """Unit vectors by name, searched exactly. Any thread may search one that no thread changes.
 
     Args:
         dimension: Length `d` of the vectors.
@@ -86,6 +78,13 @@ class AdapterIndex:
             self._faiss.remove_ids(np.asarray(rows, dtype=np.int64))  # the rows behind close up, in order
             self._names = [name for name in self._names if name not in gone]
 
+    def copy(self) -> AdapterIndex:
+        """An index of the same content; changes of one do not show in the other."""
+        twin = AdapterIndex(self.dimension)
+        twin._faiss = faiss.clone_index(self._faiss)
+        twin._names = [*self._names]
+        return twin
+
     def search(
         self, queries: NDArray[np.float32], *, top_k: int, exclude: Sequence[Collection[str]] = ()
     ) -> list[list[tuple[str, float]]]:
@@ -109,34 +108,3 @@ class AdapterIndex:
             kept = [(name, score) for name, score in found if name not in left_out]
             results.append(sorted(kept, key=lambda pair: (-pair[1], pair[0]))[:top_k])
         return results
-
-    def save(self, folder: str | Path) -> None:
-        """Write the index into a folder, made if missing; each file is written aside and renamed."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        vectors = faiss.serialize_index(self._faiss).tobytes()
-        for file, content in ((_INDEX_FILE, vectors), (_NAMES_FILE, json.dumps(self._names).encode())):
-            aside = folder / f".{file}.{os.getpid()}"
-            aside.write_bytes(content)
-            aside.replace(folder / file)
-
-    @classmethod
-    def load(cls, folder: str | Path) -> AdapterIndex:
-        """Read what `save` wrote.
-
-        Raises:
-            PoolError: If the files are missing, corrupt, or do not belong together.
-        """
-        folder = Path(folder)
-        try:
-            names = json.loads((folder / _NAMES_FILE).read_text(encoding="utf-8"))
-            loaded = faiss.deserialize_index(np.fromfile(folder / _INDEX_FILE, dtype=np.uint8))
-        except (OSError, ValueError, RuntimeError) as error:
-            raise PoolError(
-                f"cannot read the index in {folder}: {error}. Delete the folder; it is made again."
-            ) from error
-        if not isinstance(names, list) or loaded.ntotal != len(names):
-            raise PoolError(f"the index in {folder} has {loaded.ntotal} rows, but {names!r:.80} as names. Delete it.")
-        index = cls(loaded.d)
-        index._faiss, index._names = loaded, names
-        return index

@@ -1,13 +1,18 @@
-"""Concurrent calls to a slow batch function, made as one call."""
+"""Concurrent calls to a slow batch function, made as one call; each caller gets the outcome of its own texts."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
+
+from langchain_lora_retriever.errors import EncoderError, MissingDependencyError
+from langchain_lora_retriever.forking import begin_in_every_process
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -15,76 +20,132 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["MicroBatcher"]
+__all__ = ["MicroBatcher", "Outcome"]
+
+Outcome: TypeAlias = "NDArray[np.float32] | BaseException"
+"""A text's vector `[d]`, or why there is none."""
+
+# What an encoder says of itself, not of a text.
+_FAILURES_OF_ALL = (EncoderError, MissingDependencyError)
+# How long an encoder may fail without any success before a batch is given up: each attempt of one that is away may
+# take long.
+_PATIENCE_SECONDS = 30.0
 
 
 class _Batch:
-    """Texts that are embedded together, and their vectors `[len(texts), d]` to come."""
+    """Distinct texts that are embedded together, and their outcomes to come."""
 
     def __init__(self) -> None:
-        self.texts: list[str] = []
-        self.vectors: Future[NDArray[np.float32]] = Future()
+        self.texts: dict[str, None] = {}
+        self.outcomes: Future[dict[str, Outcome]] = Future()
         self.arrivals: dict[asyncio.AbstractEventLoop, asyncio.Event] = {}
 
 
 class MicroBatcher:
     """Embeds together whatever is asked for while the encoder is busy; adds no delay when it is not.
 
-    Callers put their texts into the open batch. The first of them to get the encoder closes the batch and embeds it,
-    so the others find their vectors made; an event loop is woken once for all that wait in it.
+    Callers put their texts into the open batch, where equal texts are one. The first of them to get the encoder closes
+    the batch and embeds it, so the others find their vectors made; an event loop is woken once for all that wait in
+    it. A batch that fails is embedded again in halves, so that a text on which the encoder fails fails alone; unless
+    the encoder says of itself that it cannot work (`EncoderError`), or fails over everything for half a minute.
+
+    An interrupt (`KeyboardInterrupt`, or what a signal's handler raises) ends the call that it meets in the main
+    thread; whoever waits with it embeds the batch. In any other thread it is the encoder's failure.
 
     Args:
         encode: Texts to `[n, d]`.
-        max_texts: A batch of so many takes no more callers, so that the first of many need not wait for the last.
+        max_texts: Most texts of a batch; more of one caller's are embedded in several, between which others may come.
     """
 
     def __init__(self, encode: Callable[[Sequence[str]], NDArray[np.float32]], *, max_texts: int = 64) -> None:
         self._encode = encode
         self._max_texts = max_texts
+        begin_in_every_process(self._begin)
+
+    def _begin(self) -> None:
         self._encoder_lock = threading.Lock()
         self._batch_lock = threading.Lock()
         self._open = _Batch()
         self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lora-retriever-encoder")
 
-    def run(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Embed in the caller's thread."""
-        batch, rows = self._join(texts)
-        self._embed(batch)
-        return batch.vectors.result()[rows]
+    def run(self, texts: Sequence[str]) -> list[Outcome]:
+        """Embed in the caller's thread; one outcome per text."""
+        outcomes: list[Outcome] = []
+        for part in self._parts(texts):
+            batch = self._join(part)
+            self._embed(batch)
+            made = batch.outcomes.result()
+            outcomes += [made[text] for text in part]
+        return outcomes
 
-    async def arun(self, texts: Sequence[str]) -> NDArray[np.float32]:
+    async def arun(self, texts: Sequence[str]) -> list[Outcome]:
         """Embed in the batcher's thread, without blocking the event loop; cancelling disturbs nobody else."""
         loop = asyncio.get_running_loop()
-        batch, rows = self._join(texts)
-        if loop not in batch.arrivals:
-            batch.arrivals[loop] = asyncio.Event()
-            batch.vectors.add_done_callback(partial(_announce, loop, batch.arrivals[loop]))
-            self.executor.submit(self._embed, batch)
-        await batch.arrivals[loop].wait()
-        return batch.vectors.result()[rows]
+        outcomes: list[Outcome] = []
+        for part in self._parts(texts):
+            batch = self._join(part)
+            if loop not in batch.arrivals:
+                self.executor.submit(self._embed, batch)
+                arrival = batch.arrivals[loop] = asyncio.Event()
+                batch.outcomes.add_done_callback(partial(_announce, loop, arrival))
+            await batch.arrivals[loop].wait()
+            made = batch.outcomes.result()
+            outcomes += [made[text] for text in part]
+        return outcomes
 
-    def _join(self, texts: Sequence[str]) -> tuple[_Batch, slice]:
-        """Put texts into the open batch; that batch, and the rows in it that are theirs."""
+    def _parts(self, texts: Sequence[str]) -> list[Sequence[str]]:
+        return [texts[start : start + self._max_texts] for start in range(0, len(texts), self._max_texts)]
+
+    def _join(self, texts: Sequence[str]) -> _Batch:
+        """Put texts into the open batch, or into a new one if they are too many for it."""
         with self._batch_lock:
-            if len(self._open.texts) >= self._max_texts:
+            if self._open.texts and len(self._open.texts) + len(texts) > self._max_texts:
                 self._open = _Batch()
-            batch = self._open
-            start = len(batch.texts)
-            batch.texts += texts
-            return batch, slice(start, len(batch.texts))
+            self._open.texts.update(dict.fromkeys(texts))
+            return self._open
 
     def _embed(self, batch: _Batch) -> None:
-        """Have the vectors of a batch made, by whoever gets the encoder first."""
+        """Have the outcomes of a batch made, by whoever gets the encoder first."""
         with self._encoder_lock:
-            if batch.vectors.done():
+            if batch.outcomes.done():
                 return
             with self._batch_lock:
                 if batch is self._open:
                     self._open = _Batch()
-            try:
-                batch.vectors.set_result(self._encode(batch.texts))
-            except BaseException as error:  # noqa: BLE001  # an interrupt too: the others must not wait for ever
-                batch.vectors.set_exception(error)
+            batch.outcomes.set_result(self._outcomes(list(batch.texts)))
+
+    def _outcomes(self, texts: list[str]) -> dict[str, Outcome]:
+        """Embed a batch, and after a failure each half of it."""
+        outcomes: dict[str, Outcome] = {}
+        parts, patient_until = [texts], math.inf
+        while parts:
+            part = parts.pop()
+            made = self._attempt(part)
+            if not isinstance(made, BaseException):
+                outcomes.update(zip(part, made, strict=True))
+                patient_until = math.inf
+            elif len(part) == 1:
+                outcomes[part[0]] = made
+            elif isinstance(made, _FAILURES_OF_ALL) or time.monotonic() > patient_until:
+                # Without its frames, which hold the texts of all.
+                outcomes.update(dict.fromkeys(part, made.with_traceback(None)))
+            else:
+                patient_until = min(patient_until, time.monotonic() + _PATIENCE_SECONDS)
+                middle = len(part) // 2
+                parts += [part[middle:], part[:middle]]
+        return outcomes
+
+    def _attempt(self, texts: list[str]) -> list[NDArray[np.float32]] | BaseException:
+        """The texts' vectors `[d]`, or why there are none."""
+        try:
+            rows = list(self._encode(texts))
+        except BaseException as error:
+            if not isinstance(error, Exception) and threading.current_thread() is threading.main_thread():
+                raise  # the next of those who wait makes the outcomes
+            return error
+        if len(rows) != len(texts):
+            return ValueError(f"{len(rows)} vectors were made for {len(texts)} texts.")
+        return rows
 
 
 def _announce(loop: asyncio.AbstractEventLoop, arrival: asyncio.Event, _: object) -> None:

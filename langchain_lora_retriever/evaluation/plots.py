@@ -21,15 +21,9 @@ __all__ = ["adapter_vectors", "plot_accuracy", "plot_map", "plot_similarity", "p
 
 
 def adapter_vectors(retriever: LoraRetriever) -> tuple[list[str], NDArray[np.float32]]:
-    """Return the names of a pool's adapters that can be found and their embeddings `[n, d]`, rows of length 1."""
-    entries = {name: entry for name, entry in retriever.pool.state.entries.items() if entry.is_described}
-    vectors = []
-    for entry in entries.values():
-        vector = entry.embedding
-        if vector is None:
-            vector = retriever.embed([sample.input for sample in entry.samples]).mean(axis=0)
-        vectors.append(vector / np.linalg.norm(vector))
-    return list(entries), np.stack(vectors)
+    """Return the names of the adapters that can be found, and their embeddings `[n, d]`, rows of length 1."""
+    vectors = retriever.adapter_vectors()
+    return list(vectors), np.stack(list(vectors.values()))
 
 
 def plot_similarity(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
-
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from langchain_lora_retriever.index import AdapterIndex
@@ -54,19 +52,6 @@ def test_any_sequence_keeps_the_mapping(operations, exclude, top_k):
         assert len(found) == min(top_k, len(scores))
         assert np.allclose([score for _, score in found], sorted(scores.values(), reverse=True)[:top_k], atol=1e-5)
         assert all(abs(scores[name] - score) < 1e-5 for name, score in found)
-
-
-@given(OPERATIONS)
-@settings(deadline=None)
-def test_save_and_load_are_identity(operations):
-    """A loaded index holds the rows of the saved one, in its order."""
-    index, expected = build(operations)
-    with tempfile.TemporaryDirectory() as folder:
-        index.save(folder)
-        loaded = AdapterIndex.load(folder)
-    assert loaded.names == index.names
-    assert loaded.dimension == index.dimension
-    assert all(np.array_equal(loaded.vector(name), vector) for name, vector in expected.items())
 
 
 @given(OPERATIONS, st.permutations(range(6)))

@@ -34,8 +34,8 @@ GROUND_FLOOR = {"base_names", "errors", "shown", "types"}
 # Retrieval and composition: no LangChain, no engine.
 RETRIEVAL_ROOMS = {
     "adapter_config", "adapter_folder", "adapters", "answer_fit", "aside", "composer", "encoder", "file_weights",
-    "hybrid_encoder", "index", "micro_batcher", "patterns", "pool", "pool_folder", "retriever", "samples",
-    "training", "vector_cache",
+    "forking", "hybrid_encoder", "index", "micro_batcher", "nesting", "patterns", "pool", "pool_folder", "retriever",
+    "samples", "shown", "training", "vector_cache",
 }  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from langchain_lora_retriever import AdapterPool, ChatLoraRetriever, Composition
 from langchain_lora_retriever.answers import AnswerStream
 from langchain_lora_retriever.engine import Delta, TokenLogprob, Usage
 from langchain_lora_retriever.errors import (
+    EncoderError,
     EngineError,
     InvalidAdapterError,
     InvalidRequestError,
@@ -429,7 +430,8 @@ async def test_an_encoder_that_fails_is_the_calls_error(llm: ChatLoraRetriever, 
     with monkeypatch.context() as patch:
         patch.setattr(llm._router.retriever.encoder, "encode", fail)
         errors = await llm.abatch([SQL, FRENCH], return_exceptions=True)
-        assert [str(error) for error in errors] == ["no memory"] * 2
+        assert all(isinstance(error, EncoderError) and "no memory" in str(error) for error in errors)
+        assert errors[0] is not errors[1]
     assert [message.content for message in await llm.abatch([SQL, FRENCH])] == ["The answer."] * 2
 
 

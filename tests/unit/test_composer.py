@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
@@ -41,19 +42,54 @@ def test_uniform_weights(mode):
 
 
 def test_similarity_weights():
-    """Weights are the softmax of score / temperature, and sum to 1."""
-    weights = [m.weight for m in compose(FOUND, mode="mixture", weights="similarity", temperature=0.1).adapters]
-    powers = [math.exp(score / 0.1) for score in (0.9, 0.8, 0.5)]
-    assert weights == pytest.approx([power / sum(powers) for power in powers])
-    assert sum(weights) == pytest.approx(1)
+    """Weights are the softmax of score / temperature, to the nearest of steps of 1/32, and sum to exactly 1."""
+    weights = [m.weight for m in compose(FOUND, mode="mixture", weights="similarity", temperature=0.2).adapters]
+    powers = [math.exp(score / 0.2) for score in (0.9, 0.8, 0.5)]
+    assert weights == pytest.approx([power / sum(powers) for power in powers], abs=1 / 32)
+    assert all(weight * 32 == round(weight * 32) for weight in weights)
+    assert sum(weights) == 1
+
+
+def test_who_has_no_share_does_not_run():
+    """An adapter whose similarity is worth less than a step is left out."""
+    assert compose(FOUND, mode="mixture", weights="similarity", temperature=0.05).names == ("a", "b")
+
+
+def test_prompts_of_one_task_share_compositions():
+    """Prompts whose scores differ by a hundredth mostly get the very same weights; so prefixes and fusions repeat."""
+    generator = random.Random(0)
+    compositions = set()
+    for _ in range(40):
+        found = [
+            RetrievedAdapter(name, round(score + generator.uniform(-0.01, 0.01), 6))
+            for name, score in (("a", 0.8), ("b", 0.62), ("c", 0.6))
+        ]
+        members = compose(found, mode="mixture", weights="similarity").adapters
+        compositions.add(tuple((member.name, member.weight) for member in members))
+    assert len(compositions) <= 8
+
+
+def test_many_equal_adapters_all_run():
+    """With more adapters the steps are finer, so that none of many that fit alike is left out."""
+    found = [RetrievedAdapter(f"a{i:02}", 0.5) for i in range(40)]
+    weights = [m.weight for m in compose(found, mode="mixture", weights="similarity").adapters]
+    assert len(weights) == 40
+    assert max(weights) - min(weights) <= 1 / 256
 
 
 def test_similarity_weights_do_not_overflow():
     """A tiny temperature gives the best adapter everything, a huge one the same to all."""
     cold = compose(FOUND, mode="mixture", weights="similarity", temperature=1e-300)
     hot = compose(FOUND, mode="mixture", weights="similarity", temperature=1e300)
-    assert [m.weight for m in cold.adapters] == [1.0, 0.0, 0.0]
-    assert [m.weight for m in hot.adapters] == pytest.approx([1 / 3] * 3)
+    assert [m.weight for m in cold.adapters] == [1.0]
+    assert [m.weight for m in hot.adapters] == pytest.approx([1 / 3] * 3, abs=1 / 32)
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, "0.5", None, True])
+def test_scores_that_are_none_are_refused(score):
+    """A retriever of the caller's own that returns no number gets an error, not a composition of NaN."""
+    with pytest.raises(InvalidRequestError, match="score"):
+        compose([RetrievedAdapter("a", score)], mode="mixture", weights="similarity")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -74,6 +110,8 @@ def test_nothing_retrieved_is_the_base_model(mode, weights):
         {"mode": "mixture", "temperature": -1},
         {"mode": "mixture", "temperature": math.nan},
         {"mode": "mixture", "temperature": math.inf},
+        {"mode": "mixture", "temperature": 10**400},
+        {"mode": "mixture", "temperature": "0.1"},
     ],
 )
 def test_bad_arguments(arguments):
@@ -98,6 +136,7 @@ def test_pin():
     ]
     assert [m.weight for m in pin(["b", "a"], mode="fusion", weights=[3, 1]).adapters] == [0.75, 0.25]
     assert pin(["a"], mode="selection").adapters[0].weight == 1
+    assert [m.weight for m in pin(["b", "a"], mode="fusion", weights=[1e308, 1e308]).adapters] == [0.5, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -108,6 +147,8 @@ def test_pin():
         (["a", "b"], {"mode": "mixture", "weights": [1]}),
         (["a", "b"], {"mode": "mixture", "weights": [1, 0]}),
         (["a", "b"], {"mode": "mixture", "weights": [1, math.nan]}),
+        (["a", "b"], {"mode": "mixture", "weights": [1, 10**400]}),
+        (["a", "b"], {"mode": "mixture", "weights": [1, "2"]}),
     ],
 )
 def test_bad_pins(names, arguments):

@@ -12,13 +12,13 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from langchain_lora_retriever.encoder import Encoder, SentenceTransformerEncoder, shorten
-from langchain_lora_retriever.errors import InvalidRequestError
+from langchain_lora_retriever.encoder import Encoder, SentenceTransformerEncoder, cut_middle, shorten
+from langchain_lora_retriever.errors import EncoderError, InvalidRequestError, MissingDependencyError
 
 
 def characters() -> PreTrainedTokenizerFast:
     """A fast tokenizer with one token per character, a start and an end token."""
-    backend = Tokenizer(models.WordLevel({"[S]": 0, "[E]": 1} | {c: i for i, c in enumerate(ascii_lowercase, 2)}))
+    backend = Tokenizer(models.WordLevel({"[S]": 0, "[E]": 1} | {c: i for i, c in enumerate(ascii_lowercase + " ", 2)}))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     backend.post_processor = processors.TemplateProcessing("[S] $A [E]", special_tokens=[("[S]", 0), ("[E]", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=backend)
@@ -109,3 +109,51 @@ def test_quiet_and_loaded_models(minilm, capfd, tmp_path):
     assert "it/s" not in captured.err + captured.out
     loaded = SentenceTransformerEncoder(SentenceTransformer(str(folder), device="cpu"))
     assert np.allclose(loaded.encode(["a"]), vector, atol=1e-6)
+
+
+def test_shorten_never_encodes_what_it_cuts():
+    """Of ten million characters the tokenizer is given some thousands, and the two ends are what they would be."""
+    tokenizer, given = characters(), []
+
+    class Noting:
+        is_fast = True
+        num_special_tokens_to_add = staticmethod(tokenizer.num_special_tokens_to_add)
+
+        def __call__(self, texts, **arguments):
+            given.extend(texts)
+            return tokenizer(texts, **arguments)
+
+    text = "abc" + "x" * 10_000_000 + "nop"
+    assert shorten([text], Noting(), 8) == ["abc nop"]
+    assert len(given[0]) == 2 * 32 * 8
+    (cut,) = shorten([text], object(), 8)
+    assert len(cut) == 2 * 32 * 8
+
+
+@pytest.mark.parametrize("length", [0, 1, 9, 10, 11, 12, 1000])
+@pytest.mark.parametrize("limit", [1, 2, 3, 10, 11])
+def test_cut_middle(length, limit):
+    """A text is no longer than it may be, keeps both ends, and is itself where it is short enough."""
+    text = "".join(ascii_lowercase[i % 26] for i in range(length))
+    cut = cut_middle(text, limit)
+    assert len(cut) == min(length, limit)
+    if length > limit:
+        head, _, tail = cut.partition(" ")
+        assert text.startswith(head)
+        assert text.endswith(tail)
+    else:
+        assert cut == text
+
+
+@pytest.mark.parametrize("name", ["nobody/has-this", "sentence-transformers/all-MiniLM-L6-v2"])
+def test_an_encoder_that_cannot_be_loaded(name, tmp_path, monkeypatch):
+    """Whoever asks for its vectors or its dimension is told in a few lines; for the default, what to install."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    encoder = SentenceTransformerEncoder(name)
+    for use in (lambda: encoder.encode(["a"]), lambda: encoder.dimension):
+        with pytest.raises((EncoderError, MissingDependencyError), match="cannot be loaded") as raised:
+            use()
+        assert ("[demo]" in str(raised.value)) == name.startswith("sentence-transformers/")
+        assert len(str(raised.value)) < 1000

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from langchain_lora_retriever.errors import PoolError
 from langchain_lora_retriever.index import AdapterIndex
 
 
@@ -91,24 +90,13 @@ def test_bad_updates(index):
     assert len(index) == 50
 
 
-def test_save_and_load(index, tmp_path):
-    """A loaded index answers as the saved one."""
-    index.save(tmp_path / "index")
-    loaded = AdapterIndex.load(tmp_path / "index")
-    queries = unit_rows(4, 16, seed=5)
-    assert loaded.names == index.names
-    assert loaded.search(queries, top_k=9) == index.search(queries, top_k=9)
-
-
-@pytest.mark.parametrize("damage", ["missing", "corrupt", "mismatch"])
-def test_damaged_files(index, tmp_path, damage):
-    """Missing, corrupt or mismatched files are a PoolError."""
-    index.save(tmp_path)
-    if damage == "missing":
-        (tmp_path / "names.json").unlink()
-    if damage == "corrupt":
-        (tmp_path / "index.faiss").write_bytes(b"x" * 40)
-    if damage == "mismatch":
-        (tmp_path / "names.json").write_text('["one"]')
-    with pytest.raises(PoolError):
-        AdapterIndex.load(tmp_path)
+def test_a_copy_goes_its_own_way(index):
+    """A copy answers as the index does, and neither sees the other's later changes."""
+    copy, queries = index.copy(), unit_rows(4, 16, seed=5)
+    assert copy.names == index.names
+    assert copy.search(queries, top_k=9) == index.search(queries, top_k=9)
+    before = index.search(queries, top_k=50)
+    copy.remove(index.names[:30])
+    copy.update(["new"], unit_rows(1, 16, seed=6))
+    assert index.search(queries, top_k=50) == before
+    assert len(copy) == 21

@@ -95,6 +95,8 @@ def test_a_bad_adapter_is_refused_and_the_rest_loads(folder, checkpoints):
         (b'{"input": 7}', "input=7"),
         (b'{"input": "a", "output": 7}', "output=7"),
         (b'{"input": "  "}', "blank"),
+        (rb'{"input": "\ud800 abc"}', "surrogate"),
+        (rb'{"input": "a", "output": "b \udfff"}', "surrogate"),
         (b"", "empty"),
         (b"\xff\xfe", "cannot read"),
     ],

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
+import signal
+import sys
 import threading
 import time
 
 import numpy as np
 import pytest
 
-from langchain_lora_retriever.errors import InvalidAdapterError, InvalidRequestError, UnknownAdapterError
-from langchain_lora_retriever.micro_batcher import MicroBatcher
+from langchain_lora_retriever.errors import (
+    EncoderError,
+    InvalidAdapterError,
+    InvalidRequestError,
+    InvalidSamplesError,
+    LoraRetrieverError,
+    UnknownAdapterError,
+)
 from langchain_lora_retriever.pool import AdapterPool
 from langchain_lora_retriever.retriever import DEFAULT_INSTRUCTION, LoraRetriever
+from langchain_lora_retriever.vector_cache import AdapterVectors, TextVectors
 
 TOPICS = {
     "sql": ["select users from the table", "count rows in the table", "join the table of users"],
@@ -158,6 +168,15 @@ def test_top_k_beyond_the_pool(retriever):
         lambda r: r.retrieve("a", exclude="sql"),
         lambda r: r.retrieve_batch(["a"], exclude=[("sql",), ()]),
         lambda r: r.retrieve_batch(["a", "b"], exclude=["sql", ("sql",)]),
+        lambda r: r.retrieve_batch(7),
+        lambda r: r.retrieve_batch(None),
+        lambda r: r.retrieve_batch(["a", None]),
+        lambda r: r.retrieve("a", exclude=7),
+        lambda r: r.retrieve("a", exclude=[7]),
+        lambda r: r.retrieve("a", exclude=[[["sql"]]]),
+        lambda r: r.retrieve("half a pair: \ud83d"),
+        lambda r: r.embed(["a", "\udc00"]),
+        lambda r: asyncio.run(r.aretrieve("\ud83d")),
     ],
 )
 def test_bad_arguments(retriever, call):
@@ -166,7 +185,22 @@ def test_bad_arguments(retriever, call):
         call(retriever)
 
 
-@pytest.mark.parametrize("arguments", [{"min_score": 1.5}, {"min_score": float("nan")}, {"cache_size": -1}])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"min_score": 1.5},
+        {"min_score": float("nan")},
+        {"min_score": "0.5"},
+        {"cache_size": -1},
+        {"cache_size": 1.5},
+        {"answer_weight": -1},
+        {"answer_weight": float("inf")},
+        {"answer_weight": 10**400},
+        {"answer_weight": "1"},
+        {"instruction": None},
+        {"instruction": "\ud800"},
+    ],
+)
 def test_bad_settings(pool, arguments):
     """Settings out of range are refused."""
     with pytest.raises(InvalidRequestError):
@@ -245,12 +279,13 @@ def test_given_embeddings(pool, checkpoint):
 
 
 def test_embeddings_of_another_size_are_refused(pool, checkpoint):
-    """An embedding that cannot be this encoder's takes its adapter out of use, by name."""
+    """An adapter whose embedding cannot be this encoder's is not found, by name; the pool keeps it."""
     pool.add("given", checkpoint, embedding=np.ones(5), encoder="org/other")
     retriever = LoraRetriever(pool, WordEncoder())
     with pytest.warns(UserWarning, match=r"'given'.*5 numbers by 'org/other'.*64"):
         assert len(retriever.retrieve("the table", top_k=9)) == 3
-    assert isinstance(pool.rejected["given"], InvalidAdapterError)
+    assert isinstance(retriever.rejected["given"], InvalidAdapterError)
+    assert not pool.rejected
     assert len(retriever.retrieve("the table", top_k=9)) == 3
 
 
@@ -266,7 +301,7 @@ def test_an_encoder_that_breaks_its_word(pool, bad):
     """An encoder that returns another shape or NaN is an error, not a wrong route."""
     encoder = WordEncoder()
     encoder.encode = lambda _: bad
-    with pytest.raises(ValueError, match="allowed is"):
+    with pytest.raises(EncoderError, match="allowed is"):
         LoraRetriever(pool, encoder).embed(["a"])
 
 
@@ -298,21 +333,6 @@ def test_concurrent_threads_are_embedded_together(pool):
     assert all(found[text] == retriever.retrieve(text) for text in texts)
 
 
-async def test_the_first_of_many_do_not_wait_for_the_last():
-    """A full batch is embedded while later texts gather in the next; everybody gets the rows of their own texts."""
-    batches = []
-
-    def encode(texts):
-        batches.append(list(texts))
-        return np.array([[float(text)] for text in texts], dtype=np.float32)
-
-    batcher = MicroBatcher(encode, max_texts=4)
-    vectors = await asyncio.gather(*(batcher.arun([str(i), str(i + 100)]) for i in range(9)))
-    assert [vector.tolist() for vector in vectors] == [[[i], [i + 100]] for i in range(9)]
-    assert max(map(len, batches)) == 4
-    assert batcher.run([str(i) for i in range(10)])[:, 0].tolist() == [*range(10)]
-
-
 async def test_the_event_loop_is_not_blocked(pool):
     """While samples and texts are embedded the loop goes on."""
     retriever = LoraRetriever(pool, WordEncoder(delay=0.1))
@@ -333,29 +353,6 @@ async def test_a_cancelled_coroutine_leaves_others_alone(pool):
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert isinstance(results[2], asyncio.CancelledError)
     assert all(result[0].name == "sql" for i, result in enumerate(results) if i != 2)
-
-
-async def test_a_failing_batch_tells_everyone_and_the_next_works():
-    """Whoever is in a failing batch gets the error; the batcher goes on."""
-    is_free = threading.Event()
-
-    def encode(texts):
-        is_free.wait(5)
-        if "bad" in texts:
-            raise RuntimeError("broken")
-        return np.ones((len(texts), 2), dtype=np.float32)
-
-    batcher = MicroBatcher(encode)
-    first = asyncio.create_task(batcher.arun(["first"]))
-    await asyncio.sleep(0.05)
-    others = asyncio.gather(*(batcher.arun([text]) for text in ("bad", "good")), return_exceptions=True)
-    await asyncio.sleep(0.05)
-    is_free.set()
-    assert (await first).shape == (1, 2)
-    assert [str(failure) for failure in await others] == ["broken", "broken"]
-    with pytest.raises(RuntimeError, match="broken"):
-        batcher.run(["bad"])
-    assert batcher.run(["good", "too"]).shape == (2, 2)
 
 
 def test_removal_under_load(pool, checkpoint):
@@ -383,3 +380,222 @@ def test_removal_under_load(pool, checkpoint):
     for thread in threads:
         thread.join()
     assert not errors
+
+
+@pytest.mark.parametrize("name", ["pool", "encoder", "instruction", "min_score", "answer_weight"])
+def test_settings_are_fixed(retriever, name):
+    """A setting that is assigned is refused in words, before the first query and after; nothing is changed."""
+    before = getattr(retriever, name)
+    for _ in range(2):
+        with pytest.raises(InvalidRequestError, match=rf"retriever\.{name} cannot be assigned.*{name}=\.\.\."):
+            setattr(retriever, name, 0.3)
+        retriever.retrieve("the table")
+    assert getattr(retriever, name) is before
+
+
+class PickyEncoder(WordEncoder):
+    """Refuses texts that hold one of some words."""
+
+    def __init__(self, *refused, **arguments):
+        super().__init__(**arguments)
+        self.refused = set(refused)
+
+    def encode(self, texts):
+        """Raise if a text of the batch is refused."""
+        vectors = super().encode(texts)
+        if self.refused & {word for text in texts for word in text.split()}:
+            raise UnicodeError("a word I do not read")
+        return vectors
+
+
+async def test_a_text_that_the_encoder_refuses_is_its_own_calls_error(pool):
+    """Of forty calls at once those with a bad text fail, each with an error of its own; the others are answered."""
+    retriever = LoraRetriever(pool, PickyEncoder("bad", delay=0.01))
+    retriever.retrieve("warm up")
+    texts = [f"bad table {i % 2}" if i % 9 == 4 else f"table {i}" for i in range(40)]
+    found = await asyncio.gather(*(retriever.aretrieve(text) for text in texts), return_exceptions=True)
+    errors = [result for text, result in zip(texts, found, strict=True) if text.startswith("bad")]
+    assert len({id(error) for error in errors}) == len(errors) == 4
+    assert all(type(error) is EncoderError and "UnicodeError: a word I do not read" in str(error) for error in errors)
+    assert all(result[0].name == "sql" for text, result in zip(texts, found, strict=True) if text.startswith("table"))
+
+
+async def test_preparing_many_texts_keeps_what_could_be_embedded(pool):
+    """A bad text among those embedded ahead costs the others nothing."""
+    retriever = LoraRetriever(pool, PickyEncoder("bad"))
+    await retriever.aprepare(["the table", "bad", "the date"])
+    before = retriever.encoder.num_texts
+    retriever.refresh()
+    samples = retriever.encoder.num_texts - before
+    retriever.retrieve_batch(["the table", "the date"])
+    assert retriever.encoder.num_texts == before + samples
+
+
+def test_a_row_that_is_not_finite_is_its_own_texts_error(pool):
+    """NaN for one text of a batch fails that text alone."""
+    encoder = WordEncoder()
+    retriever = LoraRetriever(pool, encoder)
+    retriever.refresh()
+    encode = encoder.encode
+    encoder.encode = lambda texts: np.array(
+        [np.full(64, np.nan) if "bad" in text else row for text, row in zip(texts, encode(texts), strict=True)]
+    )
+    found, errors = {}, {}
+
+    def query(text):
+        try:
+            found[text] = retriever.retrieve(text)
+        except EncoderError as error:
+            errors[text] = error
+
+    threads = [threading.Thread(target=query, args=(text,)) for text in ("bad", "table one", "table two")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(errors) == {"bad"}
+    assert set(found) == {"table one", "table two"}
+
+
+def test_a_sample_that_cannot_be_embedded_costs_its_adapter_alone(pool, checkpoint):
+    """All other adapters are found; the error names the adapter and the sample, and a mended sample brings it back."""
+    pool.add("french", checkpoint, samples=["translate into french", "french bad words"])
+    retriever = LoraRetriever(pool, PickyEncoder("bad"))
+    with pytest.warns(UserWarning, match=r"'french'.*'french bad words'.*a word I do not read"):
+        assert len(retriever.retrieve("translate into french", top_k=9)) == 3
+    assert isinstance(retriever.rejected["french"], InvalidSamplesError)
+    assert "french" in pool
+    assert not pool.rejected
+    before = retriever.encoder.num_texts
+    pool.remove("sql")
+    retriever.refresh()
+    assert retriever.encoder.num_texts == before  # what was refused is not tried again while it is the same
+    assert list(retriever.rejected) == ["french"]
+    pool.update("french", samples=["translate into french"])
+    assert retriever.retrieve("translate into french")[0].name == "french"
+    assert not retriever.rejected
+
+
+def test_an_encoder_that_is_away_refuses_no_adapter(pool):
+    """If it is the encoder that fails, and not a sample, the call fails; the next finds all adapters."""
+    encoder = WordEncoder()
+    retriever = LoraRetriever(pool, encoder)
+    retriever.embed(["the table"])
+    encode, encoder.encode = encoder.encode, lambda _: (_ for _ in ()).throw(ConnectionError("away"))
+    with pytest.raises(EncoderError, match="ConnectionError: away"):
+        retriever.retrieve("the table")
+    assert not retriever.rejected
+    encoder.encode = encode
+    assert len(retriever.retrieve("the table")) == 3
+
+
+def test_retrievers_of_one_pool_leave_each_other_alone(pool, checkpoint):
+    """Two encoders of different dimension find each what is theirs, one after the other and at once."""
+    small, large = WordEncoder(dimension=32), WordEncoder(dimension=64)
+    vector = np.ones(32)
+    pool.add("small only", checkpoint, embedding=vector)
+    pool.add("large only", checkpoint, embedding=np.ones(64))
+    retrievers = {"small only": LoraRetriever(pool, small), "large only": LoraRetriever(pool, large)}
+    for name, retriever in retrievers.items():
+        with pytest.warns(UserWarning, match="not found by prompts"):
+            names = {adapter.name for adapter in retriever.retrieve("the table", top_k=9)}
+        assert names == {*TOPICS, name}
+        assert {*retriever.rejected, name} == set(retrievers)
+    seen, errors = [], []
+
+    def query(name):
+        for i in range(30):
+            try:
+                seen.append((name, {a.name for a in retrievers[name].retrieve(f"table {i}", top_k=9)} - set(TOPICS)))
+            except LoraRetrieverError as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=query, args=(name,)) for name in retrievers for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for _ in range(10):
+        pool.update("sql", samples=["select from the table"])
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert all(found == {name} for name, found in seen)
+    assert not pool.rejected
+
+
+def test_equal_texts_are_embedded_once(pool, checkpoint):
+    """Among the texts of a call and among the samples of the pool."""
+    for name in ("copy", "other"):
+        pool.add(name, checkpoint, samples=TOPICS["sql"] + ["one more", "one more"])
+    retriever = LoraRetriever(pool, WordEncoder())
+    retriever.refresh()
+    assert retriever.encoder.num_texts == 9 + 1
+    retriever.embed(["a", "b", "a"])
+    assert retriever.encoder.num_texts == 9 + 1 + 2
+
+
+def test_many_samples_are_embedded_in_bounded_batches(pool, checkpoint):
+    """Of ten thousand samples 256 from first to last are embedded, at most 64 at once."""
+    pool.add("huge", checkpoint, samples=[f"sample {i}" for i in range(10_000)])
+    retriever = LoraRetriever(pool, WordEncoder())
+    retriever.refresh()
+    texts = [text for batch in retriever.encoder.batches for text in batch if "sample" in text]
+    assert len(texts) == 256
+    assert max(map(len, retriever.encoder.batches)) <= 64
+    assert texts[0].endswith("sample 0")
+    assert int(texts[-1].rsplit(" ", 1)[1]) > 9_900
+
+
+def test_a_long_text_is_read_at_both_ends(pool):
+    """An encoder is never given ten million characters, and what is asked at either end counts."""
+    retriever = LoraRetriever(pool, WordEncoder())
+    for text in ("rows of the table " + "x" * 10_000_000, "x" * 10_000_000 + " rows of the table"):
+        assert retriever.retrieve(text)[0].name == "sql"
+    assert max(len(text) for batch in retriever.encoder.batches for text in batch) < 140_000
+
+
+def test_texts_kept_are_bounded_in_bytes():
+    """However many and long they are; the most recent ones stay."""
+    kept = TextVectors(10_000, max_bytes=100_000)
+    for i in range(200):
+        kept.put({f"{i} {'x' * 10_000}": np.full(500, i, np.float32)})
+    assert sys.getsizeof(kept._vectors) + sum(v.nbytes + sys.getsizeof(k) for k, v in kept._vectors.items()) < 110_000
+    assert kept.get([f"199 {'x' * 10_000}"]).popitem()[1][0] == 199
+    assert not kept.get([f"0 {'x' * 10_000}"])
+
+
+def test_embeddings_on_disk_are_bounded_and_finite(tmp_path):
+    """The newest stay; what a file holds beside numbers is not taken."""
+    kept = AdapterVectors(tmp_path, encoder="e", instruction="", max_bytes=10 * 64 * 4)
+    kept.save({f"h{i}": np.full(64, np.nan if i == 95 else i, np.float32) for i in range(100)})
+    assert list(kept.load()) == [f"h{i}" for i in range(90, 100) if i != 95]
+
+
+def test_a_forked_child_retrieves(pool):
+    """A child that is forked while another thread embeds, follows the pool and waits, has locks of its own."""
+    encoder, is_embedding, is_free = WordEncoder(), threading.Event(), threading.Event()
+    retriever = LoraRetriever(pool, encoder)
+    expected = retriever.retrieve("the table")
+    encode = encoder.encode
+
+    def held(texts):
+        is_embedding.set()
+        is_free.wait(30)
+        return encode(texts)
+
+    encoder.encode = held
+    pool.update("sql", samples=["select from the table"])
+    thread = threading.Thread(target=retriever.refresh)
+    thread.start()
+    assert is_embedding.wait(30)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        encoder.encode = encode
+        try:
+            found = asyncio.run(retriever.aretrieve("count the table"))
+            os._exit(0 if len(found) == len(expected) else 1)
+        finally:
+            os._exit(2)
+    is_free.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
