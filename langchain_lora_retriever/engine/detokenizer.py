@@ -33,6 +33,7 @@ class Vocabulary:
     Attributes:
         special_tokens: The tokens that `skip_special_tokens` leaves out.
         byte_tokens: The value of each token that is a byte, where the tokenizer falls back on bytes (`<0x0A>`).
+        strips_blank: Whether a blank byte at the very beginning has no text.
         decode: The text of some tokens, special ones included: `tokenizer.decode` without its cleaning up of spaces.
     """
 
@@ -48,6 +49,8 @@ class Vocabulary:
         else:
             self.special_tokens = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
             self.decode = lambda token_ids: str(tokenizer.decode(token_ids, skip_special_tokens=False))
+        by_value = {value: token_id for token_id, value in self.byte_tokens.items()}
+        self.strips_blank = by_value.keys() >= {0x20, 0x41} and self.decode([by_value[0x20], by_value[0x41]]) == "A"
 
 
 def _byte_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, int]:
@@ -136,6 +139,7 @@ class _TextStream:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._decode = vocabulary.decode
         self._byte_tokens = vocabulary.byte_tokens
+        self._strips_blank = vocabulary.strips_blank
         self._ids: list[int] = []
         self._num_given = 0  # characters of `decode(_ids)` that have come out
         self._num_open = 0  # replacement characters at its end that have not
@@ -153,6 +157,8 @@ class _TextStream:
             text, _ = codecs.utf_8_decode(self._run_bytes, "strict", False)
         except UnicodeDecodeError:
             return ""
+        if self._strips_blank and not self._ids:
+            text = text.removeprefix(" ")
         text = text[self._num_run_given :]
         return _REPLACEMENT * (self._num_replaced + self._num_open) + text if text else ""
 

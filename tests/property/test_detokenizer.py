@@ -154,7 +154,8 @@ def test_random_tokens_give_what_decoding_them_gives(kind: str, skips: bool, dat
         shown = [i for i in ids if not skips or i not in known.special_tokens]
         run = list(takewhile(known.byte_tokens.__contains__, reversed(shown)))[::-1]
         values = bytes(known.byte_tokens[i] for i in run)
-        assert text == whole[: len(whole) - len(run)] + codecs.getincrementaldecoder("utf-8")().decode(values)
+        end = codecs.getincrementaldecoder("utf-8")().decode(values)
+        assert text == (whole[: len(whole) - len(run)] + end if len(shown) > len(run) else end.removeprefix(" "))
 
 
 @pytest.mark.parametrize("kind", MAKERS)
