@@ -178,9 +178,7 @@ def apply_rules(logits: torch.Tensor, requests: Sequence[Request], pending: Pend
         factors = upload(penalties, torch.float32, logits.device)[rows]
         logits[rows, columns] = torch.where(scores < 0, scores * factors, scores / factors)
     if banned.rows:
-        logits.index_put_(
-            banned.on(logits), logits.new_full((), -torch.inf)
-        )  # a plain number would wait
+        logits.index_put_(banned.on(logits), logits.new_full((), -torch.inf))  # a Python number would be waited for
     if forced.rows:
         logits.index_fill_(0, upload(forced.rows, torch.int64, logits.device), -torch.inf)
         logits.index_put_(forced.on(logits), logits.new_zeros(()))
