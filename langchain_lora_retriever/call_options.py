@@ -116,7 +116,7 @@ class CallOptions:
         return cls(**values)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be honoured. Sampling values are checked by `SamplingParams`."""
+        """Refuse what is not supported; sampling values are checked by `SamplingParams`."""
         for name, (is_allowed, allowed) in _CHECKS.items():
             value = getattr(self, name)
             if value is not None and not is_allowed(value):
@@ -129,6 +129,7 @@ class CallOptions:
                 "pass both, or the number as logprobs alone."
             )
 
+        self.sampling()
         for name in ("stop", "route_text", "chat_template_kwargs", "adapters", "exclude_adapters", "model"):
             check_texts(getattr(self, name), name)
 
@@ -189,6 +190,10 @@ def _is_positive_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int)
+
+
 def _is_cosine(value: Any) -> bool:
     return _is_number(value) and -1 <= value <= 1
 
@@ -237,4 +242,13 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "guided": (lambda value: isinstance(value, Mapping), "a mapping of one of json, regex, choice and grammar"),
     "chat_template_kwargs": (lambda value: isinstance(value, Mapping), "a mapping of template variables"),
     "stream_usage": (lambda value: isinstance(value, bool), "True or False"),
+    "parallel_tool_calls": (lambda value: isinstance(value, bool), "True or False"),
+    "tools": (lambda value: isinstance(value, list | tuple), "a list of tools"),
+    "tool_choice": (
+        lambda value: isinstance(value, str | bool | Mapping),
+        '"auto", "any", "none", a tool\'s name, or a mapping',
+    ),
+    "logprobs": (_is_int, "True, False, or a number of alternatives"),
+    "top_logprobs": (_is_int, "a number of alternatives"),
+    "seed": (lambda value: _is_int(value) and not isinstance(value, bool), "an integer"),
 }

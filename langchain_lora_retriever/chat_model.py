@@ -13,6 +13,7 @@ from langchain_core.language_models import LanguageModelInput
 from langchain_core.language_models.chat_models import generate_from_stream
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
+from langchain_core.prompt_values import PromptValue
 from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
 
@@ -26,14 +27,17 @@ from langchain_lora_retriever.engine import Completion, Delta, EngineConfig, Eng
 from langchain_lora_retriever.errors import InvalidRequestError
 from langchain_lora_retriever.messages import (
     check_length,
+    check_messages,
     encode_chat,
     is_encoding,
     num_characters,
     routing_text,
     to_chat,
 )
+from langchain_lora_retriever.nesting import check_unicode
 from langchain_lora_retriever.profiles import loaded_profile
 from langchain_lora_retriever.shared import close_engine, reject_unfit, running_engine, shared_engine
+from langchain_lora_retriever.shown import shown
 from langchain_lora_retriever.structured_output import structured_output
 from langchain_lora_retriever.tools import to_tool_choice, to_tools
 from langchain_lora_retriever.types import Adapter, Composition
@@ -336,7 +340,22 @@ class ChatLoraRetriever(ChatSettings):
 
     def get_token_ids(self, text: str) -> list[int]:
         """Return the base model's token ids of a plain text."""
+        if not isinstance(text, str):
+            raise InvalidRequestError(f"{shown(text)} is not allowed: pass a string.")
+        check_unicode(text, "The text")
         return list(self._engine().tokenizer.encode(text, add_special_tokens=False))
+
+    def _convert_input(self, model_input: LanguageModelInput) -> PromptValue:
+        """Do what LangChain does, refusing in words what is no prompt."""
+        try:
+            prompt = super()._convert_input(model_input)
+            messages = prompt.to_messages()
+        except Exception as error:
+            raise InvalidRequestError(
+                f"{shown(model_input)} is no prompt: {shown(error)}. Pass a string, or a list of messages."
+            ) from error
+        check_messages(messages)
+        return prompt
 
     def get_num_tokens_from_messages(
         self,

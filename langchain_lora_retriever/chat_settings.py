@@ -24,6 +24,7 @@ from langchain_lora_retriever.profiles import profile_before_loading
 from langchain_lora_retriever.retriever import DEFAULT_ENCODER, DEFAULT_INSTRUCTION, LoraRetriever
 from langchain_lora_retriever.routing import Router
 from langchain_lora_retriever.shared import identity, shared_retriever
+from langchain_lora_retriever.shown import shown
 from langchain_lora_retriever.types import CompositionMode
 
 __all__ = ["ChatSettings"]
@@ -119,7 +120,7 @@ class ChatSettings(ConcurrentChatModel):
     @model_validator(mode="after")
     def _connect(self) -> Self:
         """Check the settings and find the retriever."""
-        CallOptions.merge(self, {}).sampling()
+        CallOptions.merge(self, {})
         given = self.__dict__  # not by assignment, which would come back here
         given["model_name"] = self.model_name or _name_of(self.base_model)
         retriever = self.retriever
@@ -192,6 +193,9 @@ class ChatSettings(ConcurrentChatModel):
         return _make, (type(self), given)
 
     def _change(self, update: Mapping[str, Any]) -> None:
+        unknown = [name for name in update if name not in type(self).model_fields]
+        if unknown:
+            raise InvalidRequestError(f"{shown(unknown[0])} is no setting of the chat model.")
         kept = {name: getattr(self, name) for name in self.model_fields_set - update.keys()}
         changed = type(self)(**{**kept, **update})
         self.__dict__.update(changed.__dict__)
@@ -233,9 +237,10 @@ class ChatSettings(ConcurrentChatModel):
         }
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
-        params = super()._get_ls_params(stop=stop or self.stop or None, **kwargs)
+        params = super()._get_ls_params(stop=stop if isinstance(stop, list) else self.stop or None, **kwargs)
         params["ls_provider"] = "lora-retriever"
-        params["ls_model_name"] = kwargs.get("model") or self.model_name
+        model = kwargs.get("model")
+        params["ls_model_name"] = model if isinstance(model, str) and model else self.model_name
         return params
 
     def _resolve_model_profile(self) -> ModelProfile:

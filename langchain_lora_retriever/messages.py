@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from langchain_lora_retriever.dialects import add_tools_section, dialect_of
 from langchain_lora_retriever.errors import InvalidRequestError, PromptTooLongError
-from langchain_lora_retriever.nesting import check_texts, walk
+from langchain_lora_retriever.nesting import check_texts, check_unicode, walk
 from langchain_lora_retriever.shown import shown
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_length",
+    "check_messages",
     "content_text",
     "encode_chat",
     "is_encoding",
@@ -114,7 +115,7 @@ def _block_text(block: str | dict[str, Any], message: BaseMessage) -> str | None
             "Pass text blocks, or describe or transcribe the file first."
         )
     if isinstance(message, ToolMessage):
-        return json.dumps(block, ensure_ascii=False, default=str)
+        return json.dumps(block, ensure_ascii=False, default=shown)
     raise InvalidRequestError(
         f"A {message.type} message holds a content block of type {kind!r}; text blocks "
         '({"type": "text", "text": ...}) and plain strings are what a text model can be given.'
@@ -127,6 +128,7 @@ def routing_text(messages: Sequence[BaseMessage]) -> str:
     After a tool's result it is still the human's, so an agent keeps its adapters through a loop of calls. Where no
     human has spoken it is the last message that has any text.
     """
+    check_messages(messages)
     for message in reversed(messages):
         if isinstance(message, HumanMessage) or (isinstance(message, ChatMessage) and message.role == "user"):
             return content_text(message)
@@ -141,10 +143,27 @@ def to_chat(messages: Sequence[BaseMessage]) -> list[ChatTurn]:
     """
     if not messages:
         raise InvalidRequestError("The message list is empty: pass at least one message.")
+    check_messages(messages)
+    return [_to_turn(message) for message in messages]
+
+
+def check_messages(messages: Sequence[BaseMessage]) -> None:
+    """Refuse what is no list of messages, and texts in them that are no Unicode or nest too deep.
+
+    Raises:
+        InvalidRequestError: For the first that cannot be read.
+    """
+    if not isinstance(messages, list | tuple) or not all(isinstance(message, BaseMessage) for message in messages):
+        raise InvalidRequestError(f"{shown(messages)} is not allowed: pass a list of LangChain messages.")
     for message in messages:
         what = f"A {message.type} message"
+        if isinstance(message.content, str) and not message.additional_kwargs and not isinstance(message, AIMessage):
+            check_unicode(message.content, what)
+            continue
         check_texts([message.content, getattr(message, "tool_calls", None), message.additional_kwargs], what)
-    return [_to_turn(message) for message in messages]
+        for block in message.content:
+            if isinstance(block, dict) and not isinstance(block.get("type", ""), str):
+                raise InvalidRequestError(f"{what} holds a block of type {shown(block['type'])}: a type is a string.")
 
 
 def num_characters(chat: Sequence[ChatTurn]) -> int:
@@ -211,6 +230,14 @@ def _past_calls(message: AIMessage) -> list[tuple[Any, Any, Any]]:
         call = (id_, block.get("name"), _read_arguments(next(given, {})))
         if not any(_is_same_call(call, known) for known in calls):
             calls.append(call)
+    for _, name, arguments in calls:
+        try:
+            json.dumps(arguments)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise InvalidRequestError(
+                f"The arguments of the past call {shown(name)} are no JSON: {error}. Pass strings, numbers, lists and "
+                "mappings."
+            ) from error
     return calls
 
 

@@ -56,7 +56,7 @@ def class_schema(schema: Any) -> dict[str, Any] | None:
             return _opened(schema.model_json_schema())
         if issubclass(schema, pydantic.v1.BaseModel):
             return _opened(dict(schema.schema()))
-    except (pydantic.errors.PydanticUserError, ValueError, TypeError, RecursionError) as error:
+    except Exception as error:
         raise InvalidRequestError(f"{schema.__name__} has no JSON schema: {error}") from error
     return None
 
@@ -141,7 +141,7 @@ def _opened(schema: dict[str, Any]) -> dict[str, Any]:
 def _by_langchain(schema: Any) -> dict[str, Any]:
     try:
         return dict(convert_to_json_schema(schema))
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+    except Exception as error:
         raise InvalidRequestError(
             f"{shown(schema)} is not a schema: {shown(error)}. Pass a pydantic class, a TypedDict or a JSON schema."
         ) from error

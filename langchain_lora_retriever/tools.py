@@ -48,7 +48,7 @@ def _convert(tool: Any, *, strict: bool | None) -> Tool:
         check_schema(tool)
     try:
         converted: Tool = convert_to_openai_tool(tool, strict=strict)
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+    except Exception as error:
         raise InvalidRequestError(
             f"The tool {shown(tool)} cannot be read: {shown(error)}. Pass a function, a BaseTool, a pydantic class, a "
             "TypedDict or a JSON schema with a title."
@@ -77,7 +77,10 @@ def to_tool_choice(choice: Any, tools: Sequence[Tool]) -> ToolChoice:
         InvalidRequestError: If it names no tool there is.
     """
     if isinstance(choice, Mapping):
-        choice = (choice.get("function") or choice).get("name", choice)
+        function = choice.get("function", choice)
+        choice = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(choice, str):
+            raise InvalidRequestError("tool_choice names no function: pass a tool's name.")
     names = [tool_name(tool) for tool in tools]
     if isinstance(choice, str) and choice in names:
         return (choice,)
@@ -88,7 +91,8 @@ def to_tool_choice(choice: Any, tools: Sequence[Tool]) -> ToolChoice:
     if choice is True or choice in {"any", "required"}:
         if names:
             return "required"
-        raise InvalidRequestError(f"tool_choice={choice!r} forces a call, but there are no tools: bind some.")
+        raise InvalidRequestError(f"tool_choice={shown(choice)} forces a call, but there are no tools: bind some.")
     raise InvalidRequestError(
-        f"tool_choice={choice!r} is not allowed: pass 'auto', 'any', 'none' or the name of a tool ({', '.join(names)})."
+        f"tool_choice={shown(choice)} is not allowed: pass 'auto', 'any', 'none' or the name of a tool "
+        f"({', '.join(names[:20])}{', ...' * (len(names) > 20)})."
     )

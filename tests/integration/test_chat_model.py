@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
 import threading
@@ -15,7 +16,7 @@ from langchain_core.prompts import ChatPromptTemplate
 from pydantic import BaseModel
 
 from langchain_lora_retriever import AdapterPool, ChatLoraRetriever, LoraRetriever
-from langchain_lora_retriever.errors import EngineDeadError, PromptTooLongError
+from langchain_lora_retriever.errors import EngineDeadError, LoraRetrieverError, PromptTooLongError
 from langchain_lora_retriever.shared import close_engines
 from makers import make_checkpoint, make_tiny_model, make_tokenizer
 
@@ -92,25 +93,72 @@ def test_batch_equals_one_by_one(llm: ChatLoraRetriever) -> None:
     assert ["".join(str(chunk.content) for chunk in llm.stream(text)) for text in texts[:4]] == solo[:4]
 
 
-def test_load_with_cancellations(llm: ChatLoraRetriever) -> None:
-    """200 calls and 50 streams, a third of them cancelled: survivors answer as alone, nothing is lost or leaks."""
-    texts = prompts(250)
+Call = tuple[str, dict[str, Any], set[Any] | None]
+"""A text, the call's arguments, and the answers it may get: None where it must fail."""
+
+BAD_CALLS: tuple[dict[str, Any], ...] = (
+    {"temperature": float("nan")},
+    {"adapters": ["nobody"]},
+    {"guided": {"regex": "("}},
+    {"stop": ["\ud800"]},
+    {"route_text": "\ud800"},
+    {"max_tokens": 0},
+    {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}},
+    {"timeout": 1e-9},
+)
+
+
+def test_load_with_cancellations(llm: ChatLoraRetriever, tmp_path) -> None:
+    """200 calls and 50 streams, one in ten bad, a third cancelled, an adapter replaced all the while.
+
+    Survivors answer as alone, bad calls fail by themselves, nothing is lost or leaks.
+    """
+    assert isinstance(llm.pool, AdapterPool)
+    versions = [make_checkpoint(tmp_path / str(seed), seed=seed, r=3) for seed in (11, 12)]
+    texts = prompts(50)
+    routed: dict[str, Any] = {"exclude_adapters": ["moving"]}
+    llm.pool.add("moving", versions[0], samples=["a moving thing"])
+    alone = {text: {llm.invoke(text, **routed).content} for text in texts}
+    moving: dict[str, set[Any]] = {text: set() for text in texts}
+    for version in versions:
+        llm.pool.update("moving", version)
+        for text in texts:
+            moving[text].add(llm.invoke(text, adapters=["moving"]).content)
+
     rng = random.Random(0)
+    calls: list[Call] = []
+    for index in range(250):
+        text = texts[index % 50]
+        bad = BAD_CALLS[(index // 10) % len(BAD_CALLS)]
+        calls.append(
+            (text, bad, None) if index % 10 == 0
+            else (text, {"adapters": ["moving"]}, moving[text]) if index % 3 == 0
+            else (text, routed, alone[text])
+        )  # fmt: skip
     doomed = {index for index in range(250) if rng.random() < 1 / 3}
 
-    async def read(text: str) -> str:
-        return "".join([str(chunk.content) async for chunk in llm.astream(text)])
+    async def read(text: str, arguments: dict[str, Any]) -> str:
+        return "".join([str(chunk.content) async for chunk in llm.astream(text, **arguments)])
 
-    async def ask(text: str) -> str:
-        return str((await llm.ainvoke(text)).content)
+    async def ask(text: str, arguments: dict[str, Any]) -> str:
+        return str((await llm.ainvoke(text, **arguments)).content)
+
+    async def replace() -> None:
+        for version in itertools.cycle(versions):
+            await asyncio.to_thread(llm.pool.update, "moving", version)
 
     async def run() -> list[Any]:
-        tasks = [asyncio.create_task(read(text) if i >= 200 else ask(text)) for i, text in enumerate(texts)]
+        replacing = asyncio.create_task(replace())
+        tasks = [
+            asyncio.create_task((read if index % 5 == 4 else ask)(text, arguments))
+            for index, (text, arguments, _) in enumerate(calls)
+        ]
         for index in doomed:
             await asyncio.sleep(0.004)
             tasks[index].cancel()
         results = await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.sleep(0.2)
+        replacing.cancel()
+        await asyncio.gather(replacing, return_exceptions=True)
         assert len(asyncio.all_tasks()) == 1
         return results
 
@@ -118,16 +166,25 @@ def test_load_with_cancellations(llm: ChatLoraRetriever) -> None:
     asyncio.run(run())
     num_threads = threading.active_count()
     results = asyncio.run(run())
-    solo = llm.batch(texts)
-    for index, (result, message) in enumerate(zip(results, solo, strict=True)):
-        if not isinstance(result, BaseException):
-            assert result == message.content
-        else:
-            assert isinstance(result, asyncio.CancelledError), result
-            assert index in doomed
+    check_outcomes(calls, results, doomed)
+    llm.pool.remove("moving")
     engine.check_integrity()
     assert engine.stats().num_running == engine.stats().num_waiting == 0
     assert threading.active_count() <= num_threads + 1
+
+
+def check_outcomes(calls: Sequence[Call], results: Sequence[Any], doomed: set[int]) -> None:
+    """Assert that only doomed calls were cancelled, bad ones refused, and all others answered as alone."""
+    num_answers = 0
+    for index, (result, (_, arguments, allowed)) in enumerate(zip(results, calls, strict=True)):
+        if isinstance(result, asyncio.CancelledError):
+            assert index in doomed
+        elif allowed is None:
+            assert isinstance(result, LoraRetrieverError | TimeoutError), (arguments, result)
+        else:
+            assert result in allowed, (index, arguments, result)
+            num_answers += 1
+    assert num_answers > 100
 
 
 def test_constrained_and_free_requests_share_a_batch(llm: ChatLoraRetriever) -> None:

@@ -17,6 +17,7 @@ from langchain_core.callbacks import AsyncCallbackHandler
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.runnables import ConfigurableField
 from pydantic import ValidationError
 
 from langchain_lora_retriever import AdapterPool, ChatLoraRetriever, Composition
@@ -334,10 +335,19 @@ def test_batch_runs_at_once(llm: ChatLoraRetriever, engine) -> None:
 
 
 def test_max_concurrency_is_honoured(llm: ChatLoraRetriever, engine) -> None:
-    """Whoever asks for two at a time gets two at a time."""
-    engine.delay = 0.002
-    llm.batch(["x"] * 8, config={"max_concurrency": 2})
-    assert engine.most_running <= 2
+    """Whoever asks for two at a time gets two at a time, and never a third."""
+    trio = threading.Barrier(3, timeout=0.5)
+
+    def answer(prompt: str, names: list[str]) -> str:
+        try:
+            trio.wait()
+        except threading.BrokenBarrierError:
+            return "no third"
+        return "three"
+
+    engine.answer = answer
+    assert {message.content for message in llm.batch(["x"] * 8, config={"max_concurrency": 2})} == {"no third"}
+    assert engine.most_running == 2
 
 
 async def test_the_first_of_many_reach_the_engine_before_the_last_begin(llm: ChatLoraRetriever, engine) -> None:
@@ -729,8 +739,6 @@ def test_no_two_configurations_share_a_cached_answer(llm: ChatLoraRetriever, eng
 
 def test_settings_can_be_configurable(llm: ChatLoraRetriever, engine) -> None:
     """Composition, top_k and adapters can be set per run through `configurable_fields`."""
-    from langchain_core.runnables import ConfigurableField
-
     runnable = llm.configurable_fields(
         top_k=ConfigurableField(id="top_k"), adapters=ConfigurableField(id="adapters"),
         composition=ConfigurableField(id="composition"),
@@ -742,12 +750,21 @@ def test_settings_can_be_configurable(llm: ChatLoraRetriever, engine) -> None:
     assert pinned.response_metadata["adapters"][0]["name"] == "dates"
 
 
-def test_a_configurable_folder_pool_is_not_embedded_again(llm: ChatLoraRetriever, pool, tmp_path) -> None:
-    """Copies of a chat model share the retriever of their pool and encoder."""
+def test_a_configurable_folder_pool_is_not_embedded_again(llm: ChatLoraRetriever, engine, pool, tmp_path, monkeypatch):
+    """LangChain makes a chat model anew for every configured run; they share the retriever of one folder's pool."""
     encoder = llm.retriever.encoder
-    first = ChatLoraRetriever(base_model="fake/base", pool=pool, encoder=encoder)
-    second = ChatLoraRetriever(base_model="fake/base", pool=pool, encoder=encoder)
-    assert first._router.retriever is second._router.retriever
+    encoded: list[str] = []
+    encode = encoder.encode
+    monkeypatch.setattr(encoder, "encode", lambda texts: (encoded.extend(texts), encode(texts))[1])
+    pool.save(tmp_path / "pool")
+    folder = ChatLoraRetriever(base_model="fake/base", pool=tmp_path / "pool", encoder=encoder)
+    runnable = folder.configurable_fields(top_k=ConfigurableField(id="top_k"))
+    for top_k in (1, 2, 3):
+        message = runnable.invoke(SQL, config={"configurable": {"top_k": top_k}})
+        assert len(message.response_metadata["adapters"]) == top_k
+    samples = [sample.input for name in pool.names for sample in pool.state[name].samples]
+    for sample in samples:
+        assert sum(text.endswith(sample) for text in encoded) == 1, sample
 
 
 def test_rate_limiter_is_asked(llm: ChatLoraRetriever) -> None:
