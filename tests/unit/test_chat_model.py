@@ -649,9 +649,9 @@ async def test_a_failure_is_not_taken_for_a_timeout(llm: ChatLoraRetriever, engi
         raise TimeoutError("the encoder's own")
 
     monkeypatch.setattr(llm._router.retriever.encoder, "encode", fail)
-    with pytest.raises(TimeoutError, match="the encoder's own"):
+    with pytest.raises(EncoderError, match="the encoder's own"):
         llm.invoke("anew", timeout=60)
-    with pytest.raises(TimeoutError, match="the encoder's own"):
+    with pytest.raises(EncoderError, match="the encoder's own"):
         await llm.ainvoke("anew again", timeout=60)
 
 
