@@ -37,7 +37,7 @@ __all__ = ["FusionCache", "Weighting", "compose", "fuse", "materialize", "pin"]
 
 Weighting: TypeAlias = Literal["uniform", "similarity"]
 
-_MIN_STEPS = 32
+_MIN_STEPS = 16
 """Similarity shares are multiples of one such part."""
 
 
@@ -53,7 +53,7 @@ def compose(
     Semantics:
         selection:        the best adapter, weight 1
         fusion, mixture:  all of them; "uniform" 1 / k, "similarity" softmax(score / temperature), rounded
-        Similarity shares are whole multiples of 1/32 (of 1/64 above 8 adapters, 1/128 above 16, and so on) that sum to
+        Similarity shares are whole multiples of 1/16 (of 1/32 above 4 adapters, 1/64 above 8, and so on) that sum to
         exactly 1, by the method of largest remainders: none moves by a whole step, and none overtakes a better one's.
         Adapters left without a share do not run. So prompts for the same adapters share cached prefixes and fusions.
 

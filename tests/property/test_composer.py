@@ -37,7 +37,7 @@ def test_shares_are_the_nearest_steps_to_the_softmax(scores, temperature):
     """None is a whole step away from softmax(score / temperature)."""
     by_name = shares(scores, temperature)
     powers = [math.exp((score - max(scores)) / temperature) for score in scores]
-    step = 1 / max(32, 1 << (4 * len(scores) - 1).bit_length())
+    step = 1 / max(16, 1 << (4 * len(scores) - 1).bit_length())
     for i, power in enumerate(powers):
         assert abs(by_name.get(f"a{i:02}", 0) - power / sum(powers)) < step + 1e-9
 

@@ -42,11 +42,11 @@ def test_uniform_weights(mode):
 
 
 def test_similarity_weights():
-    """Weights are the softmax of score / temperature, to the nearest of steps of 1/32, and sum to exactly 1."""
+    """Weights are the softmax of score / temperature, to the nearest of steps of 1/16, and sum to exactly 1."""
     weights = [m.weight for m in compose(FOUND, mode="mixture", weights="similarity", temperature=0.2).adapters]
     powers = [math.exp(score / 0.2) for score in (0.9, 0.8, 0.5)]
-    assert weights == pytest.approx([power / sum(powers) for power in powers], abs=1 / 32)
-    assert all(weight * 32 == round(weight * 32) for weight in weights)
+    assert weights == pytest.approx([power / sum(powers) for power in powers], abs=1 / 16)
+    assert all(weight * 16 == round(weight * 16) for weight in weights)
     assert sum(weights) == 1
 
 
@@ -82,7 +82,7 @@ def test_similarity_weights_do_not_overflow():
     cold = compose(FOUND, mode="mixture", weights="similarity", temperature=1e-300)
     hot = compose(FOUND, mode="mixture", weights="similarity", temperature=1e300)
     assert [m.weight for m in cold.adapters] == [1.0]
-    assert [m.weight for m in hot.adapters] == pytest.approx([1 / 3] * 3, abs=1 / 32)
+    assert [m.weight for m in hot.adapters] == pytest.approx([1 / 3] * 3, abs=1 / 16)
 
 
 @pytest.mark.parametrize("score", [math.nan, math.inf, "0.5", None, True])
