@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -211,7 +212,7 @@ def _model_name(model: str | Path | SentenceTransformer) -> str:
     if not str(model).strip():
         raise InvalidRequestError(f"encoder={model!r} is not allowed: pass a hub name, a folder or a loaded model.")
     folder = Path(model)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # noqa: PTH112 - Path.is_dir raises for names that no file can have
         return str(model)
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*.safetensors")) + sorted(folder.rglob("*.json")):

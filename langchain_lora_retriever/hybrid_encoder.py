@@ -43,7 +43,7 @@ class HybridEncoder:
         instruction: Text whose words do not count, where a text starts with it.
 
     Raises:
-        InvalidRequestError: If `weight` or `num_words` is out of range.
+        InvalidRequestError: If an argument is out of its range.
     """
 
     def __init__(
@@ -62,6 +62,8 @@ class HybridEncoder:
             raise InvalidRequestError(
                 f"num_words={shown(num_words)} is not allowed: pass an integer from 1 to {_MAX_NUM_WORDS}."
             )
+        if not isinstance(instruction, str):
+            raise InvalidRequestError(f"instruction={shown(instruction)} is not allowed: pass a string.")
         self._encoder: Encoder = SentenceTransformerEncoder(encoder) if isinstance(encoder, str | Path) else encoder
         self._weight = weight
         self._num_words = num_words

@@ -140,12 +140,17 @@ class MicroBatcher:
         try:
             rows = list(self._encode(texts))
         except BaseException as error:
-            if not isinstance(error, Exception) and threading.current_thread() is threading.main_thread():
+            if _is_interrupt(error) and threading.current_thread() is threading.main_thread():
                 raise  # the next of those who wait makes the outcomes
             return error
         if len(rows) != len(texts):
             return ValueError(f"{len(rows)} vectors were made for {len(texts)} texts.")
         return rows
+
+
+def _is_interrupt(error: BaseException) -> bool:
+    """Whether an error was meant for the thread and not raised over a text, as the panics of Rust tokenizers are."""
+    return not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime"
 
 
 def _announce(loop: asyncio.AbstractEventLoop, arrival: asyncio.Event, _: object) -> None:

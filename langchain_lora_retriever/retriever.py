@@ -6,14 +6,16 @@ Source: LoraRetriever, arXiv:2402.09997, section 3.2.
 from __future__ import annotations
 
 import asyncio
+import pickle
 import threading
 import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NoReturn, Self, TypeAlias
 
 import numpy as np
 
@@ -125,7 +127,14 @@ class LoraRetriever:
             )
         if not isinstance(cache_size, int) or cache_size < 0:
             raise InvalidRequestError(f"cache_size={shown(cache_size)} is not allowed: pass 0 or more texts.")
+        if not isinstance(encoder, str | Path) and not callable(getattr(encoder, "encode", None)):
+            raise InvalidRequestError(
+                f"encoder={shown(encoder)} is not allowed: pass a sentence-transformers name or folder, or an Encoder."
+            )
+        if cache_dir is not None and (not isinstance(cache_dir, str | Path) or "\0" in str(cache_dir)):
+            raise InvalidRequestError(f"cache_dir={shown(cache_dir)} is not allowed: pass a folder, or None.")
         check_unicode(instruction, "The instruction")
+        check_unicode(str(cache_dir), "cache_dir")
         self.pool = pool
         self.encoder: Encoder = SentenceTransformerEncoder(encoder) if isinstance(encoder, str | Path) else encoder
         self.instruction = instruction
@@ -147,6 +156,19 @@ class LoraRetriever:
                 f"models may share this retriever. Make another one: LoraRetriever(pool, encoder, {name}=...)."
             )
         super().__setattr__(name, value)
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        """Itself: settings are fixed, and nothing is to be embedded again."""
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise pickle.PicklingError(
+            "A LoraRetriever cannot be pickled: its pool, its encoder and what they made live in this process. "
+            "Make one where it is needed: LoraRetriever(AdapterPool(path), encoder), with cache_dir=... to embed once."
+        )
 
     @property
     def rejected(self) -> Mapping[str, AdapterError]:
@@ -439,7 +461,7 @@ def _are_names(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _spread(samples: Sequence[Sample]) -> Sequence[Sample]:

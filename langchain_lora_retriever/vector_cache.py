@@ -80,7 +80,7 @@ class AdapterVectors:
     """
 
     def __init__(self, folder: Path, *, encoder: str, instruction: str, max_bytes: int = 1 << 30) -> None:
-        digest = hashlib.sha256(f"{encoder}\0{instruction}".encode()).hexdigest()
+        digest = hashlib.sha256(f"{encoder}\0{instruction}".encode("utf-8", "surrogatepass")).hexdigest()
         self._file = folder / f"embeddings-{digest[:16]}.npz"
         self._max_bytes = max_bytes
 

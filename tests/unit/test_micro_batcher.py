@@ -117,6 +117,13 @@ def test_an_interrupt_ends_the_main_threads_call_alone():
     assert values(batch.outcomes.result(0).values()) == [2, 1]
 
 
+def test_a_panic_of_a_rust_tokenizer_is_the_texts_error():
+    """It is no `Exception`, but no interrupt either: in the main thread too it fails its own text alone."""
+    panic = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})
+    batcher = MicroBatcher(Encoder(panic))
+    assert values(batcher.run(["1", "bad", "2"])) == [1, "PanicException", 2]
+
+
 def test_an_encoder_that_says_it_cannot_work_is_asked_once():
     """An `EncoderError` of the encoder's own is no text's fault: all get it, and it is not tried again in halves."""
     encoder = Encoder(EncoderError)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import hashlib
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -199,12 +201,17 @@ def test_bad_arguments(retriever, call):
         {"answer_weight": "1"},
         {"instruction": None},
         {"instruction": "\ud800"},
+        {"encoder": None},
+        {"encoder": 7},
+        {"cache_dir": 7},
+        {"cache_dir": "a\0b"},
+        {"cache_dir": "\ud800"},
     ],
 )
 def test_bad_settings(pool, arguments):
     """Settings out of range are refused."""
     with pytest.raises(InvalidRequestError):
-        LoraRetriever(pool, WordEncoder(), **arguments)
+        LoraRetriever(pool, **{"encoder": WordEncoder(), **arguments})
 
 
 def test_min_score(pool):
@@ -391,6 +398,13 @@ def test_settings_are_fixed(retriever, name):
             setattr(retriever, name, 0.3)
         retriever.retrieve("the table")
     assert getattr(retriever, name) is before
+
+
+def test_a_copy_is_the_retriever_itself(retriever):
+    """Copies share what was embedded; a pickle is refused in words."""
+    assert copy.deepcopy(retriever) is copy.copy(retriever) is retriever
+    with pytest.raises(pickle.PicklingError, match="Make one where it is needed"):
+        pickle.dumps(retriever)
 
 
 class PickyEncoder(WordEncoder):
