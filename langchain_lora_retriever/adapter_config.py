@@ -191,9 +191,12 @@ class _Lookup:
     def __init__(self, values: Mapping[str, Any], budget: StepBudget) -> None:
         self._entries: list[tuple[str | Pattern, Any]] = []
         for key, value in values.items():
-            budget.spend(1 + len(key))
-            is_name = _NAME.fullmatch(key)
-            self._entries.append((key if is_name else Pattern(key, before=r"(.*\.)?(", after=")$"), value))
+            if _NAME.fullmatch(key):
+                budget.spend(1 + len(key) // 16)
+                self._entries.append((key, value))
+            else:
+                budget.spend(100 + 8 * len(key))  # what parsing takes
+                self._entries.append((Pattern(key, before=r"(.*\.)?(", after=")$"), value))
 
     def get(self, module: str, default: Any, budget: StepBudget) -> Any:
         budget.spend(1 + len(self._entries) // 4)
@@ -284,8 +287,8 @@ def _check_kinds(given: Mapping[str, Any], where: str) -> None:
         "alpha_pattern": (lambda value: isinstance(value, dict), "an object"),
         "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
         "base_model_name_or_path": (
-            lambda value: is_name(value) and len(value) <= _MAX_BASE_MODEL_LENGTH,
-            f"a string of up to {_MAX_BASE_MODEL_LENGTH} characters",
+            lambda value: is_name(value) and len(value) <= _MAX_BASE_MODEL_LENGTH and value.isprintable(),
+            f"a string of up to {_MAX_BASE_MODEL_LENGTH} printable characters",
         ),
     }
     for key, (is_allowed, what) in allowed.items():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import stat
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Never, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Never, Self, TypeVar
 
 from langchain_lora_retriever.errors import AdapterError, InvalidAdapterError
 from langchain_lora_retriever.shown import shown
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from types import TracebackType
 
-__all__ = ["AdapterFolder", "FileIdentity", "RegularFile", "read_one_version", "said"]
+__all__ = ["AdapterFolder", "FileIdentity", "RegularFile", "parse_json", "read_one_version", "said"]
 
 T = TypeVar("T")
 
@@ -244,7 +245,7 @@ def read_one_version(
         with guard() if tried else contextlib.nullcontext():
             try:
                 folder = AdapterFolder(path)
-            except OSError as error:
+            except (OSError, ValueError) as error:  # a path with a zero byte in it
                 failure = error
                 if tried > _MAX_TRIES_WITHOUT_FOLDER:
                     break
@@ -263,6 +264,22 @@ def read_one_version(
     if isinstance(failure, AdapterError):
         raise failure
     raise InvalidAdapterError(f"{where} cannot be read: {said(failure)}. Copy it again.") from failure
+
+
+def parse_json(data: bytes, max_containers: int) -> Any:
+    """Parse a stranger's JSON, in memory and time that its length bounds.
+
+    Args:
+        data: Utf-8.
+        max_containers: Most lists and objects: an empty one takes two bytes of the file and sixty of memory.
+
+    Raises:
+        ValueError: If it is no JSON, or has more lists and objects.
+        RecursionError: If they are nested too deep.
+    """
+    if data.count(b"[") + data.count(b"{") > max_containers:
+        raise ValueError(f"it has more than {max_containers:,} lists and objects")
+    return json.loads(data.decode("utf-8"))
 
 
 def said(error: Exception) -> str:

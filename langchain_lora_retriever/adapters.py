@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
 import math
 import re
 from functools import partial
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 
 from langchain_lora_retriever.adapter_config import CONFIG_FILE, AdapterConfig
-from langchain_lora_retriever.adapter_folder import read_one_version, said
+from langchain_lora_retriever.adapter_folder import parse_json, read_one_version, said
 from langchain_lora_retriever.base_names import is_same_base_model
 from langchain_lora_retriever.errors import InvalidAdapterError, UnsupportedAdapterError
 from langchain_lora_retriever.file_weights import (
@@ -53,6 +52,7 @@ _PREFIX = "base_model.model."
 _COMPILED = re.compile(r"(?:(?<=\.)|^)_orig_mod\.")
 _KEY = re.compile(r"base_model\.model\.([^\x00-\x1f\x7f\ud800-\udfff]{1,512})\.(lora_[AB])(?:\.default)?\.weight")
 _ADVICE = "An adapter is a folder that PEFT's save_pretrained() writes."
+_MAX_CONTAINERS = 10_000
 MAX_CONFIG_BYTES = 4 << 20
 
 # Adapters of one recipe have the same layout; they share one object.
@@ -132,7 +132,7 @@ def _read_config(folder: AdapterFolder, where: str) -> object:
     try:
         data = folder.read(CONFIG_FILE, MAX_CONFIG_BYTES)
         if data is not None:
-            return json.loads(data.decode("utf-8"))
+            return parse_json(data, _MAX_CONTAINERS)
     except Exception as error:
         raise InvalidAdapterError(f"{where}: cannot read {CONFIG_FILE}: {said(error)}. {_ADVICE}") from error
     raise InvalidAdapterError(f"{where}: cannot read {CONFIG_FILE}: there is no such file. {_ADVICE}")
@@ -222,6 +222,8 @@ def _split_key(key: str, where: str) -> tuple[str, str]:
 def _check_tensor(key: str, spec: TensorSpec, where: str) -> None:
     if spec.dtype not in DTYPES:
         raise UnsupportedAdapterError(f"{where}: {shown(key)} is {spec.dtype}; allowed are {', '.join(DTYPES)}.")
+    if 0 in spec.shape:
+        raise InvalidAdapterError(f"{where}: {shown(key)} has shape {shown(list(spec.shape))}, which holds no numbers.")
     if len(spec.shape) != 2:
         raise UnsupportedAdapterError(
             f"{where}: {shown(key)} has shape {shown(list(spec.shape))} (a convolution?); only linear modules can be "

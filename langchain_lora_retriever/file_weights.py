@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import math
 import sys
 import threading
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from langchain_lora_retriever.adapter_folder import RegularFile
+from langchain_lora_retriever.adapter_folder import RegularFile, parse_json
 from langchain_lora_retriever.errors import InvalidAdapterError
 from langchain_lora_retriever.shown import shown
 from langchain_lora_retriever.types import LoraWeights
@@ -82,7 +81,7 @@ def parse_header(header: bytes, num_bytes: int) -> dict[str, TensorSpec]:
     Raises:
         ValueError: If it is not what safetensors writes, or the tensors do not fill the data section.
     """
-    entries = json.loads(header.decode("utf-8"))
+    entries = parse_json(header, 3 * _MAX_TENSORS + 2)
     if not isinstance(entries, dict):
         raise ValueError(f"the header is a {type(entries).__name__}, not an object")  # noqa: TRY004 - a value of a file
     entries.pop("__metadata__", None)

@@ -25,6 +25,7 @@ from langchain_lora_retriever.errors import (
     AdapterError,
     DuplicateAdapterError,
     InvalidAdapterError,
+    LoraRetrieverError,
     PoolError,
     UnknownAdapterError,
 )
@@ -32,12 +33,14 @@ from langchain_lora_retriever.file_weights import FileWeights
 from langchain_lora_retriever.pool_folder import (
     FingerprintCache,
     PoolEntry,
+    check_encoder,
     folder_lock,
     install,
     list_folders,
     make_embedding,
     read_entry,
     reader_lock,
+    recover,
     uninstall,
     write_entry,
 )
@@ -88,9 +91,9 @@ class PoolState:
         return digest.hexdigest()
 
     def __getitem__(self, name: str) -> PoolEntry:
-        if name in self.entries:
+        if isinstance(name, str) and name in self.entries:
             return self.entries[name]
-        if name in self.rejected:
+        if isinstance(name, str) and name in self.rejected:
             raise UnknownAdapterError(f"adapter {name!r} was refused when the pool was loaded: {self.rejected[name]}")
         near = difflib.get_close_matches(str(name)[:_MAX_NAME_BYTES], self.names, n=3) or self.names[:3]
         raise UnknownAdapterError(
@@ -117,13 +120,18 @@ class AdapterPool:
     """
 
     def __init__(self, path: str | Path | None = None, *, base_model: str | None = None, create: bool = False) -> None:
+        if not (path is None or isinstance(path, str | os.PathLike)):
+            raise PoolError(f"path={shown(path)} is not allowed: pass a folder, or None for a pool in memory.")
+        if not (base_model is None or isinstance(base_model, str)):
+            raise PoolError(f"base_model={shown(base_model)} is not allowed: pass a name or a path, or None.")
         self._path = None if path is None else Path(path)
         self._base_model = base_model
         self._lock = threading.RLock()
         self._state = PoolState(0, {}, {})
         if self._path is not None:
             if create:
-                self._path.mkdir(parents=True, exist_ok=True)
+                with _writing(self._path):
+                    self._path.mkdir(parents=True, exist_ok=True)
             self._load(self._path, allow_empty=create)
 
     def __repr__(self) -> str:
@@ -213,10 +221,11 @@ class AdapterPool:
             AdapterError: If the adapter or its samples cannot be used. The pool is unchanged.
         """
         _check_name(name)
+        source = _as_path(path, name)
         with self._lock, self._writers():
             self._check_free(name)
-            found = read_entry(Path(path), name, base_model=self._base_model)
-            return self._put(_with_routing(found, samples, embedding, encoder), source=Path(path))
+            found = read_entry(source, name, base_model=self._base_model)
+            return self._put(_with_routing(found, samples, embedding, encoder), source=source)
 
     def update(
         self,
@@ -238,7 +247,7 @@ class AdapterPool:
         """
         with self._lock, self._writers():
             old = self._current(name)
-            source = Path(path) if path is not None else old.adapter.path
+            source = _as_path(path, name) if path is not None else old.adapter.path
             assert source is not None, "every adapter of a pool was read from a folder"
             found = old
             if path is not None or (samples is None and embedding is None):
@@ -255,7 +264,7 @@ class AdapterPool:
         """
         with self._lock, self._writers():
             state = self._state
-            if name not in state.rejected:
+            if not isinstance(name, str) or name not in state.rejected:
                 state[name]
             if self._path is not None:
                 self._hold(name)
@@ -282,6 +291,8 @@ class AdapterPool:
             PoolError: If the folder exists and is not empty, or cannot be written.
             InvalidAdapterError: If an adapter's files were changed since they were read.
         """
+        if not isinstance(path, str | os.PathLike):
+            raise PoolError(f"path={shown(path)} is not allowed: pass a folder.")
         target = Path(path)
         if self._path is not None and target.exists() and target.samefile(self._path):
             return
@@ -308,6 +319,7 @@ class AdapterPool:
             if self._path is not None:
                 with _writing(self._path):
                     stack.enter_context(folder_lock(self._path))
+                    recover(self._path)
             yield
 
     def _check_free(self, name: str) -> None:
@@ -371,11 +383,13 @@ class AdapterPool:
         self._state = PoolState(self._state.version + 1, entries, rejected)
 
     def _load(self, root: Path, *, allow_empty: bool) -> None:
-        if (root / CONFIG_FILE).is_file():
-            raise PoolError(f"{root} is one adapter, not a pool. Pass the folder that holds it: {root.parent}.")
         try:
+            if (root / CONFIG_FILE).is_file():
+                raise PoolError(f"{root} is one adapter, not a pool. Pass the folder that holds it: {root.parent}.")
             folders = list_folders(root)
-        except OSError as error:
+        except (OSError, ValueError) as error:
+            if isinstance(error, PoolError):
+                raise
             raise PoolError(
                 f"cannot read the pool {root}: {error}. A pool is a folder with one PEFT checkpoint per subfolder."
             ) from error
@@ -417,7 +431,9 @@ def _with_routing(
     if samples is not None:
         entry = replace(entry, samples=make_samples(samples, where=where), embedding=None, encoder=None)
     if embedding is not None:
-        entry = replace(entry, embedding=make_embedding(embedding, where=where), encoder=encoder)
+        entry = replace(
+            entry, embedding=make_embedding(embedding, where=where), encoder=check_encoder(encoder, where=where)
+        )
     return entry
 
 
@@ -428,6 +444,12 @@ def _check_same(read: PoolEntry, written: PoolEntry) -> None:
             f"adapter {read.adapter.name!r}: its files in {read.adapter.path} were changed after they were read. Do it "
             "again once they are whole."
         )
+
+
+def _as_path(path: object, name: str) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise InvalidAdapterError(f"adapter {name!r}: path={shown(path)} is not allowed: pass the checkpoint's folder.")
+    return Path(path)
 
 
 def _check_printable(folder: Path) -> None:
@@ -457,7 +479,9 @@ def _writing(root: Path) -> Iterator[None]:
     """Turn an `OSError` of the block into a `PoolError` that names the folder."""
     try:
         yield
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if isinstance(error, LoraRetrieverError):
+            raise
         raise PoolError(f"cannot write to the pool {root}: {error}") from error
 
 

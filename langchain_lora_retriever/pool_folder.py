@@ -28,7 +28,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from filelock import FileLock, Timeout
 
-from langchain_lora_retriever.adapter_folder import AdapterFolder, FileIdentity, RegularFile, read_one_version, said
+from langchain_lora_retriever.adapter_folder import (
+    AdapterFolder,
+    FileIdentity,
+    RegularFile,
+    parse_json,
+    read_one_version,
+    said,
+)
 from langchain_lora_retriever.adapters import CONFIG_FILE, MAX_CONFIG_BYTES, WEIGHTS_FILE, adapter_of
 from langchain_lora_retriever.errors import InvalidAdapterError, InvalidSamplesError, PoolError
 from langchain_lora_retriever.file_weights import MAX_WEIGHTS_BYTES
@@ -49,12 +56,14 @@ __all__ = [
     "EMBEDDING_FILE",
     "FingerprintCache",
     "PoolEntry",
+    "check_encoder",
     "folder_lock",
     "install",
     "list_folders",
     "make_embedding",
     "read_entry",
     "reader_lock",
+    "recover",
     "uninstall",
     "write_entry",
 ]
@@ -72,6 +81,7 @@ _MAX_EMBEDDING_BYTES = 1 << 20
 _MAX_NPY_HEADER = 1000
 _MAX_INFO_BYTES = 1 << 16
 _MAX_ENCODER_LENGTH = 1000
+_MAX_CONTAINERS = 100
 _COPY_BYTES = 16 << 20
 _LIST_TRIES = 50
 _LIST_SECONDS = 0.02
@@ -184,14 +194,21 @@ def _read_embedding(folder: AdapterFolder, where: str) -> tuple[NDArray[np.float
             return None, None
         values = _parse_npy(data)
         info = folder.read(_EMBEDDING_INFO, _MAX_INFO_BYTES)
-        encoder = None if info is None else json.loads(info.decode("utf-8"))["encoder"]
+        encoder = None if info is None else parse_json(info, _MAX_CONTAINERS)["encoder"]
     except Exception as error:  # whatever parsers make of a stranger's bytes
         raise InvalidSamplesError(f"{where}: cannot read {folder.path / EMBEDDING_FILE}: {said(error)}") from error
-    if encoder is not None and not (
-        isinstance(encoder, str) and encoder.isprintable() and len(encoder) <= _MAX_ENCODER_LENGTH
-    ):
-        raise InvalidSamplesError(f"{where}: {_EMBEDDING_INFO} has encoder={shown(encoder)}; allowed is a short name.")
-    return make_embedding(values, where=where), encoder
+    return make_embedding(values, where=where), check_encoder(encoder, where=where)
+
+
+def check_encoder(encoder: object, *, where: str) -> str | None:
+    """The name of the encoder that made an embedding, if there is one.
+
+    Raises:
+        InvalidSamplesError: If it is no short name.
+    """
+    if encoder is None or (isinstance(encoder, str) and encoder.isprintable() and len(encoder) <= _MAX_ENCODER_LENGTH):
+        return encoder
+    raise InvalidSamplesError(f"{where}: the embedding has encoder={shown(encoder)}; allowed is a short name, or none.")
 
 
 def _parse_npy(data: bytes) -> NDArray[Any]:

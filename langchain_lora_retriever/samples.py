@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from langchain_lora_retriever.adapter_folder import RegularFile, said
+from langchain_lora_retriever.adapter_folder import RegularFile, parse_json, said
 from langchain_lora_retriever.errors import InvalidSamplesError
 from langchain_lora_retriever.shown import shown
 
@@ -32,6 +32,7 @@ _MAX_SAMPLES = 10_000
 _MAX_CHARACTERS = 100_000  # of an input or an output
 _MAX_LINE = 1 << 20
 _MAX_LINES = 2 * _MAX_SAMPLES
+_MAX_CONTAINERS = 2 * _MAX_CHARACTERS  # in a line; texts may be full of brackets
 _ADVICE = "A dozen to 20 samples are enough"
 
 
@@ -111,7 +112,7 @@ def parse_samples(data: bytes, *, file: str, where: str) -> tuple[Sample, ...]:
         if len(line) > _MAX_LINE:
             raise InvalidSamplesError(f"{place} has {len(line):,} characters; allowed are {_MAX_LINE:,}.")
         try:
-            value = json.loads(line)
+            value = parse_json(line.encode(), _MAX_CONTAINERS)
         except (ValueError, RecursionError) as error:
             raise InvalidSamplesError(
                 f"{place} is not JSON ({said(error)}): {line[:80]!r}. "

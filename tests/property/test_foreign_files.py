@@ -161,7 +161,7 @@ def set_embedding(rng, folder):
         return
     array = rng.choice([
         np.array([]), np.zeros(8), np.ones((2, 2)), np.array([np.nan]), np.array(["a"]), np.array(3.0),
-        np.full(4, 1e39), np.array([1 + 2j]), np.array([True]), np.arange(9, dtype=">f2"), 
+        np.full(4, 1e39), np.array([1 + 2j]), np.array([True]), np.arange(9, dtype=">f2"),
         np.full(3, np.iinfo(np.uint64).max),
         np.ones(1 << 18),
     ])  # fmt: skip

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from langchain_lora_retriever.adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter
@@ -386,3 +387,74 @@ def test_knows_what_the_configuration_targets(checkpoint):
     assert not adapter.is_target("model.layers.0.mlp.up_proj")
     edit_config(checkpoint, target_modules="all-linear")
     assert not read_adapter(checkpoint).is_target("model.layers.0.self_attn.q_proj")
+
+
+def edit_header(folder, change, *, pad=0):
+    """Change the header of a checkpoint's weights; `pad` blanks move the numbers."""
+    data = (folder / WEIGHTS_FILE).read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    text = json.dumps(change(header) or header).encode() + b" " * pad
+    (folder / WEIGHTS_FILE).write_bytes(len(text).to_bytes(8, "little") + text + data[start:])
+
+
+@pytest.mark.parametrize("pad", range(4))
+def test_numbers_may_lie_anywhere(checkpoint, pad):
+    """A header of any length, and tensors that are not aligned, give the same weights."""
+    before = read_adapter(checkpoint).weights[Q0].lora_A.clone()
+    edit_header(checkpoint, lambda header: None, pad=pad)
+    assert torch.equal(read_adapter(checkpoint).weights[Q0].lora_A, before)
+
+
+def first(header):
+    """The name of the first tensor."""
+    return min(key for key in header if key.startswith("base_model"))
+
+
+def first_entry(**changes):
+    """A change of the first tensor's entry."""
+
+    def change(header):
+        header[first(header)] |= changes
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        first_entry(shape=[4, 63]),
+        first_entry(shape=[4, 1 << 60]),
+        first_entry(shape=[4, -64]),
+        first_entry(shape=[4, 64.0]),
+        first_entry(shape=[True, 256]),
+        first_entry(shape="4,64"),
+        first_entry(dtype="F16"),
+        first_entry(dtype="F4"),
+        first_entry(dtype=None),
+        first_entry(dtype=[]),
+        first_entry(data_offsets=[0]),
+        first_entry(data_offsets=[8, 1032]),
+        first_entry(data_offsets=[-8, 1016]),
+        first_entry(data_offsets=[1 << 70, (1 << 70) + 1024]),
+        lambda header: header.pop(first(header)) and None,
+        lambda header: header.update(x={"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}),
+        lambda header: [header],
+        lambda header: {"x": 5},
+    ],
+    ids=range(18),
+)
+def test_refuses_headers_that_do_not_fit_the_file(checkpoint, change):
+    """Tensors that overlap, leave holes, or reach beyond the file are refused; so does safetensors itself."""
+    edit_header(checkpoint, change)
+    with pytest.raises(InvalidAdapterError, match="corrupt or truncated"):
+        read_adapter(checkpoint)
+    with pytest.raises(SafetensorError):
+        load_file(checkpoint / WEIGHTS_FILE)
+
+
+def test_refuses_tensors_without_numbers(checkpoint):
+    """A dimension of 0 is none."""
+    edit_header(checkpoint, lambda header: header.update(x={"dtype": "F32", "shape": [0, 4], "data_offsets": [0, 0]}))
+    with pytest.raises(InvalidAdapterError, match="adapter 'plain'"):
+        read_adapter(checkpoint)

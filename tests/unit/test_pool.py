@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -482,3 +483,173 @@ def test_embedding_file_that_is_no_array(folder):
     (folder / "sql" / "embedding.npy").write_bytes(b"no array")
     with pytest.warns(UserWarning, match=r"adapter 'sql'.*embedding\.npy"):
         assert AdapterPool(folder).names == ("dates",)
+
+
+def big_file(size):
+    """A change that makes a file as large as it can be without taking disk."""
+
+    def change(file):
+        file.touch()
+        os.truncate(file, size)
+
+    return change
+
+
+def content(data):
+    """A change that replaces a file's content."""
+    return lambda file: file.write_bytes(data)
+
+
+def in_its_place(make):
+    """A change that puts something else in a file's place."""
+
+    def change(file):
+        file.unlink(missing_ok=True)
+        make(file)
+
+    return change
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE, "samples.jsonl", "embedding.npy"])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (big_file(1 << 40), "1,099,511,627,776 bytes"),
+        (in_its_place(os.mkfifo), "named pipe"),
+        (in_its_place(Path.mkdir), "folder"),
+        (in_its_place(lambda file: file.symlink_to("/dev/zero")), "device"),
+        (in_its_place(lambda file: file.symlink_to("nowhere")), "link to what is not there"),
+        (in_its_place(lambda file: file.symlink_to(file)), "symbolic link"),
+    ],
+    ids=["huge", "pipe", "folder", "device", "dangling", "loop"],
+)
+def test_files_that_are_none_are_refused_by_name(folder, name, change, named):
+    """Every file must be a regular one of bounded size; the others are loaded at once."""
+    change(folder / "sql" / name)
+    start = time.perf_counter()
+    with pytest.warns(UserWarning, match="refused: adapter 'sql'"):
+        pool = AdapterPool(folder)
+    assert time.perf_counter() - start < 10
+    assert pool.names == ("dates",)
+    assert named in str(pool.rejected["sql"])
+
+
+def test_links_to_files_are_followed(folder, tmp_path):
+    """As the hub's cache has them."""
+    before = AdapterPool(folder).fingerprint
+    for name in (CONFIG_FILE, WEIGHTS_FILE, "samples.jsonl"):
+        (folder / "sql" / name).rename(tmp_path / name)
+        (folder / "sql" / name).symlink_to(tmp_path / name)
+    (folder / "dates").rename(tmp_path / "dates")
+    (folder / "dates").symlink_to(tmp_path / "dates")
+    pool = AdapterPool(folder)
+    assert pool.fingerprint == before
+    pool.remove("dates")
+    assert (tmp_path / "dates" / CONFIG_FILE).is_file()
+    assert adapters_in(folder) == ["sql"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "named"),
+    [
+        ("samples.jsonl", b"\n" * 20_001, "20,000 lines"),
+        ("samples.jsonl", b'{"input": "a"}\n' * 10_001, "10,000 samples"),
+        ("samples.jsonl", b'{"input": "' + b"a" * 2_000_000 + b'"}', "1,048,576"),
+        ("samples.jsonl", b'{"input": "' + b"a" * 100_001 + b'"}', "100,000"),
+        ("samples.jsonl", b'{"input": "a", "x": [' + b"[]," * 200_001 + b"[]]}", "200,000 lists"),
+        ("samples.jsonl", b"[" * 200_000, "recursion"),
+        ("samples.jsonl", b'{"input": ' + b"[" * 50_000, "nested|recursion"),
+        ("samples.jsonl", b'{"input": "\\ud800 abc"}', "half a surrogate pair"),
+        ("samples.jsonl", b'{"input": "a", "output": "\\udfff"}', "half a surrogate pair"),
+        ("samples.jsonl", b'{"input": ' + b"9" * 5000 + b"}", "4300"),
+        (CONFIG_FILE, b'{"x": [' + b"[]," * 10_000 + b"[]]}", "10,000 lists"),
+        (CONFIG_FILE, b"[" * 9000, "recursion"),
+        (CONFIG_FILE, b'{"r": ' + b"9" * 5000 + b"}", "4300"),
+        (WEIGHTS_FILE, (1 << 62).to_bytes(8, "little") + b"{}", "header's length"),
+        (WEIGHTS_FILE, (9000).to_bytes(8, "little") + b"[" * 9000, "recursion"),
+        ("embedding.npy", b"\x93NUMPY\x01\x00\x10\x00" + b"(" * 16, "cannot read"),
+    ],
+)
+def test_what_parsers_make_of_bytes_is_a_refusal(folder, name, data, named):
+    """Whatever a parser raises, the message names adapter and cause."""
+    content(data)(folder / "sql" / name)
+    with pytest.warns(UserWarning, match="refused: adapter 'sql'"):
+        pool = AdapterPool(folder)
+    assert pool.names == ("dates",)
+    assert re.search(named, str(pool.rejected["sql"]))
+
+
+def test_texts_full_of_brackets_are_samples(folder):
+    """What bounds the nesting of JSON does not count against texts of usual length."""
+    (folder / "sql" / "samples.jsonl").write_text(json.dumps({"input": "[{" * 40_000}))
+    assert AdapterPool(folder).samples("sql")[0].input.startswith("[{[{")
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[31mb", os.fsdecode(b"\xff\xfe")])
+def test_folders_whose_names_cannot_be_printed_are_refused(folder, name, caplog):
+    """Their names reach no terminal, and no hash that is made of Unicode."""
+    (folder / "sql").rename(folder / name)
+    with pytest.warns(UserWarning, match="cannot be printed"):
+        pool = AdapterPool(folder)
+    assert list(pool.rejected) == [name]
+    assert pool.fingerprint
+    assert caplog.text.isascii()
+
+
+def test_odd_leftovers_are_cleared(folder, tmp_path):
+    """Whatever has a leftover's name is deleted, links without what they lead to."""
+    (tmp_path / "precious").write_text("x")
+    for name in (".incoming-", ".replaced-", ".replaced-.", ".replaced-..", ".incoming-x"):
+        (folder / name).mkdir()
+    for name in (".incoming-a", ".replaced-sql"):
+        (folder / name).symlink_to(tmp_path)
+    assert AdapterPool(folder).names == ("dates", "sql")
+    assert adapters_in(folder) == ["dates", "sql"]
+    assert (tmp_path / "precious").is_file()
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (lambda pool, _: AdapterPool(5), PoolError),
+        (lambda pool, _: AdapterPool("a\0b"), PoolError),
+        (lambda pool, _: AdapterPool("a\0b", create=True), PoolError),
+        (lambda pool, _: AdapterPool(base_model=5), PoolError),
+        (lambda pool, _: pool[["sql"]], UnknownAdapterError),
+        (lambda pool, _: pool["x" * 10_000_000], UnknownAdapterError),
+        (lambda pool, _: pool.remove(["sql"]), UnknownAdapterError),
+        (lambda pool, _: pool.save(5), PoolError),
+        (lambda pool, _: pool.save("a\0b"), PoolError),
+        (lambda pool, _: pool.add("x", 5), InvalidAdapterError),
+        (lambda pool, _: pool.add("x", "a\0b"), InvalidAdapterError),
+        (lambda pool, path: pool.add("\ud800", path), InvalidAdapterError),
+        (lambda pool, path: pool.add(["x"], path), InvalidAdapterError),
+        (lambda pool, path: pool.add("x", path, embedding=[1.0], encoder=object()), InvalidSamplesError),
+        (lambda pool, path: pool.update("sql", 5), InvalidAdapterError),
+    ],
+    ids=range(15),
+)
+def test_odd_arguments_are_documented_errors(folder, checkpoints, call, error):
+    """No argument brings out a bare TypeError or ValueError."""
+    with pytest.raises(error) as caught:
+        call(AdapterPool(folder), checkpoints["units"])
+    assert len(str(caught.value)) < 1000
+
+
+def test_refusals_are_logged(folder, caplog):
+    """A server's log has them, whatever becomes of warnings."""
+    (folder / "sql" / WEIGHTS_FILE).write_bytes(b"broken")
+    with pytest.warns(UserWarning, match="corrupt"):
+        AdapterPool(folder)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "refused: adapter 'sql'" in caplog.text
+
+
+def test_saving_an_adapter_whose_file_was_changed_is_refused(folder, tmp_path):
+    """A copy is what was read, or none."""
+    pool = AdapterPool(folder)
+    data = (folder / "sql" / WEIGHTS_FILE).read_bytes()
+    (folder / "sql" / WEIGHTS_FILE).write_bytes(data[:-4] + b"\1\2\3\4")
+    with pytest.raises(InvalidAdapterError, match=r"'sql'.*changed"):
+        pool.save(tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
