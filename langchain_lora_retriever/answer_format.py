@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from langchain_lora_retriever.constraints import GrammarConstraint, can_constrain, compiler_of
+from langchain_lora_retriever.constraints import CompiledGrammar, can_constrain, compiler_of
 from langchain_lora_retriever.dialects import SECTION, Dialect, dialect_of
 from langchain_lora_retriever.errors import InvalidRequestError
-from langchain_lora_retriever.grammars import calls_grammar, choice_grammar, json_grammar, lark_grammar, regex_grammar
-from langchain_lora_retriever.schemas import to_json_schema
+from langchain_lora_retriever.grammars import (
+    Grammar,
+    calls_grammar,
+    choice_grammar,
+    json_grammar,
+    lark_grammar,
+    regex_grammar,
+)
 from langchain_lora_retriever.shown import shown
-from langchain_lora_retriever.tools import Tool, ToolChoice, to_tool_choice, to_tools, tool_name
+from langchain_lora_retriever.tools import Tool, ToolChoice, to_json_schema, to_tool_choice, to_tools, tool_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,33 +37,20 @@ class AnswerFormat(NamedTuple):
         dialect: How they are shown, and calls written; None where there are none.
         grammar: What decoding is constrained to; None leaves it free.
         is_free_text: The grammar allows any text, up to a tool call.
-        is_json: The answer is JSON, between tags or alone, and can be closed to fit the token limit.
     """
 
     tools: list[Tool]
     dialect: Dialect | None = None
-    grammar: str | None = None
+    grammar: Grammar | None = None
     is_free_text: bool = False
-    is_json: bool = False
 
-    def compile(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Compile the grammar, so that `make_constraint` need not. Takes up to seconds: not for an event loop.
+    def compile(self, tokenizer: PreTrainedTokenizerBase) -> CompiledGrammar | None:
+        """Compile the grammar; None if there is none. Takes up to seconds: not for an event loop.
 
         Raises:
             InvalidRequestError: If it asks for what is not supported.
         """
-        if self.grammar is not None:
-            compiler_of(tokenizer).compile(self.grammar)
-
-    def make_constraint(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> GrammarConstraint | None:
-        """Make what keeps one request inside the grammar, compiled now if it was not before.
-
-        Raises:
-            InvalidRequestError: If it asks for what cannot be honoured.
-        """
-        if self.grammar is None:
-            return None
-        return compiler_of(tokenizer).constraint(self.grammar, fit=max_tokens if self.is_json else None)
+        return None if self.grammar is None else compiler_of(tokenizer).compile(self.grammar)
 
 
 def answer_format(options: CallOptions, tokenizer: PreTrainedTokenizerBase) -> AnswerFormat:
@@ -76,11 +69,11 @@ def answer_format(options: CallOptions, tokenizer: PreTrainedTokenizerBase) -> A
     if options.guided is not None:
         if tools or schema is not None:
             raise InvalidRequestError("guided constrains the whole answer: pass it without tools and response_format.")
-        return AnswerFormat([], grammar=_guided_grammar(options.guided), is_json="json" in options.guided)
+        return AnswerFormat([], grammar=_guided_grammar(options.guided))
     if not tools or choice == "none":
         if schema is None:
             return AnswerFormat([], is_free_text=True)
-        return AnswerFormat([], grammar=json_grammar(schema), is_json=True)
+        return AnswerFormat([], grammar=json_grammar(schema))
     return _calls_format(tools, choice, schema, options, tokenizer)
 
 
@@ -110,7 +103,7 @@ def _calls_format(
         is_repeatable=options.parallel_tool_calls is not False and not isinstance(choice, tuple),
         otherwise=None if is_forced else schema,
     )
-    return AnswerFormat(tools, dialect, grammar, is_free_text=is_free_text, is_json=not is_free_text)
+    return AnswerFormat(tools, dialect, grammar, is_free_text=is_free_text)
 
 
 def _parameters(tool: Tool, tokenizer: PreTrainedTokenizerBase, *, is_strict: bool) -> Mapping[str, Any]:
@@ -119,7 +112,7 @@ def _parameters(tool: Tool, tokenizer: PreTrainedTokenizerBase, *, is_strict: bo
     Where nobody insists on it, a schema that cannot be honoured is let go, and the arguments may be any JSON object.
     """
     function = tool["function"]
-    schema: Mapping[str, Any] = function.get("parameters") or {"type": "object", "properties": {}}
+    schema: Mapping[str, Any] = function["parameters"]
     if is_strict or function.get("strict") or compiler_of(tokenizer).is_valid(json_grammar(schema)):
         return schema
     return {"type": "object"}
@@ -147,8 +140,8 @@ def _response_schema(response_format: Any) -> dict[str, Any] | None:
     return to_json_schema(response_format)
 
 
-def _guided_grammar(guided: Mapping[str, Any]) -> str:
-    writers: dict[str, Callable[[Any], str]] = {
+def _guided_grammar(guided: Mapping[str, Any]) -> Grammar:
+    writers: dict[str, Callable[[Any], Grammar]] = {
         "json": lambda schema: json_grammar(to_json_schema(schema)),
         "regex": regex_grammar,
         "choice": choice_grammar,

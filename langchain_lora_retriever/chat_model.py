@@ -22,6 +22,7 @@ from langchain_lora_retriever.answers import AnswerStream, answer_readers, reads
 from langchain_lora_retriever.call_options import CallOptions
 from langchain_lora_retriever.chat_settings import ChatSettings
 from langchain_lora_retriever.concurrency import Deadline, owned, reached_engine, run_in_thread, run_within
+from langchain_lora_retriever.constraints import CompiledGrammar
 from langchain_lora_retriever.dialects import ChatTurn
 from langchain_lora_retriever.engine import Completion, Delta, EngineConfig, EngineWorker, Generation
 from langchain_lora_retriever.errors import InvalidRequestError
@@ -57,6 +58,7 @@ class _Call(NamedTuple):
 
     options: CallOptions
     format: AnswerFormat
+    compiled: CompiledGrammar | None
     engine: EngineWorker
     chat: list[ChatTurn]
     text: str
@@ -209,9 +211,9 @@ class ChatLoraRetriever(ChatSettings):
         engine = self._engine()
         check_length(engine.tokenizer, len(chat), num_characters(chat), max_num_tokens=engine.max_model_len)
         answer = answer_format(options, engine.tokenizer)
-        answer.compile(engine.tokenizer)
+        compiled = answer.compile(engine.tokenizer)
         reject_unfit(self._router.pool, engine, self.model_name)
-        return _Call(options, answer, engine, chat, _text_to_route(messages, options))
+        return _Call(options, answer, compiled, engine, chat, _text_to_route(messages, options))
 
     def _start(
         self,
@@ -234,7 +236,7 @@ class ChatLoraRetriever(ChatSettings):
         runs: list[_Run] = []
         try:
             for index in range(call.options.n):
-                constraint = call.format.make_constraint(tokenizer, limit)
+                constraint = None if call.compiled is None else call.compiled.constraint(fit=limit)
                 readers = answer_readers(tokenizer, prompt_token_ids, call.format)
                 skips_special = not reads_special_tokens(tokenizer, readers)
                 sampling = call.options.sampling(index, skip_special_tokens=skips_special)

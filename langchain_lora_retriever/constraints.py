@@ -8,28 +8,54 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
-from llguidance import LLMatcher, hf
+from llguidance import LLMatcher, LLParserLimits, hf
 from transformers import PreTrainedTokenizerFast
 
 from langchain_lora_retriever.errors import EngineError, InvalidRequestError
+from langchain_lora_retriever.json_closing import ClosingTokens, JsonPosition, closing_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from llguidance import LLTokenizer
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["GrammarCompiler", "GrammarConstraint", "can_constrain", "compiler_of"]
+    from langchain_lora_retriever.grammars import Grammar
 
-_LONGEST_CLOSE = 512  # tokens; an answer that needs more to end is not made to fit
+__all__ = ["CompiledGrammar", "GrammarCompiler", "GrammarConstraint", "Vocabulary", "can_constrain", "compiler_of"]
+
+_MAX_CLOSING_MASKS = 4_000  # that one request may take to find out how to end, in all
+_MAX_STEP_MASKS = 400
+_GUESSED_CLOSE = 64  # tokens, where no end is found from the very start
+T = TypeVar("T")
+
 _STACK_BYTES = 256 << 20  # llguidance recurses over definitions that refer to others; taken only as far as it is used
 _MAX_GRAMMARS = 256  # that stay compiled
-_MAX_GRAMMARS_CHARACTERS = 8 << 20  # of those together
+_MAX_GRAMMARS_CHARACTERS = 2 << 20  # of those together; what is compiled of them is up to 200 times larger
+
+
+def _limits(*, max_items_in_row: int) -> LLParserLimits:
+    """Bound what one mask may cost the engine's thread, and one grammar the memory; what exceeds it ends in words."""
+    return LLParserLimits(
+        max_items_in_row=max_items_in_row,
+        step_max_items=5_000,
+        initial_lexer_fuel=1_000_000,
+        step_lexer_fuel=200_000,
+        max_lexer_states=50_000,
+        max_grammar_size=500_000,
+        precompute_large_lexemes=True,
+        verbose_errors=False,
+    )
+
+
+# The rules of a caller's may be ambiguous: a step's time then grows with the square of a row, and more.
+_LIMITS = {False: _limits(max_items_in_row=2_000), True: _limits(max_items_in_row=500)}
 
 
 def can_constrain(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -51,11 +77,6 @@ def compiler_of(tokenizer: PreTrainedTokenizerBase) -> GrammarCompiler:
         return compiler
 
 
-class _Compiled(NamedTuple):
-    matcher: LLMatcher
-    shortest: int | None  # tokens of the shortest answer that closes everything at once; None if it does not end so
-
-
 class GrammarCompiler:
     """Compiles grammars for one vocabulary, each once, whoever asks; different ones do not wait for each other.
 
@@ -68,7 +89,7 @@ class GrammarCompiler:
         self._vocabulary: Vocabulary | None = None
         self._reading = threading.Lock()
         self._lock = threading.Lock()  # held for a look into the dictionary
-        self._compiled: OrderedDict[str, Future[_Compiled]] = OrderedDict()  # least recently used first
+        self._compiled: OrderedDict[Grammar, Future[CompiledGrammar]] = OrderedDict()  # least recently used first
         self._num_characters = 0
 
     @property
@@ -83,65 +104,84 @@ class GrammarCompiler:
                 self._vocabulary = self._read_vocabulary()
             return self._vocabulary
 
-    def compile(self, grammar: str) -> None:
+    def compile(self, grammar: Grammar) -> CompiledGrammar:
         """Compile a grammar, or wait for whoever does. Takes up to seconds; hold no lock and no event loop.
 
         Raises:
             InvalidRequestError: If the grammar, or the schema in it, asks for what is not supported.
         """
-        self._get(grammar)
+        with self._lock:
+            future = self._compiled.get(grammar)
+            if future is None:
+                future = self._compiled[grammar] = _in_large_stack(lambda: self._compile(grammar))
+                self._num_characters += len(grammar.text)
+            self._compiled.move_to_end(grammar)
+            while len(self._compiled) > _MAX_GRAMMARS or self._num_characters > _MAX_GRAMMARS_CHARACTERS:
+                self._num_characters -= len(self._compiled.popitem(last=False)[0].text)
+        error = future.exception()
+        if isinstance(error, InvalidRequestError):
+            raise InvalidRequestError(str(error))  # anew for each caller
+        if error is not None:  # a panic of native code is no `Exception`
+            raise InvalidRequestError(f"The answer cannot be constrained as asked: {error!r:.300}") from error
+        return future.result()
 
-    def is_valid(self, grammar: str) -> bool:
+    def is_valid(self, grammar: Grammar) -> bool:
         """Say whether a grammar can be followed; it is compiled then."""
         try:
-            self._get(grammar)
+            self.compile(grammar)
         except InvalidRequestError:
             return False
         return True
 
-    def constraint(self, grammar: str, *, fit: int | None = None) -> GrammarConstraint:
-        """Make what keeps one request inside a grammar.
-
-        Args:
-            grammar: What the answer must follow.
-            fit: Token limit that JSON is to be closed within: near it strings, lists, objects and numbers end as soon
-                as the grammar lets them. None leaves the answer to be cut off there.
+    def constraint(self, grammar: Grammar, *, fit: int | None = None) -> GrammarConstraint:
+        """Compile a grammar, and make what keeps one request inside it; see `CompiledGrammar.constraint`.
 
         Raises:
             InvalidRequestError: If the grammar, or the schema in it, asks for what is not supported.
         """
-        compiled = self._get(grammar)
-        limit = None if compiled.shortest is None else fit
-        return GrammarConstraint(
-            compiled.matcher.deep_copy(), self.vocabulary.closing, limit=limit, shortest=compiled.shortest or 0
-        )
+        return self.compile(grammar).constraint(fit=fit)
 
-    def _get(self, grammar: str) -> _Compiled:
-        with self._lock:
-            future = self._compiled.get(grammar)
-            is_first = future is None
-            if future is None:
-                future = self._compiled[grammar] = Future()
-                self._num_characters += len(grammar)
-            self._compiled.move_to_end(grammar)
-            while len(self._compiled) > _MAX_GRAMMARS or self._num_characters > _MAX_GRAMMARS_CHARACTERS:
-                self._num_characters -= len(self._compiled.popitem(last=False)[0])
-        if is_first:
-            _run_with_large_stack(lambda: _settle(future, lambda: self._compile(grammar)))
-        error = future.exception()
-        if error is not None:
-            raise InvalidRequestError(str(error)) from error
-        return future.result()
-
-    def _compile(self, grammar: str) -> _Compiled:
+    def _compile(self, grammar: Grammar) -> CompiledGrammar:
         vocabulary = self.vocabulary
-        matcher = LLMatcher(vocabulary.tokens, grammar, log_level=0)
-        if matcher.is_error():
+        matcher = LLMatcher(vocabulary.tokens, grammar.text, log_level=0, limits=_LIMITS[grammar.is_foreign])
+        # What nothing can begin, or what is too wide to be looked over, shows at the first masks only.
+        first, shortest = matcher.deep_copy(), None
+        if not first.is_error():
+            first.compute_bitmask()
+        if grammar.is_json and not first.is_error():
+            path, _ = closing_path(first, vocabulary.closing, JsonPosition(), max_masks=_MAX_STEP_MASKS)
+            shortest = _GUESSED_CLOSE if path is None else len(path)
+        if first.is_error():
             raise InvalidRequestError(
-                f"The answer cannot be constrained as asked: {matcher.get_error().splitlines()[0]} "
+                f"The answer cannot be constrained as asked: {_first_line(first.get_error())} "
                 "Simplify the schema, pattern or grammar."
             )
-        return _Compiled(matcher, vocabulary.closing.num_to_end(matcher.deep_copy()))
+        return CompiledGrammar(matcher, vocabulary.closing, shortest)
+
+
+class CompiledGrammar:
+    """A grammar as the tokens of one vocabulary follow it. Any thread may ask it for constraints.
+
+    Args:
+        matcher: At its start; only copies of it advance.
+        closing: The tokens that end JSON.
+        shortest: Tokens of about the shortest answer, where answers are JSON; None where they are not.
+    """
+
+    def __init__(self, matcher: LLMatcher, closing: ClosingTokens, shortest: int | None) -> None:
+        self._matcher = matcher
+        self._closing = closing
+        self._shortest = shortest
+
+    def constraint(self, *, fit: int | None = None) -> GrammarConstraint:
+        """Make what keeps one request inside the grammar.
+
+        Args:
+            fit: Token limit that JSON is to be closed within: near it strings, lists, objects and numbers end as soon
+                as the grammar lets them. None leaves the answer to be cut off there.
+        """
+        limit = None if self._shortest is None else fit
+        return GrammarConstraint(self._matcher.deep_copy(), self._closing, limit=limit, shortest=self._shortest or 0)
 
 
 class GrammarConstraint:
@@ -149,9 +189,10 @@ class GrammarConstraint:
 
     Args:
         matcher: A matcher of its own, at its start.
-        closing: The tokens that end things.
-        limit: Tokens within which to end, by allowing only closing tokens wherever there are any; None for no limit.
-        shortest: Tokens of the shortest answer.
+        closing: The tokens that end JSON.
+        limit: Tokens within which to end, by allowing nothing but a way to the end once few are left; None for no
+            limit.
+        shortest: Tokens of about the shortest answer.
 
     Attributes:
         is_shortened: Whether the answer was made to end early.
@@ -165,7 +206,10 @@ class GrammarConstraint:
         self._limit = limit
         self._shortest = shortest
         self._num_tokens = 0
-        self._is_closing = False
+        self._position = JsonPosition()
+        self._known_need = (shortest, 0)  # tokens to the end when they were last counted, and brackets open then
+        self._masks_left = _MAX_CLOSING_MASKS
+        self._ending: deque[int] | None = None
         self.is_shortened = False
 
     @property
@@ -174,94 +218,89 @@ class GrammarConstraint:
         return bool(self._matcher.is_stopped())
 
     def fill_bitmask(self, row: torch.Tensor) -> None:
-        """Write the allowed tokens into `row`, int32 `[ceil(vocab_size / 32)]` on the CPU, bit = 1: allowed."""
-        num_words = len(self._closing.closers)
+        """Write the allowed tokens into `row`, int32 `[ceil(vocab_size / 32)]` on the CPU, bit = 1: allowed.
+
+        Raises:
+            EngineError: If the grammar cannot be followed any further.
+        """
+        num_words = -(-self._closing.vocab_size // 32)
         known = row[:num_words]  # a model may have rows for more tokens than its tokenizer knows
-        _fill(self._matcher, known)
+        self._matcher.unsafe_compute_mask_ptr(known.data_ptr(), known.numel() * known.element_size())
         row[num_words:] = 0
         self._check()
-        self._is_closing = self._is_closing or self._must_close()
-        if self._is_closing and self._closing.keep(known):
-            self.is_shortened = True
+        if self._limit is not None and self._must_end(self._limit):
+            self._keep_ending(known)
 
     def accept(self, token_id: int) -> None:
-        """Advance by a token."""
+        """Advance by a token.
+
+        Raises:
+            EngineError: If the grammar does not allow it.
+        """
         self._matcher.consume_token(token_id)
         self._num_tokens += 1
         self._check()
+        if self._limit is not None:
+            self._position = self._position.after(self._closing.tokens.decode_bytes([token_id]))
+        if self._ending:
+            self._ending = self._ending if self._ending.popleft() == token_id else None
 
     def forced_tokens(self) -> list[int]:
         """Return the tokens that must come next."""
         return [] if self._matcher.is_stopped() else list(self._matcher.compute_ff_tokens())
 
-    def _must_close(self) -> bool:
-        """Say whether one more free token might leave too few to end the answer in."""
+    def _must_end(self, limit: int) -> bool:
+        """Say whether one more free token might leave too few to end the answer in; find the way to its end then."""
+        if self._ending is not None:
+            return True
         # A token may begin something that has to be ended too: a string, an object and its keys.
         reserve = 8 + self._shortest // 2
-        if self._limit is None or self._num_tokens + 2 * self._shortest + reserve < self._limit:
+        need, depth = self._known_need
+        need += max(0, self._position.depth - depth) * (1 + self._shortest)
+        if self._num_tokens + need + reserve < limit or self._masks_left <= 0:
             return False
-        num_left = self._closing.num_to_end(self._matcher.deep_copy())
-        return num_left is None or self._num_tokens + num_left + reserve >= self._limit
+        path, num_masks = closing_path(
+            self._matcher.deep_copy(), self._closing, self._position, max_masks=min(self._masks_left, _MAX_STEP_MASKS)
+        )
+        self._masks_left -= num_masks
+        if path is not None:
+            self._known_need = len(path), self._position.depth
+            if self._num_tokens + len(path) + reserve >= limit or self._masks_left < _MAX_STEP_MASKS:
+                self._ending = deque(path)
+        return self._ending is not None
+
+    def _keep_ending(self, row: torch.Tensor) -> None:
+        """Forbid all tokens but the next on the way to the end; the end of the answer, where it may end here."""
+        assert self._ending is not None
+        token_id = self._ending[0] if self._ending else self._closing.eos_token_id
+        kept = torch.zeros_like(row)
+        kept[token_id // 32] = row[token_id // 32] & _BITS[token_id % 32]
+        if kept.any() and not torch.equal(kept, row):
+            row.copy_(kept)
+            self.is_shortened = True
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise EngineError(f"The grammar failed while it was followed: {self._matcher.get_error()}")
+            raise EngineError(f"The grammar failed while it was followed: {_first_line(self._matcher.get_error())}")
 
 
-class ClosingTokens(NamedTuple):
-    """Tokens that end things, as bits of int32 `[ceil(vocab_size / 32)]`.
+_BITS = torch.ones(32, dtype=torch.int32) << torch.arange(32, dtype=torch.int32)
 
-    Attributes:
-        closers: Made of nothing but closing quotes and brackets, or the end of the answer.
-        commas: A comma, blanks around it or not.
-        digits: One digit from 1 to 9: a number that may not end yet (above 0, say) can soon after one of these.
-        numerals: Made of nothing but what numbers are written with.
-    """
 
-    closers: torch.Tensor
-    commas: torch.Tensor
-    digits: torch.Tensor
-    numerals: torch.Tensor
-
-    def keep(self, row: torch.Tensor) -> bool:
-        """Forbid all tokens but those that bring the end nearer, if any does; say whether that forbids anything."""
-        kept = row & self.closers
-        if not kept.any() and not (row & ~self.numerals & ~self.commas).any():  # in a number
-            kept = row & self.commas
-            if not kept.any():
-                kept = row & self.digits
-        if not kept.any() or torch.equal(kept, row):
-            return False
-        row.copy_(kept)
-        return True
-
-    def num_to_end(self, matcher: LLMatcher) -> int | None:
-        """Count the tokens after which an answer that closes all it can ends; None if never. Uses `matcher` up."""
-        row = torch.zeros_like(self.closers)
-        for num_tokens in range(_LONGEST_CLOSE):
-            if matcher.is_stopped():
-                return num_tokens
-            _fill(matcher, row)
-            self.keep(row)
-            words = row.nonzero()
-            if matcher.is_error() or not len(words):
-                return None
-            word = int(words[0])
-            bits = int(row[word]) & 0xFFFFFFFF
-            matcher.consume_token(32 * word + (bits & -bits).bit_length() - 1)
-        return None
+def _first_line(message: str) -> str:
+    return f"{message.strip().partition(chr(10))[0]:.500}"
 
 
 class Vocabulary(NamedTuple):
     """What is known of a tokenizer.
 
     Attributes:
-        tokens: For llguidance, its `LLTokenizer`.
+        tokens: llguidance's own tokenizer.
         special: Tokens that llguidance does not take for text, and their ids: the added ones, `<tool_call>` perhaps.
-        closing: The tokens that end things.
+        closing: The tokens that end JSON.
     """
 
-    tokens: Any
+    tokens: LLTokenizer
     special: dict[str, int]
     closing: ClosingTokens
 
@@ -286,45 +325,33 @@ def _read_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
         )
     tokens = hf.from_tokenizer(cast("Any", tokenizer))
     special = {text: id_ for text, id_ in tokenizer.get_added_vocab().items() if tokens.is_special_token(id_)}
-    num_tokens = min(tokens.vocab_size, len(tokenizer))
-    texts = tokenizer.batch_decode([[token_id] for token_id in range(num_tokens)])
-    ends = {id_ for id_ in (tokenizer.eos_token_id, tokens.eos_token) if id_ is not None}
-
-    def bits(is_in: Callable[[int, str], bool]) -> torch.Tensor:
-        members = torch.zeros(-(-tokens.vocab_size // 32) * 32, dtype=torch.int64)
-        members[[token_id for token_id, text in enumerate(texts) if is_in(token_id, text)]] = 1
-        words = (members.view(-1, 32) << torch.arange(32)).sum(1)
-        return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
-
-    closing = ClosingTokens(
-        closers=bits(lambda id_, text: id_ in ends or bool(text and not text.strip('"}]'))),
-        commas=bits(lambda _, text: text.strip() == ","),
-        digits=bits(lambda _, text: len(text) == 1 and text in "123456789"),
-        numerals=bits(lambda _, text: bool(text and not text.strip("+-.0123456789eE"))),
-    )
-    return Vocabulary(tokens, special, closing)
+    return Vocabulary(tokens, special, ClosingTokens.of(tokens))
 
 
-def _settle(future: Future[_Compiled], work: Callable[[], _Compiled]) -> None:
-    """Give a future the outcome of `work`, whatever it is: a panic of native code is no `Exception`."""
-    try:
-        future.set_result(work())
-    except InvalidRequestError as error:
-        future.set_exception(error)
-    except BaseException as error:  # noqa: BLE001 - whoever waits must hear of it
-        future.set_exception(InvalidRequestError(f"The answer cannot be constrained as asked: {error!r:.300}"))
+def _in_large_stack(work: Callable[[], T]) -> Future[T]:
+    """Run `work` in a thread of its own, whose stack is large; whatever it raises is told to those who wait for it.
 
+    Raises:
+        EngineError: If no thread can be started.
+    """
+    outcome: Future[T] = Future()
 
-def _run_with_large_stack(work: Callable[[], None]) -> None:
-    """Run `work` in a thread of its own, whose stack is large, and wait for it."""
-    thread = threading.Thread(target=work, name="grammar-compiler", daemon=True)
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - a panic of native code is no `Exception`
+            outcome.set_exception(error)
+
+    thread = threading.Thread(target=run, name="grammar-compiler", daemon=True)
     with _starting:
         before = threading.stack_size(_STACK_BYTES)
         try:
             thread.start()
+        except RuntimeError as error:
+            raise EngineError(f"No thread can be started to compile a grammar in: {error}") from error
         finally:
             threading.stack_size(before)
-    thread.join()
+    return outcome
 
 
 _starting = threading.Lock()  # the size of a new thread's stack is a setting of the whole process
@@ -339,7 +366,3 @@ def _begin_in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_begin_in_child)
-
-
-def _fill(matcher: LLMatcher, row: torch.Tensor) -> None:
-    matcher.unsafe_compute_mask_ptr(row.data_ptr(), row.numel() * row.element_size())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from functools import lru_cache
+import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jinja2
@@ -112,11 +112,19 @@ def dialect_of(tokenizer: PreTrainedTokenizerBase) -> Dialect:
     template = getattr(tokenizer, "chat_template", None)
     if not template:
         return SECTION
-    return _dialect_of(tokenizer, repr(template), repr(response_template(tokenizer)))
+    asked = (repr(template), repr(response_template(tokenizer)))  # changed templates are probed again
+    known = _dialects.get(tokenizer)
+    if known is None or known[0] != asked:
+        known = _dialects[tokenizer] = (asked, _probed(tokenizer))
+    return known[1]
 
 
-@lru_cache(maxsize=32)
-def _dialect_of(tokenizer: PreTrainedTokenizerBase, template: str, answers: str) -> Dialect:  # noqa: ARG001 - changed templates are probed again
+_dialects: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, tuple[tuple[str, str], Dialect]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _probed(tokenizer: PreTrainedTokenizerBase) -> Dialect:
     shown = _rendered(tokenizer, 1)
     if shown is None or not all(name in shown for name in _ARGUMENTS):
         return SECTION

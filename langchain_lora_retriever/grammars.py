@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llguidance import LLMatcher
 
 from langchain_lora_retriever.errors import InvalidRequestError
 from langchain_lora_retriever.nesting import check_unicode
-from langchain_lora_retriever.schemas import check_schema
+from langchain_lora_retriever.schemas import checked_schema
 from langchain_lora_retriever.shown import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from langchain_lora_retriever.dialects import CallForm
 
 __all__ = [
+    "MAX_CHOICES",
     "MAX_GRAMMAR_CHARACTERS",
-    "MAX_TOOLS",
+    "MAX_PATTERN_CHARACTERS",
+    "Grammar",
     "calls_grammar",
     "choice_grammar",
     "json_grammar",
@@ -30,36 +30,86 @@ __all__ = [
 ]
 
 MAX_GRAMMAR_CHARACTERS = 256 << 10
-"""Characters of a regular expression, of all choices together, or of a grammar, tools' schemas included."""
-MAX_TOOLS = 512
-"""Tools of one call that an answer is constrained by."""
+"""Characters of all choices together, or of a grammar, tools' schemas included."""
+MAX_PATTERN_CHARACTERS = 8 << 10
+"""Characters of a regular expression."""
+MAX_CHOICES = 10_000
+"""Choices of one call."""
+_MAX_FORCED_CHARACTERS = 16 << 10
+"""Characters of keys and constants up to which a grammar's forced tokens are looked for, all in a row: 1.5 us each."""
 
 # No free white space: a weak model would emit blanks until the token limit. The separators are json.dumps's, so the
 # forced text is what models were trained on.
 _JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
+# What says nothing about how an answer is written.
+_ANNOTATIONS = frozenset({"title", "description", "default", "examples", "$comment"})
 
-def json_grammar(schema: Mapping[str, Any]) -> str:
+# Comments, strings, regular expressions, special tokens, and the mark of a parametric rule outside of these.
+_LARK_PARTS = re.compile(r'(?:#|//)[^\n]*|"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\])+/|<[^<>\s]+>|::', re.DOTALL)
+
+
+class Grammar(NamedTuple):
+    """The text of a grammar.
+
+    Attributes:
+        text: As llguidance reads it.
+        is_foreign: A caller wrote its rules, which may be ambiguous beyond measure.
+        is_json: The answer is JSON, between tags or alone, and can be closed to fit the token limit.
+    """
+
+    text: str
+    is_foreign: bool = False
+    is_json: bool = False
+
+
+def json_grammar(schema: Mapping[str, Any]) -> Grammar:
     """Write the grammar of JSON texts that satisfy a schema.
 
     Raises:
-        InvalidRequestError: If the schema is beyond the bounds of `check_schema`.
+        InvalidRequestError: If the schema is beyond the bounds of `checked_schema`.
     """
-    return f"%llguidance {{}}\nstart: {_json_rule(schema)}\n"
+    checked = checked_schema(schema)
+    return Grammar(f"{_header(checked)}start: {_json_rule(checked)}\n", is_json=True)
 
 
-def lark_grammar(grammar: str) -> str:
+def lark_grammar(grammar: str) -> Grammar:
     """Check a caller's own grammar, in Lark's form.
 
     Raises:
-        InvalidRequestError: If it is no text, or too long.
+        InvalidRequestError: If it is no text, too long, holds a schema beyond the bounds of `checked_schema` or
+            parametric rules, or is llguidance's own JSON in place of Lark.
     """
-    if not isinstance(grammar, str) or not grammar.strip():
+    if not isinstance(grammar, str) or grammar.strip()[:1] in {"", "{"}:
         raise InvalidRequestError(f"guided grammar={shown(grammar)} is not allowed: pass a Lark grammar as text.")
-    return _bounded(grammar, "The grammar")
+    rules, text = _with_checked_json(_bounded(grammar, "The grammar"))
+    if any(part[0] == "::" for part in _LARK_PARTS.finditer(rules)):
+        raise InvalidRequestError(
+            "The grammar has parametric rules (name::value), which can take minutes to follow: write them out."
+        )
+    if len(text) > _MAX_FORCED_CHARACTERS:
+        text += '\n%llguidance {"no_forcing": true}\n'  # the last word: earlier options of the caller's do not count
+    return Grammar(text, is_foreign=True)
 
 
-def regex_grammar(pattern: str) -> str:
+def _with_checked_json(text: str) -> tuple[str, str]:
+    """Check the schemas in a Lark grammar; return its rules without any JSON, and the grammar with what was checked."""
+    decoder, rules, written, at = json.JSONDecoder(), [], [], 0
+    for found in re.finditer(r"%(json|regex|llguidance)\b\s*", text):
+        if found.start() < at:
+            continue
+        try:
+            value, end = decoder.raw_decode(text, found.end())
+        except (ValueError, RecursionError) as error:
+            raise InvalidRequestError(f"%{found[1]} in the grammar must be followed by JSON: {error}") from error
+        checked = checked_schema(value) if found[1] == "json" else value
+        rules.append(text[at : found.start()])
+        written += [rules[-1], f"%{found[1]} {json.dumps(checked)}"]
+        at = end
+    return "".join([*rules, text[at:]]), "".join([*written, text[at:]])
+
+
+def regex_grammar(pattern: str) -> Grammar:
     """Write the grammar of texts that match a regular expression (Rust's dialect) as a whole.
 
     Raises:
@@ -67,23 +117,30 @@ def regex_grammar(pattern: str) -> str:
     """
     if not isinstance(pattern, str):
         raise InvalidRequestError(f"guided regex={shown(pattern)} is not allowed: pass a regular expression as text.")
-    return LLMatcher.grammar_from_regex(_bounded(pattern, "The regular expression"))
+    return Grammar(LLMatcher.grammar_from_regex(_bounded(pattern, "The regular expression", MAX_PATTERN_CHARACTERS)))
 
 
-def choice_grammar(choices: Sequence[str]) -> str:
+def choice_grammar(choices: Sequence[str]) -> Grammar:
     """Write the grammar of a choice between texts.
 
     Raises:
-        InvalidRequestError: If they are no list of texts, or too long together.
+        InvalidRequestError: If they are no list of texts, too many, or too long together.
     """
-    if isinstance(choices, str) or not isinstance(choices, Iterable):
+    if isinstance(choices, str) or not isinstance(choices, Sequence):
         raise InvalidRequestError(f"guided choice={shown(choices)} is not allowed: pass a list of texts.")
-    texts = list(choices)
-    if not texts or not all(isinstance(text, str) and text for text in texts):
-        raise InvalidRequestError(f"guided choice={shown(texts)} is not allowed: pass one or more non-empty texts.")
+    if len(choices) > MAX_CHOICES:
+        raise InvalidRequestError(
+            f"guided choice has {len(choices):,} texts, at most {MAX_CHOICES:,} are allowed. Pass fewer."
+        )
+    if not choices or not all(isinstance(text, str) and text for text in choices):
+        raise InvalidRequestError(f"guided choice={shown(choices)} is not allowed: pass one or more non-empty texts.")
+    num_characters = sum(map(len, choices))
+    if num_characters > MAX_GRAMMAR_CHARACTERS:
+        raise _too_long("The choices together", num_characters, MAX_GRAMMAR_CHARACTERS)
     # One terminal: as so many rules, more than 2,000 choices would be beyond the parser.
-    rule = _bounded(" | ".join(json.dumps(text) for text in texts), "The choices together")
-    return f"%llguidance {{}}\nstart: CHOICE\nCHOICE: {rule}\n"
+    rule = " | ".join(json.dumps(_bounded(text, "A choice")) for text in choices)
+    header = _HEADERS[num_characters > _MAX_FORCED_CHARACTERS]
+    return Grammar(f"{header}start: CHOICE\nCHOICE: {rule}\n")
 
 
 def calls_grammar(
@@ -95,7 +152,7 @@ def calls_grammar(
     is_forced: bool,
     is_repeatable: bool,
     otherwise: Mapping[str, Any] | None = None,
-) -> str:
+) -> Grammar:
     """Write the grammar of tool calls.
 
     Args:
@@ -108,12 +165,10 @@ def calls_grammar(
         otherwise: A schema that the text may satisfy in place of a forced call.
 
     Raises:
-        InvalidRequestError: If there are too many tools, or their schemas are too large together.
+        InvalidRequestError: If the tools' schemas are beyond bounds, or too large together.
     """
-    if len(tools) > MAX_TOOLS:
-        raise InvalidRequestError(
-            f"{len(tools)} tools are bound, at most {MAX_TOOLS} are allowed: bind those that this call may need."
-        )
+    tools = {name: checked_schema(schema) for name, schema in tools.items()}
+    otherwise = None if otherwise is None else checked_schema(otherwise)
     opening = _spelled(special, form.opening)
     rules = [
         f"tool_{index}: {_spelled(special, form.before_name + name + form.before_arguments)} {_json_rule(schema)}"
@@ -125,7 +180,9 @@ def calls_grammar(
         more = f" ({_spelled(special, form.separator + form.opening)} body)*"
     rules.append(f"body: {body}")
     if is_forced:
-        rules.insert(0, f"start: {opening} body{more}" + (f" | {_json_rule(otherwise)}" if otherwise else ""))
+        rules.insert(
+            0, f"start: {opening} body{more}" + (f" | {_json_rule(otherwise)}" if otherwise is not None else "")
+        )
     else:
         # A lazy rule ends at the first match, so text that reaches the opening is in a call from there on. Tokens of
         # their own in the opening may stand there and nowhere else; all others may stand anywhere.
@@ -136,16 +193,43 @@ def calls_grammar(
         rules.append(f"trigger[lazy]: TEXT {json.dumps(form.opening)}")
         rules.append(f"free: (TEXT <[{','.join(map(str, others))}]>)*" if others else 'free: ""')
         rules.append("TEXT: /(.|\\n)*/")
-    return _bounded("%llguidance {}\n" + "\n".join(rules) + "\n", "The tools' schemas together")
+    header = _header(*tools.values(), *([otherwise] if otherwise else []))
+    text = header + "\n".join(rules) + "\n"
+    return Grammar(_bounded(text, "The tools' schemas together"), is_json=is_forced)
 
 
-def _bounded(text: str, what: str) -> str:
-    if len(text) > MAX_GRAMMAR_CHARACTERS:
-        raise InvalidRequestError(
-            f"{what}: {len(text):,} characters, at most {MAX_GRAMMAR_CHARACTERS:,} are allowed. Pass less."
-        )
+_HEADERS = ("%llguidance {}\n", '%llguidance {"no_forcing": true}\n')
+
+
+def _header(*schemas: Mapping[str, Any]) -> str:
+    """Write a grammar's options: a step may not take in more forced text than the engine's thread has time for."""
+    return _HEADERS[any(_num_fixed_characters(schema) > _MAX_FORCED_CHARACTERS for schema in schemas)]
+
+
+def _num_fixed_characters(schema: Any) -> int:
+    """Count the characters of keys and constants in a schema, and some more."""
+    num, stack = 0, [schema]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, str):
+            num += len(value)
+        elif isinstance(value, list):
+            stack += value
+        elif isinstance(value, dict):
+            num += sum(map(len, value))
+            stack += [item for key, item in value.items() if key not in _ANNOTATIONS or not isinstance(item, str)]
+    return num
+
+
+def _bounded(text: str, what: str, limit: int = MAX_GRAMMAR_CHARACTERS) -> str:
+    if len(text) > limit:
+        raise _too_long(what, len(text), limit)
     check_unicode(text, what)
     return text
+
+
+def _too_long(what: str, num_characters: int, limit: int) -> InvalidRequestError:
+    return InvalidRequestError(f"{what}: {num_characters:,} characters, at most {limit:,} are allowed. Pass less.")
 
 
 def _spelled(special: Mapping[str, int], text: str) -> str:
@@ -156,24 +240,36 @@ def _spelled(special: Mapping[str, int], text: str) -> str:
 
 
 def _json_rule(schema: Mapping[str, Any]) -> str:
-    check_schema(schema)
     return "%json " + json.dumps({**_closed(schema), "x-guidance": _JSON_OPTIONS})
 
 
-def _closed(schema: Any) -> Any:
-    """Close objects that list their properties and do not say whether there may be others."""
+# Parts of a schema that hold schemas: by name, in a row, or one.
+_NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions"})
+_PARTS = frozenset({"allOf", "anyOf", "oneOf", "prefixItems", "items", "additionalItems", "additionalProperties"})
+_COMBINING = frozenset({"allOf", "anyOf", "oneOf", "$ref"})
+
+
+def _closed(schema: Any, *, is_combined: bool = False) -> Any:
+    """Close objects that list their properties and do not say whether there may be others.
+
+    What is combined with others (in `allOf`, in or beside `anyOf`, beside `$ref`) stays open: closed, each would forbid
+    what the others bring. What asks for nothing (`uniqueItems: false`) is left out.
+    """
     if isinstance(schema, list):
-        return [_closed(item) for item in schema]
+        return [_closed(item, is_combined=is_combined) for item in schema]
     if not isinstance(schema, dict):
         return schema
+    parts = schema.keys() & (_COMBINING | {"properties"})
+    combines = is_combined or len(parts) > 1
     closed = {
         key: {name: _closed(item) for name, item in value.items()}
-        if key in {"properties", "$defs", "definitions"} and isinstance(value, dict)
+        if key in _NAMED and isinstance(value, dict)
+        else _closed(value, is_combined=key == "allOf" or (combines and key in _COMBINING))
+        if key in _PARTS
         else value
-        if key in {"const", "enum", "default", "examples"}
-        else _closed(value)
         for key, value in schema.items()
+        if not (key == "uniqueItems" and value is False)
     }
-    if closed.get("type") == "object" and "properties" in closed:
+    if closed.get("type") == "object" and "properties" in closed and not combines:
         closed.setdefault("additionalProperties", False)
     return closed

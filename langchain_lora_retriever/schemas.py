@@ -1,162 +1,231 @@
-"""Schemas of callers: read from every form they come in, and bounded before anything recurses over them."""
+"""Schemas of callers as plain data: bounded before anything recurses over them, and fit to be a tool's arguments."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
-from typing import Any
-
-import pydantic
-import pydantic.v1
-from langchain_core.utils.function_calling import convert_to_json_schema
+from fractions import Fraction
+from typing import Any, TypeAlias
+from urllib.parse import unquote
 
 from langchain_lora_retriever.errors import InvalidRequestError
-from langchain_lora_retriever.nesting import walk
+from langchain_lora_retriever.nesting import check_unicode, walk
 from langchain_lora_retriever.shown import shown
 
 __all__ = [
     "MAX_SCHEMA_CHARACTERS",
     "MAX_SCHEMA_REFS",
-    "check_schema",
-    "class_schema",
-    "is_object_schema",
-    "is_recursive",
-    "to_json_schema",
+    "Schema",
+    "checked_schema",
+    "inlined",
+    "object_schema",
+    "opened",
+    "resolve",
+    "strict_schema",
+    "without_titles",
 ]
+
+Schema: TypeAlias = dict[str, Any]
+"""A JSON schema of nothing but dictionaries, lists, texts, numbers, booleans and None."""
 
 MAX_SCHEMA_CHARACTERS = 256 << 10
 """Characters of a schema that is written out as JSON."""
 MAX_SCHEMA_REFS = 500
 """Definitions that a schema refers to: native code recurses over chains of them."""
-_MAX_MULTIPLE_OF = 100_000
-"""Largest `multipleOf` of an integer: an automaton counts remainders."""
+_MAX_MULTIPLE = 10_000
+"""Least common multiple of all `multipleOf`, in units of their last digit: an automaton counts remainders."""
+_MAX_INLINED = 1_000
+"""Parts of a schema whose definitions are written out."""
+
+# Parts of a schema that hold schemas: by name, or in a row or one.
+_NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+_PARTS = frozenset(
+    {"allOf", "anyOf", "oneOf", "prefixItems", "items", "additionalItems", "additionalProperties", "not"}
+)
+_DEFINITIONS = frozenset({"$defs", "definitions"})
 
 
-def to_json_schema(schema: Any) -> dict[str, Any]:
-    """Convert a pydantic class, TypedDict, function description or schema to a plain JSON schema.
+def checked_schema(schema: Any, what: str = "The schema") -> Schema:
+    """Return a plain copy of a schema that may be handed to native code.
 
-    Raises:
-        InvalidRequestError: If it is none of these, or beyond the bounds of this module.
-    """
-    if isinstance(schema, Mapping):
-        check_schema(schema)
-        converted = _from_mapping(schema)
-    else:
-        converted = class_schema(schema) or _by_langchain(schema)
-    check_schema(converted)
-    return converted
-
-
-def class_schema(schema: Any) -> dict[str, Any] | None:
-    """Return the JSON schema that a pydantic class writes of itself, recursion included; None for anything else."""
-    if not isinstance(schema, type):
-        return None
-    try:
-        if issubclass(schema, pydantic.BaseModel):
-            return _opened(schema.model_json_schema())
-        if issubclass(schema, pydantic.v1.BaseModel):
-            return _opened(dict(schema.schema()))
-    except Exception as error:
-        raise InvalidRequestError(f"{schema.__name__} has no JSON schema: {error}") from error
-    return None
-
-
-def check_schema(schema: Mapping[str, Any]) -> None:
-    """Refuse a schema that is no JSON, or beyond the bounds of this module, before anything recurses over it.
+    Args:
+        schema: A mapping of a caller's.
+        what: What to call it in an error.
 
     Raises:
         InvalidRequestError: If it is no JSON, nests too deep, is too large, refers to too many definitions, or asks for
             multiples of too large a number.
     """
     if not isinstance(schema, Mapping):
-        raise InvalidRequestError(f"The schema {shown(schema)} is not allowed: pass a JSON object.")
+        raise InvalidRequestError(f"{what} {shown(schema)} is not allowed: pass a JSON object.")
     refs: set[str] = set()
-    for value in walk(schema, "The schema"):
-        if isinstance(value, Mapping):
+    multiples: set[Fraction] = set()
+    num_characters = 0  # counted before it is written out: parts of Python's objects may be shared
+    for value in walk(schema, what):
+        if isinstance(value, str):
+            check_unicode(value, what)
+            num_characters += len(value)
+        elif isinstance(value, Mapping):
             if isinstance(value.get("$ref"), str):
                 refs.add(value["$ref"])
-            _check_multiple_of(value.get("multipleOf"))
+            multiple = value.get("multipleOf")
+            if isinstance(multiple, int | float) and math.isfinite(multiple) and multiple > 0:
+                multiples.add(Fraction(str(multiple)))
     if len(refs) > MAX_SCHEMA_REFS:
         raise InvalidRequestError(
-            f"The schema refers to {len(refs)} definitions, at most {MAX_SCHEMA_REFS} are allowed: leave out what the "
+            f"{what} refers to {len(refs)} definitions, at most {MAX_SCHEMA_REFS} are allowed: leave out what the "
             "answer does not need."
         )
+    _check_multiples(multiples, what)
+    _check_size(num_characters, what)
     try:
-        num_characters = len(json.dumps(schema))
-    except (TypeError, ValueError) as error:
-        raise InvalidRequestError(f"The schema is no JSON: {error}") from error
+        text = json.dumps(schema, allow_nan=False, default=_as_plain)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise InvalidRequestError(f"{what} is no JSON: {error!s:.200}") from error
+    _check_size(len(text), what)
+    return json.loads(text)  # type: ignore[no-any-return]
+
+
+def _as_plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"an object of type {type(value).__name__} stands in it")
+
+
+def _check_size(num_characters: int, what: str) -> None:
     if num_characters > MAX_SCHEMA_CHARACTERS:
         raise InvalidRequestError(
-            f"The schema has {num_characters:,} characters, at most {MAX_SCHEMA_CHARACTERS:,} are allowed: leave out "
+            f"{what} has {num_characters:,} characters, at most {MAX_SCHEMA_CHARACTERS:,} are allowed: leave out "
             "what the answer does not need."
         )
 
 
-def is_object_schema(schema: Mapping[str, Any]) -> bool:
-    """Say whether everything a schema allows is an object, as the arguments of a tool are."""
-    definitions = schema.get("$defs") or schema.get("definitions") or {}
-
-    def is_object(part: Any, seen: frozenset[str]) -> bool:
-        if not isinstance(part, Mapping):
-            return False
-        if "type" in part or "properties" in part:
-            return bool(part.get("type", "object") == "object")
-        if isinstance(part.get("$ref"), str):
-            name = part["$ref"].rpartition("/")[2]
-            return name not in seen and is_object(definitions.get(name), seen | {name})
-        for key, combine in (("anyOf", all), ("oneOf", all), ("allOf", any)):
-            if part.get(key):
-                return combine(is_object(item, seen) for item in part[key])
-        return False
-
-    return is_object(schema, frozenset())
-
-
-def is_recursive(schema: Mapping[str, Any]) -> bool:
-    """Say whether a definition of a schema refers to itself, directly or through others."""
-    definitions = {name: _refs(part) for name, part in (schema.get("$defs") or {}).items()}
-    while True:
-        leaves = {name for name, refs in definitions.items() if not refs & definitions.keys()}
-        if not leaves:
-            return bool(definitions)
-        definitions = {name: refs for name, refs in definitions.items() if name not in leaves}
-
-
-def _from_mapping(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """A plain schema stays as it is; descriptions of functions hold theirs in one of several places."""
-    if "function" in schema or "parameters" in schema or "input_schema" in schema:
-        return _by_langchain(dict(schema))
-    if isinstance(schema.get("schema"), Mapping) and "name" in schema:  # OpenAI's {"name", "strict", "schema"}
-        return {"title": schema["name"], **schema["schema"]}
-    return dict(schema)
-
-
-def _opened(schema: dict[str, Any]) -> dict[str, Any]:
-    """Write the definition out that a class which refers to itself consists of."""
-    place, _, name = schema.get("$ref", "").rpartition("/")
-    definition = (schema.get(place.removeprefix("#/")) or {}).get(name, {})
-    return {**{key: value for key, value in schema.items() if key != "$ref" or not definition}, **definition}
-
-
-def _by_langchain(schema: Any) -> dict[str, Any]:
-    try:
-        return dict(convert_to_json_schema(schema))
-    except Exception as error:
+def _check_multiples(multiples: set[Fraction], what: str) -> None:
+    """Bound what all of them together ask for: `allOf` combines them."""
+    unit = math.lcm(*(number.denominator for number in multiples))
+    if any(number > _MAX_MULTIPLE or number.denominator > 10**18 for number in multiples) or (
+        math.lcm(*(int(number * unit) for number in multiples)) > _MAX_MULTIPLE
+    ):
+        numbers = ", ".join(f"{float(number):.6g}" for number in sorted(multiples)[-4:])
         raise InvalidRequestError(
-            f"{shown(schema)} is not a schema: {shown(error)}. Pass a pydantic class, a TypedDict or a JSON schema."
-        ) from error
+            f"{what} has multipleOf={numbers}, which is not allowed: numbers must have a least common multiple of "
+            f"{_MAX_MULTIPLE:,} at most, in units of their last digit."
+        )
 
 
-def _refs(schema: Any) -> set[str]:
+def resolve(schema: Schema, reference: Any) -> Any:
+    """Find what a reference within a schema means; None if there is nothing."""
+    found: Any = schema
+    if not isinstance(reference, str) or not (reference in {"", "#"} or reference.startswith("#/")):
+        return None
+    for part in reference.split("/")[1:]:
+        key = unquote(part).replace("~1", "/").replace("~0", "~")
+        if isinstance(found, dict) and key in found:
+            found = found[key]
+        elif isinstance(found, list) and key.isdecimal() and len(key) < 9 and int(key) < len(found):
+            found = found[int(key)]
+        else:
+            return None
+    return found
+
+
+def opened(schema: Schema) -> Schema:
+    """Write out the definition that a schema refers to as a whole, as that of a class which contains itself does."""
+    seen: set[str] = set()
+    while isinstance(reference := schema.get("$ref"), str) and reference not in seen:
+        seen.add(reference)
+        target = resolve(schema, reference)
+        if not isinstance(target, dict):
+            break
+        schema = {**target, **{key: value for key, value in schema.items() if key != "$ref"}}
+    return schema
+
+
+def object_schema(schema: Schema, what: str = "The schema") -> Schema:
+    """Return a schema of all objects that a schema allows, as the arguments of a tool are.
+
+    Args:
+        schema: As `checked_schema` returns it.
+        what: What to call it in an error.
+
+    Raises:
+        InvalidRequestError: If its type is another.
+    """
+    schema = opened(schema)
+    types = schema.get("type", "object")
+    if types != "object" and not (isinstance(types, list) and "object" in types):
+        raise InvalidRequestError(
+            f"{what} is of type {shown(types)}, and a function's arguments are an object: wrap it in an object, or "
+            "pass method='json_schema' for structured output."
+        )
+    return {**schema, "type": "object"}
+
+
+def strict_schema(schema: Any) -> Any:
+    """Require every property and allow no others, as OpenAI's strict mode has it."""
+    strict = _with_parts(schema, strict_schema)
+    if isinstance(strict, dict) and (
+        isinstance(strict.get("properties"), dict) or (strict.get("type") == "object" and "$ref" not in strict)
+    ):
+        strict["required"] = list(strict.get("properties", ()))
+        strict["additionalProperties"] = False
+    return strict
+
+
+def without_titles(schema: Any) -> Any:
+    """Leave out the titles that pydantic gives everything; a property of that name stays."""
+    result = _with_parts(schema, without_titles)
+    if isinstance(result, dict) and isinstance(result.get("title"), str):
+        del result["title"]
+    return result
+
+
+def _with_parts(schema: Any, change: Any) -> Any:
+    """Copy a schema with each of the schemas right inside it changed."""
+    if isinstance(schema, list):
+        return [change(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
     return {
-        value["$ref"].rpartition("/")[2]
-        for value in walk(schema, "The schema")
-        if isinstance(value, Mapping) and isinstance(value.get("$ref"), str)
+        key: {name: change(item) for name, item in value.items()}
+        if key in _NAMED and isinstance(value, dict)
+        else change(value)
+        if key in _PARTS
+        else value
+        for key, value in schema.items()
     }
 
 
-def _check_multiple_of(value: object) -> None:
-    if isinstance(value, int | float) and abs(value) > _MAX_MULTIPLE_OF:
-        raise InvalidRequestError(
-            f"multipleOf={value:.6g} is not allowed in a schema: pass a number of {_MAX_MULTIPLE_OF:,} at most."
-        )
+def inlined(schema: Schema) -> Schema:
+    """Write definitions out where they are meant, which models and chat templates read more easily.
+
+    A schema that refers to itself, or that would grow large, stays as it is.
+    """
+    left = _MAX_INLINED
+
+    def write(node: Any, inside: tuple[str, ...]) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0 or len(inside) > 20:
+            raise _StaysAsItIsError
+        reference = node.get("$ref") if isinstance(node, dict) else None
+        if isinstance(reference, str):
+            target = resolve(schema, reference)
+            if reference in inside or not isinstance(target, dict):
+                raise _StaysAsItIsError
+            node = {**target, **{key: value for key, value in node.items() if key != "$ref"}}
+            return write(node, (*inside, reference))
+        if isinstance(node, dict):
+            node = {key: value for key, value in node.items() if key not in _DEFINITIONS}
+        return _with_parts(node, lambda part: write(part, inside))
+
+    try:
+        result: Schema = write(schema, ())
+    except (_StaysAsItIsError, RecursionError):
+        return schema
+    return result
+
+
+class _StaysAsItIsError(Exception):
+    """A schema refers to itself, or would grow large."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,11 +16,13 @@ from langchain_core.utils.json import parse_partial_json
 from pydantic import BaseModel, ValidationError
 
 from langchain_lora_retriever.errors import InvalidRequestError, StructuredOutputError
-from langchain_lora_retriever.schemas import is_object_schema, to_json_schema
+from langchain_lora_retriever.json_check import violation
 from langchain_lora_retriever.shown import shown
-from langchain_lora_retriever.tools import Tool, to_tools, tool_name
+from langchain_lora_retriever.tools import schema_tool, to_json_schema, tool_name
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from langchain_core.language_models import BaseChatModel, LanguageModelInput
 
 
@@ -46,7 +47,7 @@ def structured_output(
     """
     trace = {"kwargs": {"method": method, "strict": strict}, "schema": schema}
     if method == "function_calling":
-        tool = _tool_of(schema, strict=strict)
+        tool = schema_tool(schema, strict=strict)
         bound = llm.bind_tools(
             [tool], tool_choice=tool_name(tool), parallel_tool_calls=False, ls_structured_output_format=trace, **kwargs
         )
@@ -67,28 +68,10 @@ def structured_output(
     return RunnableMap(raw=bound) | parsed.with_fallbacks([failed], exception_key="parsing_error")
 
 
-def _tool_of(schema: Mapping[str, Any] | type, *, strict: bool | None) -> Tool:
-    """Write a schema as the one tool whose arguments are the answer."""
-    if not isinstance(schema, Mapping) or "function" in schema or "parameters" in schema or "input_schema" in schema:
-        return to_tools([schema], strict=strict)[0]
-    parameters = to_json_schema(schema)
-    if not is_object_schema(parameters):
-        raise InvalidRequestError(
-            f"The schema {shown(schema)} allows more than objects, and a function's arguments are an object: pass "
-            "method='json_schema', or wrap it in an object."
-        )
-    function = {
-        "name": str(parameters.pop("title", "answer")),
-        "description": str(parameters.pop("description", "")),
-        "parameters": parameters,
-    }
-    return to_tools([{"type": "function", "function": function}], strict=strict)[0]
-
-
 class StructuredOutputParser(BaseCumulativeTransformOutputParser[Any]):
     """Reads the JSON of an answer's text, or of its tool call, and validates it against the schema asked for.
 
-    In a stream, dictionaries are given as they grow; an object of a class only when it is whole.
+    In a stream, dictionaries and lists are given as they grow; an object of a class only when it is whole.
 
     Attributes:
         target: The pydantic class, TypedDict or JSON schema.
@@ -112,14 +95,14 @@ class StructuredOutputParser(BaseCumulativeTransformOutputParser[Any]):
                 return None
             try:
                 value = parse_partial_json(text) if text else None
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 return None
-            return value if isinstance(value, dict) else None
+            return value if isinstance(value, dict | list) else None
         try:
             return self._validate(json.loads(text, strict=False))
-        except (ValueError, TypeError, ValidationError, pydantic.v1.ValidationError) as error:
+        except (ValueError, TypeError, RecursionError, ValidationError, pydantic.v1.ValidationError) as error:
             raise StructuredOutputError(
-                f"The answer does not satisfy the schema: {error}\nThe answer was: {shown(text)}\n"
+                f"The answer does not satisfy the schema: {error!s:.2000}\nThe answer was: {shown(text)}\n"
                 "If it was cut off, raise max_tokens."
             ) from error
 
@@ -129,10 +112,9 @@ class StructuredOutputParser(BaseCumulativeTransformOutputParser[Any]):
             return target.model_validate(value)
         if isinstance(target, type) and issubclass(target, pydantic.v1.BaseModel):
             return target.parse_obj(value)
-        if isinstance(value, dict):
-            missing = [key for key in to_json_schema(target).get("required", ()) if key not in value]
-            if missing:
-                raise OutputParserException(f"the keys {missing} are missing")
+        wrong = violation(to_json_schema(target), value)
+        if wrong is not None:
+            raise OutputParserException(wrong)
         return value
 
 

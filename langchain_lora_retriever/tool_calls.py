@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from langchain_core.messages.tool import ToolCallChunk, tool_call_chunk
 
+from langchain_lora_retriever.errors import InvalidRequestError
 from langchain_lora_retriever.readers import num_undecided
+from langchain_lora_retriever.shown import shown
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -24,11 +26,20 @@ _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:argument
 
 
 def call_text(name: str | None, arguments: Any) -> str:
-    """Write a call as the model writes it. Arguments that were not JSON stand as they came."""
+    """Write a call as the model writes it. Arguments that were not JSON stand as they came.
+
+    Raises:
+        InvalidRequestError: If the arguments cannot be written as JSON.
+    """
     if isinstance(arguments, str):
         body = f'{{"name": {json.dumps(name)}, "arguments": {arguments}}}'
     else:
-        body = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
+        try:
+            body = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InvalidRequestError(
+                f"The arguments of the past call of {shown(name)} are no JSON: {error!s:.200}"
+            ) from error
     return f"{CALL_OPEN}\n{body}\n{CALL_CLOSE}"
 
 
@@ -122,9 +133,10 @@ class _OpenCall:
         if not self._has_head:
             body, tag, rest = text.partition(CALL_CLOSE)
             head = _HEAD.match(text)
-            if head is not None and (not tag or head.end() <= len(body)):
+            name = _parsed(head[1]) if head is not None and (not tag or head.end() <= len(body)) else None
+            if head is not None and name is not None:
                 self._has_head = True
-                yield tool_call_chunk(name=json.loads(head[1]), args="", id=self._id, index=self._index)
+                yield tool_call_chunk(name=name, args="", id=self._id, index=self._index)
                 text = text[head.end() :]
             elif not tag:
                 return text
@@ -154,8 +166,16 @@ class _OpenCall:
         """Read a call whose keys come in another order, or that is no JSON at all."""
         try:
             return whole_call(json.loads(body), id_=self._id, index=self._index)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return invalid_call(body, id_=self._id, index=self._index)
+
+
+def _parsed(quoted: str) -> str | None:
+    """Read a JSON string; None if it is none, by an escape that there is not."""
+    try:
+        return str(json.loads(quoted, strict=False))
+    except ValueError:
+        return None
 
 
 class _JsonScan:

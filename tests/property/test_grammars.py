@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import pytest
 
 NUM_CASES = 1500
 MAX_SECONDS = 15  # of one case, on a busy machine
+MAX_STEP_SECONDS = 3  # of one token on the engine's thread, likewise
 MINUTES = float(os.environ.get("LORA_RETRIEVER_PROPERTY_MINUTES", "0"))
 
 ATOMS: tuple[Any, ...] = (
@@ -112,7 +114,10 @@ def make_lark(rng: random.Random) -> str:
 
 def make_case(rng: random.Random) -> dict[str, Any]:
     """Options of a call."""
-    kind = rng.choice(["json", "json", "json", "tools", "regex", "grammar", "choice"])
+    kind = rng.choice(["sound", "sound", "json", "json", "tools", "regex", "grammar", "choice"])
+    if kind == "sound":
+        defs = {f"s{i}": make_sound_schema(rng, rng.randrange(3)) for i in range(2)}
+        return {"response_format": {"title": "S", **make_sound_schema(rng, rng.randrange(4)), "$defs": defs}}
     if kind == "tools":
         schema = make_json(rng)
         function = {"name": rng.choice(["f", "größer", 'a"b', "x y"]), "description": "", "parameters": schema}
@@ -127,6 +132,58 @@ def make_case(rng: random.Random) -> dict[str, Any]:
     return {"guided": {kind: made}}
 
 
+def make_sound_schema(rng: random.Random, depth: int) -> dict[str, Any]:
+    """A random schema that means something, of keywords that llguidance honours."""
+    kind = rng.choice(["object", "array", "anyOf", "allOf", "ref"] if depth else ["atom"])
+    low = rng.randrange(-1000, 1000)
+    if kind == "atom":
+        return rng.choice(
+            [
+                {"type": "string", "minLength": rng.randrange(4), "maxLength": rng.randrange(4, 9)},
+                {"type": "string", "pattern": rng.choice(["^[a-z]{2,4}$", "^x|y$", "[0-9]"])},
+                {"type": "string", "format": rng.choice(["date", "time", "email", "ipv4", "uuid"])},
+                {"type": "integer", "minimum": low, "maximum": low + rng.choice([0, 7, 10**6])},
+                {"type": "integer", "exclusiveMinimum": low, "multipleOf": rng.choice([2, 3, 7, 100])},
+                {"type": "number", "minimum": low / 8, "maximum": low / 8 + 3},
+                {"enum": rng.sample(["a", "b", 1, 2.5, None, True, [1, "x"], {"k": 0}], 3)},
+                {"const": rng.choice(["c", 0, None, {"a": [1]}])},
+                {"type": rng.sample(["string", "integer", "null", "boolean"], 2)},
+                {},
+            ]
+        )
+    if kind == "array":
+        least = rng.randrange(3)
+        schema: dict[str, Any] = {"type": "array", "minItems": least, "maxItems": least + rng.randrange(3)}
+        if rng.random() < 0.5:
+            return {**schema, "items": make_sound_schema(rng, depth - 1)}
+        first = [make_sound_schema(rng, depth - 1) for _ in range(2)]
+        return {"type": "array", "prefixItems": first, "items": rng.choice([False, {"type": "null"}]), "minItems": 2}
+    if kind in {"anyOf", "allOf"}:
+        if kind == "allOf":
+            return {"allOf": [make_sound_object(rng, depth, names) for names in ("ab", "cd")]}
+        return {"anyOf": [make_sound_schema(rng, depth - 1) for _ in range(rng.randrange(1, 4))]}
+    if kind == "ref":
+        return {"$ref": f"#/$defs/s{rng.randrange(2)}"}
+    return make_sound_object(rng, depth, rng.choice(["a", "abc", "title"]))
+
+
+def make_sound_object(rng: random.Random, depth: int, names: str) -> dict[str, Any]:
+    """A random schema of an object."""
+    schema: dict[str, Any] = {
+        "type": "object",
+        "properties": {name: make_sound_schema(rng, depth - 1) for name in names},
+        "required": [name for name in names if rng.random() < 0.5],
+    }
+    if rng.random() < 0.2:
+        schema["additionalProperties"] = make_sound_schema(rng, 0)
+    return schema
+
+
+def allowed_tokens(row: Any) -> list[int]:
+    """The tokens whose bits are 1."""
+    return [32 * at + bit for at, word in enumerate(row.tolist()) for bit in range(32) if word >> bit & 1]
+
+
 def try_case(options: dict[str, Any], rng: random.Random, tokenizer: Any) -> str:
     """What becomes of a case: "refused", "failed" while it is followed, "cut", "ended"."""
     import torch
@@ -134,35 +191,51 @@ def try_case(options: dict[str, Any], rng: random.Random, tokenizer: Any) -> str
     from langchain_lora_retriever.answer_format import answer_format
     from langchain_lora_retriever.call_options import CallOptions
     from langchain_lora_retriever.errors import EngineError, InvalidRequestError
+    from langchain_lora_retriever.json_check import violation
+    from langchain_lora_retriever.tools import to_json_schema
 
     if isinstance(options.get("guided"), dict) and options["guided"].keys().isdisjoint({"regex", "grammar", "choice"}):
         options = {"guided": {"json": options["guided"]}}
     try:
         answer = answer_format(CallOptions(**options), tokenizer)
-        constraint = answer.make_constraint(tokenizer, 64)
+        compiled = answer.compile(tokenizer)
     except InvalidRequestError:
         return "refused"
-    if constraint is None:
+    if compiled is None:
         return "free"
+    limit = rng.choice([64, 200])
+    constraint = compiled.constraint(fit=limit)
     row = torch.zeros(-(-len(tokenizer) // 32), dtype=torch.int32)
     ids: list[int] = []
     try:
-        while not constraint.is_finished and len(ids) < 64:
+        while not constraint.is_finished and len(ids) < limit:
+            begun = time.monotonic()
             constraint.fill_bitmask(row)
-            allowed = [i for i in range(len(tokenizer)) if (int(row[i // 32]) >> (i % 32)) & 1]
+            allowed = allowed_tokens(row)
             assert allowed, "nothing may follow, and the answer does not end"
             ids.append(rng.choice(allowed))
+            if ids[-1] == tokenizer.eos_token_id:
+                break
             constraint.accept(ids[-1])
             for forced in constraint.forced_tokens():
                 ids.append(forced)
                 constraint.accept(forced)
+            assert time.monotonic() - begun < MAX_STEP_SECONDS, "a step holds up the engine"
     except EngineError:
         return "failed"
-    if not constraint.is_finished:
+    if not constraint.is_finished and ids[-1] != tokenizer.eos_token_id:
         return "cut"
-    if answer.is_json and not answer.tools:
-        json.loads(tokenizer.decode(ids, skip_special_tokens=True), strict=False)
+    if answer.grammar is not None and answer.grammar.is_json and not answer.tools:
+        value = json.loads(tokenizer.decode(ids, skip_special_tokens=True), strict=False)
+        given = options["guided"]["json"] if "guided" in options else options["response_format"]
+        wrong = violation(to_json_schema(given), value)
+        assert wrong is None or has_long_number(value), wrong
     return "ended"
+
+
+def has_long_number(value: Any) -> bool:
+    """Whether a number was rounded when it was read: beside an exclusive bound it may then be the bound."""
+    return any(len(digits) > 15 for digits in re.findall(r"[0-9.]+", json.dumps(value)))
 
 
 def run_child(seed: int, num_cases: int, minutes: float) -> None:

@@ -22,7 +22,6 @@ LANGCHAIN_ROOMS = {
     "concurrency",
     "messages",
     "profiles",
-    "schemas",
     "readers",
     "structured_output",
     "template_reader",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import json
 import random
 import threading
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -18,12 +20,14 @@ from langchain_core.tools import tool
 from pydantic import BaseModel, field_validator
 from typing_extensions import TypedDict
 
+from langchain_lora_retriever import constraints
 from langchain_lora_retriever.answer_format import answer_format
 from langchain_lora_retriever.call_options import CallOptions
 from langchain_lora_retriever.constraints import GrammarCompiler, compiler_of
 from langchain_lora_retriever.dialects import HERMES
-from langchain_lora_retriever.errors import InvalidRequestError, StructuredOutputError
-from langchain_lora_retriever.grammars import calls_grammar, choice_grammar, json_grammar, regex_grammar
+from langchain_lora_retriever.errors import EngineError, InvalidRequestError, StructuredOutputError
+from langchain_lora_retriever.grammars import Grammar, calls_grammar, choice_grammar, json_grammar, regex_grammar
+from langchain_lora_retriever.json_check import violation
 
 if TYPE_CHECKING:
     from langchain_lora_retriever import ChatLoraRetriever
@@ -165,7 +169,7 @@ def test_json_that_fits_is_not_shortened(tokenizer) -> None:
 def test_a_pattern_is_not_closed_early(tokenizer) -> None:
     """Quotes mean nothing outside JSON, so other grammars are left alone."""
     answer = answer_format(CallOptions(guided={"regex": '[a-z"]*'}), tokenizer)
-    assert answer.make_constraint(tokenizer, 4)._limit is None
+    assert answer.compile(tokenizer).constraint(fit=4)._limit is None
 
 
 def test_references_and_unions_are_honoured(tokenizer) -> None:
@@ -422,10 +426,10 @@ ROUND["properties"] = {"self": ROUND}
         ({"json": nested(100_000)}, r"nests more than 100 levels"),
         ({"json": ROUND}, r"nests more than 100 levels"),
         ({"json": {"enum": ["x" * 300_000]}}, r"has 300,\d+ characters, at most 262,144"),
-        ({"json": {"type": "integer", "multipleOf": 10**9}}, r"multipleOf=1e\+09 is not allowed"),
+        ({"json": {"type": "integer", "multipleOf": 10**9}}, r"multipleOf=1e\+09, which is not allowed"),
         ({"json": {"enum": {1, 2}}}, r"is no JSON"),
         ({"json": {"type": "string", "pattern": "("}}, r"cannot be constrained as asked"),
-        ({"choice": [f"choice {i}" for i in range(100_000)]}, r"choices together: .* at most 262,144"),
+        ({"choice": [f"choice {i}" for i in range(100_000)]}, r"100,000 texts, at most 10,000"),
         ({"choice": "yes"}, r"pass a list of texts"),
         ({"choice": [1, 2]}, r"non-empty texts"),
         ({"choice": []}, r"non-empty texts"),
@@ -448,7 +452,7 @@ def test_long_chains_within_bounds_are_compiled(tokenizer) -> None:
     """A chain of definitions, and one of a grammar's rules, that a thread's usual stack would not hold."""
     compiler_of(tokenizer).compile(json_grammar(chain(490)))
     rules = "\n".join(f"r{i}: r{i + 1}" for i in range(15_000))
-    compiler_of(tokenizer).compile(f'start: r0\n{rules}\nr15000: "a"\n')
+    compiler_of(tokenizer).compile(Grammar(f'start: r0\n{rules}\nr15000: "a"\n', is_foreign=True))
 
 
 def test_thousands_of_choices(tokenizer) -> None:
@@ -545,3 +549,252 @@ def test_a_panic_of_native_code_ends_in_words(tokenizer, monkeypatch) -> None:
     monkeypatch.setattr(compiler, "_compile", panic)
     with pytest.raises(InvalidRequestError, match="index out of bounds"):
         compiler.compile(regex_grammar("a"))
+
+
+def fill_up(tokenizer: Any, grammar: Grammar, limit: int, wanted: str) -> tuple[str, Any]:
+    """What a model writes within a token limit that always wants the same characters."""
+    constraint = compiler_of(tokenizer).constraint(grammar, fit=limit)
+    row, ids = torch.zeros(-(-len(tokenizer) // 32), dtype=torch.int32), []
+    wishes = [i for char in wanted for i in tokenizer.encode(char, add_special_tokens=False)]
+    while not constraint.is_finished and len(ids) < limit:
+        constraint.fill_bitmask(row)
+        allowed = [i for i in range(len(tokenizer)) if (int(row[i // 32]) >> (i % 32)) & 1]
+        ids.append(next((i for i in wishes if i in allowed), allowed[0]))
+        constraint.accept(ids[-1])
+        for forced in constraint.forced_tokens():
+            ids.append(forced)
+            constraint.accept(forced)
+    return tokenizer.decode(ids, skip_special_tokens=True), constraint
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]},
+        {"type": "string", "pattern": "^[0-9]*z$"},
+        {"type": "string", "minLength": 10},
+        {"type": "array", "items": {"type": "string", "format": "date"}, "minItems": 2},
+        {"type": "integer", "exclusiveMinimum": 0, "multipleOf": 1000},
+        {"type": "integer", "exclusiveMaximum": -5},
+        {"type": "object", "additionalProperties": {"type": "array", "items": {"type": "integer"}, "minItems": 2}},
+        {
+            "type": "array",
+            "items": {"anyOf": [{"$ref": "#"}, {"type": "null"}, {"type": "boolean"}]},
+            "minItems": 1,
+        },
+    ],
+)
+@pytest.mark.parametrize("wanted", ["}", "]", "[", "\\", "0", "9", "a", '"', ",", "é"])
+def test_whatever_a_model_writes_is_closed_in_time(tokenizer, schema: dict[str, Any], wanted: str) -> None:
+    """Brackets within strings, escapes, characters of two bytes, patterns, and lists in lists: the answer is JSON."""
+    text, constraint = fill_up(tokenizer, json_grammar(schema), 70, wanted)
+    assert constraint.is_finished or constraint._ending is not None
+    assert violation(schema, json.loads(text, strict=False)) is None
+
+
+def test_a_way_to_the_end_is_not_looked_for_without_end(tokenizer) -> None:
+    """A grammar may have none within reach; then the answer is cut off, and no step has taken more than its share."""
+    schema = {"type": "string", "minLength": 5000}
+    text, constraint = fill_up(tokenizer, json_grammar(schema), 120, "a")
+    assert text == '"' + "a" * 119
+    assert constraint._masks_left <= 0 or constraint._ending is None
+
+
+@pytest.mark.parametrize(
+    ("guided", "message"),
+    [
+        ({"grammar": json.dumps({"grammars": [{"json_schema": chain(2000)}]})}, r"pass a Lark grammar"),
+        ({"grammar": "start: %json " + json.dumps(chain(2000))}, r"refers to 2001 definitions"),
+        ({"grammar": "start: %json\n" + "[" * 10_000}, r"must be followed by JSON"),
+        ({"grammar": 'start: %json {"type": "integer", "multipleOf": 1000003}'}, r"multipleOf=1e\+06"),
+        ({"grammar": 'start: "%json"'}, r"must be followed by JSON"),
+        ({"grammar": 'start: a::0x0\na::_: "x" | a::set_bit(1)'}, r"parametric rules"),
+        ({"json": {"allOf": [{"multipleOf": 997}, {"multipleOf": 1009}]}}, r"multipleOf=997, 1009"),
+        ({"json": {"type": "number", "multipleOf": 1e-300}}, r"multipleOf=1e-300"),
+        ({"json": {"enum": ["x" * 100_000] * 200_000}}, r"characters, at most 262,144"),
+        ({"json": {"enum": [float("nan")]}}, r"is no JSON"),
+        ({"json": {"enum": [10**5000]}}, r"is no JSON"),
+        ({"json": {"\ud800": 1, "type": "string"}}, r"half a surrogate pair"),
+        ({"json": {"foo": 1}}, r"no keyword of JSON schema"),
+        ({"json": {"type": "object", "properties": {f"p{i}": {} for i in range(1000)}}}, r"cannot be constrained"),
+        ({"json": {"$ref": "#"}}, r"cannot be constrained"),
+        ({"json": {"$ref": "#/$defs/a", "$defs": {"a": {"type": "array", "items": {"$ref": "#"}, "minItems": 1}}}},
+         r"cannot be constrained"),
+        ({"choice": (str(i) for i in itertools.count())}, r"pass a list of texts"),
+        ({"regex": "(ab)" * 4000}, r"16,000 characters, at most 8,192"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)  # fmt: skip
+def test_ways_around_the_bounds_are_refused_too(tokenizer, guided: dict[str, Any], message: str) -> None:
+    """Schemas within grammars, other notations, multiples of multiples, and what shows at the first token only."""
+    with pytest.raises(InvalidRequestError, match=message):
+        answer_format(CallOptions(guided=guided), tokenizer).compile(tokenizer)
+
+
+def test_a_grammar_of_a_caller_may_say_colons_and_comments(tokenizer) -> None:
+    """What is refused outside of strings, patterns and comments may stand within."""
+    text = '// a::b\n# "\nstart: "std::" /x::y/ "\\"::" T\nT: /[a-z]+/ // c::d\n'
+    assert follows(tokenizer, answer_format(CallOptions(guided={"grammar": text}), tokenizer).grammar, 'std::x::y"::q')
+
+
+@pytest.mark.parametrize("rules", ['s: s s s s s | "a" | "aa" |', 's: "a" s | s "a" | s s |'])
+def test_an_ambiguous_grammar_ends_its_own_request(tokenizer, rules: str) -> None:
+    """What it would cost grows with every token: the matcher gives up before a step takes long."""
+    constraint = compiler_of(tokenizer).constraint(Grammar(f"start: s\n{rules}\n", is_foreign=True))
+    row = torch.zeros(-(-len(tokenizer) // 32), dtype=torch.int32)
+    token_id = tokenizer.encode("a", add_special_tokens=False)[0]
+    slowest = 0.0
+
+    def follow() -> None:
+        nonlocal slowest
+        for _ in range(3000):
+            begun = time.monotonic()
+            constraint.fill_bitmask(row)
+            constraint.accept(token_id)
+            slowest = max(slowest, time.monotonic() - begun)
+
+    with pytest.raises(EngineError, match="failed while it was followed"):
+        follow()
+    assert slowest < 1
+
+
+def test_long_constants_are_not_forced_all_at_once(tokenizer) -> None:
+    """A hundred thousand forced tokens would have to be found before one is taken; they come one by one instead."""
+    for grammar in (json_grammar({"const": "ab" * 50_000}), choice_grammar(["ab" * 50_000])):
+        assert compiler_of(tokenizer).constraint(grammar).forced_tokens() == []
+    assert compiler_of(tokenizer).constraint(json_grammar({"const": "ab"})).forced_tokens()
+
+
+def test_parts_that_are_combined_stay_open(tokenizer) -> None:
+    """Closed, each of `allOf` would forbid what the other brings."""
+    parts = [{"type": "object", "properties": {name: {"type": "null"}}, "required": [name]} for name in "ab"]
+    assert follows(tokenizer, json_grammar({"allOf": parts}), '{"a": null, "b": null}')
+    assert follows(tokenizer, json_grammar({**parts[0], "anyOf": [parts[1]]}), '{"a": null, "b": null}')
+    assert not follows(tokenizer, json_grammar({"anyOf": parts}), '{"a": null, "b": null}')
+
+
+def test_a_grammar_that_fails_to_compile_is_refused_anew_for_each_caller(tokenizer) -> None:
+    """An exception that all of them shared would gather their frames."""
+    errors = []
+    for _ in range(2):
+        with pytest.raises(InvalidRequestError) as caught:
+            compiler_of(tokenizer).compile(regex_grammar("("))
+        errors.append(caught.value)
+    assert errors[0] is not errors[1]
+
+
+def test_compiled_grammars_are_kept_within_bounds(tokenizer, monkeypatch) -> None:
+    """By the characters of their texts: those used least recently go."""
+    monkeypatch.setattr(constraints, "_MAX_GRAMMARS_CHARACTERS", 1000)
+    compiler = GrammarCompiler(lambda: compiler_of(tokenizer).vocabulary)
+    for i in range(30):
+        compiler.compile(choice_grammar([f"choice {i}" * 10]))
+        assert compiler._num_characters == sum(len(grammar.text) for grammar in compiler._compiled) <= 1000
+    assert compiler._compiled
+
+
+@pytest.mark.parametrize(
+    ("schema", "text"),
+    [
+        ({"title": "A", "type": "array", "items": {"type": "string"}}, "[1]"),
+        ({"title": "A", "type": "array", "items": {"type": "string"}}, "{}"),
+        ({"title": "B", "anyOf": [ITEM, {"type": "null"}]}, '{"n": 10}'),
+        ({"title": "C", "$ref": "#/$defs/I", "$defs": {"I": ITEM}}, '{"n": "x"}'),
+        ({"title": "D", "enum": ["x", 1]}, "true"),
+        ({"name": "e", "schema": ITEM}, "{}"),
+        (JokeDict, '{"setup": "x", "rating": "y"}'),
+        ({"title": "F", "type": "array"}, "[" * 20_000),
+    ],
+)
+def test_every_answer_is_checked(llm: ChatLoraRetriever, engine, schema: Any, text: str) -> None:
+    """Whatever let it through: an answer beside its schema, or nested beyond reading, is no answer."""
+    engine.answer = lambda prompt, names: text
+    with pytest.raises(StructuredOutputError, match="does not satisfy"):
+        llm.with_structured_output(schema).invoke("x")
+
+
+def test_lists_stream_as_they_grow(llm: ChatLoraRetriever, engine) -> None:
+    """As dictionaries do."""
+    engine.answer = lambda prompt, names: '["first", "second", "third"]'
+    parts = list(llm.with_structured_output({"title": "A", "type": "array", "items": {"type": "string"}}).stream("x"))
+    assert len(parts) > 2
+    assert parts[-1] == ["first", "second", "third"]
+
+
+OBJECT = {"type": "object", "properties": {"a": {"type": "null"}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "right", "wrong"),
+    [
+        ({"type": ["integer", "null"]}, "null", '"a"'),
+        ({"enum": [1, "a", None, {"b": [1]}]}, '{"b": [1]}', "2"),
+        ({"const": [1.5, True]}, "[1.5, true]", "[1.5, false]"),
+        ({"allOf": [{"minimum": 1}, {"maximum": 2}], "type": "integer"}, "2", "3"),
+        ({"oneOf": [{"type": "string"}, {"type": "integer"}]}, "1", "null"),
+        ({**OBJECT, "required": ["a"]}, '{"a": null}', "{}"),
+        (OBJECT, "{}", '{"b": 1}'),
+        ({**OBJECT, "additionalProperties": {"type": "integer"}}, '{"a": null, "b": 1}', '{"b": "x"}'),
+        ({"type": "object", "patternProperties": {"^x": {"type": "null"}}, "additionalProperties": False},
+         '{"xy": null}', '{"y": null}'),
+        ({"type": "object", "additionalProperties": {"type": "null"}, "minProperties": 2, "maxProperties": 2},
+         '{"a": null, "b": null}', '{"a": null}'),
+        ({"type": "array", "items": {"type": "null"}, "minItems": 1, "maxItems": 2}, "[null]", "[null, null, null]"),
+        ({"type": "array", "prefixItems": [{"type": "null"}], "items": False}, "[null]", "[null, null]"),
+        ({"type": "array", "items": [{"type": "null"}], "additionalItems": False}, "[null]", "[null, null]"),
+        ({"type": "array", "items": {"enum": [1]}, "uniqueItems": False}, "[1, 1]", "[2]"),
+        ({"type": "string", "minLength": 2, "maxLength": 2}, '"ab"', '"a"'),
+        ({"type": "string", "pattern": "^a+$"}, '"aa"', '"ab"'),
+        ({"type": "string", "pattern": "a"}, '"bab"', '"bb"'),
+        *(({"type": "string", "format": name}, f'"{text}"', '"?"') for name, text in {
+            "date-time": "2024-02-29T12:00:00Z", "time": "12:00:00Z", "date": "2024-02-29", "duration": "P1D",
+            "email": "a@b.org", "hostname": "b.org", "ipv4": "1.2.3.4", "ipv6": "::1",
+            "uuid": "123e4567-e89b-12d3-a456-426614174000", "uri": "http://b.org/x"}.items()),
+        ({"type": "integer", "minimum": 3, "exclusiveMaximum": 12}, "11", "12"),
+        ({"type": "number", "exclusiveMinimum": 0.5, "maximum": 2}, "0.51", "0.5"),
+        ({"type": "integer", "multipleOf": 7}, "21", "22"),
+        ({"type": "number", "multipleOf": 0.25}, "0.75", "0.8"),
+        ({"type": "null", "title": 1, "deprecated": True, "x-own": {}, "contentEncoding": "base64"}, "null", "1"),
+    ],
+)  # fmt: skip
+def test_keywords_that_are_honoured(tokenizer, schema: dict[str, Any], right: str, wrong: str) -> None:
+    """Each lets through what satisfies it and nothing else; docs/tools.md lists them."""
+    grammar = json_grammar(schema)
+    assert follows(tokenizer, grammar, right)
+    assert not follows(tokenizer, grammar, wrong)
+    assert violation(schema, json.loads(right)) is None
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        *({key: {"type": "string"}} for key in ("not", "if", "contains", "propertyNames", "unevaluatedItems")),
+        {"unevaluatedProperties": False},
+        {"type": "array", "uniqueItems": True},
+        {"dependentRequired": {"a": ["b"]}},
+        {"dependentSchemas": {"a": {}}},
+        {"dependencies": {"a": ["b"]}},
+        {"$dynamicRef": "#a"},
+        {"$ref": "#/$defs/nowhere"},
+        {"$ref": "http://example.com/schema"},
+        {"properties": {"next": {"$ref": "#", "type": "object"}}},
+        {"oneOf": [{"type": "string"}, {"minLength": 2}]},
+        {"patternProperties": {"^a": {}, "^ab": {}}},
+        {"type": "object", "properties": {"a": {}, "b": {}}, "minProperties": 2},
+        {"type": "string", "pattern": "(?=a)b"},
+        {"type": "string", "format": "colour"},
+        {"type": "number", "maximum": 1e300, "minimum": -1e300},
+        {"type": "integer", "multipleOf": 20_000},
+        {"type": "integer", "minimum": 2, "maximum": 1},
+        {"type": "string", "enum": [1]},
+        {"enum": []},
+        {"type": "any"},
+        {"required": "a"},
+        {"properties": []},
+        {"minLength": -1},
+    ],
+)
+def test_keywords_that_are_refused(tokenizer, schema: dict[str, Any]) -> None:
+    """Before anything is generated; docs/tools.md lists them."""
+    with pytest.raises(InvalidRequestError):
+        compiler_of(tokenizer).compile(json_grammar(schema))

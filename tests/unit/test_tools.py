@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import random
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage
-from langchain_core.tools import tool
+from langchain_core.tools import StructuredTool, tool
 from pydantic import BaseModel, Field
 from typing_extensions import TypedDict
 
@@ -284,3 +286,148 @@ def test_tokens_of_tools_are_counted(llm: ChatLoraRetriever) -> None:
     """Counting a prompt counts its tools."""
     messages = [HumanMessage("go")]
     assert llm.get_num_tokens_from_messages(messages, tools=[add]) > llm.get_num_tokens_from_messages(messages) + 100
+
+
+class Tree(BaseModel):
+    """A tree."""
+
+    label: str
+    trees: list[Tree] = []
+
+
+def plant(tree: Tree) -> str:
+    """Plant a tree."""
+    return tree.label
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        Tree,
+        plant,
+        tool(plant),
+        {"title": "Tree", "$ref": "#/$defs/Tree", "$defs": Tree.model_json_schema()["$defs"]},
+        StructuredTool(name="t", description="", func=print, args_schema=Tree.model_json_schema()),
+    ],
+    ids=["class", "function", "tool", "dict", "dict of a tool"],
+)
+def test_what_contains_itself_is_described_at_every_depth(given: Any) -> None:
+    """LangChain's conversion says nothing of what is below the first level."""
+    parameters = to_tools([given], strict=None)[0]["function"]["parameters"]
+    tree = parameters["$defs"]["Tree"]
+    assert parameters["type"] == "object"
+    assert tree["properties"]["trees"]["items"] == {"$ref": "#/$defs/Tree"}
+
+
+def test_definitions_are_written_out_for_the_model() -> None:
+    """Where nothing contains itself; templates look for the properties."""
+
+    class Inner(BaseModel):
+        x: int
+
+    class Outer(BaseModel):
+        title: Inner
+
+    parameters = to_tools([Outer], strict=None)[0]["function"]["parameters"]
+    assert "$defs" not in parameters
+    assert parameters["properties"]["title"] == {
+        "type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]
+    }  # fmt: skip
+
+
+def test_definitions_that_double_are_not_written_out() -> None:
+    """Forty of them, each meant twice by the one before, would be a million million."""
+    defs = {f"d{i}": {"properties": {key: {"$ref": f"#/$defs/d{i + 1}"} for key in "ab"}} for i in range(40)}
+    schema = {"title": "t", "$ref": "#/$defs/d0", "$defs": {**defs, "d40": {"type": "string"}}}
+    assert len(str(to_tools([schema], strict=None))) < 10_000
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"type": "function", "function": {"name": "f", "parameters": ADD[0]["function"]["parameters"]}},
+        {"type": "function", "name": "f", "parameters": ADD[0]["function"]["parameters"]},
+        {"name": "f", "parameters": ADD[0]["function"]["parameters"]},
+        {"name": "f", "input_schema": ADD[0]["function"]["parameters"]},
+        {"toolSpec": {"name": "f", "inputSchema": {"json": ADD[0]["function"]["parameters"]}}},
+        {"title": "f", **ADD[0]["function"]["parameters"]},
+    ],
+    ids=["OpenAI", "OpenAI's responses", "function", "Anthropic", "Bedrock", "schema"],
+)
+def test_every_dictionary_that_providers_take_is_a_tool(given: dict[str, Any]) -> None:
+    """In any wrapping, and a titled schema without properties as well."""
+    assert to_tools([given], strict=None)[0]["function"]["parameters"] == ADD[0]["function"]["parameters"]
+
+
+def test_a_titled_schema_without_properties_keeps_its_parts() -> None:
+    """LangChain's conversion throws them away."""
+    item = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    parameters = to_tools([{"title": "f", "anyOf": [item]}], strict=None)[0]["function"]["parameters"]
+    assert parameters == {"anyOf": [item], "type": "object"}
+
+
+def test_strict_tools_require_every_property_at_every_depth() -> None:
+    """And allow no others; a tool that says otherwise contradicts."""
+    parameters = to_tools([Tree], strict=True)[0]["function"]["parameters"]
+    for part in (parameters, parameters["$defs"]["Tree"]):
+        assert part["required"] == ["label", "trees"]
+        assert part["additionalProperties"] is False
+    lax = {"type": "function", "function": {"name": "f", "parameters": {}, "strict": False}}
+    with pytest.raises(InvalidRequestError, match="strict=True is asked for"):
+        to_tools([lax], strict=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([{"name": name, "parameters": {}}], "name")
+        for name in ('a"b', "a\\b", "", "<tool_call>", "a\nb", "x" * 300, 7, "\ud800")
+    ]
+    + [
+        ([ADD[0], {"name": "add", "parameters": {}}], "Two different tools are named 'add'"),
+        ([{"name": "f", "parameters": {"type": "array"}}], "arguments are an object"),
+        ([{"name": "f", "parameters": [1]}], "pass a JSON object"),
+        ([{"name": "f", "parameters": {"enum": [{1}]}}], "no JSON"),
+        ([{"name": "f", "description": "x" * 100_000}], "description"),
+        ([{"type": "function", "function": None}], "not a function"),
+        ([None], "not a function"),
+        ([lambda: None], "name"),
+        (ADD[0], "pass a list of tools"),
+        ([{"name": f"t{i}"} for i in range(100_000)], "100000 tools are bound, at most 512"),
+    ],
+)
+def test_tools_that_cannot_be_written_are_refused_in_words(given: Any, message: str) -> None:
+    """Odd names would break the calls that hold them, and one of two would be lost."""
+    with pytest.raises(InvalidRequestError, match=message):
+        to_tools(given, strict=None)
+
+
+def test_names_with_what_json_takes_as_it_is(tokenizer) -> None:
+    """Blanks, dots, brackets and letters of any alphabet make names, and the same tool twice is one."""
+    names = ["größer als", "mcp.files/read", "Box[int]", "a-b:c"]
+    tools = to_tools([{"name": name, "parameters": {}} for name in [*names, names[0]]], strict=None)
+    assert [tool_name(each) for each in tools] == names
+
+
+@pytest.mark.parametrize("body", ['{"name": "a\\q", "arguments": {}}', '{"name": "f", "arguments": ' + "[" * 5000])
+def test_calls_that_cannot_be_read_are_invalid_ones(llm: ChatLoraRetriever, engine, body: str) -> None:
+    """An escape that JSON lacks, or lists without end, come back as the model wrote them."""
+    engine.answer = lambda prompt, names: f"<tool_call>\n{body}\n</tool_call>"
+    answer = llm.bind_tools([add]).invoke("go")
+    assert not answer.tool_calls
+    assert len(answer.invalid_tool_calls) == 1
+
+
+def test_past_calls_that_are_no_json_are_refused() -> None:
+    """They would stand in the prompt."""
+    with pytest.raises(InvalidRequestError, match="no JSON"):
+        call_text("f", {"a": {1}})
+
+
+def test_what_is_known_of_a_template_lives_as_long_as_its_tokenizer(tokenizer) -> None:
+    """A closed engine's tokenizer is not kept by what its template was found to do."""
+    own = copy.deepcopy(tokenizer)
+    dialect_of(own)
+    reference, own = weakref.ref(own), None
+    gc.collect()
+    assert reference() is None
