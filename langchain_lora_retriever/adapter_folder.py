@@ -7,6 +7,7 @@ import json
 import os
 import stat
 import time
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Never, Self, TypeVar
 
@@ -79,9 +80,9 @@ class RegularFile:
     """
 
     def __init__(self, path: str | Path, max_bytes: int, *, folder: int | None = None) -> None:
-        self._descriptor = -1
         _check_regular(os.stat(path, dir_fd=folder), path)
         self._descriptor = os.open(path, _FLAGS, dir_fd=folder)
+        self._finalizer = weakref.finalize(self, os.close, self._descriptor)
         found = os.fstat(self._descriptor)
         _check_regular(found, path)  # it may be another one by now
         self._name = Path(path).name
@@ -91,16 +92,11 @@ class RegularFile:
 
     def close(self) -> None:
         """Close the file."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
+        self._finalizer()
 
     def __reduce__(self) -> Never:
         """Refuse to be copied: two objects would close one descriptor."""
         raise TypeError("an open file cannot be copied or pickled")
-
-    def __del__(self) -> None:
-        self.close()
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill a buffer with what begins at `offset`.

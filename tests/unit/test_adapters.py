@@ -7,6 +7,8 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 import time
 import weakref
 from pathlib import Path
@@ -340,6 +342,16 @@ def test_weights_are_read_once_while_they_are_held(checkpoint):
     kept = weakref.ref(weights._data())
     del held
     assert kept() is None
+
+
+def test_held_files_are_closed_quietly_at_exit(checkpoint):
+    """An interpreter that ends with adapters in its hands says nothing of them."""
+    code = (
+        f"from langchain_lora_retriever.adapters import read_adapter as r; a = [r({str(checkpoint)!r}) for _ in 'ab']"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, check=True, env=environment)
+    assert run.stderr == b""
 
 
 def test_a_deep_copy_shares_the_weights(checkpoint):
