@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from langchain_lora_retriever.composer import Weighting
 from langchain_lora_retriever.errors import InvalidRequestError
-from langchain_lora_retriever.nesting import check_texts
+from langchain_lora_retriever.nesting import check_json, check_texts
 from langchain_lora_retriever.shown import shown
 from langchain_lora_retriever.types import (
     MAX_STOP_CHARACTERS,
@@ -32,6 +32,8 @@ _MAX_ANSWERS = 128
 """Answers of one call, each a request of its own."""
 _MAX_NAMES = 16_384
 """Names in one list of adapters."""
+_MAX_TEMPLATE_CHARACTERS = 262_144
+"""Characters of all variables for the chat template."""
 _MAX_NAME_LENGTH = 255
 """Characters of one name; no file system allows more."""
 
@@ -130,8 +132,15 @@ class CallOptions:
             )
 
         self.sampling()
-        for name in ("stop", "route_text", "chat_template_kwargs", "adapters", "exclude_adapters", "model"):
+        for name in ("stop", "route_text", "adapters", "exclude_adapters", "model"):
             check_texts(getattr(self, name), name)
+        if self.chat_template_kwargs is not None:
+            num_characters = check_json(dict(self.chat_template_kwargs), "chat_template_kwargs")
+            if num_characters > _MAX_TEMPLATE_CHARACTERS:
+                raise InvalidRequestError(
+                    f"chat_template_kwargs holds {num_characters:,} characters, but at most "
+                    f"{_MAX_TEMPLATE_CHARACTERS:,} are allowed: put long texts into messages."
+                )
 
     @property
     def has_format(self) -> bool:

@@ -29,13 +29,13 @@ from langchain_lora_retriever.errors import InvalidRequestError
 from langchain_lora_retriever.messages import (
     check_length,
     check_messages,
+    check_num_messages,
     encode_chat,
+    encode_text,
     is_encoding,
-    num_characters,
     routing_text,
     to_chat,
 )
-from langchain_lora_retriever.nesting import check_unicode
 from langchain_lora_retriever.profiles import loaded_profile
 from langchain_lora_retriever.shared import close_engine, reject_unfit, running_engine, shared_engine
 from langchain_lora_retriever.shown import shown
@@ -94,7 +94,7 @@ class ChatLoraRetriever(ChatSettings):
         >>> llm = ChatLoraRetriever(base_model="HuggingFaceTB/SmolLM2-135M-Instruct", pool="path/to/pool")
         ... # doctest: +SKIP
         >>> llm.invoke("How many users signed up in May?").response_metadata["adapters"]  # doctest: +SKIP
-        [{'name': 'sql', 'score': 0.83, 'weight': 0.9375}, ...]
+        [{'name': 'sql', 'score': 0.83, 'weight': 0.97}, ...]
     """
 
     # Routing
@@ -209,7 +209,7 @@ class ChatLoraRetriever(ChatSettings):
     def _understand(self, messages: Sequence[BaseMessage], options: CallOptions) -> _Call:
         chat = to_chat(messages)
         engine = self._engine()
-        check_length(engine.tokenizer, len(chat), num_characters(chat), max_num_tokens=engine.max_model_len)
+        check_length(engine.tokenizer, chat, max_num_tokens=engine.max_model_len)
         answer = answer_format(options, engine.tokenizer)
         compiled = answer.compile(engine.tokenizer)
         reject_unfit(self._router.pool, engine, self.model_name)
@@ -273,9 +273,9 @@ class ChatLoraRetriever(ChatSettings):
     def _engine(self) -> EngineWorker:
         """Return the engine, loading the base model at first use."""
         engine = shared_engine(self.base_model, self.model_kwargs, self._config)
-        if self._has_own_profile and self.profile is not None:
+        if self._has_own_profile and not self._is_profile_loaded and self.profile is not None:
             self.__dict__["profile"] = loaded_profile(self.profile, engine)  # found out, and not assigned
-            self._has_own_profile = False
+            self._is_profile_loaded = True
         return engine
 
     async def _load(self) -> None:
@@ -342,13 +342,12 @@ class ChatLoraRetriever(ChatSettings):
 
     def get_token_ids(self, text: str) -> list[int]:
         """Return the base model's token ids of a plain text."""
-        if not isinstance(text, str):
-            raise InvalidRequestError(f"{shown(text)} is not allowed: pass a string.")
-        check_unicode(text, "The text")
-        return list(self._engine().tokenizer.encode(text, add_special_tokens=False))
+        return encode_text(self._engine().tokenizer, text)
 
     def _convert_input(self, model_input: LanguageModelInput) -> PromptValue:
-        """Do what LangChain does, refusing in words what is no prompt."""
+        """Do what LangChain does, refusing in words what is no prompt, and more messages than one may have."""
+        if isinstance(model_input, list | tuple):
+            check_num_messages(model_input)
         try:
             prompt = super()._convert_input(model_input)
             messages = prompt.to_messages()
@@ -365,6 +364,7 @@ class ChatLoraRetriever(ChatSettings):
         tools: Sequence[Any] | None = None,
     ) -> int:
         """Count the tokens of the prompt that `messages` and `tools` make, template and all."""
+        messages = self._convert_input(messages).to_messages()
         return len(self._understand(messages, self._options(None, {"tools": tools})).encode())
 
 

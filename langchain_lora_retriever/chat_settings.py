@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -100,6 +101,7 @@ class ChatSettings(ConcurrentChatModel):
 
     _router: Router = PrivateAttr()
     _has_own_profile: bool = PrivateAttr(default=False)
+    _is_profile_loaded: bool = PrivateAttr(default=False)
 
     @field_validator("engine_config", mode="before")
     @classmethod
@@ -124,6 +126,11 @@ class ChatSettings(ConcurrentChatModel):
         given = self.__dict__  # not by assignment, which would come back here
         given["model_name"] = self.model_name or _name_of(self.base_model)
         retriever = self.retriever
+        if not (isinstance(self.encoder, str | Path | None) or callable(getattr(self.encoder, "encode", None))):
+            raise InvalidRequestError(
+                f"encoder={shown(self.encoder)} is not allowed: pass a sentence-transformers model's name or folder, "
+                "or an object with `name`, `dimension` and `encode`."
+            )
         if retriever is None:
             pool = self.pool if isinstance(self.pool, AdapterPool) else AdapterPool()
             instruction = DEFAULT_INSTRUCTION if self.instruction is None else self.instruction
@@ -142,7 +149,8 @@ class ChatSettings(ConcurrentChatModel):
         Raises:
             ValidationError: If the value is not allowed; nothing changes then.
         """
-        if name in type(self).model_fields:
+        is_made = "_router" in (getattr(self, "__pydantic_private__", None) or {})
+        if name in type(self).model_fields and is_made:
             self._change({name: value})
         else:
             super().__setattr__(name, value)
@@ -164,8 +172,12 @@ class ChatSettings(ConcurrentChatModel):
         return copied
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
-        """Copy the chat model; the engine, the pool and the retriever are shared, as they are with `model_copy`."""
-        return self.model_copy()
+        """Copy the chat model and its lists and dictionaries; the engine, the pool and the retriever are shared."""
+        copied = self.model_copy()
+        copied.__dict__.update(
+            {name: copy(value) for name, value in self.__dict__.items() if isinstance(value, list | dict)}
+        )
+        return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the settings, where another process can load from them what this one has.
@@ -196,10 +208,11 @@ class ChatSettings(ConcurrentChatModel):
         unknown = [name for name in update if name not in type(self).model_fields]
         if unknown:
             raise InvalidRequestError(f"{shown(unknown[0])} is no setting of the chat model.")
-        kept = {name: getattr(self, name) for name in self.model_fields_set - update.keys()}
+        found_out = {"profile"} if self._has_own_profile else set()
+        kept = {name: getattr(self, name) for name in self.model_fields_set - update.keys() - found_out}
         changed = type(self)(**{**kept, **update})
-        self.__dict__.update(changed.__dict__)
-        self.__pydantic_fields_set__.update(update)
+        self.__dict__ = changed.__dict__  # as a whole: what was worked out from other settings goes with them
+        self.__pydantic_fields_set__ = changed.__pydantic_fields_set__
         self.__pydantic_private__ = changed.__pydantic_private__
 
     @property

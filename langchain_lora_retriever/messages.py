@@ -9,7 +9,8 @@ import re
 import threading
 from contextlib import suppress
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import jinja2
@@ -26,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from langchain_lora_retriever.dialects import add_tools_section, dialect_of
 from langchain_lora_retriever.errors import InvalidRequestError, PromptTooLongError
-from langchain_lora_retriever.nesting import check_texts, check_unicode, walk
+from langchain_lora_retriever.nesting import check_json, check_texts, check_unicode, walk
 from langchain_lora_retriever.shown import shown
 
 if TYPE_CHECKING:
@@ -38,10 +39,11 @@ if TYPE_CHECKING:
 __all__ = [
     "check_length",
     "check_messages",
+    "check_num_messages",
     "content_text",
     "encode_chat",
+    "encode_text",
     "is_encoding",
-    "num_characters",
     "routing_text",
     "to_chat",
 ]
@@ -52,14 +54,25 @@ _ALPACA_PREAMBLE = (
 _ALPACA_HEADINGS = {"user": "### Instruction:", "assistant": "### Response:", "tool": "### Input:"}
 _MEDIA_BLOCKS = frozenset({"image", "image_url", "input_image", "audio", "input_audio", "video", "file", "document"})
 # Past calls, which become `tool_calls` of their turn, with the names that providers give to a call's parts.
-_CALL_BLOCKS = frozenset({"tool_use", "tool_call", "invalid_tool_call", "function_call"})
+_CALL_BLOCKS = frozenset({"tool_use", "tool_call", "tool_call_chunk", "invalid_tool_call", "function_call"})
 _CALL_IDS, _CALL_ARGUMENTS = ("id", "call_id"), ("args", "input", "arguments")
-# Blocks that are pieces of others, or that the model is not shown again.
-_SILENT_BLOCKS = frozenset(
-    {"tool_call_chunk", "server_tool_call", "server_tool_result", "reasoning", "thinking", "redacted_thinking"}
-)
+# Blocks that the model is not shown again.
+_SILENT_BLOCKS = frozenset({"reasoning", "thinking", "redacted_thinking"})
 _ROLES = {"human": "user", "ai": "assistant", "developer": "system", "function": "tool"}
-_ROLE_PATTERN = re.compile(r"[A-Za-z][\w-]*")
+_ROLE_PATTERN = re.compile(r"[A-Za-z][\w-]{,63}")
+
+_MAX_MESSAGES = 10_000
+"""Messages of one prompt."""
+_MAX_PLAIN_TEXT = 1 << 20
+"""Characters of a plain text whose tokens are asked for."""
+_MAX_CONTROL_TOKENS = 4_096
+"""Control tokens that may stand in the text of one prompt; each is encoded by itself."""
+_PIECE = 16_384
+"""Characters that are encoded at once where a long prompt's tokens are counted beforehand."""
+_SPLIT = 16
+"""Tokens that a text may have fewer of than its two halves."""
+_NEAR = 4
+"""Characters per token up to which a prompt is encoded without a count."""
 
 # What transformers takes itself; the rest are variables of the template.
 _RESERVED_KWARGS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {"messages"}
@@ -143,6 +156,7 @@ def to_chat(messages: Sequence[BaseMessage]) -> list[ChatTurn]:
     """
     if not messages:
         raise InvalidRequestError("The message list is empty: pass at least one message.")
+    check_num_messages(messages)
     check_messages(messages)
     return [_to_turn(message) for message in messages]
 
@@ -166,29 +180,56 @@ def check_messages(messages: Sequence[BaseMessage]) -> None:
                 raise InvalidRequestError(f"{what} holds a block of type {shown(block['type'])}: a type is a string.")
 
 
-def num_characters(chat: Sequence[ChatTurn]) -> int:
-    """Count the characters of the turns' texts and calls."""
-    return sum(len(turn["content"]) + check_texts(turn.get("tool_calls"), "A past call") for turn in chat)
-
-
-def check_length(
-    tokenizer: PreTrainedTokenizerBase, num_turns: int, num_characters: int, *, max_num_tokens: int
-) -> None:
-    """Refuse, before it is rendered and encoded, a prompt that cannot possibly fit.
-
-    Every turn takes a token at least, and no token covers more characters than the longest there is.
+def check_num_messages(messages: Sequence[Any]) -> None:
+    """Refuse more messages than one prompt may have.
 
     Raises:
-        PromptTooLongError: If the prompt has more turns or characters than so many tokens could hold.
+        PromptTooLongError: If there are too many.
     """
-    longest = _longest_token(tokenizer, len(tokenizer))
-    if num_turns <= max_num_tokens and num_characters <= longest * max_num_tokens:
+    if len(messages) > _MAX_MESSAGES:
+        raise PromptTooLongError(
+            f"The prompt has {len(messages):,} messages, but at most {_MAX_MESSAGES:,} are allowed: summarise or drop "
+            "the oldest."
+        )
+
+
+def check_length(tokenizer: PreTrainedTokenizerBase, chat: Sequence[ChatTurn], *, max_num_tokens: int) -> None:
+    """Refuse a prompt that cannot fit, before it is rendered and encoded whole.
+
+    Every turn takes a token at least, and no token covers more characters than the longest there is. Where that leaves
+    it open, and the prompt is long, tokens are counted piece by piece until there are too many.
+
+    Args:
+        tokenizer: The base model's tokenizer.
+        chat: Turns, oldest first.
+        max_num_tokens: Most tokens of prompt and answer together.
+
+    Raises:
+        PromptTooLongError: If the prompt has more turns, characters or tokens than fit.
+        InvalidRequestError: If a past call holds what is no JSON.
+    """
+    num_characters = sum(len(turn["content"]) + check_json(turn.get("tool_calls"), "A past call") for turn in chat)
+    if len(chat) <= max_num_tokens and num_characters <= max_num_tokens:
         return
-    raise PromptTooLongError(
-        f"The prompt has {num_turns:,} messages and {num_characters:,} characters, but prompt and answer together may "
-        f"have at most {max_num_tokens:,} tokens, of which none covers more than {longest} characters: shorten the "
-        "prompt, or raise max_model_len or kv_cache_bytes."
-    )
+    longest = _longest_token(tokenizer, len(tokenizer))
+    if len(chat) > max_num_tokens or num_characters > longest * max_num_tokens:
+        raise PromptTooLongError(
+            f"The prompt has {len(chat):,} messages and {num_characters:,} characters, but prompt and answer together "
+            f"may have at most {max_num_tokens:,} tokens, of which none covers more than {longest} characters: shorten "
+            "the prompt, or raise max_model_len or kv_cache_bytes."
+        )
+    if num_characters <= _NEAR * max_num_tokens:
+        return
+    num_tokens = 0
+    for piece in (turn["content"][at : at + _PIECE] for turn in chat for at in range(0, len(turn["content"]), _PIECE)):
+        with _lock_of(tokenizer):  # others may encode between two pieces
+            encoded = tokenizer(piece, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        num_tokens += max(0, len(encoded["input_ids"]) - _SPLIT)
+        if num_tokens >= max_num_tokens:
+            raise PromptTooLongError(
+                f"The prompt has {num_characters:,} characters, more than {max_num_tokens:,} tokens, which is the most "
+                "that prompt and answer together may have: shorten it, or raise max_model_len or kv_cache_bytes."
+            )
 
 
 @lru_cache(maxsize=8)
@@ -212,39 +253,71 @@ def _to_turn(message: BaseMessage) -> ChatTurn:
     return turn
 
 
-def _past_calls(message: AIMessage) -> list[tuple[Any, Any, Any]]:
-    """Return the id, name and arguments of every call, wherever a message holds it; none of them twice."""
-    calls: list[tuple[Any, Any, Any]] = [(c["id"], c["name"], c["args"]) for c in message.tool_calls]
-    calls += [(c["id"], c["name"], c["args"]) for c in message.invalid_tool_calls]
-    blocks: list[dict[str, Any]] = [
-        block for block in message.content if isinstance(block, dict) and block.get("type") in _CALL_BLOCKS
-    ]
+def _past_calls(message: AIMessage) -> list[_PastCall]:
+    """Return every call, wherever a message holds it; what one place repeats of another counts once."""
+    raw = message.additional_kwargs.get("tool_calls")
     function_call = message.additional_kwargs.get("function_call")
-    blocks += [function_call] if isinstance(function_call, dict) else []
-    for call in message.additional_kwargs.get("tool_calls") or ():
-        if isinstance(call, dict) and isinstance(call.get("function"), dict):
-            blocks.append({"id": call.get("id"), **call["function"]})
-    for block in blocks:
-        id_ = next((block[key] for key in _CALL_IDS if block.get(key) is not None), None)
-        given = (block[key] for key in _CALL_ARGUMENTS if block.get(key) is not None)
-        call = (id_, block.get("name"), _read_arguments(next(given, {})))
-        if not any(_is_same_call(call, known) for known in calls):
-            calls.append(call)
-    for _, name, arguments in calls:
-        try:
-            json.dumps(arguments)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise InvalidRequestError(
-                f"The arguments of the past call {shown(name)} are no JSON: {error}. Pass strings, numbers, lists and "
-                "mappings."
-            ) from error
+    places = (
+        [_PastCall(call["id"], call["name"], call["args"]) for call in message.tool_calls]
+        + [_PastCall(call["id"], call["name"], call["args"]) for call in message.invalid_tool_calls],
+        [_read_call(block) for block in _call_blocks(message)],
+        [
+            _read_call({"id": call.get("id"), **call["function"]})
+            for call in (raw if isinstance(raw, list) else ())
+            if isinstance(call, dict) and isinstance(call.get("function"), dict)
+        ],
+        [_read_call(function_call)] if isinstance(function_call, dict) else [],
+    )
+    calls: list[_PastCall] = []
+    ids: set[str] = set()
+    contents: set[str] = set()
+    for place in places:
+        check_json(place, "A past call")
+        new = [
+            call
+            for call in place
+            if (call.id is None or repr(call.id) not in ids) and (call.id is not None or call.content not in contents)
+        ]
+        calls += new
+        ids |= {repr(call.id) for call in new}
+        contents |= {call.content for call in new}
     return calls
 
 
-def _is_same_call(call: tuple[Any, Any, Any], known: tuple[Any, Any, Any]) -> bool:
-    if call[0] is not None and known[0] is not None:
-        return bool(call[0] == known[0])
-    return call[1:] == (known[1], _read_arguments(known[2]))
+class _PastCall(NamedTuple):
+    """A call as providers hand it back: nothing about it is sure."""
+
+    id: Any
+    name: Any
+    arguments: Any
+
+    @property
+    def content(self) -> str:
+        """By what a call without an id is known again."""
+        return json.dumps([self.name, _read_arguments(self.arguments)], sort_keys=True, default=str)
+
+
+def _read_call(block: Mapping[str, Any]) -> _PastCall:
+    id_ = next((block[key] for key in _CALL_IDS if block.get(key) is not None), None)
+    given = (block[key] for key in _CALL_ARGUMENTS if block.get(key) is not None)
+    return _PastCall(id_, block.get("name"), _read_arguments(next(given, {})))
+
+
+def _call_blocks(message: AIMessage) -> list[dict[str, Any]]:
+    """Return the blocks of calls in a message's content; pieces of one call are put together."""
+    blocks: list[dict[str, Any]] = []
+    pieces: dict[str, dict[str, Any]] = {}
+    for block in message.content if isinstance(message.content, list) else ():
+        if not isinstance(block, dict) or block.get("type") not in _CALL_BLOCKS:
+            continue
+        index = repr(block.get("index"))
+        if block["type"] == "tool_call_chunk" and block.get("index") is not None and index in pieces:
+            pieces[index]["args"] = f"{pieces[index].get('args') or ''}{block.get('args') or ''}"
+            continue
+        blocks.append(dict(block))
+        if block["type"] == "tool_call_chunk":
+            pieces[index] = blocks[-1]
+    return blocks
 
 
 def _read_arguments(arguments: Any) -> Any:
@@ -313,6 +386,7 @@ def encode_chat(
         with _lock_of(tokenizer):
             encoded = tokenizer(_alpaca(turns, is_continued=is_continued), split_special_tokens=True)
         return list(encoded["input_ids"])
+    is_sanitized = _names_control_tokens(tokenizer, [turns, tools, template_kwargs])
     refusals: list[Exception] = []
     for variant in (turns, _alternating(turns)):
         try:
@@ -325,7 +399,7 @@ def encode_chat(
                     tokenize=True,
                     return_dict=False,
                     # Sanitizing changes nothing where there is nothing to sanitize, and encodes twice.
-                    sanitize_control_tokens=_names_control_tokens(tokenizer, [variant, tools, template_kwargs]),
+                    sanitize_control_tokens=is_sanitized,
                     **(template_kwargs or {}),
                 )
             return list(token_ids)
@@ -337,10 +411,48 @@ def encode_chat(
     ) from refusals[0]
 
 
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Encode a plain text, without a template.
+
+    Raises:
+        InvalidRequestError: If it is none, no Unicode, or longer than what may be encoded at once.
+    """
+    if not isinstance(text, str):
+        raise InvalidRequestError(f"text={shown(text)} is not allowed: pass a string.")
+    if len(text) > _MAX_PLAIN_TEXT:
+        raise InvalidRequestError(
+            f"The text has {len(text):,} characters, but at most {_MAX_PLAIN_TEXT:,} are encoded at once: pass parts "
+            "of it, and add up their tokens."
+        )
+    check_unicode(text, "The text")
+    with _lock_of(tokenizer):
+        return list(tokenizer.encode(text, add_special_tokens=False))
+
+
 def _names_control_tokens(tokenizer: PreTrainedTokenizerBase, parts: Any) -> bool:
-    """Say whether a text among a prompt's parts holds what might be a control token of the tokenizer's."""
+    """Say whether a text among a prompt's parts holds what might be a control token of the tokenizer's.
+
+    Raises:
+        InvalidRequestError: If a key holds one, which a template would write as it is, or there are very many.
+    """
     pattern = _control_tokens(tokenizer, len(tokenizer))
-    return any(pattern.search(text) for text in walk(parts, "The prompt") if isinstance(text, str))
+    num_found = 0
+    for part in walk(parts, "The prompt"):
+        if isinstance(part, str):
+            num_found += sum(1 for _ in islice(pattern.finditer(part), _MAX_CONTROL_TOKENS + 1 - num_found))
+            if num_found > _MAX_CONTROL_TOKENS:
+                raise InvalidRequestError(
+                    f"The prompt's text holds more than {_MAX_CONTROL_TOKENS:,} control tokens, such as "
+                    f"{shown(next(pattern.finditer(part))[0])}: take them out, or split the prompt."
+                )
+        elif isinstance(part, dict):
+            for key in part:
+                if isinstance(key, str) and pattern.search(key):
+                    raise InvalidRequestError(
+                        f"The key {shown(key)}, of a call's arguments or a tool's schema, holds a control token of the "
+                        "base model's: rename it."
+                    )
+    return num_found > 0
 
 
 @lru_cache(maxsize=32)

@@ -6,16 +6,19 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from langchain_lora_retriever.errors import InvalidRequestError
+from langchain_lora_retriever.shown import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["MAX_DEPTH", "MAX_VALUES", "check_texts", "check_unicode", "walk"]
+__all__ = ["MAX_DEPTH", "MAX_VALUES", "check_json", "check_texts", "check_unicode", "walk"]
 
 MAX_DEPTH = 100
 """Levels of nesting."""
 MAX_VALUES = 262_144
 """Values of one structure."""
+_MAX_INTEGER_BITS = 4_096
+"""Bits of an integer; Python refuses to print much larger ones."""
 
 
 def walk(value: Any, what: str) -> Iterator[Any]:
@@ -35,12 +38,14 @@ def walk(value: Any, what: str) -> Iterator[Any]:
         num_values += 1
         if depth > MAX_DEPTH:
             raise InvalidRequestError(f"{what} nests more than {MAX_DEPTH} levels deep, or in a circle: flatten it.")
-        if num_values > MAX_VALUES:
+        is_mapping = isinstance(current, Mapping)
+        is_container = is_mapping or isinstance(current, list | tuple | set | frozenset)
+        if num_values + (len(current) if is_container else 0) > MAX_VALUES:
             raise InvalidRequestError(f"{what} holds more than {MAX_VALUES:,} values: pass fewer.")
         yield current
-        if isinstance(current, Mapping):
+        if is_mapping:
             stack += [(depth + 1, item) for pair in current.items() for item in pair]
-        elif isinstance(current, list | tuple | set | frozenset):
+        elif is_container:
             stack += [(depth + 1, item) for item in current]
 
 
@@ -55,6 +60,36 @@ def check_texts(value: Any, what: str) -> int:
         if isinstance(item, str):
             check_unicode(item, what)
             num_characters += len(item)
+    return num_characters
+
+
+def check_json(value: Any, what: str) -> int:
+    """Refuse nested values that are not what JSON can hold; return how many characters its texts have in all.
+
+    Raises:
+        InvalidRequestError: As `check_texts` does, or if there is an object of another type, or an enormous integer.
+    """
+    num_characters = 0
+    for item in walk(value, what):
+        if isinstance(item, str):
+            check_unicode(item, what)
+            num_characters += len(item)
+        elif isinstance(item, int):
+            if item.bit_length() > _MAX_INTEGER_BITS:
+                raise InvalidRequestError(
+                    f"{what} holds {shown(item)}: pass at most {_MAX_INTEGER_BITS:,} bits, or text."
+                )
+        elif isinstance(item, dict):
+            for key in item:
+                if not isinstance(key, str):
+                    raise InvalidRequestError(
+                        f"{what} holds the key {shown(key)}, which is no text: name it by a string."
+                    )
+        elif not isinstance(item, float | list | tuple | None):
+            raise InvalidRequestError(
+                f"{what} holds {shown(item)}, which JSON cannot: pass text, numbers, True, False, None, lists and "
+                "dictionaries."
+            )
     return num_characters
 
 

@@ -819,6 +819,57 @@ async def test_event_streams(llm: ChatLoraRetriever) -> None:
     assert stream.output.text == "The answer."
 
 
+def test_a_deep_copy_has_its_own_lists(llm: ChatLoraRetriever) -> None:
+    """What is changed in a copy's settings stays there; engine, pool and retriever are shared."""
+    copied = copy.deepcopy(llm)
+    copied.stop.append("x")
+    assert llm.stop == []
+    assert copied._router.retriever is llm._router.retriever
+    assert copied.base_model is llm.base_model
+
+
+def test_another_base_model_brings_its_own_name_and_profile(engine) -> None:
+    """What was found out from the old one goes with it."""
+    llm = ChatLoraRetriever(base_model="org/one")
+    llm.base_model = "org/two"
+    assert (llm.model_name, llm.profile["name"]) == ("org/two", "org/two")
+    assert llm.model_copy(update={"base_model": "org/three"}).profile["name"] == "org/three"
+    named = ChatLoraRetriever(base_model="org/one", model_name="mine", profile={"max_input_tokens": 7})
+    named.base_model = "org/two"
+    assert (named.model_name, named.profile) == ("mine", {"max_input_tokens": 7})
+
+
+def test_what_is_no_encoder_is_refused(engine) -> None:
+    """At construction, and by assignment."""
+    with pytest.raises(ValueError, match="encoder=3 is not allowed"):
+        ChatLoraRetriever(base_model="fake/base", encoder=3)
+    llm = ChatLoraRetriever(base_model="fake/base")
+    with pytest.raises(ValueError, match="encoder=3 is not allowed"):
+        llm.encoder = 3
+    assert llm.encoder is None
+
+
+@pytest.mark.parametrize(
+    "prompt", [None, 3, b"x", object(), [None], [3], [("user",)], [("nobody", "x")], [{"role": "user"}], {},
+               [HumanMessage([{"type": []}])]], ids=repr,
+)  # fmt: skip
+async def test_what_is_no_prompt_is_refused_in_words(llm: ChatLoraRetriever, engine, prompt: Any) -> None:
+    """In every way of calling, and before anything is asked of the engine."""
+    for call in (llm.invoke, llm.route, llm.get_num_tokens_from_messages, lambda given: list(llm.stream(given))):
+        with pytest.raises(InvalidRequestError):
+            call(prompt)
+    for acall in (llm.ainvoke, llm.aroute):
+        with pytest.raises(InvalidRequestError):
+            await acall(prompt)
+    assert not engine.requests
+
+
+def test_tokens_of_any_prompt_are_counted(llm: ChatLoraRetriever) -> None:
+    """Whatever `invoke` takes."""
+    num = llm.get_num_tokens_from_messages([HumanMessage("b")])
+    assert llm.get_num_tokens_from_messages("b") == llm.get_num_tokens_from_messages([("user", "b")]) == num
+
+
 def test_repr_is_short(llm: ChatLoraRetriever) -> None:
     """Printing a chat model prints neither weights nor pool."""
     assert len(repr(llm)) < 1500
