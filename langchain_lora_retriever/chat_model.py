@@ -94,7 +94,7 @@ class ChatLoraRetriever(ChatSettings):
         >>> llm = ChatLoraRetriever(base_model="HuggingFaceTB/SmolLM2-135M-Instruct", pool="path/to/pool")
         ... # doctest: +SKIP
         >>> llm.invoke("How many users signed up in May?").response_metadata["adapters"]  # doctest: +SKIP
-        [{'name': 'sql', 'score': 0.83, 'weight': 0.97}, ...]
+        [{'name': 'sql', 'score': 0.83, 'weight': 0.9375}, ...]
     """
 
     # Routing

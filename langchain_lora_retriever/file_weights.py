@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import math
 import sys
-import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -147,28 +146,8 @@ class _Shapes(Mapping[str, LoraWeights]):
         return len(self._layout)
 
 
-class _HeldFiles:
-    """How many adapters keep their file open: an eighth of what the process may open, and no more than 128."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._num_held = 0
-
-    def take(self, holder: object) -> bool:
-        """Whether `holder` may keep one until it goes."""
-        with self._lock:
-            if self._num_held >= _max_held():
-                return False
-            self._num_held += 1
-        weakref.finalize(holder, self._give_back)
-        return True
-
-    def _give_back(self) -> None:
-        with self._lock:
-            self._num_held -= 1
-
-
 def _max_held() -> int:
+    """How many adapters keep their file open: an eighth of what the process may open, and no more than 128."""
     if sys.platform == "win32":  # an open file cannot be renamed there, nor its folder
         return 0
     import resource  # noqa: PLC0415 - not on Windows
@@ -177,7 +156,14 @@ def _max_held() -> int:
     return 128 if max_open == resource.RLIM_INFINITY else min(128, max_open // 8)
 
 
-_HELD = _HeldFiles()
+_HELD: weakref.WeakSet[RegularFile] = weakref.WeakSet()
+
+
+def _is_held(file: RegularFile) -> bool:
+    """Whether a file may stay open, so far as there is room for it among those that do."""
+    if len(_HELD) < _max_held():
+        _HELD.add(file)
+    return file in _HELD
 
 
 class FileWeights(Mapping[str, LoraWeights]):
@@ -206,7 +192,7 @@ class FileWeights(Mapping[str, LoraWeights]):
         self._start = identity.num_bytes - layout.num_bytes
         self._layout = layout
         self._fingerprint = fingerprint
-        self._file = file if _HELD.take(self) else None
+        self._file = file if _is_held(file) else None
         self._data: weakref.ref[NDArray[np.uint8]] | None = None
 
     @property

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["ModelRunner"]
 
 _logger = logging.getLogger(__name__)
+_HOST = torch.device("cpu")
 
 
 class ModelRunner:
@@ -61,6 +62,7 @@ class ModelRunner:
         self._model = base.model
         self.device = input_device(base.model)
         self._executor: PagedExecutor | None = None
+        self._is_on_one_device = len(set(map(str, getattr(base.model, "hf_device_map", {}).values()))) <= 1
         self._give_back = ExitStack()  # what `close` undoes, in reverse order
         try:
             with on_device(self.device):
@@ -166,7 +168,8 @@ class ModelRunner:
             input_ids=token_ids[None],
             position_ids=upload([batch.positions], torch.int64, device),
             use_cache=False,
-            logits_to_keep=upload(batch.sampled_tokens, torch.int64, device),
+            # Where the last hidden states lie on another device, an index on the host serves them there.
+            logits_to_keep=upload(batch.sampled_tokens, torch.int64, device if self._is_on_one_device else _HOST),
             attention_step=GatheringStep(spans, self._caches),
         )
         logits: torch.Tensor = output.logits[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import random
 import threading
 import time
@@ -11,17 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from langchain_lora_retriever.adapters import read_adapter
 from langchain_lora_retriever.engine import BaseModel, EngineConfig, EngineWorker
 from langchain_lora_retriever.engine import model_runner as model_runner_module
 from langchain_lora_retriever.engine.packed_adapter import AdapterPacking
 from langchain_lora_retriever.engine.staged_store import StagedStore
+from langchain_lora_retriever.errors import InvalidAdapterError
 from langchain_lora_retriever.types import Adapter, LoraWeights, SamplingParams
 from lora_kernels import LoraRows, LoraStack
 from makers import make_adapter, make_tiny_model, make_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 NAMES = (("q", "k"), ("o",))
 SHAPES = {"q": (6, 8), "k": (6, 4), "o": (8, 6)}
@@ -112,6 +117,48 @@ def test_stacks_of_two_dtypes_are_not_packed() -> None:
     """One copy could not serve both."""
     stacks = Stacks().stacks[:1] + Stacks(torch.bfloat16).stacks[1:]
     assert AdapterPacking.of(stacks) is None
+
+
+def write(adapter: Adapter, folder: Path) -> Adapter:
+    """The adapter as a checkpoint, read again: its numbers stay in the file."""
+    folder.mkdir()
+    tensors = {
+        f"base_model.model.{module}.{side}.weight": getattr(w, side).contiguous()
+        for module, w in adapter.weights.items()
+        for side in ("lora_A", "lora_B")
+    }
+    save_file(tensors, folder / "adapter_model.safetensors")
+    ranks = {module: w.r for module, w in adapter.weights.items()}
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": list(ranks), "rank_pattern": ranks}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return read_adapter(folder)
+
+
+def test_an_adapter_in_a_file_is_read_to_be_packed_and_no_more(tmp_path: Path) -> None:
+    """What puts a packed adapter in place needs its shapes alone, so the file may be gone by then."""
+    adapter = write(make("a", q=2, o=5), tmp_path / "a")
+    packed, direct = Stacks(), Stacks()
+    direct.load(1, 3, adapter)
+    packing = AdapterPacking(packed.stacks)
+    flat = torch.full((adapter.rank * packing.row_size,), torch.nan)
+    packing.pack(adapter, flat)
+    kept = dataclasses.replace(adapter, weights=dict(adapter.weights))
+    (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"")
+    packing.load(1, 3, adapter, flat)
+    assert packed.same_as(direct, 1, 3, kept)
+
+
+def test_an_adapter_that_cannot_be_loaded_is_not_staged_any_more(tmp_path: Path) -> None:
+    """Its error is its request's, and others find the room that it had."""
+    store, _ = make_store(num_rows=4)
+    adapter = write(make("a", q=4), tmp_path / "a")
+    (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"")
+    for _ in range(3):
+        wait_until(lambda: store.are_ready([adapter]))
+        with pytest.raises(InvalidAdapterError, match="'a'"):
+            store.load(0, 0, adapter)
+    store.load(0, 0, make("b", q=4))
+    store.close()
 
 
 def test_every_adapter_arrives_whatever_is_prefetched() -> None:
