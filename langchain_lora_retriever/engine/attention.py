@@ -333,7 +333,8 @@ def _paged_attention_forward(
             "This model belongs to a running engine and computes attention over the engine's cache: load a second "
             "copy to call it directly, or close the engine first."
         )
-    refuse_extras(module, {**kwargs, "attention_mask": attention_mask})
+    if attention_mask is not None or not _EXTRAS.keys().isdisjoint(kwargs):
+        refuse_extras(module, {**kwargs, "attention_mask": attention_mask})
     out = attention_step.attend(
         module.layer_idx,
         query[0].transpose(0, 1),

@@ -16,7 +16,7 @@ from langchain_lora_retriever.engine.lora_layers import LoraLayers
 from langchain_lora_retriever.engine.memory import longest_sequence, plan_memory
 from langchain_lora_retriever.engine.packed_adapter import AdapterPacking
 from langchain_lora_retriever.engine.packed_batch import PackedBatch
-from langchain_lora_retriever.engine.probe import input_device, probe_model, use_attention
+from langchain_lora_retriever.engine.probe import input_device, num_embeddings, probe_model, use_attention
 from langchain_lora_retriever.engine.sampler import choose
 from langchain_lora_retriever.engine.selfcheck import check_model
 from langchain_lora_retriever.engine.staged_store import StagedStore
@@ -102,7 +102,7 @@ class ModelRunner:
         self._give_back.callback(use_attention, base.model, use_attention(base.model))
         self._give_back.callback(self.lora_layers.detach)
         self.lora_layers.attach()
-        self.vocab_size = _vocab_size(base.model)
+        self.vocab_size = num_embeddings(base.model)
         # Grammars know the tokenizer's tokens, which may be more than the model's.
         self._num_known = max(base.tokenizer.get_vocab().values(), default=-1) + 1
         self._chosen = torch.zeros(self.memory.max_num_seqs, dtype=torch.int64, device=self.device)
@@ -237,8 +237,3 @@ def _modes(model: PreTrainedModel) -> Callable[[], None]:
             parameter.requires_grad_(requires_grad)
 
     return restore
-
-
-def _vocab_size(model: PreTrainedModel) -> int:
-    embedding = model.get_input_embeddings()
-    return int(getattr(embedding, "num_embeddings", model.config.get_text_config().vocab_size))

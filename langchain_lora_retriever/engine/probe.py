@@ -9,6 +9,7 @@ nothing else in the step.
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -165,7 +166,8 @@ def probe_model(model: PreTrainedModel, max_model_len: int) -> ModelProbe:
         EngineError: If the model keeps state between tokens that is not attention, attends in a way that is not known
             here, has no linear module for adapters, or computes a token otherwise beside others than alone.
     """
-    half = max(1, min(_HALF, max_model_len // 2))
+    max_model_len = max(max_model_len, 2)
+    half = min(_HALF, max_model_len // 2)
     first, second, third, fourth = _token_ids(model, half)
     start, end = range(half), range(max_model_len - half, max_model_len)
     passes = [_run(model, first + second, [*start, *end], None)]
@@ -263,7 +265,7 @@ def _run(
             model(
                 input_ids=torch.tensor([token_ids], device=device),
                 position_ids=torch.tensor([list(positions)], device=device),
-                logits_to_keep=1,
+                logits_to_keep=torch.tensor([len(token_ids) - 1], device=device),
                 attention_step=recorder,
                 **kwargs,
             )
@@ -336,9 +338,13 @@ def _recording(model: PreTrainedModel, calls: list[_LinearCall], num_tokens: int
 
 
 def _group(calls: list[_LinearCall]) -> Iterator[LinearGroup]:
+    """Groups by input; a module that is called more than once in a pass is a group by itself."""
+    counts = Counter(call.name for call in calls)
+    calls = list({call.name: call for call in reversed(calls)}.values())[::-1]  # each module's first
     start = 0
     for end in range(1, len(calls) + 1):
-        if end == len(calls) or calls[end].input is not calls[start].input:
+        is_repeated = end == len(calls) or max(counts[calls[start].name], counts[calls[end].name]) > 1
+        if is_repeated or calls[end].input is not calls[start].input:
             members = calls[start:end]
             output = members[0].output  # under offloading, the input may still be elsewhere
             yield LinearGroup(
@@ -364,9 +370,8 @@ def _describe_modules(model: PreTrainedModel) -> str:
 
 def num_embeddings(model: PreTrainedModel) -> int:
     """How many token ids the model knows; a configuration's `vocab_size` may be another number."""
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, torch.Tensor)
-    return weight.shape[0]
+    embedding = model.get_input_embeddings()
+    return int(getattr(embedding, "num_embeddings", model.config.get_text_config().vocab_size))
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

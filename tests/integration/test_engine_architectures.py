@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import torch
 from langchain_lora_retriever.engine import BaseModel, EngineConfig, EngineWorker
 from langchain_lora_retriever.errors import EngineError
 from langchain_lora_retriever.types import SamplingParams
-from makers import make_tiny_model, make_tokenizer
+from makers import make_adapter, make_tiny_model, make_tokenizer, merge_adapters
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,6 +45,9 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
                                "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
                                "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1}),
 }  # fmt: skip
+SHARED = {"layer_types": ["full_attention"] * 3, "num_hidden_layers": 3, "num_kv_shared_layers": 1,
+          "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 320}  # fmt: skip
+SERVED["shared keys"] = ("gemma4_text", SHARED)
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "no linear modules": ("gpt2", {"n_layer": 2, "n_embd": 64, "n_head": 4}, "Conv1D"),
     "sinks": ("gpt_oss", {**MOE, "sliding_window": 8}, "attention sinks"),
@@ -64,7 +68,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 
 def make_worker(model: Any, **settings: Any) -> EngineWorker:
     """A small engine on PyTorch's attention."""
-    config = EngineConfig(max_num_seqs=4, kv_cache_bytes=1 << 20, lora_cache_bytes=4 << 20, **settings)
+    config = EngineConfig(**{"max_num_seqs": 4, "kv_cache_bytes": 4 << 20, "lora_cache_bytes": 4 << 20, **settings})
     return EngineWorker(BaseModel(model, make_tokenizer(), "tiny"), config)
 
 
@@ -125,6 +129,32 @@ def test_no_request_rescales_the_positions_of_another(caplog: pytest.LogCaptureF
             list(worker.submit(prompt, SamplingParams(max_tokens=12, ignore_eos=True)).result(60).token_ids) == expected
         )
     assert "LongRoPE" in caplog.text
+
+
+def test_a_module_that_is_called_twice_runs_its_adapter_twice() -> None:
+    """And once for each call, as when it is merged."""
+    model = make_tiny_model("gemma3n_text", **SHARED)
+    names = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)} - {"lm_head"}
+    adapter = make_adapter(model, "a", targets=tuple({name.rsplit(".", 1)[-1] for name in names}), scaling=1.0)
+    assert set(adapter.weights) == names
+    merged = copy.deepcopy(model)
+    merge_adapters(merged, [(adapter, 1.0)])
+    prompt = list(range(5, 45))
+    expected = generate(merged, prompt)
+    assert expected != generate(model, prompt)
+    with make_worker(model, lora_cache_bytes=16 << 20) as worker:
+        assert set(worker.module_shapes) == names
+        running = worker.submit(prompt, SamplingParams(max_tokens=12, ignore_eos=True), [(adapter, 1.0)])
+        assert list(running.result(60).token_ids) == expected
+    assert not [name for name, module in model.named_modules() if "forward" in vars(module)]
+
+
+@pytest.mark.parametrize("max_model_len", [1, 2, 3, 17])
+def test_short_contexts_are_probed_within(max_model_len: int) -> None:
+    """Also where there is no room for the probe's sequences side by side."""
+    model = make_tiny_model("gemma3_text")
+    with make_worker(model, max_model_len=max_model_len) as worker:
+        assert worker.max_model_len == max_model_len
 
 
 def _eager(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **_: Any) -> Any:
