@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MaskSource", "mask_source", "read_pattern", "register_masks"]
 
+_CHUNK = 1 << 18  # positions that are asked for at once
 _NUM_FIRST = 256  # positions whose whole mask is compared
 _NUM_SAMPLES = 2048  # queries beyond them that are compared near the edges of what they see, and at random keys
 _RADIUS = 3  # keys on either side of an edge
@@ -71,16 +72,24 @@ def mask_source(mask: torch.Tensor) -> MaskSource | None:
 
 def read_pattern(source: MaskSource, num_positions: int) -> MaskPattern | None:
     """The pattern by which a mask is made, over the positions below `num_positions`; None if it is none of ours."""
-    is_first_seen = source(torch.arange(num_positions)[:, None], torch.zeros(1, 1, dtype=torch.int64))[:, 0]
+    limit = _first_blind(source, num_positions)
+    if limit == 0:
+        return None
     pattern = MaskPattern()
-    if not is_first_seen.all():
-        limit = int(is_first_seen.int().argmin())  # the first query that does not see token 0
-        if limit == 0:
-            return None
-        row = source(torch.tensor([[limit]]), torch.arange(limit + 1)[None])[0]
-        is_chunked = limit > 1 and not row[1]
+    if limit is not None:
+        is_chunked = limit > 1 and not source(torch.tensor([[limit]]), torch.ones(1, 1, dtype=torch.int64)).item()
         pattern = MaskPattern(chunk_size=limit) if is_chunked else MaskPattern(sliding_window=limit)
     return pattern if _follows(source, pattern, num_positions) else None
+
+
+def _first_blind(source: MaskSource, num_positions: int) -> int | None:
+    """The first query that does not see token 0; None if all do."""
+    for start in range(0, num_positions, _CHUNK):
+        queries = torch.arange(start, min(start + _CHUNK, num_positions))[:, None]
+        sees = source(queries, torch.zeros(1, 1, dtype=torch.int64))[:, 0]
+        if not sees.all():
+            return start + int(sees.int().argmin())
+    return None
 
 
 def _follows(source: MaskSource, pattern: MaskPattern, num_positions: int) -> bool:
