@@ -340,7 +340,7 @@ def _role(message: BaseMessage) -> str:
     if isinstance(message, ChatMessage):
         # Templates paste the role beside control tokens, so it must be one plain word.
         if not _ROLE_PATTERN.fullmatch(message.role):
-            raise InvalidRequestError(f"The role {message.role!r} is not allowed: pass one word, such as 'user'.")
+            raise InvalidRequestError(f"The role {shown(message.role)} is not allowed: pass one word, such as 'user'.")
         return _ROLES.get(message.role, message.role)
     raise InvalidRequestError(f"A message of type {message.type!r} cannot be part of a prompt.")
 
