@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 __all__ = ["ModelRunner"]
 
 _logger = logging.getLogger(__name__)
-_HOST = torch.device("cpu")
 
 
 class ModelRunner:
@@ -168,8 +167,11 @@ class ModelRunner:
             input_ids=token_ids[None],
             position_ids=upload([batch.positions], torch.int64, device),
             use_cache=False,
-            # Where the last hidden states lie on another device, an index on the host serves them there.
-            logits_to_keep=upload(batch.sampled_tokens, torch.int64, device if self._is_on_one_device else _HOST),
+            # The last hidden states may lie on another device than the inputs, where accelerate moves every tensor: a
+            # list of places serves on any.
+            logits_to_keep=(
+                upload(batch.sampled_tokens, torch.int64, device) if self._is_on_one_device else batch.sampled_tokens
+            ),
             attention_step=GatheringStep(spans, self._caches),
         )
         logits: torch.Tensor = output.logits[0]

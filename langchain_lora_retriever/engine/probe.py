@@ -265,7 +265,7 @@ def _run(
             model(
                 input_ids=torch.tensor([token_ids], device=device),
                 position_ids=torch.tensor([list(positions)], device=device),
-                logits_to_keep=torch.tensor([len(token_ids) - 1], device=device),
+                logits_to_keep=[len(token_ids) - 1],  # a list serves on any device that the last layer lies on
                 attention_step=recorder,
                 **kwargs,
             )
