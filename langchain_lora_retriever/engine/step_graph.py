@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from functools import cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -199,13 +200,21 @@ class StepGraph:
         self._forward(self._inputs)
         graph = torch.cuda.CUDAGraph()
         try:
-            # torch keeps one stream for the captures of a process, on the device that was the first to capture.
-            stream = torch.cuda.Stream(self._data.device)
+            stream = _capture_stream(self._data.device)
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 self._logits = self._forward(self._inputs)
         except RuntimeError as error:
             raise CaptureError from error
         self._graph = graph
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of a device's captures, the same for all: for each stream cuBLAS keeps 32 MiB for ever.
+
+    torch's own is one for the process, on the device that was the first to capture.
+    """
+    return torch.cuda.Stream(device)
 
 
 def _padded(shape: StepShape, batch: PackedBatch, decode_tokens: Sequence[int], tiles: Iterable[int]) -> list[int]:
