@@ -35,6 +35,8 @@ MAX_PATTERN_CHARACTERS = 8 << 10
 """Characters of a regular expression."""
 MAX_CHOICES = 10_000
 """Choices of one call."""
+_MAX_OPERATORS = 2
+"""Intersections and complements (`&`, `~`) of a Lark grammar: with four parts compilation can take minutes."""
 _MAX_FORCED_CHARACTERS = 16 << 10
 """Characters of keys and constants up to which a grammar's forced tokens are looked for, all in a row: 1.5 us each."""
 
@@ -78,7 +80,7 @@ def lark_grammar(grammar: str) -> Grammar:
 
     Raises:
         InvalidRequestError: If it is no text, too long, holds a schema beyond the bounds of `checked_schema` or
-            parametric rules, or is llguidance's own JSON in place of Lark.
+            parametric rules or many intersections, or is llguidance's own JSON in place of Lark.
     """
     if not isinstance(grammar, str) or grammar.strip()[:1] in {"", "{"}:
         raise InvalidRequestError(f"guided grammar={shown(grammar)} is not allowed: pass a Lark grammar as text.")
@@ -86,6 +88,12 @@ def lark_grammar(grammar: str) -> Grammar:
     if any(part[0] == "::" for part in _LARK_PARTS.finditer(rules)):
         raise InvalidRequestError(
             "The grammar has parametric rules (name::value), which can take minutes to follow: write them out."
+        )
+    operators = re.findall(r"&|~(?!\s*\d)", _LARK_PARTS.sub(" ", rules))  # `~ 3` is a repeat
+    if len(operators) > _MAX_OPERATORS:
+        raise InvalidRequestError(
+            f"The grammar has {len(operators)} intersections and complements (&, ~), at most {_MAX_OPERATORS} are "
+            "allowed: what they ask for multiplies. Write A & ~(B | C) in place of A & ~B & ~C."
         )
     if len(text) > _MAX_FORCED_CHARACTERS:
         text += '\n%llguidance {"no_forcing": true}\n'  # the last word: earlier options of the caller's do not count

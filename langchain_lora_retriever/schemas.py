@@ -35,6 +35,10 @@ MAX_SCHEMA_REFS = 500
 """Definitions that a schema refers to: native code recurses over chains of them."""
 _MAX_MULTIPLE = 10_000
 """Least common multiple of all `multipleOf`, in units of their last digit: an automaton counts remainders."""
+_MAX_PATTERN_PROPERTIES = 64
+"""Patterns of properties: each is compared with each of the others."""
+_MAX_COMBINED_PATTERNS = 8
+"""Patterns that one text may have to match: states of automata multiply."""
 _MAX_INLINED = 1_000
 """Parts of a schema whose definitions are written out."""
 
@@ -44,6 +48,7 @@ _PARTS = frozenset(
     {"allOf", "anyOf", "oneOf", "prefixItems", "items", "additionalItems", "additionalProperties", "not"}
 )
 _DEFINITIONS = frozenset({"$defs", "definitions"})
+_SAYING_NOTHING = _DEFINITIONS | {"type", "title", "description", "default", "examples", "$schema", "$id", "$comment"}
 
 
 def checked_schema(schema: Any, what: str = "The schema") -> Schema:
@@ -59,32 +64,54 @@ def checked_schema(schema: Any, what: str = "The schema") -> Schema:
     """
     if not isinstance(schema, Mapping):
         raise InvalidRequestError(f"{what} {shown(schema)} is not allowed: pass a JSON object.")
-    refs: set[str] = set()
-    multiples: set[Fraction] = set()
-    num_characters = 0  # counted before it is written out: parts of Python's objects may be shared
-    for value in walk(schema, what):
-        if isinstance(value, str):
-            check_unicode(value, what)
-            num_characters += len(value)
-        elif isinstance(value, Mapping):
-            if isinstance(value.get("$ref"), str):
-                refs.add(value["$ref"])
-            multiple = value.get("multipleOf")
-            if isinstance(multiple, int | float) and math.isfinite(multiple) and multiple > 0:
-                multiples.add(Fraction(str(multiple)))
-    if len(refs) > MAX_SCHEMA_REFS:
-        raise InvalidRequestError(
-            f"{what} refers to {len(refs)} definitions, at most {MAX_SCHEMA_REFS} are allowed: leave out what the "
-            "answer does not need."
-        )
-    _check_multiples(multiples, what)
-    _check_size(num_characters, what)
+    _check_measures(schema, what)
     try:
         text = json.dumps(schema, allow_nan=False, default=_as_plain)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise InvalidRequestError(f"{what} is no JSON: {error!s:.200}") from error
     _check_size(len(text), what)
     return json.loads(text)  # type: ignore[no-any-return]
+
+
+def _check_measures(schema: Mapping[str, Any], what: str) -> None:
+    """Count what costs more than its length, or more than its text: parts of Python's objects may be shared."""
+    refs: set[str] = set()
+    patterns: set[str] = set()
+    multiples: set[Fraction] = set()
+    num_characters = num_named_by_pattern = num_combined = 0
+    for value in walk(schema, what):
+        if isinstance(value, str):
+            check_unicode(value, what)
+            num_characters += len(value)
+        elif isinstance(value, Mapping):
+            refs |= {value["$ref"]} if isinstance(value.get("$ref"), str) else set()
+            patterns |= {value["pattern"]} if isinstance(value.get("pattern"), str) else set()
+            multiple = value.get("multipleOf")
+            if isinstance(multiple, int | float) and math.isfinite(multiple) and multiple > 0:
+                multiples.add(Fraction(str(multiple)))
+            num_named_by_pattern += _num_parts(value.get("patternProperties"))
+            num_combined += _num_parts(value.get("allOf")) + _is_combined(value)
+    for num, limit, of in (
+        (len(refs), MAX_SCHEMA_REFS, "refers to {} definitions"),
+        (num_named_by_pattern, _MAX_PATTERN_PROPERTIES, "has {} patternProperties"),
+        (min(len(patterns), num_combined), _MAX_COMBINED_PATTERNS, "has {} or more patterns that are combined"),
+    ):
+        if num > limit:
+            raise InvalidRequestError(
+                f"{what} {of.format(num)}, at most {limit} are allowed: leave out what the answer does not need."
+            )
+    _check_multiples(multiples, what)
+    _check_size(num_characters, what)
+
+
+def _num_parts(value: Any) -> int:
+    return len(value) if isinstance(value, Mapping | list) else 0
+
+
+def _is_combined(schema: Mapping[str, Any]) -> bool:
+    """Whether a part of a schema asks for several things at once, each of which may ask for a pattern."""
+    keys = schema.keys() - _SAYING_NOTHING
+    return len(keys) > 1 and not keys.isdisjoint({"$ref", "anyOf", "oneOf"})
 
 
 def _as_plain(value: Any) -> Any:

@@ -415,6 +415,12 @@ def nested(depth: int) -> dict[str, Any]:
     return schema
 
 
+def ref_chain_of_patterns(length: int) -> dict[str, Any]:
+    """A text that must match a pattern, and a definition, which asks for a pattern and a definition, and so on."""
+    links = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}", "pattern": f"a.{{{i}}}b"} for i in range(length)}
+    return {"$ref": "#/$defs/d0", "$defs": {**links, f"d{length}": {"type": "string"}}}
+
+
 ROUND: dict[str, Any] = {"type": "object"}
 ROUND["properties"] = {"self": ROUND}
 
@@ -609,6 +615,11 @@ def test_a_way_to_the_end_is_not_looked_for_without_end(tokenizer) -> None:
         ({"grammar": 'start: %json {"type": "integer", "multipleOf": 1000003}'}, r"multipleOf=1e\+06"),
         ({"grammar": 'start: "%json"'}, r"must be followed by JSON"),
         ({"grammar": 'start: a::0x0\na::_: "x" | a::set_bit(1)'}, r"parametric rules"),
+        ({"grammar": "start: T\nT: " + " & ".join(f"/.*a.{{{i}}}b/" for i in range(4))}, r"3 intersections"),
+        ({"grammar": "start: T\nT: ~(~/a.*/ | ~/b.*/)"}, r"3 intersections and complements"),
+        ({"json": {"allOf": [{"pattern": f"a.{{{i}}}b"} for i in range(40)]}}, r"40 or more patterns"),
+        ({"json": ref_chain_of_patterns(20)}, r"patterns that are combined"),
+        ({"json": {"patternProperties": {f"^a{i}_": {} for i in range(300)}}}, r"300 patternProperties"),
         ({"json": {"allOf": [{"multipleOf": 997}, {"multipleOf": 1009}]}}, r"multipleOf=997, 1009"),
         ({"json": {"type": "number", "multipleOf": 1e-300}}, r"multipleOf=1e-300"),
         ({"json": {"enum": ["x" * 100_000] * 200_000}}, r"characters, at most 262,144"),
