@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from langchain_core.runnables.config import ContextThreadPoolExecutor, get_confi
 
 from langchain_lora_retriever.engine import Generation
 from langchain_lora_retriever.errors import RequestAbortedError
+from langchain_lora_retriever.forking import after_fork
 
 __all__ = ["ConcurrentChatModel", "Deadline", "owned", "reached_engine", "run_in_thread", "run_within"]
 
@@ -215,8 +215,7 @@ def _renew_threads() -> None:
     _threads = _new_threads()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_threads)
+after_fork(_renew_threads)
 
 
 def run_within(deadline: Deadline, work: Callable[[], T], *, discard: Callable[[T], object]) -> T:

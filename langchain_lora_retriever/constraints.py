@@ -5,7 +5,6 @@ A grammar is compiled once per tokenizer; every request gets a copy of the compi
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from collections import OrderedDict, deque
@@ -18,6 +17,7 @@ from llguidance import LLMatcher, LLParserLimits, hf
 from transformers import PreTrainedTokenizerFast
 
 from langchain_lora_retriever.errors import EngineError, InvalidRequestError
+from langchain_lora_retriever.forking import after_fork
 from langchain_lora_retriever.json_closing import ClosingTokens, JsonPosition, closing_path
 
 if TYPE_CHECKING:
@@ -364,5 +364,4 @@ def _begin_in_child() -> None:
     _compilers.clear()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_begin_in_child)
+after_fork(_begin_in_child)

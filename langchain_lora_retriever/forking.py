@@ -9,9 +9,15 @@ from weakref import WeakMethod
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["begin_in_every_process"]
+__all__ = ["after_fork", "begin_in_every_process"]
 
 _begins: set[WeakMethod[Any]] = set()
+
+
+def after_fork(begin: Callable[[], object]) -> None:
+    """Call a function of a module in every child that is forked, where there are forks."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=begin)
 
 
 def begin_in_every_process(begin: Callable[[], None]) -> None:
@@ -30,5 +36,4 @@ def _begin_in_child() -> None:
             begin()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_begin_in_child)
+after_fork(_begin_in_child)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import re
 import threading
 from contextlib import suppress
@@ -27,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from langchain_lora_retriever.dialects import add_tools_section, dialect_of
 from langchain_lora_retriever.errors import InvalidRequestError, PromptTooLongError
+from langchain_lora_retriever.forking import after_fork
 from langchain_lora_retriever.nesting import check_json, check_texts, check_unicode, walk
 from langchain_lora_retriever.shown import shown
 
@@ -85,8 +85,7 @@ _REFUSALS = (jinja2.TemplateError, TypeError, ValueError, LookupError, Attribute
 _locks: WeakKeyDictionary[PreTrainedTokenizerBase, threading.Lock] = WeakKeyDictionary()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_locks.clear)  # a thread that held one is not there
+after_fork(_locks.clear)  # a thread that held one is not there
 
 
 def _lock_of(tokenizer: PreTrainedTokenizerBase) -> threading.Lock:
@@ -140,8 +139,10 @@ def routing_text(messages: Sequence[BaseMessage]) -> str:
 
     After a tool's result it is still the human's, so an agent keeps its adapters through a loop of calls. Where no
     human has spoken it is the last message that has any text.
+
+    Args:
+        messages: Messages that `check_messages` has let pass.
     """
-    check_messages(messages)
     for message in reversed(messages):
         if isinstance(message, HumanMessage) or (isinstance(message, ChatMessage) and message.role == "user"):
             return content_text(message)

@@ -69,28 +69,26 @@ def check_json(value: Any, what: str) -> int:
     Raises:
         InvalidRequestError: As `check_texts` does, or if there is an object of another type, or an enormous integer.
     """
-    num_characters = 0
-    for item in walk(value, what):
-        if isinstance(item, str):
-            check_unicode(item, what)
-            num_characters += len(item)
-        elif isinstance(item, int):
-            if item.bit_length() > _MAX_INTEGER_BITS:
-                raise InvalidRequestError(
-                    f"{what} holds {shown(item)}: pass at most {_MAX_INTEGER_BITS:,} bits, or text."
-                )
-        elif isinstance(item, dict):
-            for key in item:
-                if not isinstance(key, str):
-                    raise InvalidRequestError(
-                        f"{what} holds the key {shown(key)}, which is no text: name it by a string."
-                    )
-        elif not isinstance(item, float | list | tuple | None):
-            raise InvalidRequestError(
-                f"{what} holds {shown(item)}, which JSON cannot: pass text, numbers, True, False, None, lists and "
-                "dictionaries."
-            )
-    return num_characters
+    return sum(_check_json_value(item, what) for item in walk(value, what))
+
+
+def _check_json_value(item: Any, what: str) -> int:
+    if isinstance(item, str):
+        check_unicode(item, what)
+        return len(item)
+    if isinstance(item, int):
+        if item.bit_length() > _MAX_INTEGER_BITS:
+            raise InvalidRequestError(f"{what} holds {shown(item)}: pass at most {_MAX_INTEGER_BITS:,} bits, or text.")
+    elif isinstance(item, dict):
+        for key in item:
+            if not isinstance(key, str):
+                raise InvalidRequestError(f"{what} holds the key {shown(key)}, which is no text: name it by a string.")
+    elif not isinstance(item, float | list | tuple | None):
+        raise InvalidRequestError(
+            f"{what} holds {shown(item)}, which JSON cannot: pass text, numbers, True, False, None, lists and "
+            "dictionaries."
+        )
+    return 0
 
 
 def check_unicode(text: str, what: str) -> None:

@@ -7,7 +7,6 @@ again nor embed the pool again.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import uuid
 import warnings
@@ -20,6 +19,7 @@ from langchain_lora_retriever.aside import run_aside
 from langchain_lora_retriever.base_names import is_same_base_model
 from langchain_lora_retriever.engine import EngineConfig, EngineWorker, load_base_model
 from langchain_lora_retriever.errors import AdapterError, UnknownAdapterError
+from langchain_lora_retriever.forking import after_fork
 from langchain_lora_retriever.retriever import LoraRetriever
 
 if TYPE_CHECKING:
@@ -157,8 +157,8 @@ def close_engine(source: ModelSource, model_kwargs: Mapping[str, Any], config: E
     """Stop the engine of a configuration, if it is loaded, and let go of its memory."""
     with _starting:
         engine = _engines.pop(_engine_key(source, model_kwargs, config), None)
-    if engine is not None:
-        engine.close()
+        if engine is not None:  # nobody starts another on a model that is being given back
+            engine.close()
 
 
 def close_engines() -> None:
@@ -166,8 +166,8 @@ def close_engines() -> None:
     with _starting:
         engines = list(_engines.values())
         _engines.clear()
-    for engine in engines:
-        engine.close()
+        for engine in engines:
+            engine.close()
 
 
 def _start_engine(source: ModelSource, model_kwargs: Mapping[str, Any], config: EngineConfig) -> EngineWorker:
@@ -191,5 +191,4 @@ def _begin_in_child() -> None:
     _starting, _lock = threading.Lock(), threading.Lock()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_begin_in_child)
+after_fork(_begin_in_child)

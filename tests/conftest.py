@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Any
 
 import pytest
 
 import makers
+
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # a test's own processes see what it sees
 
 
 @pytest.fixture(scope="session")

@@ -62,6 +62,14 @@ class Engine:
         self._defaults = GenerationDefaults.of(base)
         self.tokenizer = base.tokenizer
         self._runner = ModelRunner(base, config)
+        try:
+            self._make_rest(base, config)
+        except BaseException:
+            self._runner.close()
+            raise
+
+    def _make_rest(self, base: BaseModel, config: EngineConfig) -> None:
+        """Make what stands around the runner; the model is given back if that fails."""
         self.device = self._runner.device
         memory = self._runner.memory
         self.module_shapes = self._runner.probe.module_shapes

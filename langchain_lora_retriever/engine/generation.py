@@ -141,10 +141,14 @@ class Generation:
         return wakes is not None
 
     def orphan(self, error: Exception) -> None:
-        """End with an error in a forked process, where a lock may be held by a thread that is not there."""
-        self._lock = threading.Lock()
-        if not self._future.done():
-            self._future = Future()
+        """End with an error in a forked process, unless it has ended well.
+
+        Its own lock, or the old future's, may be held by a thread that is not there: neither is looked at.
+        """
+        self._lock, self._future = threading.Lock(), Future()
+        if self._received and self._received[-1].finish_reason is not None:
+            self._future.set_result(_join(self._received))
+        else:
             self._future.set_exception(error)
 
     def _take(self, news: Delta | Exception) -> list[Wake] | None:

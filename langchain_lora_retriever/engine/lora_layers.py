@@ -1,8 +1,8 @@
 """The model's linear modules, with every token's own adapters added to their outputs.
 
-Modules are changed in place and by their `forward` alone: their names, parameters and accelerate hooks stay what they
-were, so any Linear-like module works, quantised or offloaded. Plain `nn.Linear` modules that share an input are
-computed as one product.
+Modules are changed in place: their `forward` is replaced, their names and accelerate hooks stay, so any Linear-like
+module works, quantised or offloaded. Plain `nn.Linear` modules that share an input are computed as one product: until
+`release` gives them memory of their own again, their weights are views of one tensor.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import atexit
 import logging
-import os
 import threading
 from collections import deque
 from contextlib import suppress
+from traceback import clear_frames
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
@@ -19,6 +19,7 @@ from langchain_lora_retriever.engine.generation import Generation, deliver
 from langchain_lora_retriever.engine.heap import frozen_heap
 from langchain_lora_retriever.engine.upload import on_device
 from langchain_lora_retriever.errors import EngineDeadError, EngineOverloadedError
+from langchain_lora_retriever.forking import after_fork
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -266,6 +267,7 @@ class EngineWorker:
                     self._deliver(self._step())
         except BaseException as error:
             _logger.exception("The engine died")
+            clear_frames(error.__traceback__)  # it is kept as a cause, and they hold other callers' prompts
             cause = error
         self._die(cause)
         if self._is_exiting:
@@ -307,6 +309,7 @@ class EngineWorker:
             if self._num_failed_steps >= _MAX_FAILED_STEPS or _is_sticky(error):
                 raise
             _logger.exception("A step failed; its requests get the error and the engine goes on")
+            clear_frames(error.__traceback__)
             outputs = self._engine.fail_step(error)
             if not outputs:  # nobody to blame: scheduling itself is broken, and would be again
                 raise
@@ -316,11 +319,14 @@ class EngineWorker:
 
     def _deliver(self, outputs: list[StepOutput]) -> None:
         news: list[tuple[Generation, Delta | Exception]] = []
+        ended: list[Request] = []
         for request, delta, error in outputs:
-            is_last = error is not None or (delta is not None and delta.finish_reason is not None)
-            generation = self._generations.pop(request) if is_last else self._generations[request]
-            news += [(generation, item) for item in (delta, error) if item is not None]
+            news += [(self._generations[request], item) for item in (delta, error) if item is not None]
+            if error is not None or (delta is not None and delta.finish_reason is not None):
+                ended.append(request)
         deliver(news)
+        for request in ended:  # only now: whatever ends the thread before, `_die` tells them
+            del self._generations[request]
 
     def _die(self, cause: BaseException | None) -> None:
         with self._news:
@@ -330,7 +336,7 @@ class EngineWorker:
             try:
                 self._do_what_was_posted()  # an accepted request must hear of it, and whoever waits for a check
                 break
-            except Exception:
+            except BaseException:
                 _logger.exception("What was asked of an engine that died failed")
         error = EngineDeadError(
             f"The engine died: {cause!r}.{_advice(cause)}"
@@ -367,5 +373,4 @@ def _end_all_in_child() -> None:
         worker._end_in_child()  # noqa: SLF001 - its other half
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_end_all_in_child)
+after_fork(_end_all_in_child)

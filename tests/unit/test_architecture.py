@@ -29,7 +29,7 @@ LANGCHAIN_ROOMS = {
     "tools",
 }
 # What every part may import.
-GROUND_FLOOR = {"base_names", "errors", "shown", "types"}
+GROUND_FLOOR = {"base_names", "errors", "forking", "shown", "types"}
 # Retrieval and composition: no LangChain, no engine.
 RETRIEVAL_ROOMS = {
     "adapter_config", "adapter_folder", "adapters", "answer_fit", "aside", "composer", "encoder", "file_weights",
