@@ -10,30 +10,83 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from langchain_lora_retriever.chat_model import ChatLoraRetriever
+    from langchain_lora_retriever.engine.api import EngineClient
+    from langchain_lora_retriever.engine.config import EngineConfig
+    from langchain_lora_retriever.errors import (
+        AdapterError,
+        EncoderError,
+        EngineDeadError,
+        EngineError,
+        EngineOverloadedError,
+        InvalidRequestError,
+        LoraRetrieverError,
+        PoolError,
+        PromptTooLongError,
+        StructuredOutputError,
+        UnknownAdapterError,
+    )
+    from langchain_lora_retriever.hybrid_encoder import HybridEncoder
     from langchain_lora_retriever.pool import AdapterPool
+    from langchain_lora_retriever.registry import close_engines
     from langchain_lora_retriever.retriever import LoraRetriever
+    from langchain_lora_retriever.runtime import Runtime
+    from langchain_lora_retriever.training import train_encoder
     from langchain_lora_retriever.types import Adapter, Composition, RetrievedAdapter, SamplingParams
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
+    "AdapterError",
     "AdapterPool",
     "ChatLoraRetriever",
     "Composition",
+    "EncoderError",
+    "EngineClient",
+    "EngineConfig",
+    "EngineDeadError",
+    "EngineError",
+    "EngineOverloadedError",
+    "HybridEncoder",
+    "InvalidRequestError",
     "LoraRetriever",
+    "LoraRetrieverError",
+    "PoolError",
+    "PromptTooLongError",
     "RetrievedAdapter",
+    "Runtime",
     "SamplingParams",
+    "StructuredOutputError",
+    "UnknownAdapterError",
+    "close_engines",
+    "train_encoder",
 ]
 
 _HOMES = {
     "Adapter": "types",
+    "AdapterError": "errors",
     "AdapterPool": "pool",
     "ChatLoraRetriever": "chat_model",
     "Composition": "types",
+    "EncoderError": "errors",
+    "EngineClient": "engine.api",
+    "EngineConfig": "engine.config",
+    "EngineDeadError": "errors",
+    "EngineError": "errors",
+    "EngineOverloadedError": "errors",
+    "HybridEncoder": "hybrid_encoder",
+    "InvalidRequestError": "errors",
     "LoraRetriever": "retriever",
+    "LoraRetrieverError": "errors",
+    "PoolError": "errors",
+    "PromptTooLongError": "errors",
     "RetrievedAdapter": "types",
+    "Runtime": "runtime",
     "SamplingParams": "types",
+    "StructuredOutputError": "errors",
+    "UnknownAdapterError": "errors",
+    "close_engines": "registry",
+    "train_encoder": "training",
 }
 
 

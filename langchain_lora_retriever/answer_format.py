@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from langchain_lora_retriever.constraints import CompiledGrammar, can_constrain, compiler_of
 from langchain_lora_retriever.dialects import SECTION, Dialect, dialect_of
+from langchain_lora_retriever.engine.constraints import can_constrain, compiler_of
 from langchain_lora_retriever.errors import InvalidRequestError
 from langchain_lora_retriever.grammars import (
-    Grammar,
     calls_grammar,
     choice_grammar,
     json_grammar,
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from langchain_lora_retriever.call_options import CallOptions
+    from langchain_lora_retriever.engine.api import Grammar
 
 __all__ = ["AnswerFormat", "answer_format", "written_out"]
 
@@ -43,14 +43,6 @@ class AnswerFormat(NamedTuple):
     dialect: Dialect | None = None
     grammar: Grammar | None = None
     is_free_text: bool = False
-
-    def compile(self, tokenizer: PreTrainedTokenizerBase) -> CompiledGrammar | None:
-        """Compile the grammar; None if there is none. Takes up to seconds: not for an event loop.
-
-        Raises:
-            InvalidRequestError: If it asks for what is not supported.
-        """
-        return None if self.grammar is None else compiler_of(tokenizer).compile(self.grammar)
 
 
 def answer_format(options: CallOptions, tokenizer: PreTrainedTokenizerBase) -> AnswerFormat:

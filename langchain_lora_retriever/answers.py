@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from langchain_lora_retriever.answer_format import AnswerFormat
-    from langchain_lora_retriever.constraints import GrammarConstraint
     from langchain_lora_retriever.engine import Delta, TokenLogprob, Usage
     from langchain_lora_retriever.readers import Piece, Reader
 
@@ -61,7 +60,6 @@ class AnswerStream:
         metadata: `response_metadata` that does not depend on the answer. It goes into the last chunk only: LangChain
             adds chunks up, and would join two equal strings into one twice as long.
         readers: What finds reasoning and tool calls in the text.
-        constraint: What the answer is constrained by, if anything; it knows whether the answer was shortened to fit.
         tells_usage: Whether the last chunk says how many tokens were used.
     """
 
@@ -71,14 +69,12 @@ class AnswerStream:
         metadata: Mapping[str, Any],
         *,
         readers: Sequence[Reader] = (),
-        constraint: GrammarConstraint | None = None,
         tells_usage: bool = True,
     ) -> None:
         self._tells_usage = tells_usage
         self._tokenizer = tokenizer
         self._metadata = metadata
         self._readers = readers
-        self._constraint = constraint
         self._has_calls = False
 
     def push(self, delta: Delta) -> Iterator[ChatGenerationChunk]:
@@ -105,7 +101,7 @@ class AnswerStream:
             yield ChatGenerationChunk(message=message)
 
     def _finish_reason(self, delta: Delta) -> str | None:
-        if self._constraint is not None and self._constraint.is_shortened:
+        if delta.is_shortened:
             return "length"
         return "tool_calls" if self._has_calls and delta.finish_reason == "stop" else delta.finish_reason
 

@@ -21,10 +21,9 @@ from langchain_lora_retriever.answer_format import AnswerFormat, answer_format
 from langchain_lora_retriever.answers import AnswerStream, answer_readers, reads_special_tokens
 from langchain_lora_retriever.call_options import CallOptions
 from langchain_lora_retriever.chat_settings import ChatSettings
-from langchain_lora_retriever.concurrency import Deadline, owned, reached_engine, run_in_thread, run_within
-from langchain_lora_retriever.constraints import CompiledGrammar
+from langchain_lora_retriever.concurrency import owned, reached_engine
 from langchain_lora_retriever.dialects import ChatTurn
-from langchain_lora_retriever.engine import Completion, Delta, EngineConfig, EngineWorker, Generation
+from langchain_lora_retriever.engine import Completion, Delta, EngineClient, Generation
 from langchain_lora_retriever.errors import InvalidRequestError
 from langchain_lora_retriever.messages import (
     check_length,
@@ -37,11 +36,12 @@ from langchain_lora_retriever.messages import (
     to_chat,
 )
 from langchain_lora_retriever.profiles import loaded_profile
-from langchain_lora_retriever.shared import close_engine, reject_unfit, running_engine, shared_engine
+from langchain_lora_retriever.routing import Plan
 from langchain_lora_retriever.shown import shown
 from langchain_lora_retriever.structured_output import structured_output
+from langchain_lora_retriever.threads import Deadline, run_in_thread, run_within
 from langchain_lora_retriever.tools import to_tool_choice, to_tools
-from langchain_lora_retriever.types import Adapter, Composition
+from langchain_lora_retriever.types import Composition
 
 __all__ = ["ChatLoraRetriever"]
 
@@ -58,8 +58,7 @@ class _Call(NamedTuple):
 
     options: CallOptions
     format: AnswerFormat
-    compiled: CompiledGrammar | None
-    engine: EngineWorker
+    engine: EngineClient
     chat: list[ChatTurn]
     text: str
 
@@ -111,12 +110,12 @@ class ChatLoraRetriever(ChatSettings):
             InvalidRequestError: If a setting is unknown or not allowed.
         """
         options = CallOptions.merge(self, kwargs)
-        return self._router.route(_text_to_route(self._convert_input(input).to_messages(), options), options)
+        return self._runtime.route(_text_to_route(self._convert_input(input).to_messages(), options), options)
 
     async def aroute(self, input: LanguageModelInput, **kwargs: Any) -> Composition:  # noqa: A002 - LangChain's name
         """Do what `route` does, embedding together with other calls that wait."""
         options = CallOptions.merge(self, kwargs)
-        return await self._router.aroute(_text_to_route(self._convert_input(input).to_messages(), options), options)
+        return await self._runtime.aroute(_text_to_route(self._convert_input(input).to_messages(), options), options)
 
     # Generation
 
@@ -187,63 +186,47 @@ class ChatLoraRetriever(ChatSettings):
 
     def _begin(self, messages: Sequence[BaseMessage], options: CallOptions, *, is_stream: bool = False) -> list[_Run]:
         """Understand a call, route it, and give it to the engine."""
-        call = self._understand(messages, options)
-        return self._start(call, *self._router.plan(call.text, call.options), is_stream=is_stream)
+        call = self._understand(messages, options, self._ready())
+        return self._start(call, self._runtime.plan(call.text, call.options), is_stream=is_stream)
 
     async def _abegin(
         self, messages: Sequence[BaseMessage], options: CallOptions, *, is_stream: bool = False
     ) -> list[_Run]:
         """Do what `_begin` does without holding up the event loop: what may take longer is done in a thread."""
-        await self._load()
-        understand = partial(self._understand, messages, options)
+        understand = partial(self._understand, messages, options, await self._aready())
         is_long = options.has_format or _is_long(messages)
         call = await run_in_thread(understand) if is_long else understand()
-        plan = await self._router.aplan(call.text, call.options)
-        start = partial(self._start, call, *plan, is_stream=is_stream)
+        plan = await self._runtime.aplan(call.text, call.options)
+        start = partial(self._start, call, plan, is_stream=is_stream)
         # Nor wait for another's long prompt: a tokenizer encodes one at a time.
         is_long = _is_long(messages) or is_encoding(call.engine.tokenizer)
         runs = await run_in_thread(start, discard=_abort) if is_long else start()
         reached_engine()
         return runs
 
-    def _understand(self, messages: Sequence[BaseMessage], options: CallOptions) -> _Call:
+    def _understand(self, messages: Sequence[BaseMessage], options: CallOptions, engine: EngineClient) -> _Call:
         chat = to_chat(messages)
-        engine = self._engine()
-        check_length(engine.tokenizer, chat, max_num_tokens=engine.max_model_len)
-        answer = answer_format(options, engine.tokenizer)
-        compiled = answer.compile(engine.tokenizer)
-        reject_unfit(self._router.pool, engine, self.model_name)
-        return _Call(options, answer, compiled, engine, chat, _text_to_route(messages, options))
+        check_length(engine.tokenizer, chat, max_num_tokens=engine.info.max_model_len)
+        return _Call(options, answer_format(options, engine.tokenizer), engine, chat, _text_to_route(messages, options))
 
-    def _start(
-        self,
-        call: _Call,
-        composition: Composition,
-        adapters: Sequence[tuple[Adapter, float]],
-        *,
-        is_stream: bool = False,
-    ) -> list[_Run]:
+    def _start(self, call: _Call, plan: Plan, *, is_stream: bool = False) -> list[_Run]:
         metadata = {
             "model_name": call.options.model or self.model_name,
             "model_provider": "lora-retriever",
-            **composition.to_metadata(),
+            **plan.composition.to_metadata(),
         }
         # Encoded only now: while the first texts of many are embedded no other call holds them up by its tokens.
         prompt_token_ids = call.encode()
         tokenizer = call.engine.tokenizer
-        limit = min(call.options.max_tokens, call.engine.max_model_len - len(prompt_token_ids))
         tells_usage = call.options.stream_usage or not is_stream
         runs: list[_Run] = []
         try:
             for index in range(call.options.n):
-                constraint = None if call.compiled is None else call.compiled.constraint(fit=limit)
                 readers = answer_readers(tokenizer, prompt_token_ids, call.format)
                 skips_special = not reads_special_tokens(tokenizer, readers)
                 sampling = call.options.sampling(index, skip_special_tokens=skips_special)
-                generation = call.engine.submit(prompt_token_ids, sampling, adapters, constraint=constraint)
-                answer = AnswerStream(
-                    tokenizer, metadata, readers=readers, constraint=constraint, tells_usage=tells_usage
-                )
+                generation = call.engine.submit(prompt_token_ids, sampling, plan.adapters, grammar=call.format.grammar)
+                answer = AnswerStream(tokenizer, metadata, readers=readers, tells_usage=tells_usage)
                 runs.append(_Run(generation, answer))
         except BaseException:
             _abort(runs)
@@ -255,45 +238,41 @@ class ChatLoraRetriever(ChatSettings):
     def _max_concurrency(self) -> int:
         # Twice what runs at once, so that the engine never waits for a prompt to be routed and tokenized.
         # It is not loaded to know that: the time it takes is the calls' own, and counts for their timeouts.
-        engine = running_engine(self.base_model, self.model_kwargs, self._config)
-        return 2 * (engine.max_num_seqs if engine else self._config.max_num_seqs or _UNKNOWN_CONCURRENCY)
+        engine = self._runtime.running_engine
+        return 2 * (engine.info.max_num_seqs if engine else self.engine_config.max_num_seqs or _UNKNOWN_CONCURRENCY)
 
     async def _aprepare(self, inputs: Sequence[LanguageModelInput], **kwargs: Any) -> None:
         with suppress(Exception):  # each call meets the same fault, and reports it as its own
             options = CallOptions.merge(self, kwargs)
             texts = [_text_to_route(self._convert_input(each).to_messages(), options) for each in inputs]
             async with Deadline(options.timeout).limit():
-                await self._router.aprepare(texts, options)
+                await self._runtime.aprepare(texts, options)
 
-    @property
-    def _config(self) -> EngineConfig:
-        assert isinstance(self.engine_config, EngineConfig)
-        return self.engine_config
-
-    def _engine(self) -> EngineWorker:
+    def _ready(self) -> EngineClient:
         """Return the engine, loading the base model at first use."""
-        engine = shared_engine(self.base_model, self.model_kwargs, self._config)
+        return self._known(self._runtime.ready())
+
+    async def _aready(self) -> EngineClient:
+        return self._known(await self._runtime.aready())
+
+    def _known(self, engine: EngineClient) -> EngineClient:
         if self._has_own_profile and not self._is_profile_loaded and self.profile is not None:
             self.__dict__["profile"] = loaded_profile(self.profile, engine)  # found out, and not assigned
             self._is_profile_loaded = True
         return engine
 
-    async def _load(self) -> None:
-        """Load the base model without holding up the event loop."""
-        if running_engine(self.base_model, self.model_kwargs, self._config) is None:
-            await run_in_thread(self._engine)
-
     def close(self) -> None:
         """Stop the engine, give the base model back as it was, and let go of its memory.
 
         Other chat models of the process that share the engine lose it too: their running calls end with
-        `EngineDeadError`, and the next call of any of them loads the model anew.
+        `EngineDeadError`. The next call of any of them loads the model anew; an engine that was passed ready-made stays
+        closed.
         """
-        close_engine(self.base_model, self.model_kwargs, self._config)
+        self._runtime.close()
 
     async def aclose(self) -> None:
         """Do what `close` does without blocking the event loop."""
-        await run_in_thread(self.close)
+        await self._runtime.aclose()
 
     # Tools and structured output
 
@@ -342,7 +321,7 @@ class ChatLoraRetriever(ChatSettings):
 
     def get_token_ids(self, text: str) -> list[int]:
         """Return the base model's token ids of a plain text."""
-        return encode_text(self._engine().tokenizer, text)
+        return encode_text(self._ready().tokenizer, text)
 
     def _convert_input(self, model_input: LanguageModelInput) -> PromptValue:
         """Do what LangChain does, refusing in words what is no prompt, and more messages than one may have."""
@@ -365,7 +344,7 @@ class ChatLoraRetriever(ChatSettings):
     ) -> int:
         """Count the tokens of the prompt that `messages` and `tools` make, template and all."""
         messages = self._convert_input(messages).to_messages()
-        return len(self._understand(messages, self._options(None, {"tools": tools})).encode())
+        return len(self._understand(messages, self._options(None, {"tools": tools}), self._ready()).encode())
 
 
 def _abort(runs: Sequence[_Run]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import pickle
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, cast
 
 from langchain_core.language_models import LangSmithParams, ModelProfile
 from pydantic import ConfigDict, Field, PrivateAttr, SkipValidation, field_validator, model_validator
@@ -18,19 +19,27 @@ from langchain_lora_retriever.call_options import CallOptions
 from langchain_lora_retriever.composer import Weighting
 from langchain_lora_retriever.concurrency import ConcurrentChatModel
 from langchain_lora_retriever.encoder import Encoder
-from langchain_lora_retriever.engine import EngineConfig
-from langchain_lora_retriever.errors import InvalidRequestError
+from langchain_lora_retriever.engine import EngineClient, EngineConfig
+from langchain_lora_retriever.errors import AdapterError, InvalidRequestError
 from langchain_lora_retriever.pool import AdapterPool
-from langchain_lora_retriever.profiles import profile_before_loading
+from langchain_lora_retriever.profiles import loaded_profile, profile_before_loading
+from langchain_lora_retriever.registry import (
+    SharedEngine,
+    encoder_source,
+    identity,
+    is_shared,
+    shared_retriever,
+    shared_runtime,
+)
 from langchain_lora_retriever.retriever import DEFAULT_ENCODER, DEFAULT_INSTRUCTION, LoraRetriever
-from langchain_lora_retriever.routing import Router
-from langchain_lora_retriever.shared import identity, shared_retriever
+from langchain_lora_retriever.runtime import Runtime
 from langchain_lora_retriever.shown import shown
 from langchain_lora_retriever.types import CompositionMode
 
 __all__ = ["ChatSettings"]
 
 _MADE_HERE = frozenset({"callbacks", "profile"})  # of a process, or found out again
+_WORKED_OUT = frozenset({"pool", "encoder", "instruction", "retriever"})
 
 
 class ChatSettings(ConcurrentChatModel):
@@ -39,14 +48,15 @@ class ChatSettings(ConcurrentChatModel):
     Those from `adapters` on may also be given per call, and so may those that only `CallOptions` has.
 
     Attributes:
-        base_model: A hub name, a folder, or `(model, tokenizer)` already loaded.
-        pool: The adapters to choose from, or the folder they lie in; None for none yet.
-        encoder: Embeds prompts and samples: a sentence-transformers name or folder, or an `Encoder`.
+        base_model: A hub name, a folder, or `(model, tokenizer)` already loaded. None where there is an `engine`.
+        engine: An engine that is ready, in place of `base_model`, `model_kwargs` and `engine_config`.
+        pool: The adapters to choose from. The constructor takes the folder they lie in, too, and None for none yet.
+        encoder: Embeds prompts and samples. The constructor takes a sentence-transformers name or folder, too.
         instruction: Prefix under which texts are embedded.
-        retriever: A retriever that is ready, in place of `pool`, `encoder` and `instruction`.
+        retriever: Finds adapters. One that is ready may be given in place of `pool`, `encoder` and `instruction`.
         model_name: The base model's name in traces and metadata; by default what it is loaded from.
         model_kwargs: For `from_pretrained`: `device_map`, `dtype`, `quantization_config`, ...
-        engine_config: Limits of the engine, as an `EngineConfig` or a dict of its fields.
+        engine_config: Limits of the engine. The constructor takes a dict of its fields, too.
         streaming: Generate by streaming even where the caller did not ask for a stream.
         adapters: Names that take the place of retrieval; `[]` runs the base model alone.
         exclude_adapters: Names retrieval must not return.
@@ -71,14 +81,16 @@ class ChatSettings(ConcurrentChatModel):
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
 
-    base_model: str | Path | tuple[Any, Any] = Field(repr=False)
-    pool: AdapterPool | str | Path | None = Field(default=None, repr=False)
-    encoder: Annotated[str | Encoder | None, SkipValidation] = Field(default=None, repr=False)
-    instruction: str | None = None
-    retriever: LoraRetriever | None = Field(default=None, repr=False)
+    # What the constructor takes beside the type of a field is turned into it; the defaults of None are worked out.
+    base_model: str | Path | tuple[Any, Any] | None = Field(default=None, repr=False)
+    engine: Annotated[EngineClient | None, SkipValidation] = Field(default=None, repr=False)
+    pool: AdapterPool = Field(default=cast("AdapterPool", None), repr=False)
+    encoder: Annotated[Encoder, SkipValidation] = Field(default=cast("Encoder", None), repr=False)
+    instruction: str = cast("str", None)
+    retriever: LoraRetriever = Field(default=cast("LoraRetriever", None), repr=False)
     model_name: str = ""
     model_kwargs: dict[str, Any] = Field(default_factory=dict)
-    engine_config: EngineConfig | dict[str, Any] = Field(default_factory=EngineConfig)
+    engine_config: EngineConfig = Field(default_factory=EngineConfig)
     streaming: bool = False
     adapters: list[str] | None = None
     exclude_adapters: list[str] = Field(default_factory=list)
@@ -99,7 +111,7 @@ class ChatSettings(ConcurrentChatModel):
     timeout: float | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
-    _router: Router = PrivateAttr()
+    _runtime: Runtime = PrivateAttr()
     _has_own_profile: bool = PrivateAttr(default=False)
     _is_profile_loaded: bool = PrivateAttr(default=False)
 
@@ -117,31 +129,99 @@ class ChatSettings(ConcurrentChatModel):
     @field_validator("pool", mode="before")
     @classmethod
     def _to_pool(cls, value: Any) -> Any:
-        return AdapterPool(value) if isinstance(value, str | Path) else value
+        if isinstance(value, str | Path):
+            return AdapterPool.unread(value) if _is_in_event_loop() else AdapterPool(value)
+        return AdapterPool() if value is None else value
+
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _check_client(cls, value: Any) -> Any:
+        if value is not None and not isinstance(value, EngineClient):
+            raise InvalidRequestError(
+                f"engine={shown(value)} is not allowed: pass an EngineClient, such as an EngineWorker."
+            )
+        return value
+
+    @field_validator("instruction", mode="before")
+    @classmethod
+    def _to_instruction(cls, value: Any) -> Any:
+        return DEFAULT_INSTRUCTION if value is None else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_none(cls, values: Any) -> Any:
+        """Take None for not given, where a setting has another type."""
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None or name not in _WORKED_OUT}
 
     @model_validator(mode="after")
     def _connect(self) -> Self:
-        """Check the settings and find the retriever."""
+        """Check the settings, and find the engine and the retriever."""
         CallOptions.merge(self, {})
         given = self.__dict__  # not by assignment, which would come back here
-        given["model_name"] = self.model_name or _name_of(self.base_model)
-        retriever = self.retriever
-        if not (isinstance(self.encoder, str | Path | None) or callable(getattr(self.encoder, "encode", None))):
+        self._check_engine()
+        given["model_name"] = self._name()
+        given["retriever"] = retriever = self._own_retriever()
+        given |= {"pool": retriever.pool, "encoder": retriever.encoder, "instruction": retriever.instruction}
+        self._runtime = shared_runtime(self._engine_or_source(), retriever, self.model_name)
+        return self
+
+    def _check_engine(self) -> None:
+        if self.engine is None:
+            if self.base_model is None:
+                raise InvalidRequestError(
+                    "There is no model: pass base_model (a hub name, a folder, or what is loaded), or engine."
+                )
+            return
+        defaults: dict[str, Any] = {"base_model": None, "model_kwargs": {}, "engine_config": EngineConfig()}
+        for name, default in defaults.items():
+            if getattr(self, name) != default:
+                raise InvalidRequestError(f"An engine has its own {name}: pass one of the two.")
+
+    def _engine_or_source(self) -> SharedEngine | EngineClient:
+        if self.engine is not None:
+            return self.engine
+        assert self.base_model is not None
+        return SharedEngine(self.base_model, self.model_kwargs, self.engine_config)
+
+    def _own_retriever(self) -> LoraRetriever:
+        """The retriever that was given, or the process's for what was given in its place.
+
+        LangChain copies a chat model with all its fields, one of them changed: among them a retriever that was made for
+        the others.
+        """
+        given, encoder = self.model_fields_set, self.encoder if "encoder" in self.model_fields_set else DEFAULT_ENCODER
+        if not (isinstance(encoder, str | Path) or callable(getattr(encoder, "encode", None))):
             raise InvalidRequestError(
-                f"encoder={shown(self.encoder)} is not allowed: pass a sentence-transformers model's name or folder, "
+                f"encoder={shown(encoder)} is not allowed: pass a sentence-transformers model's name or folder, "
                 "or an object with `name`, `dimension` and `encode`."
             )
-        if retriever is None:
-            pool = self.pool if isinstance(self.pool, AdapterPool) else AdapterPool()
-            instruction = DEFAULT_INSTRUCTION if self.instruction is None else self.instruction
-            retriever = shared_retriever(pool, self.encoder or DEFAULT_ENCODER, instruction)
-        elif self.encoder is not None or self.instruction is not None:
-            raise InvalidRequestError("A retriever has its own encoder and instruction: pass it without these.")
-        elif self.pool is not None and self.pool is not retriever.pool:
+        if "retriever" not in given or is_shared(self.retriever):
+            pool = self.pool if "pool" in given else AdapterPool()
+            return shared_retriever(pool, encoder, self.instruction if "instruction" in given else DEFAULT_INSTRUCTION)
+        retriever = self.retriever
+        for name in sorted(given & {"encoder", "instruction"}):
+            if getattr(self, name) != getattr(retriever, name):
+                raise InvalidRequestError("A retriever has its own encoder and instruction: pass it without these.")
+        if "pool" in given and self.pool is not retriever.pool:
             raise InvalidRequestError("The pool is not the retriever's: pass one of the two.")
-        given["pool"] = retriever.pool
-        self._router = Router(retriever, self.model_name)
-        return self
+        return retriever
+
+    def _name(self) -> str:
+        if self.model_name:
+            return self.model_name
+        return self.engine.info.name if self.engine is not None else _name_of(self.base_model)
+
+    @property
+    def runtime(self) -> Runtime:
+        """The engine and the retriever that this chat model uses, and what it shares with others of the process."""
+        return self._runtime
+
+    @property
+    def rejected(self) -> Mapping[str, AdapterError]:
+        """Why adapters of the pool cannot be used here, by name; see `Runtime.rejected`."""
+        return self._runtime.rejected
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Change a setting as if the model were made with it: it is checked, and what depends on it follows.
@@ -149,7 +229,7 @@ class ChatSettings(ConcurrentChatModel):
         Raises:
             ValidationError: If the value is not allowed; nothing changes then.
         """
-        is_made = "_router" in (getattr(self, "__pydantic_private__", None) or {})
+        is_made = "_runtime" in (getattr(self, "__pydantic_private__", None) or {})
         if name in type(self).model_fields and is_made:
             self._change({name: value})
         else:
@@ -183,19 +263,19 @@ class ChatSettings(ConcurrentChatModel):
         """Pickle the settings, where another process can load from them what this one has.
 
         Raises:
-            PicklingError: If the base model, the pool, the encoder or the retriever is in this process's memory only.
+            PicklingError: If the base model, the engine, the pool, the encoder or the retriever is in this process's
+                memory only.
         """
         given = {name: getattr(self, name) for name in self.model_fields_set if name not in _MADE_HERE}
-        pool = given.get("pool")
-        if isinstance(pool, AdapterPool) and pool.path is not None:
-            given["pool"] = pool.path
+        if "pool" in given and self.pool.path is not None:
+            given["pool"] = self.pool.path
+        if "encoder" in given:
+            given["encoder"] = encoder_source(self.encoder) or self.encoder
         held = [
             name
-            for name, kinds in (
-                ("base_model", str | Path), ("pool", str | Path), ("encoder", str | Path), ("retriever", ())
-            )
-            if given.get(name) is not None and not isinstance(given[name], kinds)
-        ]  # fmt: skip
+            for name in ("base_model", "engine", "pool", "encoder", "retriever")
+            if given.get(name) is not None and not isinstance(given[name], str | Path)
+        ]
         if held:
             raise pickle.PicklingError(
                 f"This {type(self).__name__} cannot be pickled: its {', '.join(held)} lives in this process's memory. "
@@ -221,8 +301,9 @@ class ChatSettings(ConcurrentChatModel):
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        """Everything that changes an answer."""
-        return self._identity(CallOptions.merge(self, {}))
+        """Everything that changes an answer; a pool that nobody has read yet stands for its contents by its folder."""
+        pool = self.pool.fingerprint if self.pool.is_read else str(self.pool.path)
+        return self._identity(CallOptions.merge(self, {}), pool)
 
     def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
         """Return what LangChain's response cache keys on, beside the prompt.
@@ -231,17 +312,21 @@ class ChatSettings(ConcurrentChatModel):
         """
         options = CallOptions.merge(self, {**kwargs, "stop": stop})
         # In the order given, not sorted: a schema's properties are generated in theirs.
-        return json.dumps({**self._identity(options), **written_out(options)}, default=repr)
+        return json.dumps({**self._identity(options, self.pool.fingerprint), **written_out(options)}, default=repr)
 
-    def _identity(self, options: CallOptions) -> dict[str, Any]:
-        retriever, source = self._router.retriever, self.base_model
+    def _identity(self, options: CallOptions, pool: str) -> dict[str, Any]:
+        retriever, source = self.retriever, self.base_model
+        if self.engine is not None:
+            named: Any = identity(self.engine)
+        else:
+            named = [identity(part) for part in source] if isinstance(source, tuple) else str(source)
         return {
             "base_model": self.model_name,
-            "source": [identity(part) for part in source] if isinstance(source, tuple) else str(source),
+            "source": named,
             "model_kwargs": repr(sorted(self.model_kwargs.items())),
             "engine_config": repr(self.engine_config),
             "output_version": self.output_version,
-            "pool": retriever.pool.fingerprint,
+            "pool": pool,
             "encoder": retriever.encoder.name,
             "instruction": retriever.instruction,
             "retriever_min_score": retriever.min_score,
@@ -257,17 +342,27 @@ class ChatSettings(ConcurrentChatModel):
         return params
 
     def _resolve_model_profile(self) -> ModelProfile:
-        assert isinstance(self.engine_config, EngineConfig)
         self._has_own_profile = True
-        name = self.model_name or _name_of(self.base_model)
-        return profile_before_loading(name, self.base_model, self.model_kwargs, self.engine_config)
+        profile = profile_before_loading(self._name(), self.base_model, self.model_kwargs, self.engine_config)
+        return profile if self.engine is None else loaded_profile(profile, self.engine)
+
+
+def _is_in_event_loop() -> bool:
+    """Whether reading a pool here would hold up others: its first call reads it in a thread then."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _make(cls: type[ChatSettings], given: dict[str, Any]) -> ChatSettings:
     return cls(**given)
 
 
-def _name_of(base_model: str | Path | tuple[Any, Any]) -> str:
+def _name_of(base_model: str | Path | tuple[Any, Any] | None) -> str:
+    if base_model is None:  # which is refused a moment later
+        return ""
     if isinstance(base_model, tuple):
         return str(getattr(base_model[0], "name_or_path", "") or type(base_model[0]).__name__)
     return base_model.name if isinstance(base_model, Path) else base_model

@@ -8,23 +8,18 @@ Source: LoraRetriever, arXiv:2402.09997, section 3.3.
 
 from __future__ import annotations
 
-import hashlib
 import math
-import threading
-from collections import OrderedDict
 from numbers import Real
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
-import torch
-
 from langchain_lora_retriever.errors import InvalidRequestError
+from langchain_lora_retriever.fusion import fuse
 from langchain_lora_retriever.shown import shown
 from langchain_lora_retriever.types import (
     Adapter,
     ComposedAdapter,
     Composition,
     CompositionMode,
-    LoraWeights,
     RetrievedAdapter,
 )
 
@@ -33,7 +28,7 @@ if TYPE_CHECKING:
 
     from langchain_lora_retriever.pool import AdapterPool
 
-__all__ = ["FusionCache", "Weighting", "compose", "fuse", "materialize", "pin"]
+__all__ = ["Weighting", "compose", "materialize", "pin"]
 
 Weighting: TypeAlias = Literal["uniform", "similarity"]
 
@@ -122,79 +117,12 @@ def pin(names: Sequence[str], *, mode: CompositionMode, weights: Sequence[float]
     return Composition(mode, tuple(ComposedAdapter(n, share / total) for n, share in zip(names, shares, strict=True)))
 
 
-def fuse(adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
-    """Average adapters' parameters into one new adapter.
-
-    Semantics:
-        lora_A = sum_j w_j A_j,  lora_B = sum_j w_j s_j B_j,  scaling = 1, in every module that any of them adapts.
-        Where an adapter lacks a module it contributes zeros; smaller ranks are padded with zeros.
-
-    Args:
-        adapters: Adapters and weights, at least one.
-
-    Returns:
-        An adapter in float32 whose fingerprint follows from the members' fingerprints and weights.
-
-    Raises:
-        InvalidRequestError: If there is no adapter, or two differ in a module's shape.
-        InvalidAdapterError: If the file of one is not the one that was read any more.
-    """
-    if not adapters:
-        raise InvalidRequestError("adapters=[] is not allowed: pass at least one adapter to fuse.")
-    adapters = sorted(adapters, key=lambda member: (member[0].fingerprint, member[1]))  # sums do not depend on order
-    members = [(adapter, dict(adapter.weights), weight) for adapter, weight in adapters]  # each file is read once
-    modules = dict.fromkeys(module for _, weights, _ in members for module in weights)
-    return Adapter(
-        name="+".join(adapter.name for adapter, _ in adapters),
-        fingerprint=_fusion_key(adapters),
-        weights={module: _fuse_module(module, members) for module in modules},
-        base_model=adapters[0][0].base_model,
-    )
-
-
-class FusionCache:
-    """Fused adapters by content, the least recently used dropped. Any thread may call it.
-
-    Args:
-        max_bytes: Most bytes of weights to keep; the last one made is kept in any case.
-    """
-
-    def __init__(self, max_bytes: int = 256 << 20) -> None:
-        self._max_bytes = max_bytes
-        self._lock = threading.Lock()
-        self._fused: OrderedDict[str, Adapter] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._fused)
-
-    def fuse(self, adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
-        """`fuse`, or what it returned for adapters of the same content and weights."""
-        key = _fusion_key(adapters)
-        with self._lock:
-            if key not in self._fused:
-                self._fused[key] = fuse(adapters)
-            self._fused.move_to_end(key)
-            while len(self._fused) > 1 and self._num_bytes() > self._max_bytes:
-                self._fused.popitem(last=False)
-            return self._fused[key]
-
-    def _num_bytes(self) -> int:
-        return sum(adapter.num_parameters * torch.float32.itemsize for adapter in self._fused.values())
-
-
-# One for the process: the keys are contents, so whoever fuses the same adapters may share the result.
-_FUSIONS = FusionCache()
-
-
-def materialize(
-    composition: Composition, pool: AdapterPool, *, cache: FusionCache = _FUSIONS
-) -> tuple[tuple[Adapter, float], ...]:
-    """The adapters to run for a composition, with weights; () for the base model alone.
+def materialize(composition: Composition, pool: AdapterPool) -> tuple[tuple[Adapter, float], ...]:
+    """The adapters to run for a composition, with weights; () for the base model alone. Nothing is computed.
 
     Args:
         composition: Selection and mixture run their members as they are; a fusion runs as one adapter of weight 1.
         pool: Where the names are looked up.
-        cache: Where fusions are kept.
 
     Raises:
         UnknownAdapterError: If the pool lacks one of the names.
@@ -202,7 +130,7 @@ def materialize(
     members = tuple((pool[member.name], member.weight) for member in composition.adapters)
     if composition.mode != "fusion" or not members:
         return members
-    return ((cache.fuse(members), 1.0),)
+    return ((fuse(members), 1.0),)
 
 
 def _rounded(shares: Sequence[float]) -> list[float]:
@@ -227,26 +155,3 @@ def _check(mode: str, names: Sequence[str]) -> None:
         raise InvalidRequestError(f"composition={mode!r} is not allowed: pass one of {get_args(CompositionMode)}.")
     if len(set(names)) != len(names):
         raise InvalidRequestError(f"adapters={list(names)!r} is not allowed: name each adapter once.")
-
-
-def _fusion_key(adapters: Sequence[tuple[Adapter, float]]) -> str:
-    """The same for the same members in any order."""
-    members = sorted(f"{adapter.fingerprint} {weight!r}" for adapter, weight in adapters)
-    return hashlib.sha256("\n".join(["fusion", *members]).encode()).hexdigest()
-
-
-def _fuse_module(module: str, adapters: Sequence[tuple[Adapter, dict[str, LoraWeights], float]]) -> LoraWeights:
-    members = [(weights[module], weight) for _, weights, weight in adapters if module in weights]
-    shapes = sorted({(lora.lora_A.shape[1], lora.lora_B.shape[0]) for lora, _ in members})
-    if len(shapes) > 1:
-        raise InvalidRequestError(
-            f"the adapters {[adapter.name for adapter, _, _ in adapters]!r} cannot be fused: {module!r} has "
-            f"(in_features, out_features) of {shapes!r} in them. Fuse adapters of one base model."
-        )
-    ((in_features, out_features),) = shapes
-    r = max(lora.r for lora, _ in members)
-    lora_A, lora_B = torch.zeros(r, in_features), torch.zeros(out_features, r)
-    for lora, weight in members:
-        lora_A[: lora.r] += weight * lora.lora_A.float()
-        lora_B[:, : lora.r] += weight * lora.scaling * lora.lora_B.float()
-    return LoraWeights(lora_A, lora_B, 1.0)

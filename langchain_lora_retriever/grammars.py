@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from llguidance import LLMatcher
 
+from langchain_lora_retriever.engine.api import Grammar
 from langchain_lora_retriever.errors import InvalidRequestError
 from langchain_lora_retriever.nesting import check_unicode
 from langchain_lora_retriever.schemas import checked_schema
@@ -21,7 +22,6 @@ __all__ = [
     "MAX_CHOICES",
     "MAX_GRAMMAR_CHARACTERS",
     "MAX_PATTERN_CHARACTERS",
-    "Grammar",
     "calls_grammar",
     "choice_grammar",
     "json_grammar",
@@ -49,20 +49,6 @@ _ANNOTATIONS = frozenset({"title", "description", "default", "examples", "$comme
 
 # Comments, strings, regular expressions, special tokens, and the mark of a parametric rule outside of these.
 _LARK_PARTS = re.compile(r'(?:#|//)[^\n]*|"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\])+/|<[^<>\s]+>|::', re.DOTALL)
-
-
-class Grammar(NamedTuple):
-    """The text of a grammar.
-
-    Attributes:
-        text: As llguidance reads it.
-        is_foreign: A caller wrote its rules, which may be ambiguous beyond measure.
-        is_json: The answer is JSON, between tags or alone, and can be closed to fit the token limit.
-    """
-
-    text: str
-    is_foreign: bool = False
-    is_json: bool = False
 
 
 def json_grammar(schema: Mapping[str, Any]) -> Grammar:

@@ -18,7 +18,7 @@ from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from langchain_lora_retriever.adapters import CONFIG_FILE, renamed
 from langchain_lora_retriever.errors import (
@@ -127,7 +127,7 @@ class AdapterPool:
         self._path = None if path is None else Path(path)
         self._base_model = base_model
         self._lock = threading.RLock()
-        self._state = PoolState(0, {}, {})
+        self._known: PoolState | None = PoolState(0, {}, {})
         if self._path is not None:
             if create:
                 with _writing(self._path):
@@ -136,7 +136,20 @@ class AdapterPool:
 
     def __repr__(self) -> str:
         where = "in memory" if self._path is None else repr(str(self._path))
-        return f"AdapterPool({where}, {len(self)} adapters)"
+        return f"AdapterPool({where}, {f'{len(self)} adapters' if self.is_read else 'not read yet'})"
+
+    @classmethod
+    def unread(cls, path: str | Path) -> Self:
+        """A pool on disk whose folder is read when somebody first asks what it holds: nothing waits for it now.
+
+        Raises:
+            PoolError: If there is no such folder.
+        """
+        if not Path(path).is_dir():
+            return cls(path)  # which says what is wrong
+        pool = cls()
+        pool._path, pool._known = Path(path), None
+        return pool
 
     @property
     def path(self) -> Path | None:
@@ -145,40 +158,52 @@ class AdapterPool:
 
     @property
     def state(self) -> PoolState:
-        """Everything as it is now, unaffected by later changes."""
-        return self._state
+        """Everything as it is now, unaffected by later changes.
+
+        Raises:
+            PoolError: If the pool was not read yet, and its folder cannot be.
+        """
+        if self._known is None:
+            self._read()
+        assert self._known is not None
+        return self._known
+
+    @property
+    def is_read(self) -> bool:
+        """Whether what it holds is known; if not, the first to ask waits for its folder to be read."""
+        return self._known is not None
 
     @property
     def names(self) -> tuple[str, ...]:
         """The adapters' names, sorted."""
-        return self._state.names
+        return self.state.names
 
     @property
     def rejected(self) -> Mapping[str, AdapterError]:
         """Why adapters were refused, by name."""
-        return self._state.rejected
+        return self.state.rejected
 
     @property
     def version(self) -> int:
         """Grows with every change."""
-        return self._state.version
+        return self.state.version
 
     @property
     def fingerprint(self) -> str:
         """Hex hash of all contents; equal for pools that hold the same."""
-        return self._state.fingerprint
+        return self.state.fingerprint
 
     def __len__(self) -> int:
-        return len(self._state.entries)
+        return len(self.state.entries)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._state.names)
+        return iter(self.state.names)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._state.entries
+        return name in self.state.entries
 
     def __getitem__(self, name: str) -> Adapter:
-        return self._state[name].adapter
+        return self.state[name].adapter
 
     def samples(self, name: str) -> tuple[Sample, ...]:
         """Samples of an adapter's training data; empty if it came with an embedding alone.
@@ -186,7 +211,7 @@ class AdapterPool:
         Raises:
             UnknownAdapterError: If no adapter has that name.
         """
-        return self._state[name].samples
+        return self.state[name].samples
 
     def embedding(self, name: str) -> NDArray[np.float32] | None:
         """The embedding `[d]` an adapter came with, of length 1; None if its samples are to be embedded.
@@ -194,7 +219,7 @@ class AdapterPool:
         Raises:
             UnknownAdapterError: If no adapter has that name.
         """
-        return self._state[name].embedding
+        return self.state[name].embedding
 
     def add(
         self,
@@ -263,7 +288,7 @@ class AdapterPool:
             UnknownAdapterError: If no adapter has that name.
         """
         with self._lock, self._writers():
-            state = self._state
+            state = self.state
             if not isinstance(name, str) or name not in state.rejected:
                 state[name]
             if self._path is not None:
@@ -271,18 +296,6 @@ class AdapterPool:
                 with _writing(self._path):
                     uninstall(self._path, name)
             self._replace_state(_without(state.entries, name), _without(state.rejected, name))
-
-    def reject(self, name: str, error: AdapterError) -> None:
-        """Take an adapter out of use because it proved unusable, and warn; its files stay.
-
-        Raises:
-            UnknownAdapterError: If no adapter has that name.
-        """
-        with self._lock:
-            state = self._state
-            state[name]
-            self._replace_state(_without(state.entries, name), {**state.rejected, name: error})
-        _warn_rejected(error)
 
     def save(self, path: str | Path) -> None:
         """Write the pool into a folder that `AdapterPool(path)` reads.
@@ -303,7 +316,7 @@ class AdapterPool:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
             try:
-                for name, entry in self._state.entries.items():
+                for name, entry in self.state.entries.items():
                     assert entry.adapter.path is not None
                     (aside / name).mkdir()
                     write_entry(aside / name, entry, source=entry.adapter.path)
@@ -341,7 +354,7 @@ class AdapterPool:
 
     def _current(self, name: str) -> PoolEntry:
         """What there is of a name now; other processes may have changed it on disk."""
-        known = self._state[name]
+        known = self.state[name]
         if self._path is None:
             return known
         if not (self._path / name).is_dir():
@@ -356,7 +369,7 @@ class AdapterPool:
 
     def _hold(self, name: str) -> None:
         """Let those who run an adapter keep its file, which is about to go."""
-        entry = self._state.entries.get(name)
+        entry = self.state.entries.get(name)
         if entry is not None and isinstance(entry.adapter.weights, FileWeights):
             entry.adapter.weights.hold()
 
@@ -375,12 +388,17 @@ class AdapterPool:
             with _writing(root):
                 entry = install(root, name, write)
             entry = replace(entry, adapter=renamed(entry.adapter, root / name))
-        state = self._state
+        state = self.state
         self._replace_state({**state.entries, name: entry}, _without(state.rejected, name))
         return entry.adapter
 
     def _replace_state(self, entries: Mapping[str, PoolEntry], rejected: Mapping[str, AdapterError]) -> None:
-        self._state = PoolState(self._state.version + 1, entries, rejected)
+        self._known = PoolState((self._known.version if self._known else 0) + 1, entries, rejected)
+
+    def _read(self) -> None:
+        with self._lock:
+            if self._known is None and self._path is not None:
+                self._load(self._path, allow_empty=False)
 
     def _load(self, root: Path, *, allow_empty: bool) -> None:
         try:

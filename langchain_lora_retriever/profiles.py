@@ -15,13 +15,13 @@ from langchain_lora_retriever.template_reader import REASONING, response_templat
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from langchain_lora_retriever.engine import EngineConfig, EngineWorker, ModelSource
+    from langchain_lora_retriever.engine import EngineClient, EngineConfig, ModelSource
 
 __all__ = ["loaded_profile", "profile_before_loading"]
 
 
 def profile_before_loading(
-    name: str, source: ModelSource, model_kwargs: Mapping[str, Any], config: EngineConfig
+    name: str, source: ModelSource | None, model_kwargs: Mapping[str, Any], config: EngineConfig
 ) -> ModelProfile:
     """Describe a base model without loading it or asking the network."""
     profile = ModelProfile(
@@ -53,20 +53,22 @@ def profile_before_loading(
     return profile
 
 
-def loaded_profile(profile: ModelProfile, engine: EngineWorker) -> ModelProfile:
+def loaded_profile(profile: ModelProfile, engine: EngineClient) -> ModelProfile:
     """Say also what is known once the base model is loaded: the engine's limits, and whether the model reasons."""
     tokenizer = engine.tokenizer
     fields = (response_template(tokenizer) or {}).get("fields", {})
     reasons = not REASONING.isdisjoint(fields) or THINK_CLOSE in repr(getattr(tokenizer, "chat_template", None))
     return {
         **profile,
-        "max_input_tokens": engine.max_model_len,
-        "max_output_tokens": engine.max_model_len - 1,
+        "max_input_tokens": engine.info.max_model_len,
+        "max_output_tokens": engine.info.max_model_len - 1,
         "reasoning_output": reasons,
     }
 
 
-def _window(source: ModelSource, model_kwargs: Mapping[str, Any]) -> int | None:
+def _window(source: ModelSource | None, model_kwargs: Mapping[str, Any]) -> int | None:
+    if source is None:
+        return None
     if isinstance(source, tuple):
         return _window_of(source[0].config)
     if "gguf_file" in model_kwargs:

@@ -274,6 +274,10 @@ class LoraRetriever:
             vectors |= self._remember(missing, self._batcher.run(missing))
         return np.stack([vectors[text] for text in texts])
 
+    def forget_texts(self) -> None:
+        """Forget the texts' embeddings that are kept; the adapters' stay."""
+        self._texts.clear()
+
     def adapter_vectors(self) -> dict[str, Vectors]:
         """The embeddings `[d]`, of length 1, of the adapters that can be found, by name."""
         self.refresh()

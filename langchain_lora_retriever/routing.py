@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from langchain_lora_retriever.composer import compose, materialize, pin
-from langchain_lora_retriever.errors import UnknownAdapterError, fresh
+from langchain_lora_retriever.errors import AdapterError, UnknownAdapterError, fresh
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from langchain_lora_retriever.call_options import CallOptions
     from langchain_lora_retriever.retriever import LoraRetriever
     from langchain_lora_retriever.types import Adapter, Composition, RetrievedAdapter
 
-__all__ = ["Router"]
+__all__ = ["Plan", "Router"]
 
-Plan: TypeAlias = "tuple[Composition, tuple[tuple[Adapter, float], ...]]"
+
+class Plan(NamedTuple):
+    """What to run for a text.
+
+    Attributes:
+        composition: The names, their scores and shares.
+        adapters: What the engine is to run for it, with weights; a fusion is one adapter.
+    """
+
+    composition: Composition
+    adapters: tuple[tuple[Adapter, float], ...]
+
+
+def _nobody() -> Mapping[str, AdapterError]:
+    return {}
 
 
 class Router:
@@ -27,12 +41,19 @@ class Router:
     Args:
         retriever: Finds adapters for a text.
         base_name: The base model's name, which the `model` option may hold to ask for no adapter.
+        refused: Says which adapters of the pool the engine cannot run, by name, and why. They are not retrieved.
     """
 
-    def __init__(self, retriever: LoraRetriever, base_name: str) -> None:
-        self.retriever = retriever
-        self.pool = retriever.pool
+    def __init__(
+        self,
+        retriever: LoraRetriever,
+        base_name: str = "",
+        refused: Callable[[], Mapping[str, AdapterError]] = _nobody,
+    ) -> None:
+        self._retriever = retriever
+        self._pool = retriever.pool
         self._base_name = base_name
+        self._refused = refused
 
     def route(self, text: str, options: CallOptions) -> Composition:
         """Choose the composition for a text.
@@ -45,55 +66,59 @@ class Router:
         pinned = self._pinned(options)
         if pinned is not None:
             return pinned
-        return self._composed(self.retriever.retrieve(text, **self._query(options)), options)
+        return self._composed(self._retriever.retrieve(text, **self._query(options)), options)
 
     async def aroute(self, text: str, options: CallOptions) -> Composition:
         """Do what `route` does; texts of calls that wait at the same time are embedded together."""
         pinned = self._pinned(options)
         if pinned is not None:
             return pinned
-        return self._composed(await self.retriever.aretrieve(text, **self._query(options)), options)
+        return self._composed(await self._retriever.aretrieve(text, **self._query(options)), options)
 
     def plan(self, text: str, options: CallOptions) -> Plan:
         """Choose the composition for a text, and the weighted adapters that make it."""
         while True:
-            composition = self.route(text, options)
             try:
-                return composition, materialize(composition, self.pool)
+                composition = self.route(text, options)
+                return Plan(composition, materialize(composition, self._pool))
             except UnknownAdapterError:
-                if self._pinned(options) is not None:
-                    raise
-                # An adapter was removed between its retrieval and now: retrieve again, without it.
+                self._raise_if_named(options)  # else an adapter was removed meanwhile: retrieve again, without it
 
     async def aplan(self, text: str, options: CallOptions) -> Plan:
         """Do what `plan` does without blocking the event loop."""
         while True:
-            composition = await self.aroute(text, options)
             try:
-                return composition, materialize(composition, self.pool)
+                composition = await self.aroute(text, options)
+                return Plan(composition, materialize(composition, self._pool))
             except UnknownAdapterError:
-                if self._pinned(options) is not None:
-                    raise
+                self._raise_if_named(options)
 
     async def aprepare(self, texts: Sequence[str], options: CallOptions) -> None:
         """Embed together the texts of calls that are about to be routed."""
         if self._pinned(options) is None:
-            await self.retriever.aprepare(texts)
+            await self._retriever.aprepare(texts)
 
     def _pinned(self, options: CallOptions) -> Composition | None:
         names = options.adapters
         if options.model is not None:
             names = () if options.model == self._base_name else (options.model,)
         if names is None:
-            if len(self.pool):
+            if len(self._pool):
                 return None
             names = ()
         self._check_names(names)
         return pin(names, mode=options.composition)
 
     def _query(self, options: CallOptions) -> dict[str, Any]:
-        self._check_names(options.exclude_adapters)
-        return {"top_k": options.top_k, "exclude": frozenset(options.exclude_adapters)}
+        self._check_names(options.exclude_adapters, may_be_refused=True)
+        known = self._pool.state.entries
+        excluded = frozenset(options.exclude_adapters).union(self._refused())
+        return {"top_k": options.top_k, "exclude": excluded & known.keys()}
+
+    def _raise_if_named(self, options: CallOptions) -> None:
+        """Raise what is wrong with the names that the caller gave, if anything is."""
+        self._pinned(options)
+        self._check_names(options.exclude_adapters, may_be_refused=True)
 
     def _composed(self, retrieved: Sequence[RetrievedAdapter], options: CallOptions) -> Composition:
         if options.min_score is not None:
@@ -102,9 +127,11 @@ class Router:
             retrieved, mode=options.composition, weights=options.weights, temperature=options.weight_temperature
         )
 
-    def _check_names(self, names: Sequence[str]) -> None:
+    def _check_names(self, names: Sequence[str], *, may_be_refused: bool = False) -> None:
+        state, refused = self._pool.state, {} if may_be_refused else self._refused()
         for name in names:
-            if name not in self.pool:
-                if name in self.pool.rejected:
-                    raise fresh(self.pool.rejected[name])
-                self.pool[name]  # raises UnknownAdapterError, with the names that are near
+            error = state.rejected.get(name) or refused.get(name)
+            if error is not None and not may_be_refused:
+                raise fresh(error)
+            if error is None and name not in state.entries:
+                state[name]  # raises UnknownAdapterError, with the names that are near

@@ -68,6 +68,8 @@ class Adapter:
         base_model: `base_model_name_or_path` of the PEFT configuration, if it names one.
         path: Folder it was read from; None for one made in memory (a fusion).
         is_target: Whether its configuration targets a module of the base model, by module path; None if unknown.
+        members: Of a fusion, the adapters it averages, with their weights. Its own weights are computed when they are
+            asked for.
     """
 
     name: str = field(compare=False)
@@ -76,6 +78,7 @@ class Adapter:
     base_model: str | None = field(default=None, compare=False)
     path: Path | None = field(default=None, compare=False)
     is_target: Callable[[str], bool] | None = field(default=None, compare=False, repr=False)
+    members: tuple[tuple[Adapter, float], ...] = field(default=(), compare=False, repr=False)
     _rank: int = field(default=0, init=False, compare=False, repr=False)
 
     @property
@@ -88,7 +91,8 @@ class Adapter:
     def rank(self) -> int:
         """Largest rank over the modules."""
         if not self._rank:  # counted once: that takes two milliseconds where weights are mapped from a file
-            object.__setattr__(self, "_rank", max(w.r for w in self.shapes.values()))
+            ranks = [member.rank for member, _ in self.members] or [w.r for w in self.shapes.values()]
+            object.__setattr__(self, "_rank", max(ranks))
         return self._rank
 
     @property

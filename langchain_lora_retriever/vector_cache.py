@@ -43,6 +43,12 @@ class TextVectors:
         self._vectors: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()
         self._num_bytes = 0
 
+    def clear(self) -> None:
+        """Forget all of them."""
+        with self._lock:
+            self._vectors.clear()
+            self._num_bytes = 0
+
     def get(self, texts: Iterable[str]) -> dict[str, NDArray[np.float32]]:
         """The embeddings `[d]` of those texts that are known."""
         keys = {text: _key(text) for text in texts}

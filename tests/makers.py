@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+import time
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from langchain_lora_retriever.engine.api import Grammar
 from langchain_lora_retriever.types import Adapter, LoraWeights
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 VOCAB_SIZE = 320
 
@@ -114,3 +121,29 @@ def make_checkpoint(folder: Any, *, seed: int = 0, model: Any = None, **lora: An
     if model is not None:
         wrapped.unload()
     return folder
+
+
+def wait_until(is_so: Callable[[], object], seconds: float = 30.0) -> None:
+    """Return as soon as something is so; fail if it is not within some time."""
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end, f"it was not so within {seconds} s"
+        time.sleep(0.001)
+
+
+class ScriptedCompiler:
+    """Stands in for a `GrammarCompiler`: `add(make)` gives a grammar whose constraints are what `make` makes."""
+
+    def __init__(self) -> None:
+        self._makes: list[Callable[[], Any]] = []
+
+    def add(self, make: Callable[[], Any]) -> Grammar:
+        """A grammar for `submit`."""
+        self._makes.append(make)
+        return Grammar(str(len(self._makes) - 1))
+
+    def start(self, grammar: Grammar) -> Any:
+        """What the engine waits for: done at once."""
+        future: Future[Any] = Future()
+        future.set_result(SimpleNamespace(constraint=lambda **_: self._makes[int(grammar.text)]()))
+        return future

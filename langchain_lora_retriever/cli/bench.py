@@ -52,7 +52,7 @@ def bench(
 
         speeds = dict(zip(runs.values(), (row["tokens_per_second"] for row in results), strict=True))
         plot_throughput(plot, {llm.model_name: speeds})
-    device = str(getattr(llm._engine(), "device", "")) or platform.processor() or platform.machine()  # noqa: SLF001 - ours
+    device = llm.runtime.engine.info.device or platform.processor() or platform.machine()
     if as_json:
         print_json({"device": device, "base_model": llm.model_name, "prompts": len(texts), "results": results})
         return
@@ -69,8 +69,7 @@ def bench(
 
 
 def _texts(llm: ChatLoraRetriever, num: int) -> list[str]:
-    pool: Any = llm.pool
-    columns = [[sample.input for sample in pool.samples(name)] for name in pool.names]
+    columns = [[sample.input for sample in llm.pool.samples(name)] for name in llm.pool.names]
     texts = [column[i] for i in range(max(map(len, columns), default=0)) for column in columns if i < len(column)]
     texts = texts or ["Tell me something about rivers.", "What is two plus two?"]
     return (texts * (num // len(texts) + 1))[:num]

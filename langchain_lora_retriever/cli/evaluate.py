@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -140,9 +140,8 @@ def composition(
     from langchain_lora_retriever.evaluation import Setting, evaluate_composition, paper_settings  # noqa: PLC0415 - seconds
 
     llm = make_chat_model(base_model, pool, make_encoder(encoder, words=words) if encoder or words else None)
-    adapters: Any = llm.pool
-    benchmark = _benchmark(cards, adapters, test, rows)
-    retriever = llm._router.retriever  # noqa: SLF001 - ours
+    benchmark = _benchmark(cards, llm.pool, test, rows)
+    retriever = llm.retriever
     settings = [*paper_settings(top_k), Setting.default()]
     settings += [
         Setting("mixture", top_k=k, weights="similarity", temperature=temperature)
@@ -154,8 +153,8 @@ def composition(
     with Progress(console=Console(stderr=True)) as progress:
         report = evaluate_composition(
             benchmark,
-            adapters,
-            llm._engine(),  # noqa: SLF001 - ours
+            llm.pool,
+            llm.runtime.engine,
             retriever,
             settings=settings,
             max_tokens=max_tokens,

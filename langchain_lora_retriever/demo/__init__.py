@@ -52,7 +52,7 @@ def demo_arguments(**kwargs: Any) -> dict[str, Any]:
     """
     from langchain_lora_retriever.demo.model import base_model_arguments, encoder_source  # noqa: PLC0415
 
-    arguments = {} if "base_model" in kwargs else base_model_arguments()
+    arguments = {} if kwargs.keys() & {"base_model", "engine"} else base_model_arguments()
     if not kwargs.keys() & {"pool", "encoder", "instruction", "retriever"}:
         arguments["retriever"] = _shared_retriever()
     elif "retriever" not in kwargs:

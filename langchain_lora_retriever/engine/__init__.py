@@ -1,29 +1,69 @@
 """The engine: continuous batching in which every request runs its own weighted LoRA adapters.
 
 A request's way: `EngineWorker.submit` -> `Scheduler` (blocks of the KV cache, slots for its adapters) -> `ModelRunner`
-(one packed forward pass, attention over the paged cache, LoRA per token) -> `sample` -> `Detokenizer` -> `Generation`.
+(one packed forward pass, attention over the paged cache, LoRA per token) -> `choose` -> `Detokenizer` -> `Generation`.
+
+Those above it know `api` alone, which loads no torch; names are imported on first use.
 """
 
-from langchain_lora_retriever.engine.base_model import BaseModel, ModelSource, load_base_model
-from langchain_lora_retriever.engine.config import EngineConfig
-from langchain_lora_retriever.engine.engine import Engine
-from langchain_lora_retriever.engine.generation import Generation
-from langchain_lora_retriever.engine.request import Completion, Constraint, Delta, TokenLogprob, Usage
-from langchain_lora_retriever.engine.stats import EngineStats
-from langchain_lora_retriever.engine.worker import EngineWorker
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from langchain_lora_retriever.engine.api import (
+        Completion,
+        Delta,
+        EngineClient,
+        EngineInfo,
+        Grammar,
+        Registration,
+        TokenLogprob,
+        Usage,
+    )
+    from langchain_lora_retriever.engine.base_model import BaseModel, ModelSource, load_base_model
+    from langchain_lora_retriever.engine.config import EngineConfig
+    from langchain_lora_retriever.engine.engine import Engine
+    from langchain_lora_retriever.engine.generation import Generation
+    from langchain_lora_retriever.engine.stats import EngineStats
+    from langchain_lora_retriever.engine.worker import EngineWorker
 
 __all__ = [
     "BaseModel",
     "Completion",
-    "Constraint",
     "Delta",
     "Engine",
+    "EngineClient",
     "EngineConfig",
+    "EngineInfo",
     "EngineStats",
     "EngineWorker",
     "Generation",
+    "Grammar",
     "ModelSource",
+    "Registration",
     "TokenLogprob",
     "Usage",
     "load_base_model",
 ]
+
+_HOMES = {
+    "BaseModel": "base_model",
+    "Engine": "engine",
+    "EngineConfig": "config",
+    "EngineStats": "stats",
+    "EngineWorker": "worker",
+    "Generation": "generation",
+    "ModelSource": "base_model",
+    "load_base_model": "base_model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name from its module the first time it is asked for."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES.get(name, 'api')}"), name)
+    globals()[name] = value
+    return value

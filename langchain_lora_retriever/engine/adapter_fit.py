@@ -58,17 +58,20 @@ class AdapterFit:
         """
         if adapter.fingerprint in self._fitting:
             return
-        self._check_modules(adapter)
+        for member, _ in adapter.members:
+            self.check(member)
+        if not adapter.members:
+            self._check_modules(adapter)
         self._check_rank(adapter)
         if len(self._fitting) >= _NUM_REMEMBERED:
             self._fitting.clear()
         self._fitting.add(adapter.fingerprint)
 
-    def missing(self, adapter: Adapter) -> list[str]:
+    def missing(self, adapter: Adapter) -> tuple[str, ...]:
         """Name the modules that an adapter's configuration targets and its file lacks: they run as the base model's."""
         if adapter.is_target is None:
-            return []
-        return [name for name in self._module_shapes if name not in adapter.weights and adapter.is_target(name)]
+            return ()
+        return tuple(name for name in self._module_shapes if name not in adapter.weights and adapter.is_target(name))
 
     def check_together(self, adapters: Sequence[Adapter]) -> None:
         """Refuse a composition that could never be in device memory at once.

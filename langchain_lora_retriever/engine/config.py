@@ -19,8 +19,8 @@ class EngineConfig:
 
     Attributes:
         max_num_seqs: Most requests running at once; None picks 16 on a CPU and 128 on a GPU.
-        max_waiting: Most requests that wait to run; one more is refused with `EngineOverloadedError`. None sets no
-            limit.
+        max_waiting: Most requests that wait beside the `max_num_seqs` that may run at once; one more is refused with
+            `EngineOverloadedError`. None sets no limit.
         max_num_batched_tokens: Most tokens computed in one step, >= `max_num_seqs`. A longer prompt is prefilled
             in chunks beside the decoding of others; None picks 512 on a CPU and 2,048 on a GPU, up to which steps
             are captured.

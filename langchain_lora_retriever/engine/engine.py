@@ -10,13 +10,14 @@ import torch
 
 from langchain_lora_retriever.engine.adapter_fit import AdapterFit
 from langchain_lora_retriever.engine.adapter_slots import AdapterSlots
+from langchain_lora_retriever.engine.api import Delta, TokenLogprob
 from langchain_lora_retriever.engine.detokenizer import Detokenizer, Vocabulary
 from langchain_lora_retriever.engine.generation_defaults import GenerationDefaults
 from langchain_lora_retriever.engine.kv_cache import KVCacheManager
 from langchain_lora_retriever.engine.logits_rules import LogitsRules
 from langchain_lora_retriever.engine.lora_layers import MAX_RANK
 from langchain_lora_retriever.engine.model_runner import ModelRunner
-from langchain_lora_retriever.engine.request import Delta, FinishReason, Request, TokenLogprob, failure
+from langchain_lora_retriever.engine.request import Request, failure
 from langchain_lora_retriever.engine.sampler import ChosenToken
 from langchain_lora_retriever.engine.scheduler import Scheduler
 from langchain_lora_retriever.engine.stats import EngineStats, StatsRecorder
@@ -26,6 +27,7 @@ from langchain_lora_retriever.shown import shown
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from langchain_lora_retriever.engine.api import FinishReason
     from langchain_lora_retriever.engine.base_model import BaseModel
     from langchain_lora_retriever.engine.config import EngineConfig
     from langchain_lora_retriever.engine.flight import Flight
@@ -113,11 +115,10 @@ class Engine:
         prompt_token_ids: Sequence[int],
         sampling: SamplingParams,
         adapters: Sequence[tuple[Adapter, float]] = (),
-        constraint: Constraint | None = None,
     ) -> Request:
         """Check a request against the engine's limits. Any thread may call this; nothing is queued yet.
 
-        On a GPU its adapters begin to travel there.
+        On a GPU its adapters begin to travel there, but for fusions, which are to be averaged first.
 
         Raises:
             PromptTooLongError: If the prompt leaves no room for a single token.
@@ -146,7 +147,9 @@ class Engine:
             max_num_tokens=max_num_tokens,
         )
         self.fit.check_together([adapter for adapter, _ in adapters])
-        self._store.prefetch([adapter for adapter, _ in adapters if not self.slots.is_resident(adapter)])
+        self._store.prefetch(
+            [adapter for adapter, _ in adapters if not adapter.members and not self.slots.is_resident(adapter)]
+        )
         ordered = sorted(adapters, key=lambda pair: pair[0].fingerprint)  # one sum, whatever order it was asked in
         return Request(
             request_id=next(self._ids),
@@ -159,11 +162,14 @@ class Engine:
                 skip_special_tokens=sampling.skip_special_tokens,
                 vocabulary=self._vocabulary,
             ),
-            constraint=constraint,
             rules=rules if rules.is_needed else None,
             end_token_ids=end_token_ids,
             max_num_tokens=max_num_tokens,
         )
+
+    def to_average(self, request: Request) -> list[Adapter]:
+        """The request's fusions that are not in device memory: they are averaged before others wait for them."""
+        return [adapter for adapter, _ in request.adapters if adapter.members and not self.slots.is_resident(adapter)]
 
     def add(self, request: Request) -> None:
         """Queue a request made by `make_request`."""
@@ -358,7 +364,10 @@ class Engine:
         logprobs = None
         if request.sampling.logprobs is not None:
             logprobs, request.logprobs = tuple(request.logprobs), []
-        return Delta(text, token_ids, logprobs, finish_reason, request.usage if finish_reason else None)
+        if finish_reason is None:
+            return Delta(text, token_ids, logprobs, None, None)
+        is_shortened = request.constraint is not None and request.constraint.is_shortened
+        return Delta(text, token_ids, logprobs, finish_reason, request.usage, is_shortened)
 
     def _follow(self, request: Request, constraint: Constraint, token_id: int) -> tuple[str, FinishReason | None]:
         """Advance the grammar by a token, and append those it forces next, as many as a step may take."""

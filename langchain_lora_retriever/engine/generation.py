@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import TYPE_CHECKING, TypeAlias
 
-from langchain_lora_retriever.engine.request import Completion, Delta
+from langchain_lora_retriever.engine.api import Completion, Delta
 from langchain_lora_retriever.errors import RequestAbortedError, fresh
 
 if TYPE_CHECKING:
@@ -220,4 +220,5 @@ def _join(deltas: list[Delta]) -> Completion:
         logprobs,
         last.finish_reason,
         last.usage,
+        last.is_shortened,
     )

@@ -7,8 +7,9 @@ import secrets
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol
 
+from langchain_lora_retriever.engine.api import Usage
 from langchain_lora_retriever.errors import EngineError, LoraRetrieverError
 
 if TYPE_CHECKING:
@@ -16,59 +17,12 @@ if TYPE_CHECKING:
 
     import torch
 
+    from langchain_lora_retriever.engine.api import TokenLogprob
     from langchain_lora_retriever.engine.detokenizer import Detokenizer
     from langchain_lora_retriever.engine.logits_rules import LogitsRules
     from langchain_lora_retriever.types import Adapter, SamplingParams
 
-__all__ = [
-    "Completion",
-    "Constraint",
-    "Delta",
-    "FinishReason",
-    "Request",
-    "TokenLogprob",
-    "Usage",
-    "composition_salt",
-    "failure",
-]
-
-FinishReason: TypeAlias = Literal["stop", "length"]
-
-
-class TokenLogprob(NamedTuple):
-    """Log-probability of a generated token and of its likeliest alternatives, before temperature."""
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
-class Usage(NamedTuple):
-    """Token counts of a finished request."""
-
-    num_prompt_tokens: int
-    num_cached_tokens: int
-    num_output_tokens: int
-
-
-class Delta(NamedTuple):
-    """What a request gained since the last delta. The last one carries `finish_reason` and `usage`."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...] | None
-    finish_reason: FinishReason | None
-    usage: Usage | None
-
-
-class Completion(NamedTuple):
-    """A finished request."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...] | None
-    finish_reason: FinishReason
-    usage: Usage
+__all__ = ["Constraint", "Request", "composition_salt", "failure"]
 
 
 class Constraint(Protocol):
@@ -77,6 +31,10 @@ class Constraint(Protocol):
     @property
     def is_finished(self) -> bool:
         """Whether nothing more may be generated."""
+
+    @property
+    def is_shortened(self) -> bool:
+        """Whether the answer was made to end early."""
 
     def fill_bitmask(self, row: torch.Tensor) -> None:
         """Write the allowed tokens into `row`, int32, wide enough for model and tokenizer; bit = 1: allowed."""

@@ -1,4 +1,4 @@
-"""The thread that owns the model, and the door to it."""
+"""The engine in this process: a thread that owns the model, and a client that any thread may call."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ import atexit
 import logging
 import threading
 from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from traceback import clear_frames
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import torch
 
+from langchain_lora_retriever.engine.api import EngineInfo, Registration
 from langchain_lora_retriever.engine.config import EngineConfig
+from langchain_lora_retriever.engine.constraints import compiler_of
 from langchain_lora_retriever.engine.engine import Engine
 from langchain_lora_retriever.engine.generation import Generation, deliver
 from langchain_lora_retriever.engine.heap import frozen_heap
+from langchain_lora_retriever.engine.request import failure
 from langchain_lora_retriever.engine.upload import on_device
-from langchain_lora_retriever.errors import EngineDeadError, EngineOverloadedError
+from langchain_lora_retriever.errors import AdapterError, EngineDeadError, EngineOverloadedError, fresh
 from langchain_lora_retriever.forking import after_fork
 
 if TYPE_CHECKING:
@@ -28,9 +32,11 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
+    from langchain_lora_retriever.engine.api import Delta, Grammar
     from langchain_lora_retriever.engine.base_model import BaseModel
+    from langchain_lora_retriever.engine.constraints import CompiledGrammar, GrammarCompiler
     from langchain_lora_retriever.engine.engine import StepOutput
-    from langchain_lora_retriever.engine.request import Constraint, Delta, Request
+    from langchain_lora_retriever.engine.request import Request
     from langchain_lora_retriever.engine.stats import EngineStats
     from langchain_lora_retriever.types import Adapter, SamplingParams
 
@@ -45,29 +51,39 @@ _MAX_SECONDS_AT_EXIT = 60
 
 
 class EngineWorker:
-    """An engine with a thread of its own. Every method may be called from any thread or event loop.
+    """An engine with a thread of its own: an `EngineClient`, and more. Any thread or event loop may call every method.
 
     Args:
         base: The loaded model; it belongs to the engine until `close`.
         config: Limits.
+        compiler: Compiles grammars; by default the tokenizer's, which others share.
 
     Raises:
         EngineError: If the architecture or the memory does not allow serving.
     """
 
-    def __init__(self, base: BaseModel, config: EngineConfig | None = None) -> None:
+    def __init__(
+        self, base: BaseModel, config: EngineConfig | None = None, *, compiler: GrammarCompiler | None = None
+    ) -> None:
         self.config = config or EngineConfig()
-        self.name = base.name
-        names = {base.name, str(base.model.config.name_or_path or "")}
-        self._base_names = frozenset(names - {"", type(base.model).__name__})
         self._engine = Engine(base, self.config)
+        self._compiler = compiler or compiler_of(base.tokenizer)
+        names = {base.name, str(base.model.config.name_or_path or "")}
+        self.info = EngineInfo(
+            name=base.name,
+            base_names=frozenset(names - {"", type(base.model).__name__}),
+            device=str(self._engine.device),
+            max_model_len=self._engine.max_model_len,
+            max_num_seqs=self._engine.max_num_seqs,
+        )
         freezes = self.config.freeze_heap
         self._freezes_heap = self._engine.device.type == "cuda" if freezes is None else freezes
         self._generations: dict[Request, Generation] = {}  # the engine's thread alone
         self._submitted: WeakSet[Generation] = WeakSet()  # for a forked process, which tells those who hold one
         self._inbox: deque[Callable[[], None]] = deque()
         self._news = threading.Condition()
-        self._num_arriving = 0  # submitted, and not with the scheduler yet
+        self._arriving: set[Generation] = set()  # submitted, and not with the scheduler yet
+        self._averager = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lora-averager")
         self._num_failed_steps = 0  # one after the other
         self._is_closing = False
         self._is_exiting = False
@@ -83,23 +99,17 @@ class EngineWorker:
 
     @property
     def module_shapes(self) -> Mapping[str, tuple[int, int]]:
-        """`(in_features, out_features)` of every module an adapter may target."""
+        """`(in_features, out_features)` of every module that an adapter may target, by module path."""
         return self._engine.module_shapes
-
-    @property
-    def max_model_len(self) -> int:
-        """Most tokens of prompt and answer together."""
-        return self._engine.max_model_len
-
-    @property
-    def max_num_seqs(self) -> int:
-        """Most requests running at once."""
-        return self._engine.max_num_seqs
 
     @property
     def is_alive(self) -> bool:
         """Whether it still takes requests: it was neither closed, nor has its bookkeeping failed."""
         return not self._is_closing
+
+    def register(self, adapters: Sequence[Adapter]) -> list[Registration]:
+        """Say of each adapter whether it can run here; see `EngineClient.register`."""
+        return [self._register(adapter) for adapter in adapters]
 
     def submit(
         self,
@@ -107,47 +117,28 @@ class EngineWorker:
         sampling: SamplingParams,
         adapters: Sequence[tuple[Adapter, float]] = (),
         *,
-        constraint: Constraint | None = None,
+        grammar: Grammar | None = None,
     ) -> Generation:
-        """Queue a request.
-
-        Args:
-            prompt_token_ids: The prompt, at least one token.
-            sampling: How tokens are chosen and when to stop.
-            adapters: `(adapter, weight)` pairs; empty runs the base model.
-            constraint: Grammar of the answer. The engine's thread advances it: use a fresh one for each request.
-
-        Raises:
-            PromptTooLongError: If the prompt leaves no room for a single token.
-            InvalidRequestError: If the prompt is empty, or an adapter is not for this model, or the composition can
-                never be resident.
-            EngineDeadError: If the engine has stopped.
-            EngineOverloadedError: If `EngineConfig.max_waiting` requests wait already.
-        """
+        """Queue a request; see `EngineClient.submit`."""
         if self._is_closing:
             raise self._dead()
-        request = self._engine.make_request(prompt_token_ids, sampling, adapters, constraint)
-        generation = Generation(on_abort=lambda: self._post_unless_dead(lambda: self._forget(request)))
-        self._post(lambda: self._accept(request, generation), is_arrival=True)
+        request = self._engine.make_request(prompt_token_ids, sampling, adapters)
+        generation = Generation(on_abort=lambda: self._leave(request, generation))
+        compiled = None if grammar is None else self._compiler.start(grammar)
+        with self._news:
+            self._check_alive()
+            self._check_room()
+            self._arriving.add(generation)
         self._submitted.add(generation)
+        try:
+            averages = [self._averager.submit(dict, a.weights) for a in self._engine.to_average(request)]
+        except RuntimeError as error:  # it has just been shut down
+            raise self._dead() from error
+        _when_done(
+            [*averages, *([compiled] if compiled else [])],
+            lambda: self._arrive(request, generation, averages, compiled),
+        )
         return generation
-
-    @property
-    def base_names(self) -> frozenset[str]:
-        """What the base model is known as; empty for one that was handed over without a name."""
-        return self._base_names
-
-    def check_adapter(self, adapter: Adapter) -> None:
-        """Refuse an adapter that this engine could never run; contents are looked at once.
-
-        Raises:
-            AdapterError: If it is for another base model, or beyond the kernels or the memory for adapters.
-        """
-        self._engine.fit.check(adapter)
-
-    def missing_modules(self, adapter: Adapter) -> list[str]:
-        """Name the modules that an adapter's configuration targets and its file lacks."""
-        return self._engine.fit.missing(adapter)
 
     def check_process(self) -> None:
         """Say what is wrong in a forked process, where neither the engine nor its model can be used.
@@ -223,34 +214,69 @@ class EngineWorker:
         why = f" after an error: {self._death!r}" if self._death else ": it was closed"
         return EngineDeadError(f"The engine has stopped{why}. Create a new one.{_advice(self._death)}")
 
-    def _post(self, action: Callable[[], None], *, is_arrival: bool = False) -> None:
+    def _register(self, adapter: Adapter) -> Registration:
+        try:
+            self._engine.fit.check(adapter)
+        except AdapterError as error:
+            return Registration(error)
+        return Registration(missing_modules=self._engine.fit.missing(adapter))
+
+    def _check_alive(self) -> None:
+        if self._is_closing or self._death is not None:
+            raise self._dead() from self._death
+
+    def _post(self, action: Callable[[], None]) -> None:
         """Let the engine's thread do something before its next step."""
         with self._news:
-            if self._is_closing or self._death is not None:
-                raise self._dead() from self._death
-            if is_arrival:
-                self._check_room()
-                self._num_arriving += 1
+            self._check_alive()
             self._inbox.append(action)
             self._news.notify()
 
     def _check_room(self) -> None:
         limit = self.config.max_waiting
-        num_waiting = self._num_arriving + len(self._engine.scheduler.waiting)
-        if limit is not None and num_waiting >= limit:
+        if limit is None:
+            return
+        scheduler = self._engine.scheduler
+        num_unfinished = len(self._arriving) + len(scheduler.waiting) + len(scheduler.running)
+        if num_unfinished >= limit + self.info.max_num_seqs:
             raise EngineOverloadedError(
-                f"{num_waiting} requests wait for the engine, and EngineConfig(max_waiting={limit}) allows no more: "
-                "try again later, or raise it."
+                f"{num_unfinished} requests run or wait, {self.info.max_num_seqs} may run at once, and "
+                f"EngineConfig(max_waiting={limit}) lets no more wait: try again later, or raise it."
             )
 
-    def _post_unless_dead(self, action: Callable[[], None]) -> None:
-        """The same for what a stopped engine has done already: forgetting a request."""
+    def _leave(self, request: Request, generation: Generation) -> None:
+        """Let go of a request that was aborted; a stopped engine has done so already."""
+        with self._news:
+            self._arriving.discard(generation)
         with suppress(EngineDeadError):
-            self._post(action)
+            self._post(lambda: self._forget(request))
+
+    def _arrive(
+        self,
+        request: Request,
+        generation: Generation,
+        averages: Sequence[Future[Any]],
+        compiled: Future[CompiledGrammar] | None,
+    ) -> None:
+        """Give a request to the scheduler, all that it waited for being done; called by whatever thread did the last.
+
+        It holds the averages until then, so that they are still kept where the adapter is packed.
+        """
+        try:
+            for average in averages:
+                average.result()
+            if compiled is not None:
+                limit = request.max_num_tokens - len(request.prompt_token_ids)
+                request.constraint = compiled.result().constraint(fit=limit)
+            self._post(lambda: self._accept(request, generation))
+        except BaseException as error:  # noqa: BLE001 - panics of native code too; it ends the request it came from
+            with self._news:
+                self._arriving.discard(generation)
+            generation.fail(failure("The request could not be prepared", fresh(error)))
 
     def _accept(self, request: Request, generation: Generation) -> None:
         with self._news:
-            self._num_arriving -= 1
+            self._arriving.discard(generation)
         if not generation.is_done:  # it may have been aborted on the way
             self._generations[request] = generation
             self._engine.add(request)
@@ -344,9 +370,26 @@ class EngineWorker:
             else "The engine was closed while this request was running."
         )
         error.__cause__ = cause
-        for generation in self._generations.values():
+        with self._news:
+            generations = [*self._generations.values(), *self._arriving]
+            self._generations.clear()
+            self._arriving.clear()
+        for generation in generations:
             generation.fail(error)
-        self._generations.clear()
+        self._averager.shutdown(wait=False, cancel_futures=True)
+
+
+def _when_done(futures: Sequence[Future[Any]], action: Callable[[], None]) -> None:
+    """Call `action` once all are done: now, or in the thread that does the last."""
+    left = list(range(len(futures) + 1))  # popped by one thread each, under the interpreter's lock
+
+    def count(_: object = None) -> None:
+        if left.pop() == 0:
+            action()
+
+    for future in futures:
+        future.add_done_callback(count)
+    count()
 
 
 def _is_sticky(error: BaseException | None) -> bool:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from langchain_lora_retriever.composer import Weighting
-    from langchain_lora_retriever.engine import EngineWorker, Generation
+    from langchain_lora_retriever.engine import EngineClient, Generation
     from langchain_lora_retriever.evaluation.benchmark import Benchmark, TestRow
     from langchain_lora_retriever.pool import AdapterPool
     from langchain_lora_retriever.retriever import LoraRetriever
@@ -154,7 +154,7 @@ def paper_settings(top_k: Iterable[int] = (3,)) -> tuple[Setting, ...]:
 def evaluate_composition(
     benchmark: Benchmark,
     pool: AdapterPool,
-    engine: EngineWorker,
+    engine: EngineClient,
     retriever: LoraRetriever,
     *,
     settings: Sequence[Setting] | None = None,
@@ -211,7 +211,7 @@ def evaluate_composition(
         for run_keys, plan, (setting, is_masked) in zip(keys, plans, runs, strict=True)
     ]
     return CompositionReport(
-        base_model=engine.name,
+        base_model=engine.info.name,
         encoder=retriever.encoder.name,
         num_adapters=len(pool),
         num_rows=len(benchmark.rows),
@@ -277,7 +277,7 @@ class _Planner:
 class _Answers:
     """Greedy answers by what determines them: the prompt, the adapters' contents and weights, the length allowed."""
 
-    def __init__(self, engine: EngineWorker, pool: AdapterPool, cache: Path | None) -> None:
+    def __init__(self, engine: EngineClient, pool: AdapterPool, cache: Path | None) -> None:
         self._engine = engine
         self._pool = pool
         self._cache = cache
@@ -296,7 +296,7 @@ class _Answers:
         """Note an answer to generate, unless it is known; return its key."""
         members = [(self._pool[member.name].fingerprint, round(member.weight, 6)) for member in composition.adapters]
         mode = "fusion" if composition.mode == "fusion" and len(members) > 1 else "sum"
-        facts = [self._engine.name, prompt, mode, sorted(members), max_tokens]
+        facts = [self._engine.info.name, prompt, mode, sorted(members), max_tokens]
         key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
         if key not in self._texts:
             self._wanted[key] = (prompt, composition, max_tokens)
@@ -323,7 +323,7 @@ class _Answers:
             # By composition, so that neighbours in the queue share adapters and few have to be loaded.
             wanted = sorted(self._wanted.items(), key=lambda item: item[1][1].names)
             for key, (prompt, composition, max_tokens) in wanted:
-                if len(running) >= 2 * self._engine.max_num_seqs:
+                if len(running) >= 2 * self._engine.info.max_num_seqs:
                     yield _finish(running)
                 ids = encode_chat(self._engine.tokenizer, [{"role": "user", "content": prompt}])
                 adapters: tuple[tuple[Adapter, float], ...] = materialize(composition, self._pool)
@@ -335,7 +335,7 @@ class _Answers:
                 generation.abort()
 
 
-def _longest_answers(benchmark: Benchmark, engine: EngineWorker) -> dict[str, int]:
+def _longest_answers(benchmark: Benchmark, engine: EngineClient) -> dict[str, int]:
     """Tokens to allow, by task."""
     limits = {}
     for task in benchmark.domains:

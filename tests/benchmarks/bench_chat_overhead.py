@@ -24,29 +24,44 @@ import langchain_core
 import torch
 import transformers
 
-from langchain_lora_retriever.call_options import CallOptions
 from langchain_lora_retriever.demo import demo_chat_model, demo_test_set
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from langchain_lora_retriever import ChatLoraRetriever
+    from langchain_lora_retriever.engine import EngineClient, Generation
 
 NUM_OUT = 48
 Answers = list[tuple[str, int]]  # text and number of tokens
 
 
+class Recorder:
+    """An engine that notes what it is asked."""
+
+    def __init__(self, engine: EngineClient) -> None:
+        self.tokenizer, self.info, self.is_alive = engine.tokenizer, engine.info, True
+        self.register, self.stats, self.close = engine.register, engine.stats, engine.close
+        self._engine = engine
+        self.requests: list[tuple[Any, ...]] = []
+
+    def submit(self, *request: Any, grammar: None = None) -> Generation:
+        """Note a request, and hand it on."""
+        self.requests.append(request)
+        return self._engine.submit(*request, grammar=grammar)
+
+
 def engine_contender(llm: ChatLoraRetriever, prompts: list[str]) -> Callable[[], Answers]:
-    """Prepare the requests that `abatch` makes of the prompts; return what sends them to the engine and waits."""
-    engine, requests = llm._engine(), []
+    """Note the requests that the chat model makes of the prompts; return what sends them to the engine and waits."""
+    recorder = Recorder(llm.runtime.ready())
+    recorded = demo_chat_model(engine=recorder, temperature=llm.temperature, max_tokens=llm.max_tokens)
     for prompt in prompts:
-        messages = llm._convert_input(prompt).to_messages()
-        call = llm._understand(messages, CallOptions.merge(llm, {}))
-        _, adapters = llm._router.plan(call.text, call.options)
-        requests.append((call.encode(), call.options.sampling(), adapters))
+        recorded.invoke(prompt)
 
     def run() -> Answers:
-        completions = [generation.result() for generation in [engine.submit(*request) for request in requests]]
+        engine = llm.runtime.engine
+        generations = [engine.submit(*request) for request in recorder.requests]
+        completions = [generation.result() for generation in generations]
         return [(completion.text, completion.usage.num_output_tokens) for completion in completions]
 
     return run
@@ -54,11 +69,11 @@ def engine_contender(llm: ChatLoraRetriever, prompts: list[str]) -> Callable[[],
 
 def chat_contender(llm: ChatLoraRetriever, prompts: list[str], *, is_routed_anew: bool) -> Callable[[], Answers]:
     """Return what asks the chat model, forgetting the prompts' embeddings first where they are to be made anew."""
-    retriever = llm._router.retriever
+    retriever = llm.retriever
 
     def run() -> Answers:
         if is_routed_anew:
-            retriever._texts = type(retriever._texts)(4096)
+            retriever.forget_texts()
         messages = asyncio.run(llm.abatch(prompts))
         return [(str(message.text), message.usage_metadata["output_tokens"]) for message in messages]
 

@@ -24,7 +24,8 @@ from langchain_core.messages import HumanMessage, SystemMessage
 from langchain_lora_retriever import composer
 from langchain_lora_retriever.call_options import CallOptions
 from langchain_lora_retriever.demo import demo_chat_model, demo_test_set
-from langchain_lora_retriever.shared import close_engines
+from langchain_lora_retriever.fusion import fuse
+from langchain_lora_retriever.registry import close_engines
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -78,7 +79,7 @@ def ask(prompts: Prompts, *, is_cached: bool) -> tuple[list[str], float]:
         return [str(message.text) for wave in waves(prompts) for message in await llm.abatch(wave)]
 
     answers = asyncio.run(run())
-    stats = llm._engine().stats()
+    stats = llm.runtime.ready().stats()
     close_engines()
     return answers, stats.num_cached_tokens / stats.num_prompt_tokens
 
@@ -90,12 +91,13 @@ def compositions(llm: ChatLoraRetriever, prompts: Prompts) -> list[Composition]:
 
 def fusion_hits(llm: ChatLoraRetriever, found: Sequence[Composition]) -> float:
     """Return the share of the compositions of two adapters or more whose fusion was there already."""
-    cache, seen, hits, total = composer.FusionCache(max_bytes=1 << 30), 0, 0, 0
+    seen, hits, total = set(), 0, 0
     for composition in found:
         if len(composition.adapters) < 2:
             continue
-        cache.fuse([(llm._router.pool[member.name], member.weight) for member in composition.adapters])
-        hits, total, seen = hits + (len(cache) == seen), total + 1, len(cache)
+        fused = fuse([(llm.pool[member.name], member.weight) for member in composition.adapters])
+        hits, total = hits + (fused in seen), total + 1
+        seen.add(fused)
     return hits / total if total else 1.0
 
 

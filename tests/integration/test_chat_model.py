@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from langchain_lora_retriever import AdapterPool, ChatLoraRetriever, LoraRetriever
 from langchain_lora_retriever.errors import EngineDeadError, LoraRetrieverError, PromptTooLongError
-from langchain_lora_retriever.shared import close_engines
+from langchain_lora_retriever.registry import close_engines
 from makers import make_checkpoint, make_tiny_model, make_tokenizer
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def test_load_with_cancellations(llm: ChatLoraRetriever, tmp_path) -> None:
         assert len(asyncio.all_tasks()) == 1
         return results
 
-    engine = llm._engine()
+    engine = llm.runtime.ready()
     asyncio.run(run())
     num_threads = threading.active_count()
     results = asyncio.run(run())
@@ -308,7 +308,7 @@ def test_a_prompt_longer_than_the_context(llm: ChatLoraRetriever) -> None:
 def test_equal_configurations_share_an_engine(llm: ChatLoraRetriever) -> None:
     """Weights are loaded once per process; another configuration is another engine."""
     copy = ChatLoraRetriever(base_model=llm.base_model, retriever=llm.retriever, engine_config=ENGINE, top_k=1)
-    assert copy._engine() is llm._engine()
+    assert copy.runtime.ready() is llm.runtime.ready()
 
 
 def make_other(seed: int) -> ChatLoraRetriever:
@@ -322,7 +322,7 @@ def test_a_closed_engine_is_started_again(caplog) -> None:
     """A call under way when an engine is closed gets the reason; the next one starts a fresh engine and says so."""
     other = make_other(1)
     expected = other.invoke("x", max_tokens=3).content
-    engine = other._engine()
+    engine = other.runtime.ready()
     stream = other.stream("x", temperature=1.0, seed=0)
     next(stream)
     engine.close()
@@ -330,7 +330,7 @@ def test_a_closed_engine_is_started_again(caplog) -> None:
     with pytest.raises(EngineDeadError):
         list(stream)
     assert other.invoke("x", max_tokens=3).content == expected
-    assert other._engine() is not engine
+    assert other.runtime.ready() is not engine
     assert "has stopped; starting a new one" in caplog.text
 
 
@@ -338,7 +338,7 @@ async def test_an_engine_that_died_is_started_again(monkeypatch) -> None:
     """Broken bookkeeping kills an engine, with the cause; a retry runs on a new one and waits for it off the loop."""
     other = make_other(3)
     expected = (await other.ainvoke("x", max_tokens=3)).content
-    engine = other._engine()
+    engine = other.runtime.ready()
 
     def break_down(*args: Any) -> None:
         raise AssertionError("a block is lost")
@@ -349,14 +349,14 @@ async def test_an_engine_that_died_is_started_again(monkeypatch) -> None:
         await other.ainvoke("x")
     retrying = other.with_retry(retry_if_exception_type=(EngineDeadError,), stop_after_attempt=2)
     assert (await retrying.ainvoke("x", max_tokens=3)).content == expected
-    assert other._engine() is not engine
+    assert other.runtime.ready() is not engine
 
 
 def test_closing_all_engines_lets_go_of_them() -> None:
     """The registry keeps none, and the next call loads afresh."""
     other = make_other(4)
     expected = other.invoke("x", max_tokens=3).content
-    engine = other._engine()
+    engine = other.runtime.ready()
     close_engines()
     assert not engine.is_alive
     assert other.invoke("x", max_tokens=3).content == expected
@@ -367,6 +367,6 @@ def test_the_profile_knows_the_engines_window() -> None:
     other = make_other(5)
     assert other.profile["max_input_tokens"] == 512
     other.invoke("x", max_tokens=1)
-    assert other.profile["max_input_tokens"] == other._engine().max_model_len == 512
+    assert other.profile["max_input_tokens"] == other.runtime.ready().info.max_model_len == 512
     assert other.profile["max_output_tokens"] == 511
     assert other.profile["reasoning_output"] is False

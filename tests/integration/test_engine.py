@@ -12,7 +12,9 @@ import torch
 from langchain_lora_retriever.engine import BaseModel, EngineConfig, EngineWorker, load_base_model
 from langchain_lora_retriever.errors import EngineDeadError, EngineError, InvalidRequestError, PromptTooLongError
 from langchain_lora_retriever.types import Adapter, SamplingParams
-from makers import make_adapter, make_tiny_model, make_tokenizer, merge_adapters
+from makers import ScriptedCompiler, make_adapter, make_tiny_model, make_tokenizer, merge_adapters
+
+SCRIPTS = ScriptedCompiler()
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -68,7 +70,7 @@ def llama() -> Any:
 @pytest.fixture
 def worker(llama: Any, byte_tokenizer: Any) -> Iterator[EngineWorker]:
     """An engine over a small Llama, checked for leaks at the end."""
-    with EngineWorker(BaseModel(llama, byte_tokenizer, "tiny"), EngineConfig(**SMALL)) as worker:
+    with EngineWorker(BaseModel(llama, byte_tokenizer, "tiny"), EngineConfig(**SMALL), compiler=SCRIPTS) as worker:
         yield worker
         worker.check_integrity()
 
@@ -201,7 +203,7 @@ def test_end_of_sequence_ends_an_answer(llama: Any, byte_tokenizer: Any) -> None
     prompt = make_prompts(10)[0]
     third = generate(llama, prompt, [], 3)[2]
     llama.generation_config.eos_token_id = [third]
-    with EngineWorker(BaseModel(llama, byte_tokenizer, "tiny"), EngineConfig(**SMALL)) as worker:
+    with EngineWorker(BaseModel(llama, byte_tokenizer, "tiny"), EngineConfig(**SMALL), compiler=SCRIPTS) as worker:
         completion = worker.submit(prompt, SamplingParams(max_tokens=40)).result(60)
     assert completion.finish_reason == "stop"
     assert completion.token_ids[-1] == third
@@ -322,6 +324,8 @@ def test_constraints_steer_and_end_an_answer(worker: EngineWorker) -> None:
     class Spell:
         """Allows only `x`, then forces `yz`, then is done."""
 
+        is_shortened = False
+
         def __init__(self) -> None:
             self.accepted: list[int] = []
 
@@ -341,7 +345,7 @@ def test_constraints_steer_and_end_an_answer(worker: EngineWorker) -> None:
             return worker.tokenizer.convert_tokens_to_ids(["y", "z"]) if len(self.accepted) == 1 else []
 
     before = worker.stats().num_steps
-    running = [worker.submit([5, 6, 7], greedy(9), constraint=Spell()), worker.submit([5, 6, 7], greedy(9))]
+    running = [worker.submit([5, 6, 7], greedy(9), grammar=SCRIPTS.add(Spell)), worker.submit([5, 6, 7], greedy(9))]
     steered, free = (generation.result(60) for generation in running)
     assert (steered.text, steered.finish_reason) == ("xyz", "stop")
     assert free.usage.num_output_tokens == 9
@@ -352,6 +356,7 @@ def test_an_error_in_one_constraint_fails_that_request_alone(worker: EngineWorke
     """A grammar that raises ends its own request; the others in the batch go on."""
 
     class Broken:
+        is_shortened = False
         is_finished = False
 
         def fill_bitmask(self, row: torch.Tensor) -> None: ...
@@ -362,7 +367,7 @@ def test_an_error_in_one_constraint_fails_that_request_alone(worker: EngineWorke
         def forced_tokens(self) -> list[int]:
             return []
 
-    bad, good = worker.submit([5, 6], greedy(5), constraint=Broken()), worker.submit([5, 6], greedy(5))
+    bad, good = worker.submit([5, 6], greedy(5), grammar=SCRIPTS.add(Broken)), worker.submit([5, 6], greedy(5))
     with pytest.raises(EngineError, match="broken grammar"):
         bad.result(60)
     assert good.result(60).usage.num_output_tokens == 5

@@ -124,7 +124,7 @@ def test_no_request_rescales_the_positions_of_another(caplog: pytest.LogCaptureF
     prompt = list(range(5, 45))
     expected = generate(model, prompt)
     with make_worker(model) as worker:
-        assert worker.max_model_len == 64
+        assert worker.info.max_model_len == 64
         assert (
             list(worker.submit(prompt, SamplingParams(max_tokens=12, ignore_eos=True)).result(60).token_ids) == expected
         )
@@ -154,7 +154,7 @@ def test_short_contexts_are_probed_within(max_model_len: int) -> None:
     """Also where there is no room for the probe's sequences side by side."""
     model = make_tiny_model("gemma3_text")
     with make_worker(model, max_model_len=max_model_len) as worker:
-        assert worker.max_model_len == max_model_len
+        assert worker.info.max_model_len == max_model_len
 
 
 def _eager(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **_: Any) -> Any:

@@ -120,11 +120,11 @@ def test_no_more_wait_than_are_allowed() -> None:
     config = EngineConfig(max_num_seqs=1, max_waiting=2, kv_cache_bytes=1 << 20, lora_cache_bytes=4 << 20)
     with EngineWorker(BaseModel(make_tiny_model(), make_tokenizer(), "tiny"), config) as engine:
         go = hold(engine)
-        accepted = [engine.submit([5, 6], SHORT) for _ in range(2)]
-        with pytest.raises(EngineOverloadedError, match=r"2 requests wait.*max_waiting=2"):
+        accepted = [engine.submit([5, 6], SHORT) for _ in range(3)]
+        with pytest.raises(EngineOverloadedError, match=r"3 requests run or wait, 1 may run.*max_waiting=2"):
             engine.submit([5, 6], SHORT)
         go.set()
-        assert [generation.result(30).finish_reason for generation in accepted] == ["length"] * 2
+        assert [generation.result(30).finish_reason for generation in accepted] == ["length"] * 3
         assert engine.submit([5, 6], SHORT).result(30).finish_reason == "length"
 
 

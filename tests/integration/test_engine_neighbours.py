@@ -19,7 +19,9 @@ from langchain_lora_retriever.errors import (
     PromptTooLongError,
 )
 from langchain_lora_retriever.types import Adapter, LoraWeights, SamplingParams
-from makers import VOCAB_SIZE, make_adapter, make_tiny_model, make_tokenizer
+from makers import VOCAB_SIZE, ScriptedCompiler, make_adapter, make_tiny_model, make_tokenizer
+
+SCRIPTS = ScriptedCompiler()
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,6 +43,8 @@ def scaled(adapter: Adapter, a: float, b: float) -> Adapter:
 
 class Scripted:
     """A grammar that allows everything, forces some tokens after the first, and fails where it is told to."""
+
+    is_shortened = False
 
     def __init__(self, *, forces: tuple[int, ...] = (), fails_in: str = "", after: int = 2) -> None:
         self.forces = forces
@@ -79,7 +83,7 @@ class Scripted:
 def worker() -> Iterator[EngineWorker]:
     """An engine over a small Llama with few pages, checked for leaks at the end."""
     config = EngineConfig(max_num_seqs=4, kv_cache_bytes=1 << 17, lora_cache_bytes=4 << 20, max_model_len=120)
-    with EngineWorker(BaseModel(make_tiny_model(), make_tokenizer(), "tiny"), config) as worker:
+    with EngineWorker(BaseModel(make_tiny_model(), make_tokenizer(), "tiny"), config, compiler=SCRIPTS) as worker:
         yield worker
         worker.check_integrity()
         stats = worker.stats()
@@ -107,7 +111,7 @@ def answers_beside(worker: EngineWorker, prompt: list[int], **bad: Any) -> tuple
 def test_a_grammar_that_fails_anywhere_ends_its_request(worker: EngineWorker, fails_in: str) -> None:
     """With a documented error that names what was raised."""
     expected = [worker.submit(p, sampling()).result(60).token_ids for p in PROMPTS]
-    good, error = answers_beside(worker, [9, 9], constraint=Scripted(fails_in=fails_in))
+    good, error = answers_beside(worker, [9, 9], grammar=SCRIPTS.add(lambda: Scripted(fails_in=fails_in)))
     assert [completion.token_ids for completion in good] == expected
     assert isinstance(error, EngineError)
     assert f"broken in {fails_in}" in str(error)
@@ -189,7 +193,7 @@ def test_a_weight_that_is_no_finite_number_is_refused(worker: EngineWorker, weig
 def test_a_forced_token_that_the_model_lacks_ends_its_request(worker: EngineWorker) -> None:
     """Before it is embedded."""
     expected = [worker.submit(p, sampling()).result(60).token_ids for p in PROMPTS]
-    good, error = answers_beside(worker, [9, 9], constraint=Scripted(forces=(5, VOCAB_SIZE)))
+    good, error = answers_beside(worker, [9, 9], grammar=SCRIPTS.add(lambda: Scripted(forces=(5, VOCAB_SIZE))))
     assert [completion.token_ids for completion in good] == expected
     assert isinstance(error, InvalidRequestError)
     assert f"token {VOCAB_SIZE}" in str(error)
@@ -197,7 +201,9 @@ def test_a_forced_token_that_the_model_lacks_ends_its_request(worker: EngineWork
 
 def test_forced_tokens_have_log_probabilities_too(worker: EngineWorker) -> None:
     """A token that the grammar leaves no choice about has 0.0 and no alternatives."""
-    completion = worker.submit([9, 9], sampling(logprobs=2), constraint=Scripted(forces=(5, 6))).result(60)
+    completion = worker.submit(
+        [9, 9], sampling(logprobs=2), grammar=SCRIPTS.add(lambda: Scripted(forces=(5, 6)))
+    ).result(60)
     assert completion.logprobs is not None
     assert [item.token_id for item in completion.logprobs] == list(completion.token_ids)
     assert [(item.token_id, item.logprob, item.top) for item in completion.logprobs[1:3]] == [
@@ -211,8 +217,10 @@ def test_a_step_takes_so_many_forced_tokens_and_no_more() -> None:
     """A grammar that forces a long text shares the engine's thread with the others' tokens."""
     forced = tuple(5 + i % 200 for i in range(400))
     config = EngineConfig(max_num_seqs=2, kv_cache_bytes=1 << 20, lora_cache_bytes=4 << 20)
-    with EngineWorker(BaseModel(make_tiny_model(), make_tokenizer(), "tiny"), config) as worker:
-        stream = iter(worker.submit([9, 9], sampling(max_tokens=410), constraint=Scripted(forces=forced)))
+    with EngineWorker(BaseModel(make_tiny_model(), make_tokenizer(), "tiny"), config, compiler=SCRIPTS) as worker:
+        stream = iter(
+            worker.submit([9, 9], sampling(max_tokens=410), grammar=SCRIPTS.add(lambda: Scripted(forces=forced)))
+        )
         deltas = list(stream)
     tokens = [token for delta in deltas for token in delta.token_ids]
     assert max(len(delta.token_ids) for delta in deltas) <= 257

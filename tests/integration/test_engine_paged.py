@@ -12,7 +12,9 @@ import torch
 from langchain_lora_retriever.engine import BaseModel, Engine, EngineConfig, EngineWorker
 from langchain_lora_retriever.errors import EngineError
 from langchain_lora_retriever.types import Adapter, LoraWeights, SamplingParams
-from makers import make_adapter, make_tiny_model, make_tokenizer, merge_adapters
+from makers import ScriptedCompiler, make_adapter, make_tiny_model, make_tokenizer, merge_adapters
+
+SCRIPTS = ScriptedCompiler()
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(
@@ -294,6 +296,8 @@ def test_draws_and_logprobs_are_the_same_in_both_ways(byte_tokenizer: Any) -> No
 class OnlyEven:
     """Allows even token ids, and counts on having seen every token before the next one is masked."""
 
+    is_shortened = False
+
     def __init__(self) -> None:
         self.seen: list[int] = []
         self.asked_at: list[int] = []
@@ -318,10 +322,10 @@ def test_a_grammar_is_asked_with_every_token_known(config: EngineConfig, byte_to
     model = make_tiny_model("llama")
     expected = generate(model, make_prompt(9), [], 10)
     sampling = SamplingParams(max_tokens=10, ignore_eos=True)
-    with EngineWorker(BaseModel(model.to(DEVICE), byte_tokenizer, "tiny"), config) as worker:
+    with EngineWorker(BaseModel(model.to(DEVICE), byte_tokenizer, "tiny"), config, compiler=SCRIPTS) as worker:
         grammar = OnlyEven()
         free = worker.submit(make_prompt(9), sampling)
-        ruled = worker.submit(make_prompt(5), sampling, constraint=grammar).result(60)
+        ruled = worker.submit(make_prompt(5), sampling, grammar=SCRIPTS.add(lambda: grammar)).result(60)
         assert grammar.asked_at == list(range(10))
         assert all(token % 2 == 0 for token in ruled.token_ids)
         assert list(free.result(60).token_ids) == expected

@@ -13,7 +13,9 @@ import torch
 from langchain_lora_retriever.engine import BaseModel, Engine, EngineConfig, EngineWorker
 from langchain_lora_retriever.errors import EngineError, InvalidRequestError
 from langchain_lora_retriever.types import SamplingParams
-from makers import make_tiny_model, make_tokenizer
+from makers import ScriptedCompiler, make_tiny_model, make_tokenizer
+
+SCRIPTS = ScriptedCompiler()
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -81,7 +83,9 @@ def is_async(request: pytest.FixtureRequest) -> bool:
 
 def make_worker(model: Any, **config: Any) -> Any:
     """An engine, closed at the end."""
-    return closing(EngineWorker(BaseModel(model, make_tokenizer(), "tiny"), EngineConfig(**{**SMALL, **config})))
+    return closing(
+        EngineWorker(BaseModel(model, make_tokenizer(), "tiny"), EngineConfig(**{**SMALL, **config}), compiler=SCRIPTS)
+    )
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -171,6 +175,8 @@ def test_a_stop_token_that_the_model_lacks_is_refused(penalised: EngineWorker) -
 class OnlyEnd:
     """A grammar that allows the end-of-sequence token alone."""
 
+    is_shortened = False
+
     is_finished = False
 
     def fill_bitmask(self, row: torch.Tensor) -> None:
@@ -191,7 +197,7 @@ def test_a_grammar_counts_where_rules_leave_it_nothing(is_async: bool) -> None:
     model = make_model(min_new_tokens=5, suppress_tokens=[2])
     expected = generate(model, PROMPTS[1], 8)
     with make_worker(model, enable_async_scheduling=is_async) as worker:
-        constrained = worker.submit(PROMPTS[1], SamplingParams(max_tokens=8), constraint=OnlyEnd())
+        constrained = worker.submit(PROMPTS[1], SamplingParams(max_tokens=8), grammar=SCRIPTS.add(OnlyEnd))
         free = worker.submit(PROMPTS[1], SamplingParams(max_tokens=8))
         assert constrained.result(60).token_ids == (2,)
         assert list(free.result(60).token_ids) == expected

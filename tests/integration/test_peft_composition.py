@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from langchain_lora_retriever.composer import FusionCache, compose, materialize, pin
+from langchain_lora_retriever.composer import compose, materialize, pin
 from langchain_lora_retriever.pool import AdapterPool
 from langchain_lora_retriever.types import RetrievedAdapter
 
@@ -96,7 +96,7 @@ def applied(model, members):
 
 def logits_of(make_base, composition, pool):
     """The base model's logits `[2, 8, vocab]` under a composition."""
-    with applied(make_base(), materialize(composition, pool, cache=FusionCache())) as model, torch.no_grad():
+    with applied(make_base(), materialize(composition, pool)) as model, torch.no_grad():
         return model(PROMPTS).logits
 
 

@@ -27,7 +27,7 @@ from pydantic import ValidationError
 
 from langchain_lora_retriever import AdapterPool, ChatLoraRetriever, LoraRetriever
 from langchain_lora_retriever.errors import LoraRetrieverError
-from langchain_lora_retriever.shared import close_engines
+from langchain_lora_retriever.registry import close_engines
 from makers import make_checkpoint, make_tiny_model, make_tokenizer
 
 if TYPE_CHECKING:
@@ -244,7 +244,7 @@ def test_whatever_a_call_asks_for_is_its_own_matter(llm: ChatLoraRetriever) -> N
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
         asyncio.run(together())
-    engine = llm._engine()
+    engine = llm.runtime.ready()
     engine.check_integrity()
     assert engine.stats().num_running == engine.stats().num_waiting == 0
     print(tally)  # noqa: T201 - the tally of a long run

@@ -190,6 +190,7 @@ def try_case(options: dict[str, Any], rng: random.Random, tokenizer: Any) -> str
 
     from langchain_lora_retriever.answer_format import answer_format
     from langchain_lora_retriever.call_options import CallOptions
+    from langchain_lora_retriever.engine.constraints import compiler_of
     from langchain_lora_retriever.errors import EngineError, InvalidRequestError
     from langchain_lora_retriever.json_check import violation
     from langchain_lora_retriever.tools import to_json_schema
@@ -198,7 +199,7 @@ def try_case(options: dict[str, Any], rng: random.Random, tokenizer: Any) -> str
         options = {"guided": {"json": options["guided"]}}
     try:
         answer = answer_format(CallOptions(**options), tokenizer)
-        compiled = answer.compile(tokenizer)
+        compiled = None if answer.grammar is None else compiler_of(tokenizer).compile(answer.grammar)
     except InvalidRequestError:
         return "refused"
     if compiled is None:

@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import json
 import re
-import threading
-import time
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from langchain_lora_retriever.engine import Delta, Generation, TokenLogprob, Usage
-from langchain_lora_retriever.engine.adapter_fit import AdapterFit
-from langchain_lora_retriever.errors import EngineDeadError, PromptTooLongError
+from langchain_lora_retriever import registry
+from langchain_lora_retriever.testing import FakeEngine, byte_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
+
+    from transformers import PreTrainedTokenizerFast
 
     from langchain_lora_retriever import AdapterPool, ChatLoraRetriever
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 SAMPLES = {
     "sql": ["How many users signed up in May?", "Select the names of all users from the table."],
     "dates": ["Write the date 3 March 2021 in ISO format.", "Convert the date 7/8/19 to ISO."],
@@ -52,88 +45,25 @@ class WordEncoder:
         return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
 
 
-class FakeEngine:
-    """Stands in for `EngineWorker`: `answer(prompt, adapters)` says what a request gets, three characters a delta."""
-
-    name = "fake"
-    max_model_len = 2048
-    max_num_seqs = 8
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.tokenizer = tokenizer
-        self.answer: Callable[[str, list[str]], str] = lambda prompt, adapters: "The answer."
-        shapes = {"q_proj": (8, 8)}
-        fit = AdapterFit("fake/base", shapes, max_rank=256, num_rows=1024, max_loras=64)
-        self.check_adapter, self.missing_modules = fit.check, fit.missing
-        self.base_names = frozenset({"fake/base"})
-        self.delay = 0.0
-        self.is_dead = False
-        self.requests: list[dict[str, Any]] = []
-        self.num_running = self.most_running = self.num_aborted = 0
-        self._lock = threading.Lock()
-
-    def submit(self, prompt_token_ids: Any, sampling: Any, adapters: Any = (), *, constraint: Any = None) -> Generation:
-        """Answer in a thread."""
-        if self.is_dead:
-            raise EngineDeadError("The engine has stopped.")
-        if len(prompt_token_ids) >= self.max_model_len:
-            raise PromptTooLongError(f"The prompt has {len(prompt_token_ids)} tokens.")
-        prompt = self.tokenizer.decode(prompt_token_ids)
-        names = [adapter.name for adapter, _ in adapters]
-        self.requests.append(
-            {"prompt": prompt, "ids": list(prompt_token_ids), "sampling": sampling, "adapters": adapters,
-             "names": names, "constraint": constraint}
-        )  # fmt: skip
-        generation = Generation(on_abort=self._on_abort)
-        with self._lock:
-            self.num_running += 1
-            self.most_running = max(self.most_running, self.num_running)
-        usage = Usage(len(prompt_token_ids), 2, 5)
-        threading.Thread(target=self._run, args=(generation, prompt, names, sampling, usage), daemon=True).start()
-        return generation
-
-    def _run(self, generation: Generation, prompt: str, names: list[str], sampling: Any, usage: Usage) -> None:
-        try:
-            text = self.answer(prompt, names)
-        except Exception as error:  # noqa: BLE001 - a scripted failure reaches the caller, as a step's would
-            generation.fail(error)
-            text = ""
-        pieces = [text[i : i + 3] for i in range(0, len(text), 3)]
-        logprobs = (TokenLogprob(5, -0.5, ((5, -0.5), (6, -1.5))),) if sampling.logprobs is not None else None
-        for piece in pieces:
-            time.sleep(self.delay)
-            if generation.is_done:
-                break
-            generation.put(Delta(piece, (5,), logprobs, None, None))
-        with self._lock:
-            self.num_running -= 1
-        generation.put(Delta("", (), None, "stop", usage))
-
-    def _on_abort(self) -> None:
-        self.num_aborted += 1
-
-
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level tokenizer with control tokens and a ChatML template."""
-    vocab = {char: index for index, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
+    return byte_tokenizer()
 
 
 @pytest.fixture
-def engine(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
-    """The fake engine, in place of every chat model's."""
-    from langchain_lora_retriever import ChatLoraRetriever
+def engine(tokenizer: PreTrainedTokenizerFast) -> FakeEngine:
+    """The engine of the chat model `llm`."""
+    return FakeEngine(tokenizer=tokenizer, name="fake/base", module_shapes={"q_proj": (8, 8)})
 
-    fake = FakeEngine(tokenizer)
-    monkeypatch.setattr(ChatLoraRetriever, "_engine", lambda self: fake)
-    return fake
+
+@pytest.fixture
+def loads_engine(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Have `engine` loaded for whatever base model is named."""
+    monkeypatch.setattr(registry, "load_base_model", lambda source, **_: source)
+    monkeypatch.setattr(registry, "EngineWorker", lambda base, config: engine)
+    yield
+    registry.close_engines()
 
 
 @pytest.fixture
@@ -170,4 +100,4 @@ def llm(engine: FakeEngine, pool: AdapterPool) -> ChatLoraRetriever:
     """A chat model on the fake engine."""
     from langchain_lora_retriever import ChatLoraRetriever, LoraRetriever
 
-    return ChatLoraRetriever(base_model="fake/base", retriever=LoraRetriever(pool, WordEncoder()))
+    return ChatLoraRetriever(engine=engine, retriever=LoraRetriever(pool, WordEncoder()))

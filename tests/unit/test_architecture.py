@@ -33,8 +33,8 @@ GROUND_FLOOR = {"base_names", "errors", "forking", "shown", "types"}
 # Retrieval and composition: no LangChain, no engine.
 RETRIEVAL_ROOMS = {
     "adapter_config", "adapter_folder", "adapters", "answer_fit", "aside", "composer", "encoder", "file_weights",
-    "forking", "hybrid_encoder", "index", "micro_batcher", "nesting", "patterns", "pool", "pool_folder", "retriever",
-    "samples", "shown", "training", "vector_cache",
+    "forking", "fusion", "hybrid_encoder", "index", "micro_batcher", "nesting", "patterns", "pool", "pool_folder",
+    "retriever", "samples", "shown", "training", "vector_cache",
 }  # fmt: skip
 
 

@@ -77,13 +77,13 @@ def some(strategies: Mapping[str, Any], most: int) -> Any:
 def asked(llm: ChatLoraRetriever, engine: Any, call: Mapping[str, Any]) -> Any:
     """What a call asks of the engine, and what its answer may look like."""
     engine.requests.clear()
-    engine.answer = lambda prompt, names: '{"value": "x"}'
+    engine.answers = lambda prompt, names: '{"value": "x"}'
     arguments = dict(call)
     stop = arguments.pop("stop", None)
     llm.generate([llm._convert_input(PROMPT).to_messages()], stop=stop, **arguments)
     options = CallOptions.merge(llm, call)
     return [
-        (request["prompt"], request["sampling"], [(a.fingerprint, weight) for a, weight in request["adapters"]],
+        (request.prompt, request.sampling, [(a.fingerprint, weight) for a, weight in request.adapters],
          answer_format(options, engine.tokenizer).grammar)
         for request in engine.requests
     ]  # fmt: skip
@@ -102,7 +102,7 @@ def test_calls_of_one_key_ask_for_the_same(llm, engine, tokenizer, first, first_
     engine.tokenizer = copy.deepcopy(tokenizer)
     engine.tokenizer.chat_template = STYLED + tokenizer.chat_template
     try:
-        models = [ChatLoraRetriever(base_model="fake/base", retriever=llm.retriever, **own) for own in (first, second)]
+        models = [ChatLoraRetriever(engine=engine, retriever=llm.retriever, **own) for own in (first, second)]
         requests = [asked(*pair) for pair in zip(models, [engine] * 2, (first_call, second_call), strict=True)]
         keys = [model._get_llm_string(**call) for model, call in zip(models, (first_call, second_call), strict=True)]
     except (LoraRetrieverError, ValueError):
@@ -128,6 +128,7 @@ def test_what_is_not_a_call_option_is_part_of_the_key_too(llm: ChatLoraRetriever
     encoder = retriever.encoder
     models = [
         llm,
+        ChatLoraRetriever(base_model="fake/base", retriever=retriever),
         ChatLoraRetriever(base_model="fake/other", retriever=retriever),
         ChatLoraRetriever(base_model="fake/base", retriever=retriever, model_name="x"),
         ChatLoraRetriever(base_model="fake/base", retriever=retriever, model_kwargs={"dtype": "float16"}),
@@ -145,7 +146,7 @@ def test_what_is_not_a_call_option_is_part_of_the_key_too(llm: ChatLoraRetriever
     ]
     keys = [model._get_llm_string() for model in models]
     assert len(set(keys)) == len(keys)
-    assert ChatLoraRetriever(base_model="fake/base", retriever=retriever)._get_llm_string() == keys[0]
+    assert ChatLoraRetriever(base_model="fake/base", retriever=retriever)._get_llm_string() == keys[1]
 
 
 def test_the_order_of_properties_is_part_of_the_key(llm: ChatLoraRetriever) -> None:

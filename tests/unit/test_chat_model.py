@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import dataclasses
 import inspect
 import json
 import pickle
@@ -20,9 +21,9 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import ConfigurableField
 from pydantic import ValidationError
 
-from langchain_lora_retriever import AdapterPool, ChatLoraRetriever, Composition
+from langchain_lora_retriever import AdapterPool, ChatLoraRetriever, Composition, registry
 from langchain_lora_retriever.answers import AnswerStream
-from langchain_lora_retriever.engine import Delta, TokenLogprob, Usage
+from langchain_lora_retriever.engine import Delta, Registration, TokenLogprob, Usage
 from langchain_lora_retriever.errors import (
     EncoderError,
     EngineError,
@@ -32,6 +33,7 @@ from langchain_lora_retriever.errors import (
     UnknownAdapterError,
 )
 from langchain_lora_retriever.reasoning import ThinkReader
+from makers import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,7 +45,7 @@ FRENCH = "Translate good morning into French."
 @pytest.fixture
 def embedded(llm: ChatLoraRetriever, monkeypatch) -> list[list[str]]:
     """The batches of prompts that the encoder is given, without the instruction."""
-    retriever = llm._router.retriever
+    retriever = llm.retriever
     retriever.retrieve("x")  # the adapters are embedded at first use
     batches: list[list[str]] = []
     encode = retriever.encoder.encode
@@ -72,9 +74,14 @@ def test_invoke_routes_and_reports(llm: ChatLoraRetriever, engine) -> None:
     assert metadata["composition"] == "mixture"
     assert metadata["adapters"][0]["name"] == "sql"
     assert sum(a["weight"] for a in metadata["adapters"]) == pytest.approx(1)
-    assert engine.requests[0]["names"][0] == "sql"
-    assert message.usage_metadata["input_token_details"] == {"cache_read": 2}
-    assert message.usage_metadata["total_tokens"] == message.usage_metadata["input_tokens"] + 5
+    assert engine.requests[0].names[0] == "sql"
+    assert message.usage_metadata == {
+        "input_tokens": len(engine.requests[0].prompt_token_ids),
+        "output_tokens": len("The answer."),
+        "total_tokens": len(engine.requests[0].prompt_token_ids) + len("The answer."),
+        "input_token_details": {"cache_read": 0},
+    }
+    assert message.usage_metadata["total_tokens"] == message.usage_metadata["input_tokens"] + 11
 
 
 def test_route_is_what_invoke_runs(llm: ChatLoraRetriever, engine) -> None:
@@ -104,20 +111,20 @@ def test_pinned_adapters(llm: ChatLoraRetriever, engine) -> None:
         {"name": "dates", "score": None, "weight": 0.5},
         {"name": "french", "score": None, "weight": 0.5},
     ]
-    assert engine.requests[0]["names"] == ["dates", "french"]
+    assert engine.requests[0].names == ["dates", "french"]
 
 
 def test_no_adapters_is_the_base_model(llm: ChatLoraRetriever, engine) -> None:
     """`adapters=[]` runs the base model alone."""
     assert llm.invoke(SQL, adapters=[]).response_metadata["adapters"] == []
-    assert engine.requests[0]["names"] == []
+    assert engine.requests[0].names == []
 
 
 def test_the_model_argument_names_an_adapter(llm: ChatLoraRetriever, engine) -> None:
     """As on OpenAI-style servers, `model` picks an adapter, or the base model by its own name."""
     assert llm.invoke(FRENCH, model="sql").response_metadata["model_name"] == "sql"
     llm.invoke(FRENCH, model="fake/base")
-    assert [request["names"] for request in engine.requests] == [["sql"], []]
+    assert [request.names for request in engine.requests] == [["sql"], []]
 
 
 def test_excluded_adapters_are_not_retrieved(llm: ChatLoraRetriever) -> None:
@@ -151,15 +158,16 @@ def test_selection_of_two_pinned_adapters_is_refused(llm: ChatLoraRetriever) -> 
 
 def test_an_empty_pool_is_the_base_model(engine) -> None:
     """Before an adapter is added the base model answers alone."""
-    llm = ChatLoraRetriever(base_model="fake/base")
+    llm = ChatLoraRetriever(engine=engine)
     assert llm.invoke("hi").response_metadata["adapters"] == []
 
 
 def test_an_adapter_that_does_not_fit_is_rejected(llm: ChatLoraRetriever, pool: AdapterPool, write_adapter) -> None:
-    """Adapters of another base model leave the pool by name when the engine is known; later ones when they come."""
+    """Adapters of another base model are left out by name when the engine is known; later ones when they come."""
     pool.add("wide", write_adapter("wide", size=16), samples=[SQL])
     assert "wide" not in [a["name"] for a in llm.invoke(SQL).response_metadata["adapters"]]
-    assert "wide" in pool.rejected
+    assert "wide" in llm.rejected
+    assert "wide" in pool
     with pytest.raises(InvalidAdapterError, match="wide"):
         llm.invoke(SQL, adapters=["wide"])
     pool.update("sql", write_adapter("sql", size=16))
@@ -228,7 +236,7 @@ def test_sampling_arguments_arrive(llm: ChatLoraRetriever, engine) -> None:
     call = {"temperature": 0.5, "sampling_top_k": 4, "top_p": 0.9, "seed": 3, "max_tokens": 7, "stop": ["x"]}
     call |= {"repetition_penalty": 1.2, "stop_token_ids": [4, 9]}
     llm.invoke(SQL, logprobs=1, **call)
-    sampling = engine.requests[0]["sampling"]
+    sampling = engine.requests[0].sampling
     assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed) == (0.5, 4, 0.9, 3)
     assert (sampling.max_tokens, sampling.stop, sampling.logprobs) == (7, ("x",), 1)
     assert (sampling.repetition_penalty, sampling.stop_token_ids) == (1.2, (4, 9))
@@ -239,14 +247,14 @@ def test_stop_of_the_model_and_of_the_call(llm: ChatLoraRetriever, engine) -> No
     stopping = llm.model_copy(update={"stop": ["a"]})
     stopping.invoke(SQL)
     stopping.invoke(SQL, stop=["b"])
-    assert [request["sampling"].stop for request in engine.requests] == [("a",), ("b",)]
+    assert [request.sampling.stop for request in engine.requests] == [("a",), ("b",)]
 
 
 def test_several_answers(llm: ChatLoraRetriever, engine) -> None:
     """`n` answers come from one call, each drawn with a seed of its own."""
     result = llm.generate([[HumanMessage(SQL)]], n=3, seed=1, temperature=1.0)
     assert len(result.generations[0]) == 3
-    assert [request["sampling"].seed for request in engine.requests] == [1, 2, 3]
+    assert [request.sampling.seed for request in engine.requests] == [1, 2, 3]
     with pytest.raises(InvalidRequestError, match="n=2"):
         list(llm.stream(SQL, n=2))
 
@@ -255,9 +263,9 @@ def test_logprobs_are_reported(llm: ChatLoraRetriever) -> None:
     """Log-probabilities come as chat-completion APIs give them, streamed or not."""
     for message in (llm.invoke(SQL, logprobs=2), _added(llm.stream(SQL, logprobs=2))):
         entries = message.response_metadata["logprobs"]["content"]
-        assert len(entries) == 4
-        assert entries[0]["logprob"] == -0.5
-        assert [alternative["token_id"] for alternative in entries[0]["top_logprobs"]] == [5, 6]
+        assert [entry["token"] for entry in entries] == list("The answer.")
+        assert entries[0]["logprob"] == 0.0
+        assert [alternative["token"] for alternative in entries[0]["top_logprobs"]] == ["T"]
 
 
 def _added(chunks: Any) -> AIMessageChunk:
@@ -316,7 +324,7 @@ def test_callbacks_see_every_chunk_once(llm: ChatLoraRetriever) -> None:
 
 def test_an_empty_answer_streams(llm: ChatLoraRetriever, engine) -> None:
     """An answer without text is a message all the same."""
-    engine.answer = lambda prompt, names: ""
+    engine.answers = lambda prompt, names: ""
     assert _added(llm.stream(SQL)).content == ""
     assert llm.invoke(SQL).content == ""
 
@@ -329,7 +337,7 @@ def test_batch_runs_at_once(llm: ChatLoraRetriever, engine) -> None:
         barrier.wait()
         return prefix_of(prompt)
 
-    engine.answer = answer
+    engine.answers = answer
     prompts = [f"prompt {i}" for i in range(16)]
     assert [message.content for message in llm.batch(prompts)] == prompts
 
@@ -345,7 +353,7 @@ def test_max_concurrency_is_honoured(llm: ChatLoraRetriever, engine) -> None:
             return "no third"
         return "three"
 
-    engine.answer = answer
+    engine.answers = answer
     assert {message.content for message in llm.batch(["x"] * 8, config={"max_concurrency": 2})} == {"no third"}
     assert engine.most_running == 2
 
@@ -358,7 +366,7 @@ async def test_the_first_of_many_reach_the_engine_before_the_last_begin(llm: Cha
         async def on_chat_model_start(self, *arguments: Any, **kwargs: Any) -> None:
             began.append(len(engine.requests))
 
-    engine.answer = lambda prompt, names: prefix_of(prompt)
+    engine.answers = lambda prompt, names: prefix_of(prompt)
     engine.delay = 0.2
     prompts = [f"prompt {i:03}" for i in range(200)]
     answers = await llm.abatch(prompts, config={"callbacks": [Beginnings()]}, adapters=["sql"])
@@ -377,7 +385,7 @@ async def test_abatch_of_any_size_answers_in_order(llm: ChatLoraRetriever, engin
             raise EngineError("broken")
         return prefix_of(prompt)
 
-    engine.answer = answer
+    engine.answers = answer
     prompts = [f"p{i}" for i in range(num)]
     configs = [{"tags": [prompt]} for prompt in prompts]
     answers = await llm.abatch(prompts, config=configs, return_exceptions=True)
@@ -389,13 +397,13 @@ async def test_abatch_of_any_size_answers_in_order(llm: ChatLoraRetriever, engin
 
 async def test_abatch_embeds_its_prompts_in_groups(llm: ChatLoraRetriever, engine, embedded: list[list[str]]) -> None:
     """A group is embedded in one pass, when the calls of the one before are with the engine."""
-    engine.answer = lambda prompt, names: prefix_of(prompt)
+    engine.answers = lambda prompt, names: prefix_of(prompt)
     engine.delay = 0.2
     prompts = [f"{SQL} {i}" for i in range(100)]
     answers = await llm.abatch(prompts)
     assert [message.content for message in answers] == prompts
     assert [len(texts) for texts in embedded] == [64, 36]
-    assert all(request["names"][0] == "sql" for request in engine.requests)
+    assert all(request.names[0] == "sql" for request in engine.requests)
     assert engine.most_running == 100
 
 
@@ -404,7 +412,7 @@ async def test_abatch_embeds_each_prompt_once_whatever_the_cache_holds(
     llm: ChatLoraRetriever, embedded: list[list[str]], size: int
 ) -> None:
     """A group that the cache has no room for is embedded by its calls."""
-    llm._router.retriever._texts.max_texts = size
+    llm.retriever._texts.max_texts = size
     prompts = [f"{SQL} {i}" for i in range(100)]
     answers = await llm.abatch(prompts)
     assert all(message.response_metadata["adapters"][0]["name"] == "sql" for message in answers)
@@ -438,7 +446,7 @@ async def test_an_encoder_that_fails_is_the_calls_error(llm: ChatLoraRetriever, 
         raise RuntimeError("no memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(llm._router.retriever.encoder, "encode", fail)
+        patch.setattr(llm.retriever.encoder, "encode", fail)
         errors = await llm.abatch([SQL, FRENCH], return_exceptions=True)
         assert all(isinstance(error, EncoderError) and "no memory" in str(error) for error in errors)
         assert errors[0] is not errors[1]
@@ -472,7 +480,7 @@ async def test_cancelling_abatch_cancels_what_has_not_begun(llm: ChatLoraRetriev
 async def test_abatch_runs_at_once(llm: ChatLoraRetriever, engine) -> None:
     """So does an asynchronous batch."""
     barrier = threading.Barrier(40, timeout=10)
-    engine.answer = lambda prompt, names: str(barrier.wait() >= 0) and prefix_of(prompt)
+    engine.answers = lambda prompt, names: str(barrier.wait() >= 0) and prefix_of(prompt)
     prompts = [f"prompt {i}" for i in range(40)]
     assert [message.content for message in await llm.abatch(prompts)] == prompts
 
@@ -480,7 +488,7 @@ async def test_abatch_runs_at_once(llm: ChatLoraRetriever, engine) -> None:
 def test_generate_runs_at_once(llm: ChatLoraRetriever, engine) -> None:
     """`generate` of many conversations does not loop over them one by one."""
     barrier = threading.Barrier(5, timeout=10)
-    engine.answer = lambda prompt, names: str(barrier.wait() >= 0) and prefix_of(prompt)
+    engine.answers = lambda prompt, names: str(barrier.wait() >= 0) and prefix_of(prompt)
     result = llm.generate([[HumanMessage(f"p{i}")] for i in range(5)])
     assert [generations[0].text for generations in result.generations] == [f"p{i}" for i in range(5)]
     assert len(result.run) == len({run.run_id for run in result.run}) == 5
@@ -488,7 +496,7 @@ def test_generate_runs_at_once(llm: ChatLoraRetriever, engine) -> None:
 
 def test_batch_as_completed(llm: ChatLoraRetriever, engine) -> None:
     """Answers come as they finish, with the index of their prompt."""
-    engine.answer = lambda prompt, names: time.sleep(0.2 if "slow" in prompt else 0) or prefix_of(prompt)
+    engine.answers = lambda prompt, names: time.sleep(0.2 if "slow" in prompt else 0) or prefix_of(prompt)
     done = list(llm.batch_as_completed(["slow", "quick"]))
     assert [index for index, _ in done] == [1, 0]
 
@@ -501,7 +509,7 @@ def _fail_on_bad(prompt: str, names: list[str]) -> str:
 
 async def test_return_exceptions(llm: ChatLoraRetriever, engine) -> None:
     """A failing prompt is its own affair where exceptions are returned, and raised where they are not."""
-    engine.answer = _fail_on_bad
+    engine.answers = _fail_on_bad
     for results in (
         llm.batch(["a", "bad", "b"], return_exceptions=True),
         await llm.abatch(["a", "bad", "b"], return_exceptions=True),
@@ -515,7 +523,7 @@ async def test_return_exceptions(llm: ChatLoraRetriever, engine) -> None:
 def test_a_chain_batches(llm: ChatLoraRetriever, engine) -> None:
     """A chain hands its prompts to the model all at once."""
     barrier = threading.Barrier(10, timeout=10)
-    engine.answer = lambda prompt, names: str(barrier.wait() >= 0) and prefix_of(prompt)
+    engine.answers = lambda prompt, names: str(barrier.wait() >= 0) and prefix_of(prompt)
     chain = ChatPromptTemplate.from_template("say {word}") | llm | StrOutputParser()
     assert chain.batch([{"word": str(i)} for i in range(10)]) == [f"say {i}" for i in range(10)]
 
@@ -570,9 +578,9 @@ async def test_a_late_call_times_out(llm: ChatLoraRetriever, engine) -> None:
 def stuck(llm: ChatLoraRetriever, monkeypatch) -> Iterator[threading.Event]:
     """Has the encoder wait for an event, which is set in the end in any case."""
     release = threading.Event()
-    encoder = llm._router.retriever.encoder
+    encoder = llm.retriever.encoder
     encode = encoder.encode
-    llm._router.retriever.retrieve("x")  # the adapters are embedded at first use
+    llm.retriever.retrieve("x")  # the adapters are embedded at first use
 
     def wait(texts: list[str]) -> Any:
         assert release.wait(60)
@@ -600,24 +608,18 @@ async def test_the_timeout_counts_from_the_start_of_the_call(llm: ChatLoraRetrie
 
 def test_what_a_caller_has_left_is_not_generated(llm: ChatLoraRetriever, engine, stuck) -> None:
     """A request that reaches the engine after its caller's timeout is aborted."""
-    engine.delay = 0.01
-    aborted = threading.Event()
-    engine._on_abort = aborted.set
+    engine.delay = 60
     with pytest.raises(TimeoutError):
         llm.invoke(SQL, timeout=0.05)
     stuck.set()
-    assert aborted.wait(30)
+    wait_until(lambda: engine.num_aborted == 1)
 
 
-def test_loading_counts_for_the_timeout(llm: ChatLoraRetriever, engine, monkeypatch) -> None:
+def test_loading_counts_for_the_timeout(loads_engine, monkeypatch) -> None:
     """A model that is still being loaded holds up its first callers no longer than they allow."""
     release = threading.Event()
-
-    def load(self: ChatLoraRetriever) -> Any:
-        assert release.wait(60)
-        return engine
-
-    monkeypatch.setattr(ChatLoraRetriever, "_engine", load)
+    monkeypatch.setattr(registry, "load_base_model", lambda source: release.wait(60))
+    llm = ChatLoraRetriever(base_model="fake/base")
     try:
         for call in (llm.invoke, lambda text, **kwargs: llm.batch([text] * 2, **kwargs)):
             with pytest.raises(TimeoutError):
@@ -648,7 +650,7 @@ async def test_a_failure_is_not_taken_for_a_timeout(llm: ChatLoraRetriever, engi
     def fail(texts: list[str]) -> Any:
         raise TimeoutError("the encoder's own")
 
-    monkeypatch.setattr(llm._router.retriever.encoder, "encode", fail)
+    monkeypatch.setattr(llm.retriever.encoder, "encode", fail)
     with pytest.raises(EncoderError, match="the encoder's own"):
         llm.invoke("anew", timeout=60)
     with pytest.raises(EncoderError, match="the encoder's own"):
@@ -665,7 +667,7 @@ def test_a_timeout_may_be_infinite(llm: ChatLoraRetriever, timeout: float) -> No
 async def test_a_long_prompt_is_encoded_off_the_event_loop(llm: ChatLoraRetriever, engine) -> None:
     """A long text, and a chat of many messages, hold up nobody else in the loop; a short prompt takes no detour."""
     names: list[str] = []
-    engine.max_model_len = 1 << 20
+    engine.info = dataclasses.replace(engine.info, max_model_len=1 << 20)
     submit = engine.submit
 
     def noted(*args: Any, **kwargs: Any) -> Any:
@@ -697,7 +699,7 @@ def test_fallbacks_bind_tools_and_schemas(llm: ChatLoraRetriever) -> None:
 
 def test_engine_errors_reach_the_caller(llm: ChatLoraRetriever, engine) -> None:
     """An exception inside a step is the request's, also in a stream."""
-    engine.answer = _fail_on_bad
+    engine.answers = _fail_on_bad
     with pytest.raises(EngineError, match="step failed"):
         llm.invoke("bad")
     with pytest.raises(EngineError, match="step failed"):
@@ -712,10 +714,10 @@ def test_fallbacks_see_the_packages_errors(llm: ChatLoraRetriever, engine) -> No
     def answer(prompt: str, names: list[str]) -> str:
         return _fail_on_bad(next(attempts), names)
 
-    engine.answer = answer
+    engine.answers = answer
     assert llm.with_retry(retry_if_exception_type=(EngineError,), wait_exponential_jitter=False).invoke("x").content
     pinned = llm.bind(adapters=["gone"]).with_fallbacks([llm.bind(adapters=[])])
-    engine.answer = lambda prompt, names: "fallback"
+    engine.answers = lambda prompt, names: "fallback"
     assert pinned.invoke("x").content == "fallback"
 
 
@@ -750,7 +752,9 @@ def test_settings_can_be_configurable(llm: ChatLoraRetriever, engine) -> None:
     assert pinned.response_metadata["adapters"][0]["name"] == "dates"
 
 
-def test_a_configurable_folder_pool_is_not_embedded_again(llm: ChatLoraRetriever, engine, pool, tmp_path, monkeypatch):
+def test_a_configurable_folder_pool_is_not_embedded_again(
+    llm: ChatLoraRetriever, loads_engine, pool, tmp_path, monkeypatch
+):
     """LangChain makes a chat model anew for every configured run; they share the retriever of one folder's pool."""
     encoder = llm.retriever.encoder
     encoded: list[str] = []
@@ -824,7 +828,7 @@ def test_a_deep_copy_has_its_own_lists(llm: ChatLoraRetriever) -> None:
     copied = copy.deepcopy(llm)
     copied.stop.append("x")
     assert llm.stop == []
-    assert copied._router.retriever is llm._router.retriever
+    assert copied.retriever is llm.retriever
     assert copied.base_model is llm.base_model
 
 
@@ -843,10 +847,11 @@ def test_what_is_no_encoder_is_refused(engine) -> None:
     """At construction, and by assignment."""
     with pytest.raises(ValueError, match="encoder=3 is not allowed"):
         ChatLoraRetriever(base_model="fake/base", encoder=3)
-    llm = ChatLoraRetriever(base_model="fake/base")
+    llm = ChatLoraRetriever(engine=engine)
+    encoder = llm.encoder
     with pytest.raises(ValueError, match="encoder=3 is not allowed"):
         llm.encoder = 3
-    assert llm.encoder is None
+    assert llm.encoder is encoder
 
 
 @pytest.mark.parametrize(
@@ -917,8 +922,9 @@ def test_assigning_a_pool_beside_a_retriever_is_refused(llm: ChatLoraRetriever) 
         llm.pool = AdapterPool()
 
 
-def test_assigning_a_base_model_renames_the_model(llm: ChatLoraRetriever) -> None:
+def test_assigning_a_base_model_renames_the_model() -> None:
     """Unless the caller gave the name."""
+    llm = ChatLoraRetriever(base_model="fake/base")
     llm.base_model = "fake/other"
     assert llm.model_name == "fake/other"
 
@@ -973,7 +979,8 @@ def test_an_adapter_that_may_not_be_meant_for_the_model_is_told_once(
     folder = write_adapter("foreign")
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/another"}))
-    engine.missing_modules = lambda adapter: ["v_proj"] if adapter.name == "foreign" else []
+    missing = {"foreign": ("v_proj",)}
+    engine.register = lambda adapters: [Registration(None, missing.get(adapter.name, ())) for adapter in adapters]
     pool.add("foreign", folder, samples=[SQL])
     assert llm.invoke(SQL, adapters=["foreign"]).response_metadata["adapters"][0]["name"] == "foreign"
     said = [record.message for record in caplog.records]

@@ -20,10 +20,10 @@ SQL = "How many users are in the table?"
 
 
 @pytest.fixture
-def run(engine, llm, monkeypatch) -> Any:
+def run(loads_engine, llm, monkeypatch) -> Any:
     """Run a command and return its output; prompts are embedded by the words in them."""
     encoder = llm.retriever.encoder
-    monkeypatch.setattr("langchain_lora_retriever.retriever.SentenceTransformerEncoder", lambda source: encoder)
+    monkeypatch.setattr("langchain_lora_retriever.registry.SentenceTransformerEncoder", lambda source: encoder)
 
     def run_command(*arguments: object, stdin: str | None = None) -> str:
         result = CliRunner().invoke(commands, [str(argument) for argument in arguments], input=stdin)
@@ -134,14 +134,14 @@ def test_chat_is_a_conversation(run, folder: Path, engine) -> None:
     """Without a prompt every line is a turn, and earlier turns are remembered."""
     run("chat", "--base-model", "fake/base", "--pool", folder, stdin="one\ntwo\n\n")
     assert len(engine.requests) == 2
-    assert "one" in engine.requests[1]["prompt"]
-    assert "The answer." in engine.requests[1]["prompt"]
+    assert "one" in engine.requests[1].prompt
+    assert "The answer." in engine.requests[1].prompt
 
 
 def test_bench_reports_throughput(run, folder: Path) -> None:
     """The bench measures the same prompts one by one and together."""
     report = json.loads(run("bench", "--base-model", "fake/base", "--pool", folder, "--prompts", 4, "--json"))
-    assert [row["tokens"] for row in report["results"]] == [20, 20, 20]
+    assert [row["tokens"] for row in report["results"]] == [4 * len("The answer.")] * 3
 
 
 def test_bench_draws_throughput(run, folder: Path, tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_the_demo_compares_every_condition(llm, engine) -> None:
         },
         {"input": "Convert the date.", "output": "2021", "task": "dates", "cluster": "c", "messages": turns},
     ]
-    engine.answer = lambda prompt, names: "right" if names == ["sql"] else "wrong"
+    engine.answers = lambda prompt, names: "right" if names == ["sql"] else "wrong"
     seen: list[tuple[int, int]] = []
     report = run_demo(llm, rows, lambda done, total: seen.append((done, total)))
     assert set(report.exact_match) == set(CONDITIONS)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import pickle
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from langchain_lora_retriever.composer import FusionCache, compose, fuse, materialize, pin
-from langchain_lora_retriever.errors import InvalidRequestError, UnknownAdapterError
+from langchain_lora_retriever.composer import compose, materialize, pin
+from langchain_lora_retriever.errors import InvalidAdapterError, InvalidRequestError, UnknownAdapterError
+from langchain_lora_retriever.fusion import FusionCache, fuse
 from langchain_lora_retriever.types import Adapter, Composition, LoraWeights, RetrievedAdapter
 
 FOUND = [RetrievedAdapter("a", 0.9), RetrievedAdapter("b", 0.8), RetrievedAdapter("c", 0.5)]
@@ -194,7 +198,7 @@ def test_fusion_of_what_does_not_fit():
     with pytest.raises(InvalidRequestError, match="at least one"):
         fuse([])
     with pytest.raises(InvalidRequestError, match=r"'m'.*\(6, 5\).*\(6, 7\)"):
-        fuse([(adapter("one", {"m": 3}), 0.5), (adapter("two", {"m": 3}, out_features=7), 0.5)])
+        dict(fuse([(adapter("one", {"m": 3}), 0.5), (adapter("two", {"m": 3}, out_features=7), 0.5)]).weights)
 
 
 def test_materialize():
@@ -202,7 +206,7 @@ def test_materialize():
     pool = {"a": adapter("a", {"m": 2}), "b": adapter("b", {"m": 3})}
     members = compose(FOUND[:2], mode="mixture")
     assert materialize(members, pool) == ((pool["a"], 0.5), (pool["b"], 0.5))
-    ((fused, weight),) = materialize(compose(FOUND[:2], mode="fusion"), pool, cache=FusionCache())
+    ((fused, weight),) = materialize(compose(FOUND[:2], mode="fusion"), pool)
     assert (fused.name, fused.rank, weight) == ("a+b", 3, 1.0)
 
 
@@ -228,8 +232,38 @@ def test_fusions_are_bounded():
     adapters = [adapter(f"a{i}", {"m": 3}, seed=i) for i in range(4)]
     one_takes = fuse([(adapters[0], 1.0)]).num_parameters * 4
     cache = FusionCache(max_bytes=2 * one_takes)
-    kept = cache.fuse([(adapters[0], 1.0)])
+    kept = cache.fuse([(adapters[0], 1.0)]).weights["m"].lora_A
     for other in adapters[1:]:
-        cache.fuse([(other, 1.0)])
-        assert cache.fuse([(adapters[0], 1.0)]) is kept
+        dict(cache.fuse([(other, 1.0)]).weights)
+        assert cache.fuse([(adapters[0], 1.0)]).weights["m"].lora_A is kept
     assert len(cache) == 2
+
+
+def test_a_fusion_is_a_recipe_until_its_weights_are_asked_for():
+    """Its rank, shapes and fingerprint are known before; equal ones are averaged once, whoever asks meanwhile."""
+    cache = FusionCache()
+    members = [(adapter("one", {"m": 3, "n": 2}, seed=1), 0.5), (adapter("two", {"m": 1}, seed=2), 0.5)]
+    fused = cache.fuse(members)
+    assert (fused.rank, sorted(fused.weights), len(fused.weights), len(cache)) == (3, ["m", "n"], 2, 0)
+    shapes = {name: (w.lora_A.shape, w.lora_B.shape, w.scaling) for name, w in fused.shapes.items()}
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: fused.weights["m"].lora_A, range(32)))
+    assert all(tensor is found[0] for tensor in found)
+    assert shapes == {name: (w.lora_A.shape, w.lora_B.shape, w.scaling) for name, w in fused.weights.items()}
+    assert pickle.loads(pickle.dumps(fused)).weights["m"].lora_A.equal(found[0])
+
+
+def test_a_fusion_that_fails_is_tried_again():
+    """What is wrong with a member is told to everybody who asks, and is not kept."""
+
+    class Gone(dict):
+        def __iter__(self):
+            raise InvalidAdapterError("its file is gone")
+
+    cache, one = FusionCache(), adapter("one", {"m": 3})
+    bad = dataclasses.replace(one, weights=Gone(one.weights))
+    for _ in range(2):
+        with pytest.raises(InvalidAdapterError, match="gone"):
+            dict(cache.fuse([(bad, 1.0)]).weights)
+    assert len(cache) == 0
+    assert cache.fuse([(one, 1.0)]).weights["m"].r == 3

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from langchain_lora_retriever.answer_format import answer_format
 from langchain_lora_retriever.call_options import CallOptions
-from langchain_lora_retriever.constraints import compiler_of
 from langchain_lora_retriever.dialects import HERMES, SECTION, dialect_of
+from langchain_lora_retriever.engine.constraints import compiler_of
 from langchain_lora_retriever.errors import InvalidRequestError
 from langchain_lora_retriever.messages import encode_chat
 from langchain_lora_retriever.readers import Reasoning, read
@@ -283,7 +283,7 @@ def test_an_opening_that_other_text_shares_is_not_constrained_in_auto_mode(token
 def test_a_chat_model_reads_its_own_format(llm: ChatLoraRetriever, engine, tokenizer, is_stream: bool) -> None:
     """Reasoning, text and calls come out of an answer, streamed or not; the engine leaves special tokens in."""
     engine.tokenizer = with_answers(tokenizer, BRACKETS)
-    engine.answer = lambda prompt, names: f"<think>Hm.</think>Sure. {BRACKET_CALL}"
+    engine.answers = lambda prompt, names: f"<think>Hm.</think>Sure. {BRACKET_CALL}"
     bound = llm.bind_tools([add])
     chunks = list(bound.stream("go")) if is_stream else [bound.invoke("go")]
     message = chunks[0]
@@ -293,15 +293,15 @@ def test_a_chat_model_reads_its_own_format(llm: ChatLoraRetriever, engine, token
     assert message.additional_kwargs["reasoning_content"] == "Hm."
     assert [(call["name"], call["args"]) for call in message.tool_calls] == [("add", {"a": 1, "b": ']" '})]
     assert message.response_metadata["finish_reason"] == "tool_calls"
-    assert not engine.requests[0]["sampling"].skip_special_tokens
-    assert '"name": "add"' in engine.requests[0]["prompt"]
-    assert "# Tools" not in engine.requests[0]["prompt"]
+    assert not engine.requests[0].sampling.skip_special_tokens
+    assert '"name": "add"' in engine.requests[0].prompt
+    assert "# Tools" not in engine.requests[0].prompt
 
 
 def test_without_tools_a_call_is_text(llm: ChatLoraRetriever, engine, tokenizer) -> None:
     """Reasoning is still found by the response template, but nothing can be called."""
     engine.tokenizer = with_answers(tokenizer, BRACKETS)
-    engine.answer = lambda prompt, names: f"<think>Hm.</think>{BRACKET_CALL}"
+    engine.answers = lambda prompt, names: f"<think>Hm.</think>{BRACKET_CALL}"
     message = llm.invoke("go")
     assert message.text == BRACKET_CALL
     assert message.additional_kwargs["reasoning_content"] == "Hm."
@@ -311,13 +311,13 @@ def test_without_tools_a_call_is_text(llm: ChatLoraRetriever, engine, tokenizer)
 def test_forced_calls_and_agents_use_the_own_format(llm: ChatLoraRetriever, engine, tokenizer) -> None:
     """A forced call is read in the model's own format, and so is an agent's choice between a call and JSON."""
     engine.tokenizer = with_answers(tokenizer, BRACKETS)
-    engine.answer = lambda prompt, names: BRACKET_CALL
+    engine.answers = lambda prompt, names: BRACKET_CALL
     schema = {"title": "Answer", "type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
     response_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     assert llm.bind_tools([add], tool_choice="any").invoke("go").tool_calls[0]["name"] == "add"
     both = llm.bind_tools([add], response_format=response_format)
     assert both.invoke("go").tool_calls[0]["name"] == "add"
-    engine.answer = lambda prompt, names: '{"n": 3}'
+    engine.answers = lambda prompt, names: '{"n": 3}'
     assert json.loads(both.invoke("go").text) == {"n": 3}
 
 
@@ -335,7 +335,7 @@ def test_a_schema_that_cannot_be_honoured_leaves_auto_mode_possible(
     """Arguments are then any JSON object; where a call is forced or the tool is strict it raises before generating."""
     parameters = {"type": "object", "properties": {"n": {"not": {"type": "string"}}}, "required": ["n"]}
     odd = {"type": "function", "function": {"name": "odd", "description": "", "parameters": parameters}}
-    engine.answer = lambda prompt, names: HERMES.write({"odd": {"n": 3}})
+    engine.answers = lambda prompt, names: HERMES.write({"odd": {"n": 3}})
     message = llm.bind_tools([odd, add], tool_choice=choice).invoke("go")
     assert message.tool_calls[0]["args"] == {"n": 3}
     grammar = answer_format(CallOptions(tools=[odd, add]), tokenizer).grammar

@@ -309,15 +309,6 @@ def test_a_failed_update_changes_nothing(folder, checkpoints, tmp_path):
     assert pool.fingerprint == before == AdapterPool(folder).fingerprint
 
 
-def test_reject_takes_out_of_use(folder):
-    """An adapter rejected later is warned about and not used, but its files stay."""
-    pool = AdapterPool(folder)
-    with pytest.warns(UserWarning, match="does not fit"):
-        pool.reject("sql", InvalidAdapterError("adapter 'sql' does not fit"))
-    assert pool.names == ("dates",)
-    assert (folder / "sql").is_dir()
-
-
 def test_add_may_replace_a_refused_one(folder, checkpoints):
     """A name whose adapter was refused is free."""
     (folder / "sql" / WEIGHTS_FILE).write_bytes(b"broken")

@@ -20,14 +20,16 @@ from langchain_core.tools import tool
 from pydantic import BaseModel, field_validator
 from typing_extensions import TypedDict
 
-from langchain_lora_retriever import constraints
 from langchain_lora_retriever.answer_format import answer_format
 from langchain_lora_retriever.call_options import CallOptions
-from langchain_lora_retriever.constraints import GrammarCompiler, compiler_of
 from langchain_lora_retriever.dialects import HERMES
+from langchain_lora_retriever.engine import constraints
+from langchain_lora_retriever.engine.api import Grammar
+from langchain_lora_retriever.engine.constraints import GrammarCompiler, compiler_of
 from langchain_lora_retriever.errors import EngineError, InvalidRequestError, StructuredOutputError
-from langchain_lora_retriever.grammars import Grammar, calls_grammar, choice_grammar, json_grammar, regex_grammar
+from langchain_lora_retriever.grammars import calls_grammar, choice_grammar, json_grammar, regex_grammar
 from langchain_lora_retriever.json_check import violation
+from langchain_lora_retriever.tools import to_json_schema
 
 if TYPE_CHECKING:
     from langchain_lora_retriever import ChatLoraRetriever
@@ -169,7 +171,8 @@ def test_json_that_fits_is_not_shortened(tokenizer) -> None:
 def test_a_pattern_is_not_closed_early(tokenizer) -> None:
     """Quotes mean nothing outside JSON, so other grammars are left alone."""
     answer = answer_format(CallOptions(guided={"regex": '[a-z"]*'}), tokenizer)
-    assert answer.compile(tokenizer).constraint(fit=4)._limit is None
+    assert not answer.grammar.is_json
+    assert compiler_of(tokenizer).constraint(answer.grammar, fit=4)._limit is None
 
 
 def test_references_and_unions_are_honoured(tokenizer) -> None:
@@ -262,12 +265,16 @@ def test_plain_text_is_not_constrained(tokenizer, response_format: Any) -> None:
 
 
 def test_every_request_has_a_constraint_of_its_own(llm: ChatLoraRetriever, engine) -> None:
-    """A constraint advances with its request; two must not share one."""
-    engine.answer = lambda prompt, names: JOKE
+    """A constraint advances with its request; two must not share one, though their grammar is compiled once."""
+    engine.answers = lambda prompt, names: JOKE
     llm.generate([[HumanMessage("x")]], n=2, response_format=Joke)
-    first, second = (request["constraint"] for request in engine.requests)
-    assert first is not None
-    assert first is not second
+    first, second = (request.grammar for request in engine.requests)
+    assert first == second == json_grammar(to_json_schema(Joke))
+    compiled = compiler_of(engine.tokenizer).compile(first)
+    assert compiler_of(engine.tokenizer).compile(second) is compiled
+    one, other = compiled.constraint(), compiled.constraint()
+    one.accept(engine.tokenizer.encode("{", add_special_tokens=False)[0])
+    assert one.forced_tokens() != other.forced_tokens()
 
 
 @pytest.mark.parametrize("method", ["json_schema", "json_mode", "function_calling"])
@@ -275,7 +282,7 @@ def test_every_request_has_a_constraint_of_its_own(llm: ChatLoraRetriever, engin
 def test_every_method_reads_every_schema(llm: ChatLoraRetriever, engine, method: str, schema: Any) -> None:
     """Invoked or streamed, the answer is read and validated."""
     name = "Joke" if schema is Joke or isinstance(schema, dict) else "JokeDict"
-    engine.answer = lambda prompt, names: (
+    engine.answers = lambda prompt, names: (
         JOKE if method != "function_calling"
         else f'<tool_call>\n{{"name": "{name}", "arguments": {JOKE}}}\n</tool_call>'
     )  # fmt: skip
@@ -289,7 +296,7 @@ def test_every_method_reads_every_schema(llm: ChatLoraRetriever, engine, method:
 
 def test_dictionaries_stream_as_they_grow(llm: ChatLoraRetriever, engine) -> None:
     """A dictionary is given part by part, an object only once it is whole."""
-    engine.answer = lambda prompt, names: JOKE
+    engine.answers = lambda prompt, names: JOKE
     assert len(list(llm.with_structured_output(JokeDict).stream("x"))) > 2
     assert len(list(llm.with_structured_output(Joke).stream("x"))) == 1
 
@@ -297,7 +304,7 @@ def test_dictionaries_stream_as_they_grow(llm: ChatLoraRetriever, engine) -> Non
 @pytest.mark.parametrize("text", [JOKE[:-5], '{"setup": "x", "rating": 11}', "no json", ""])
 def test_an_answer_that_is_cut_off_or_invalid_raises(llm: ChatLoraRetriever, engine, text: str) -> None:
     """Half an answer is no answer, streamed or not."""
-    engine.answer = lambda prompt, names: text
+    engine.answers = lambda prompt, names: text
     chain = llm.with_structured_output(Joke)
     with pytest.raises(StructuredOutputError, match="does not satisfy"):
         chain.invoke("x")
@@ -307,7 +314,7 @@ def test_an_answer_that_is_cut_off_or_invalid_raises(llm: ChatLoraRetriever, eng
 
 def test_a_dictionary_that_is_cut_off_raises(llm: ChatLoraRetriever, engine) -> None:
     """LangChain's own parser would complete it."""
-    engine.answer = lambda prompt, names: JOKE[:-5]
+    engine.answers = lambda prompt, names: JOKE[:-5]
     with pytest.raises(StructuredOutputError):
         llm.with_structured_output(JokeDict).invoke("x")
 
@@ -315,10 +322,10 @@ def test_a_dictionary_that_is_cut_off_raises(llm: ChatLoraRetriever, engine) -> 
 def test_include_raw(llm: ChatLoraRetriever, engine) -> None:
     """The raw message comes along, and a parsing error in place of an exception."""
     chain = llm.with_structured_output(Joke, include_raw=True)
-    engine.answer = lambda prompt, names: JOKE
+    engine.answers = lambda prompt, names: JOKE
     good = chain.invoke("x")
     assert (good["parsed"].rating, good["parsing_error"], good["raw"].content) == (7, None, JOKE)
-    engine.answer = lambda prompt, names: "{"
+    engine.answers = lambda prompt, names: "{"
     bad = chain.invoke("x")
     assert bad["parsed"] is None
     assert isinstance(bad["parsing_error"], StructuredOutputError)
@@ -341,7 +348,7 @@ def test_reasoning_becomes_a_block_of_its_own(llm: ChatLoraRetriever, engine, to
     """What a model thinks between tags is reasoning, not answer."""
     monkeypatch.setattr(tokenizer, "chat_template", tokenizer.chat_template + "{# </think> #}")
     for answer in ("<think>\nHm.\n</think>\n\nYes.", "Yes."):
-        engine.answer = lambda prompt, names, answer=answer: answer
+        engine.answers = lambda prompt, names, answer=answer: answer
         first, *rest = llm.stream("x")
         for chunk in rest:
             first += chunk
@@ -451,7 +458,7 @@ ROUND["properties"] = {"self": ROUND}
 def test_what_is_beyond_bounds_is_refused_in_words(tokenizer, guided: dict[str, Any], message: str) -> None:
     """Before anything is generated, and before native code recurses over it."""
     with pytest.raises(InvalidRequestError, match=message):
-        answer_format(CallOptions(guided=guided), tokenizer).compile(tokenizer)
+        compiler_of(tokenizer).compile(answer_format(CallOptions(guided=guided), tokenizer).grammar)
 
 
 def test_long_chains_within_bounds_are_compiled(tokenizer) -> None:
@@ -542,17 +549,16 @@ def test_a_compiler_lives_as_long_as_its_tokenizer(tokenizer) -> None:
     assert compiler() is None
 
 
-def test_a_panic_of_native_code_ends_in_words(tokenizer, monkeypatch) -> None:
+def test_a_panic_of_native_code_ends_in_words() -> None:
     """What it raises is no `Exception`; whoever asked for the grammar gets one."""
 
     class Panic(BaseException):
         """As of native code."""
 
-    def panic(*_: object) -> None:
+    def panic() -> Any:
         raise Panic("index out of bounds")
 
-    compiler = GrammarCompiler(lambda: compiler_of(tokenizer).vocabulary)
-    monkeypatch.setattr(compiler, "_compile", panic)
+    compiler = GrammarCompiler(panic)
     with pytest.raises(InvalidRequestError, match="index out of bounds"):
         compiler.compile(regex_grammar("a"))
 
@@ -639,7 +645,7 @@ def test_a_way_to_the_end_is_not_looked_for_without_end(tokenizer) -> None:
 def test_ways_around_the_bounds_are_refused_too(tokenizer, guided: dict[str, Any], message: str) -> None:
     """Schemas within grammars, other notations, multiples of multiples, and what shows at the first token only."""
     with pytest.raises(InvalidRequestError, match=message):
-        answer_format(CallOptions(guided=guided), tokenizer).compile(tokenizer)
+        compiler_of(tokenizer).compile(answer_format(CallOptions(guided=guided), tokenizer).grammar)
 
 
 def test_a_grammar_of_a_caller_may_say_colons_and_comments(tokenizer) -> None:
@@ -719,14 +725,14 @@ def test_compiled_grammars_are_kept_within_bounds(tokenizer, monkeypatch) -> Non
 )
 def test_every_answer_is_checked(llm: ChatLoraRetriever, engine, schema: Any, text: str) -> None:
     """Whatever let it through: an answer beside its schema, or nested beyond reading, is no answer."""
-    engine.answer = lambda prompt, names: text
+    engine.answers = lambda prompt, names: text
     with pytest.raises(StructuredOutputError, match="does not satisfy"):
         llm.with_structured_output(schema).invoke("x")
 
 
 def test_lists_stream_as_they_grow(llm: ChatLoraRetriever, engine) -> None:
     """As dictionaries do."""
-    engine.answer = lambda prompt, names: '["first", "second", "third"]'
+    engine.answers = lambda prompt, names: '["first", "second", "third"]'
     parts = list(llm.with_structured_output({"title": "A", "type": "array", "items": {"type": "string"}}).stream("x"))
     assert len(parts) > 2
     assert parts[-1] == ["first", "second", "third"]

@@ -166,7 +166,7 @@ def test_past_calls_and_results_are_rendered(llm: ChatLoraRetriever, engine) -> 
             ToolMessage([{"type": "text", "text": "Error: é"}], tool_call_id="1", status="error"),
         ]
     )
-    prompt = engine.requests[0]["prompt"]
+    prompt = engine.requests[0].prompt
     assert f"Let me see.\n{call_text('add', {'a': 1, 'b': 2})}<|im_end|>" in prompt
     assert "<|im_start|>tool\nError: é<|im_end|>" in prompt
 
@@ -175,7 +175,7 @@ def test_an_invalid_call_is_rendered_as_it_came(llm: ChatLoraRetriever, engine) 
     """The model sees its own mistake."""
     bad = {"name": "add", "args": '{"a": ', "id": "1", "error": None, "type": "invalid_tool_call"}
     llm.invoke([HumanMessage("x"), AIMessage("", invalid_tool_calls=[bad]), HumanMessage("again")])
-    assert '"arguments": {"a": }' in engine.requests[0]["prompt"]
+    assert '"arguments": {"a": }' in engine.requests[0].prompt
 
 
 def parse(text: str, seed: int) -> tuple[str, list[dict[str, Any]]]:
@@ -224,7 +224,7 @@ def test_calls_are_numbered_from_one() -> None:
 
 def test_a_call_is_streamed(llm: ChatLoraRetriever, engine) -> None:
     """The name comes first, then the arguments in pieces; they add up to one call with an id."""
-    engine.answer = lambda prompt, names: f"Sure. {CALL}"
+    engine.answers = lambda prompt, names: f"Sure. {CALL}"
     chunks = list(llm.bind_tools([add]).stream("go"))
     pieces = [piece for chunk in chunks for piece in chunk.tool_call_chunks]
     assert pieces[0]["name"] == "add"
@@ -238,7 +238,7 @@ def test_a_call_is_streamed(llm: ChatLoraRetriever, engine) -> None:
 
 def test_text_and_calls_keep_apart_in_v1_blocks(llm: ChatLoraRetriever, engine) -> None:
     """With `output_version="v1"` the text block and the calls all survive adding chunks up."""
-    engine.answer = lambda prompt, names: f"Sure.\n{CALL}\n{CALL}"
+    engine.answers = lambda prompt, names: f"Sure.\n{CALL}\n{CALL}"
     v1 = llm.model_copy(update={"output_version": "v1"}).bind_tools([add])
     for message in (_added(v1.stream("go")), v1.invoke("go")):
         assert [block["type"] for block in message.content_blocks] == ["text", "tool_call", "tool_call"]
@@ -255,7 +255,7 @@ def _added(chunks: Any) -> AIMessageChunk:
 @pytest.mark.parametrize("text", [CALL[:50], CALL[:56], "<tool_call>nonsense</tool_call>", '<tool_call>\n{"na'])
 def test_a_broken_call_is_never_run(llm: ChatLoraRetriever, engine, text: str) -> None:
     """A call that is cut off, or is no JSON, is an invalid call; LangChain would complete its arguments otherwise."""
-    engine.answer = lambda prompt, names: text
+    engine.answers = lambda prompt, names: text
     bound = llm.bind_tools([add])
     for message in (bound.invoke("go"), _added(bound.stream("go"))):
         assert message.tool_calls == []
@@ -264,7 +264,7 @@ def test_a_broken_call_is_never_run(llm: ChatLoraRetriever, engine, text: str) -
 
 def test_without_tools_a_call_is_text(llm: ChatLoraRetriever, engine) -> None:
     """Nothing is read as a call where nothing can be called."""
-    engine.answer = lambda prompt, names: CALL
+    engine.answers = lambda prompt, names: CALL
     assert llm.invoke("go").content == CALL
     assert llm.bind_tools([add], tool_choice="none").invoke("go").content == CALL
 
@@ -272,14 +272,14 @@ def test_without_tools_a_call_is_text(llm: ChatLoraRetriever, engine) -> None:
 def test_no_tool_is_shown_where_none_may_be_called(llm: ChatLoraRetriever, engine) -> None:
     """`tool_choice="none"` keeps the tools out of the prompt."""
     llm.bind_tools([add], tool_choice="none").invoke("go")
-    assert "add" not in engine.requests[0]["prompt"]
+    assert "add" not in engine.requests[0].prompt
 
 
 def test_bind_tools_keeps_bound_settings(llm: ChatLoraRetriever, engine) -> None:
     """Settings can be bound along with tools."""
     llm.bind_tools([add], adapters=["sql"], temperature=0.5).invoke([SystemMessage("s"), HumanMessage("go")])
-    assert engine.requests[0]["names"] == ["sql"]
-    assert engine.requests[0]["sampling"].temperature == 0.5
+    assert engine.requests[0].names == ["sql"]
+    assert engine.requests[0].sampling.temperature == 0.5
 
 
 def test_tokens_of_tools_are_counted(llm: ChatLoraRetriever) -> None:
@@ -412,7 +412,7 @@ def test_names_with_what_json_takes_as_it_is(tokenizer) -> None:
 @pytest.mark.parametrize("body", ['{"name": "a\\q", "arguments": {}}', '{"name": "f", "arguments": ' + "[" * 5000])
 def test_calls_that_cannot_be_read_are_invalid_ones(llm: ChatLoraRetriever, engine, body: str) -> None:
     """An escape that JSON lacks, or lists without end, come back as the model wrote them."""
-    engine.answer = lambda prompt, names: f"<tool_call>\n{body}\n</tool_call>"
+    engine.answers = lambda prompt, names: f"<tool_call>\n{body}\n</tool_call>"
     answer = llm.bind_tools([add]).invoke("go")
     assert not answer.tool_calls
     assert len(answer.invalid_tool_calls) == 1

@@ -36,7 +36,7 @@ def chat(bench: Bench) -> None:
     """
     from langchain_lora_retriever import AdapterPool, ChatLoraRetriever, LoraRetriever
     from langchain_lora_retriever.pool import PoolEntry, PoolState
-    from langchain_lora_retriever.shared import close_engines
+    from langchain_lora_retriever.registry import close_engines
 
     usual = bench.engine().config
     bench.close_engine()
@@ -50,7 +50,7 @@ def chat(bench: Bench) -> None:
         base_model=(bench.model, bench.tokenizer), retriever=LoraRetriever(pool, encoder), engine_config=usual,
         composition="mixture", top_k=3, weights="uniform", max_tokens=bench.num_out,
     )  # fmt: skip
-    engine = llm._engine()
+    engine = llm.runtime.ready()
     _check_answers(bench, llm, engine, pool)
     for size in (bench.batch, 4 * bench.batch):
         runs: dict[str, list[Timing]] = {"chat": [], "engine": []}

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from langchain_lora_retriever.engine import EngineWorker
-    from langchain_lora_retriever.engine.request import Completion
+    from langchain_lora_retriever.engine.api import Completion
     from langchain_lora_retriever.types import Adapter
 
     Logprobs = list[dict[int, float]]  # of the likeliest tokens, position by position

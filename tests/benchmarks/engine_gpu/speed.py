@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import linear
 
 from engine_gpu.bench import DEVICE, Bench, Pairs, median_ms
-from langchain_lora_retriever.composer import fuse
+from langchain_lora_retriever.fusion import fuse
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

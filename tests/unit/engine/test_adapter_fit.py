@@ -51,9 +51,9 @@ def test_knows_what_an_adapter_lacks() -> None:
     fit = make_fit()
     half = make_adapter("a", layers_0_q=(4, 6))
     fit.check(half)
-    assert fit.missing(half) == ["layers.1.q"]
-    assert fit.missing(make_adapter("b")) == []
-    assert fit.missing(Adapter("c", "fp-c", half.weights)) == []
+    assert fit.missing(half) == ("layers.1.q",)
+    assert fit.missing(make_adapter("b")) == ()
+    assert fit.missing(Adapter("c", "fp-c", half.weights)) == ()
 
 
 def test_an_adapter_that_fits_is_looked_at_once() -> None:

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
+from langchain_lora_retriever.engine.api import Delta, Usage
 from langchain_lora_retriever.engine.generation import Generation, deliver
-from langchain_lora_retriever.engine.request import Delta, Usage
 from langchain_lora_retriever.errors import EngineError, RequestAbortedError
 
 FIRST = Delta("ab", (1, 2), None, None, None)

@@ -10,7 +10,7 @@ from engine_gpu.correctness import GateError
 from engine_gpu.registry import check_rows, compare_answers
 
 from langchain_lora_retriever.engine import BaseModel, EngineConfig, EngineWorker
-from langchain_lora_retriever.engine.request import Completion, TokenLogprob, Usage
+from langchain_lora_retriever.engine.api import Completion, TokenLogprob, Usage
 from langchain_lora_retriever.types import SamplingParams
 from makers import make_adapter, make_tiny_model, make_tokenizer
 

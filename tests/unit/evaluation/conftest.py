@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from langchain_lora_retriever.engine import Delta, Generation, Usage
+from langchain_lora_retriever.testing import FakeEngine
 from langchain_lora_retriever.types import Adapter, LoraWeights
 
 if TYPE_CHECKING:
@@ -39,37 +39,6 @@ class WordEncoder:
             for word, count in Counter(re.findall(r"\w+", text.lower())).items():
                 row[int.from_bytes(word.encode()[-6:], "big") % self.dimension] += count
         return rows / np.linalg.norm(rows, axis=1, keepdims=True)
-
-
-class ScriptedEngine:
-    """Stands in for `EngineWorker`: answers with the name of the adapter of the largest weight, or "base"."""
-
-    name = "scripted"
-    max_num_seqs = 2
-
-    def __init__(self) -> None:
-        self.tokenizer: Any = _Tokenizer()
-        self.num_submitted = 0
-
-    def submit(self, prompt_token_ids: Sequence[int], sampling: Any, adapters: Sequence[Any] = ()) -> Generation:
-        """Answer at once."""
-        self.num_submitted += 1
-        generation = Generation(on_abort=lambda: None)
-        best = max(adapters, key=lambda pair: pair[1])[0].name if adapters else "base"
-        generation.put(Delta(best, (1,), None, "stop", Usage(len(prompt_token_ids), 0, 1)))
-        return generation
-
-
-class _Tokenizer:
-    """Encodes nothing in particular: Alpaca format, one token per character."""
-
-    chat_template = None
-
-    def encode(self, text: str, **_: Any) -> list[int]:
-        return [ord(character) for character in text]
-
-    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-        return {"input_ids": [ord(character) for character in text]}
 
 
 @pytest.fixture
@@ -108,9 +77,9 @@ def encoder() -> WordEncoder:
 
 
 @pytest.fixture
-def engine() -> ScriptedEngine:
-    """The engine that names its adapter."""
-    return ScriptedEngine()
+def engine() -> FakeEngine:
+    """The engine that names the adapter of the largest weight, which comes first."""
+    return FakeEngine(lambda _, names: names[0] if names else "base", max_num_seqs=2)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections import OrderedDict, deque
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 from weakref import WeakKeyDictionary
 
@@ -16,9 +17,9 @@ import torch
 from llguidance import LLMatcher, LLParserLimits, hf
 from transformers import PreTrainedTokenizerFast
 
-from langchain_lora_retriever.errors import EngineError, InvalidRequestError
+from langchain_lora_retriever.engine.json_closing import ClosingTokens, JsonPosition, closing_path
+from langchain_lora_retriever.errors import EngineError, InvalidRequestError, fresh
 from langchain_lora_retriever.forking import after_fork
-from langchain_lora_retriever.json_closing import ClosingTokens, JsonPosition, closing_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from llguidance import LLTokenizer
     from transformers import PreTrainedTokenizerBase
 
-    from langchain_lora_retriever.grammars import Grammar
+    from langchain_lora_retriever.engine.api import Grammar
 
 __all__ = ["CompiledGrammar", "GrammarCompiler", "GrammarConstraint", "Vocabulary", "can_constrain", "compiler_of"]
 
@@ -104,25 +105,35 @@ class GrammarCompiler:
                 self._vocabulary = self._read_vocabulary()
             return self._vocabulary
 
+    def start(self, grammar: Grammar) -> Future[CompiledGrammar]:
+        """Begin to compile a grammar in a thread of its own, unless somebody has; waits for nothing.
+
+        The future's error is an `InvalidRequestError` if the grammar, or the schema in it, asks for what is not
+        supported; it belongs to all who have the future: see `fresh`.
+
+        Raises:
+            EngineError: If no thread can be started.
+        """
+        with self._lock:
+            future = self._compiled.get(grammar)
+            if future is None:
+                future = self._compiled[grammar] = _in_large_stack(partial(self._compile, grammar))
+                self._num_characters += len(grammar.text)
+            self._compiled.move_to_end(grammar)
+            while len(self._compiled) > _MAX_GRAMMARS or self._num_characters > _MAX_GRAMMARS_CHARACTERS:
+                self._num_characters -= len(self._compiled.popitem(last=False)[0].text)
+            return future
+
     def compile(self, grammar: Grammar) -> CompiledGrammar:
         """Compile a grammar, or wait for whoever does. Takes up to seconds; hold no lock and no event loop.
 
         Raises:
             InvalidRequestError: If the grammar, or the schema in it, asks for what is not supported.
         """
-        with self._lock:
-            future = self._compiled.get(grammar)
-            if future is None:
-                future = self._compiled[grammar] = _in_large_stack(lambda: self._compile(grammar))
-                self._num_characters += len(grammar.text)
-            self._compiled.move_to_end(grammar)
-            while len(self._compiled) > _MAX_GRAMMARS or self._num_characters > _MAX_GRAMMARS_CHARACTERS:
-                self._num_characters -= len(self._compiled.popitem(last=False)[0].text)
+        future = self.start(grammar)
         error = future.exception()
-        if isinstance(error, InvalidRequestError):
-            raise InvalidRequestError(str(error))  # anew for each caller
-        if error is not None:  # a panic of native code is no `Exception`
-            raise InvalidRequestError(f"The answer cannot be constrained as asked: {error!r:.300}") from error
+        if error is not None:
+            raise fresh(error)
         return future.result()
 
     def is_valid(self, grammar: Grammar) -> bool:
@@ -142,6 +153,15 @@ class GrammarCompiler:
         return self.compile(grammar).constraint(fit=fit)
 
     def _compile(self, grammar: Grammar) -> CompiledGrammar:
+        try:
+            return self._compiled_now(grammar)
+        except InvalidRequestError:
+            raise
+        except BaseException as error:
+            # A panic of native code is no `Exception`.
+            raise InvalidRequestError(f"The answer cannot be constrained as asked: {error!r:.300}") from error
+
+    def _compiled_now(self, grammar: Grammar) -> CompiledGrammar:
         vocabulary = self.vocabulary
         matcher = LLMatcher(vocabulary.tokens, grammar.text, log_level=0, limits=_LIMITS[grammar.is_foreign])
         # What nothing can begin, or what is too wide to be looked over, shows at the first masks only.

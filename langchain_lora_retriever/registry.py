@@ -1,0 +1,169 @@
+"""Engines, retrievers and runtimes that chat models of one process share.
+
+LangChain copies chat models freely (`configurable_fields` does for every run). A copy must neither load the weights
+again nor embed the pool again.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+from langchain_lora_retriever.aside import run_aside
+from langchain_lora_retriever.encoder import SentenceTransformerEncoder
+from langchain_lora_retriever.engine import EngineConfig, EngineWorker, load_base_model
+from langchain_lora_retriever.forking import after_fork
+from langchain_lora_retriever.retriever import LoraRetriever
+from langchain_lora_retriever.runtime import ReadyEngine, Runtime
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Mapping
+
+    from langchain_lora_retriever.encoder import Encoder
+    from langchain_lora_retriever.engine import EngineClient, ModelSource
+    from langchain_lora_retriever.pool import AdapterPool
+    from langchain_lora_retriever.runtime import EngineSource
+
+__all__ = [
+    "SharedEngine",
+    "close_engines",
+    "encoder_source",
+    "identity",
+    "is_shared",
+    "shared_retriever",
+    "shared_runtime",
+]
+
+_logger = logging.getLogger(__name__)
+_starting = threading.Lock()  # held while a model is loaded or given back, which may take minutes
+_lock = threading.Lock()  # held for a look into a dictionary
+_engines: dict[Hashable, EngineWorker] = {}
+_encoders: WeakValueDictionary[str, SentenceTransformerEncoder] = WeakValueDictionary()
+_retrievers: WeakValueDictionary[Hashable, LoraRetriever] = WeakValueDictionary()
+_runtimes: WeakValueDictionary[Hashable, Runtime] = WeakValueDictionary()
+_identities: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+
+
+class SharedEngine:
+    """The one engine that a process has of a configuration. Any thread may call.
+
+    A model that is already loaded is told apart by identity, one still to load by its name and how it is loaded.
+
+    Args:
+        source: A hub name, a folder, or `(model, tokenizer)`.
+        model_kwargs: For `from_pretrained`.
+        config: The engine's limits.
+    """
+
+    def __init__(self, source: ModelSource, model_kwargs: Mapping[str, Any], config: EngineConfig) -> None:
+        self._source = source
+        self._model_kwargs = dict(model_kwargs)
+        self._config = config
+        # repr, because quantization and device-map objects are seldom hashable but all print what they hold.
+        self.key: Hashable = (_source_key(source), repr(sorted(model_kwargs.items())), config)
+
+    def running(self) -> EngineWorker | None:
+        """The engine, if it is loaded and alive. Never blocks."""
+        engine = _engines.get(self.key)
+        return engine if engine is not None and engine.is_alive else None
+
+    def get(self) -> EngineWorker:
+        """The engine; loads the base model if nobody has used it yet, or its engine was closed or has died.
+
+        A second caller waits for the first one's load.
+        """
+        engine = self.running()
+        if engine is not None:
+            return engine
+        with _starting:
+            engine = _engines.get(self.key)
+            if engine is not None and engine.is_alive:
+                return engine
+            if engine is not None:
+                engine.check_process()
+                _logger.warning("The engine of %s has stopped; starting a new one.", engine.info.name)
+                engine.close()  # returns once it has given back the model and its memory
+            _engines[self.key] = engine = run_aside(_start_engine, self._source, self._model_kwargs, self._config)
+            return engine
+
+    def close(self) -> None:
+        """Stop the engine, if it is loaded, give the base model back as it was, and let go of its memory."""
+        with _starting:
+            engine = _engines.pop(self.key, None)
+            if engine is not None:  # nobody starts another on a model that is being given back
+                engine.close()
+
+
+def shared_runtime(engine: SharedEngine | EngineClient, retriever: LoraRetriever, model_name: str) -> Runtime:
+    """Return the runtime of an engine and a retriever; it lives as long as a chat model uses it."""
+    source: EngineSource = engine if isinstance(engine, SharedEngine) else ReadyEngine(engine)
+    key = (engine.key if isinstance(engine, SharedEngine) else id(engine), id(retriever), model_name)
+    with _lock:
+        runtime = _runtimes.get(key)
+        if runtime is None:
+            runtime = _runtimes[key] = Runtime(source, retriever, model_name=model_name)
+        return runtime
+
+
+def shared_retriever(pool: AdapterPool, encoder: str | Path | Encoder, instruction: str) -> LoraRetriever:
+    """Return the retriever of a pool and an encoder; it lives as long as a chat model uses it."""
+    with _lock:
+        if isinstance(encoder, str | Path):
+            encoder = _encoders.get(str(encoder)) or _encoders.setdefault(
+                str(encoder), SentenceTransformerEncoder(encoder)
+            )
+        key = (id(pool), id(encoder), instruction)
+        retriever = _retrievers.get(key)
+        if retriever is None:
+            retriever = _retrievers[key] = LoraRetriever(pool, encoder, instruction=instruction)
+        return retriever
+
+
+def is_shared(retriever: LoraRetriever) -> bool:
+    """Whether a retriever was made here."""
+    with _lock:
+        return any(retriever is shared for shared in _retrievers.values())
+
+
+def encoder_source(encoder: Encoder) -> str | None:
+    """Return the name or folder that a shared encoder was made of; None for one that its caller made."""
+    with _lock:
+        return next((source for source, shared in _encoders.items() if shared is encoder), None)
+
+
+def identity(thing: object) -> str:
+    """Name an object so that no other one, of any process, has that name."""
+    with _lock:
+        return _identities.setdefault(thing, uuid.uuid4().hex)
+
+
+def close_engines() -> None:
+    """Stop every shared engine and let go of its memory; the next call of a chat model loads afresh."""
+    with _starting:
+        engines = list(_engines.values())
+        _engines.clear()
+        for engine in engines:
+            engine.close()
+
+
+def _start_engine(source: ModelSource, model_kwargs: Mapping[str, Any], config: EngineConfig) -> EngineWorker:
+    return EngineWorker(load_base_model(source, **model_kwargs), config)
+
+
+def _source_key(source: ModelSource) -> Hashable:
+    if isinstance(source, tuple):
+        return tuple(map(id, source))
+    return str(source.resolve()) if isinstance(source, Path) else source
+
+
+def _begin_in_child() -> None:
+    """Make the locks anew in a forked process: a thread that held one is not there."""
+    global _starting, _lock
+    _starting, _lock = threading.Lock(), threading.Lock()
+
+
+after_fork(_begin_in_child)

@@ -1,0 +1,242 @@
+"""What answers prompts: an engine and a retriever, and what of the retriever's pool the engine can run.
+
+Chat models, servers, evaluation and the command line hold one; nobody above needs to know which engine it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+import weakref
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Protocol
+
+from langchain_lora_retriever.base_names import is_same_base_model
+from langchain_lora_retriever.forking import begin_in_every_process
+from langchain_lora_retriever.routing import Router
+from langchain_lora_retriever.threads import run_in_thread
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from langchain_lora_retriever.call_options import CallOptions
+    from langchain_lora_retriever.engine.api import EngineClient
+    from langchain_lora_retriever.errors import AdapterError
+    from langchain_lora_retriever.pool import AdapterPool
+    from langchain_lora_retriever.retriever import LoraRetriever
+    from langchain_lora_retriever.routing import Plan
+    from langchain_lora_retriever.types import Adapter, Composition
+
+__all__ = ["EngineSource", "ReadyEngine", "Runtime"]
+
+_logger = logging.getLogger(__name__)
+
+
+class EngineSource(Protocol):
+    """Where an engine comes from. Any thread may call."""
+
+    def running(self) -> EngineClient | None:
+        """The engine, if it is loaded and alive. Never blocks."""
+
+    def get(self) -> EngineClient:
+        """The engine; loads it if it is not there, which may take minutes."""
+
+    def close(self) -> None:
+        """Stop the engine, if it is loaded, and let go of its memory."""
+
+
+class ReadyEngine:
+    """An engine that was made already.
+
+    Args:
+        engine: The engine.
+    """
+
+    def __init__(self, engine: EngineClient) -> None:
+        self._engine = engine
+
+    def running(self) -> EngineClient | None:
+        """The engine, whether it is alive or not: there is no other."""
+        return self._engine
+
+    def get(self) -> EngineClient:
+        """The engine."""
+        return self._engine
+
+    def close(self) -> None:
+        """Close it."""
+        self._engine.close()
+
+
+class Runtime:
+    """An engine, a retriever, and what of the retriever's pool the engine can run. Any thread or event loop may call.
+
+    The pool is only read: an adapter that this engine or this encoder cannot use is left out here, and stands in
+    `rejected`; others may use it.
+
+    Args:
+        source: Where the engine comes from; it is loaded when it is first needed.
+        retriever: Finds adapters for texts.
+        model_name: What the base model is called. Asked for as `model`, it means no adapter.
+    """
+
+    def __init__(self, source: EngineSource, retriever: LoraRetriever, *, model_name: str = "") -> None:
+        self.retriever = retriever
+        self._source = source
+        self._fit = _PoolFit(retriever.pool, model_name)
+        self._router = Router(retriever, model_name, self._fit.refused)
+
+    @property
+    def pool(self) -> AdapterPool:
+        """The retriever's pool."""
+        return self.retriever.pool
+
+    @property
+    def engine(self) -> EngineClient:
+        """The engine; loads it if it is not there, which may take minutes."""
+        return self._source.get()
+
+    @property
+    def running_engine(self) -> EngineClient | None:
+        """The engine, if it is loaded. Never blocks."""
+        return self._source.running()
+
+    @property
+    def rejected(self) -> Mapping[str, AdapterError]:
+        """Why adapters of the pool cannot be used here, by name.
+
+        Those whose files cannot be read; those that the engine cannot run, once it is loaded; those that prompts do not
+        find with this encoder, once the pool was embedded. The last may still be pinned.
+        """
+        known = {**self.retriever.rejected, **self._fit.refused(), **self.pool.rejected}
+        return MappingProxyType(known)
+
+    def ready(self) -> EngineClient:
+        """Load the engine if it is not there, and have it look at what is new in the pool."""
+        engine = self.engine
+        self._fit.follow(engine)
+        return engine
+
+    async def aready(self) -> EngineClient:
+        """Do what `ready` does without blocking the event loop."""
+        engine = self.running_engine
+        if engine is not None and self.pool.is_read and self._fit.is_current(engine):
+            return engine
+        return await run_in_thread(self.ready)
+
+    def route(self, text: str, options: CallOptions) -> Composition:
+        """Choose the composition for a text; see `Router.route`."""
+        return self._router.route(text, options)
+
+    async def aroute(self, text: str, options: CallOptions) -> Composition:
+        """Do what `route` does; texts of calls that wait at the same time are embedded together."""
+        await self._aread()
+        return await self._router.aroute(text, options)
+
+    def plan(self, text: str, options: CallOptions) -> Plan:
+        """Choose the composition for a text, and the weighted adapters that make it."""
+        return self._router.plan(text, options)
+
+    async def aplan(self, text: str, options: CallOptions) -> Plan:
+        """Do what `plan` does without blocking the event loop."""
+        await self._aread()
+        return await self._router.aplan(text, options)
+
+    async def aprepare(self, texts: Sequence[str], options: CallOptions) -> None:
+        """Embed together the texts of calls that are about to be routed."""
+        await self._aread()
+        await self._router.aprepare(texts, options)
+
+    async def _aread(self) -> None:
+        """Read the pool's folder, if nobody has, without blocking the event loop."""
+        if not self.pool.is_read:
+            await run_in_thread(lambda: self.pool.state)
+
+    def close(self) -> None:
+        """Stop the engine, give the base model back as it was, and let go of its memory.
+
+        Others of the process that share the engine lose it too. One that was loaded here is loaded anew when it is
+        needed again.
+        """
+        self._source.close()
+
+    async def aclose(self) -> None:
+        """Do what `close` does without blocking the event loop."""
+        await run_in_thread(self.close)
+
+
+class _PoolFit:
+    """Which adapters of a pool an engine can run. Looked at anew when the pool has changed, or the engine is another.
+
+    Args:
+        pool: The pool; it is only read.
+        model_name: What the base model is called, beside what the engine knows.
+    """
+
+    def __init__(self, pool: AdapterPool, model_name: str) -> None:
+        self._pool = pool
+        self._model_name = model_name
+        self._outcomes: dict[tuple[str, str], AdapterError | None] = {}  # by name and fingerprint
+        self._refused: Mapping[str, AdapterError] = {}
+        self._engine: weakref.ref[EngineClient] | None = None
+        self._version = -1
+        begin_in_every_process(self._begin)
+
+    def _begin(self) -> None:
+        self._lock = threading.Lock()  # one thread looks
+
+    def refused(self) -> Mapping[str, AdapterError]:
+        """Why the engine cannot run adapters, by name."""
+        return self._refused
+
+    def is_current(self, engine: EngineClient) -> bool:
+        """Whether there is nothing new to look at."""
+        return self._version == self._pool.version and self._engine is not None and self._engine() is engine
+
+    def follow(self, engine: EngineClient) -> None:
+        """Have the engine look at what is new in the pool; warn of adapters that it refuses, and of doubtful ones."""
+        if self.is_current(engine):
+            return
+        with self._lock:
+            if self.is_current(engine):
+                return
+            known = self._outcomes if self._engine is not None and self._engine() is engine else {}
+            state = self._pool.state
+            adapters = {(name, entry.adapter.fingerprint): entry.adapter for name, entry in state.entries.items()}
+            outcomes = {key: known[key] for key in adapters if key in known}
+            new = [key for key in sorted(adapters) if key not in known]
+            for key, (error, missing) in zip(new, engine.register([adapters[key] for key in new]), strict=True):
+                outcomes[key] = error
+                if error is not None:
+                    _warn(f"refused: {error}")
+                else:
+                    self._tell_doubts(adapters[key], engine, missing)
+            self._outcomes = outcomes
+            self._refused = {name: error for (name, _), error in outcomes.items() if error is not None}
+            self._engine, self._version = weakref.ref(engine), state.version
+
+    def _tell_doubts(self, adapter: Adapter, engine: EngineClient, missing: Sequence[str]) -> None:
+        """Warn of an adapter that runs but is incomplete, or names another base model whose shapes agree."""
+        where = f"adapter {adapter.name!r} ({adapter.path})"
+        if missing:
+            _warn(
+                f"{where} lacks {len(missing)} of the {len(missing) + len(adapter.shapes)} modules that its "
+                f"configuration targets: {', '.join(missing[:4])}{', ...' * (len(missing) > 4)}. They run as the base "
+                "model's. If its file is one shard of several, or an interrupted save, save it again."
+            )
+        names = engine.info.base_names
+        if names and adapter.base_model:
+            known = sorted({*names, self._model_name} - {""})
+            if not any(is_same_base_model(name, adapter.base_model) for name in known):
+                _warn(
+                    f"{where} was trained for the base model {adapter.base_model!r}; the one here is "
+                    f"{' or '.join(map(repr, known))}. Its tensors fit, so it is served; unless the two are the same "
+                    "model, its answers mean nothing. Pass model_name to say what the base model is, or "
+                    "AdapterPool(base_model=...) to refuse adapters of others."
+                )
+
+
+def _warn(message: str) -> None:
+    _logger.warning(message)
+    warnings.warn(message, UserWarning, stacklevel=5)
