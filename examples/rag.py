@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 from langchain_lora_retriever.demo import demo_chat_model
 from langchain_lora_retriever.demo.model import encoder_source
-from langchain_lora_retriever.encoder import SentenceTransformerEncoder
+from langchain_lora_retriever.retrieval.encoder import SentenceTransformerEncoder
 
 TOPICS = ("array computing", "validating data by type hints", "progress bars", "searching similar vectors", "templates")
 QUESTION = "Extract the name, version, license of this package as JSON."

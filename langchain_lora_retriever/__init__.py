@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from langchain_lora_retriever.chat_model import ChatLoraRetriever
+    from langchain_lora_retriever.chat.model import ChatLoraRetriever
     from langchain_lora_retriever.engine.api import EngineClient
     from langchain_lora_retriever.engine.config import EngineConfig
     from langchain_lora_retriever.errors import (
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
         StructuredOutputError,
         UnknownAdapterError,
     )
-    from langchain_lora_retriever.hybrid_encoder import HybridEncoder
-    from langchain_lora_retriever.pool import AdapterPool
+    from langchain_lora_retriever.pool.pool import AdapterPool
     from langchain_lora_retriever.registry import close_engines
-    from langchain_lora_retriever.retriever import LoraRetriever
+    from langchain_lora_retriever.retrieval.hybrid_encoder import HybridEncoder
+    from langchain_lora_retriever.retrieval.retriever import LoraRetriever
+    from langchain_lora_retriever.retrieval.training import train_encoder
     from langchain_lora_retriever.runtime import Runtime
-    from langchain_lora_retriever.training import train_encoder
     from langchain_lora_retriever.types import Adapter, Composition, RetrievedAdapter, SamplingParams
 
 __version__ = "0.1.0"
@@ -66,7 +66,7 @@ _HOMES = {
     "Adapter": "types",
     "AdapterError": "errors",
     "AdapterPool": "pool",
-    "ChatLoraRetriever": "chat_model",
+    "ChatLoraRetriever": "chat.model",
     "Composition": "types",
     "EncoderError": "errors",
     "EngineClient": "engine.api",
@@ -74,9 +74,9 @@ _HOMES = {
     "EngineDeadError": "errors",
     "EngineError": "errors",
     "EngineOverloadedError": "errors",
-    "HybridEncoder": "hybrid_encoder",
+    "HybridEncoder": "retrieval.hybrid_encoder",
     "InvalidRequestError": "errors",
-    "LoraRetriever": "retriever",
+    "LoraRetriever": "retrieval.retriever",
     "LoraRetrieverError": "errors",
     "PoolError": "errors",
     "PromptTooLongError": "errors",
@@ -86,7 +86,7 @@ _HOMES = {
     "StructuredOutputError": "errors",
     "UnknownAdapterError": "errors",
     "close_engines": "registry",
-    "train_encoder": "training",
+    "train_encoder": "retrieval.training",
 }
 
 

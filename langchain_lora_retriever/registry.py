@@ -13,19 +13,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
-from langchain_lora_retriever.aside import run_aside
-from langchain_lora_retriever.encoder import SentenceTransformerEncoder
 from langchain_lora_retriever.engine import EngineConfig, EngineWorker, load_base_model
-from langchain_lora_retriever.forking import after_fork
-from langchain_lora_retriever.retriever import LoraRetriever
+from langchain_lora_retriever.engine.gc_freeze import frozen_heap
+from langchain_lora_retriever.engine.grammar import can_constrain, compiler_of
+from langchain_lora_retriever.retrieval.encoder import SentenceTransformerEncoder
+from langchain_lora_retriever.retrieval.retriever import LoraRetriever
 from langchain_lora_retriever.runtime import ReadyEngine, Runtime
+from langchain_lora_retriever.support.forking import after_fork
+from langchain_lora_retriever.support.openmp_thread import run_aside
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping
 
-    from langchain_lora_retriever.encoder import Encoder
     from langchain_lora_retriever.engine import EngineClient, ModelSource
-    from langchain_lora_retriever.pool import AdapterPool
+    from langchain_lora_retriever.pool.pool import AdapterPool
+    from langchain_lora_retriever.retrieval.encoder import Encoder
     from langchain_lora_retriever.runtime import EngineSource
 
 __all__ = [
@@ -151,7 +153,13 @@ def close_engines() -> None:
 
 
 def _start_engine(source: ModelSource, model_kwargs: Mapping[str, Any], config: EngineConfig) -> EngineWorker:
-    return EngineWorker(load_base_model(source, **model_kwargs), config)
+    # A model is a million objects: the collector would visit all of the process again and again while they are made.
+    with frozen_heap(is_wanted=config.freeze_heap, collects=False):
+        base = load_base_model(source, **model_kwargs)
+        if can_constrain(base.tokenizer):
+            # llguidance holds the interpreter while it reads a vocabulary: here, and not in somebody's first call.
+            _ = compiler_of(base.tokenizer).vocabulary
+        return EngineWorker(base, config)
 
 
 def _source_key(source: ModelSource) -> Hashable:

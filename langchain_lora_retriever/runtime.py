@@ -12,20 +12,19 @@ import weakref
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
-from langchain_lora_retriever.base_names import is_same_base_model
-from langchain_lora_retriever.forking import begin_in_every_process
-from langchain_lora_retriever.routing import Router
-from langchain_lora_retriever.threads import run_in_thread
+from langchain_lora_retriever.retrieval.routing import Router
+from langchain_lora_retriever.support.base_names import is_same_base_model
+from langchain_lora_retriever.support.forking import begin_in_every_process
+from langchain_lora_retriever.support.threads import run_in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from langchain_lora_retriever.call_options import CallOptions
     from langchain_lora_retriever.engine.api import EngineClient
     from langchain_lora_retriever.errors import AdapterError
-    from langchain_lora_retriever.pool import AdapterPool
-    from langchain_lora_retriever.retriever import LoraRetriever
-    from langchain_lora_retriever.routing import Plan
+    from langchain_lora_retriever.pool.pool import AdapterPool
+    from langchain_lora_retriever.retrieval.retriever import LoraRetriever
+    from langchain_lora_retriever.retrieval.routing import Plan, RoutingOptions
     from langchain_lora_retriever.types import Adapter, Composition
 
 __all__ = ["EngineSource", "ReadyEngine", "Runtime"]
@@ -125,25 +124,25 @@ class Runtime:
             return engine
         return await run_in_thread(self.ready)
 
-    def route(self, text: str, options: CallOptions) -> Composition:
+    def route(self, text: str, options: RoutingOptions) -> Composition:
         """Choose the composition for a text; see `Router.route`."""
         return self._router.route(text, options)
 
-    async def aroute(self, text: str, options: CallOptions) -> Composition:
+    async def aroute(self, text: str, options: RoutingOptions) -> Composition:
         """Do what `route` does; texts of calls that wait at the same time are embedded together."""
         await self._aread()
         return await self._router.aroute(text, options)
 
-    def plan(self, text: str, options: CallOptions) -> Plan:
+    def plan(self, text: str, options: RoutingOptions) -> Plan:
         """Choose the composition for a text, and the weighted adapters that make it."""
         return self._router.plan(text, options)
 
-    async def aplan(self, text: str, options: CallOptions) -> Plan:
+    async def aplan(self, text: str, options: RoutingOptions) -> Plan:
         """Do what `plan` does without blocking the event loop."""
         await self._aread()
         return await self._router.aplan(text, options)
 
-    async def aprepare(self, texts: Sequence[str], options: CallOptions) -> None:
+    async def aprepare(self, texts: Sequence[str], options: RoutingOptions) -> None:
         """Embed together the texts of calls that are about to be routed."""
         await self._aread()
         await self._router.aprepare(texts, options)

@@ -23,8 +23,8 @@ from transformers import PreTrainedTokenizerFast
 
 from langchain_lora_retriever.engine.adapter_fit import AdapterFit
 from langchain_lora_retriever.engine.api import Delta, EngineInfo, Grammar, Registration, TokenLogprob, Usage
-from langchain_lora_retriever.engine.constraints import compiler_of
 from langchain_lora_retriever.engine.generation import Generation
+from langchain_lora_retriever.engine.grammar import compiler_of
 from langchain_lora_retriever.engine.stats import EngineStats, Percentiles
 from langchain_lora_retriever.errors import (
     AdapterError,
@@ -32,7 +32,7 @@ from langchain_lora_retriever.errors import (
     InvalidRequestError,
     PromptTooLongError,
 )
-from langchain_lora_retriever.shown import shown
+from langchain_lora_retriever.support.shown import shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from langchain_lora_retriever.errors import InvalidRequestError
-from langchain_lora_retriever.shown import shown
+from langchain_lora_retriever.support.shown import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

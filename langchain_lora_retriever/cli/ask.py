@@ -21,7 +21,7 @@ from langchain_lora_retriever.cli.options import (
 if TYPE_CHECKING:
     from langchain_core.messages import AIMessageChunk, BaseMessage
 
-    from langchain_lora_retriever.chat_model import ChatLoraRetriever
+    from langchain_lora_retriever.chat.model import ChatLoraRetriever
 
 __all__ = ["chat", "route"]
 

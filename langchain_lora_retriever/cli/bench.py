@@ -24,7 +24,7 @@ from langchain_lora_retriever.cli.options import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from langchain_lora_retriever.chat_model import ChatLoraRetriever
+    from langchain_lora_retriever.chat.model import ChatLoraRetriever
 
 __all__ = ["bench"]
 

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
         SplitsReport,
     )
     from langchain_lora_retriever.evaluation.retrieval import Accuracy
-    from langchain_lora_retriever.pool import AdapterPool
-    from langchain_lora_retriever.retriever import LoraRetriever
+    from langchain_lora_retriever.pool.pool import AdapterPool
+    from langchain_lora_retriever.retrieval.retriever import LoraRetriever
 
 __all__ = ["commands"]
 
@@ -75,8 +75,8 @@ def retrieval(
     """Score how often the right adapter is among the first k, all adapters competing."""
     from langchain_lora_retriever.evaluation import evaluate_retrieval, evaluate_splits  # noqa: PLC0415 - seconds
     from langchain_lora_retriever.evaluation.benchmark import CardPool  # noqa: PLC0415 - the same
-    from langchain_lora_retriever.hybrid_encoder import HybridEncoder  # noqa: PLC0415 - the same
-    from langchain_lora_retriever.retriever import LoraRetriever  # noqa: PLC0415 - the same
+    from langchain_lora_retriever.retrieval.hybrid_encoder import HybridEncoder  # noqa: PLC0415 - the same
+    from langchain_lora_retriever.retrieval.retriever import LoraRetriever  # noqa: PLC0415 - the same
 
     if splits and output is None:
         raise InvalidRequestError("--splits trains encoders: name a folder for them with --output.")
@@ -171,7 +171,7 @@ def composition(
 
 def _pool(folder: Path | None) -> AdapterPool:
     from langchain_lora_retriever.demo import demo_pool  # noqa: PLC0415 - loads torch
-    from langchain_lora_retriever.pool import AdapterPool  # noqa: PLC0415 - the same
+    from langchain_lora_retriever.pool.pool import AdapterPool  # noqa: PLC0415 - the same
 
     return demo_pool() if folder is None else AdapterPool(folder)
 

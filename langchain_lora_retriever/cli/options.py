@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from langchain_lora_retriever.chat_model import ChatLoraRetriever
-    from langchain_lora_retriever.encoder import Encoder
+    from langchain_lora_retriever.chat.model import ChatLoraRetriever
+    from langchain_lora_retriever.retrieval.encoder import Encoder
 
 __all__ = [
     "BaseModelOption",
@@ -46,7 +46,7 @@ def make_chat_model(
 
     A base model without a pool runs without adapters: the demo's would not fit it.
     """
-    from langchain_lora_retriever.chat_model import ChatLoraRetriever  # noqa: PLC0415 - seconds to import
+    from langchain_lora_retriever.chat.model import ChatLoraRetriever  # noqa: PLC0415 - seconds to import
     from langchain_lora_retriever.demo import demo_chat_model  # noqa: PLC0415
 
     given = {"base_model": base_model, "pool": pool, "encoder": encoder, **settings}
@@ -63,7 +63,7 @@ def encoder_source(encoder: str | None) -> str:
 
 def make_encoder(encoder: str | None, *, words: bool = False) -> str | Encoder:
     """Return the encoder that options name; with `words` it sees words beside meaning."""
-    from langchain_lora_retriever.hybrid_encoder import HybridEncoder  # noqa: PLC0415 - seconds to import
+    from langchain_lora_retriever.retrieval.hybrid_encoder import HybridEncoder  # noqa: PLC0415 - seconds to import
 
     source = encoder_source(encoder)
     return HybridEncoder(source) if words else source

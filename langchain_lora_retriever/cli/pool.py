@@ -11,10 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from langchain_lora_retriever.cli.options import EncoderOption, JsonOption, WordsOption, make_encoder, print_json
-from langchain_lora_retriever.samples import read_samples
+from langchain_lora_retriever.pool.samples import read_samples
 
 if TYPE_CHECKING:
-    from langchain_lora_retriever.pool import AdapterPool
+    from langchain_lora_retriever.pool.pool import AdapterPool
 
 __all__ = ["commands"]
 
@@ -120,7 +120,7 @@ def inspect(
             _print_facts(described)
         return
     from langchain_lora_retriever.evaluation import inspect_pool  # noqa: PLC0415 - seconds to import
-    from langchain_lora_retriever.retriever import LoraRetriever  # noqa: PLC0415 - the same
+    from langchain_lora_retriever.retrieval.retriever import LoraRetriever  # noqa: PLC0415 - the same
 
     inspection = inspect_pool(LoraRetriever(pool, make_encoder(encoder, words=words)))
     if as_json:
@@ -153,7 +153,7 @@ def _read(samples: Path | None) -> list[dict[str, Any]] | None:
 
 
 def _open(folder: Path, *, create: bool = False) -> AdapterPool:
-    from langchain_lora_retriever.pool import AdapterPool  # noqa: PLC0415 - loads torch
+    from langchain_lora_retriever.pool.pool import AdapterPool  # noqa: PLC0415 - loads torch
 
     return AdapterPool(folder, create=create)
 

@@ -25,9 +25,9 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train the encoder so that samples of one adapter lie together, with a contrastive loss."""
-    from langchain_lora_retriever.pool import AdapterPool  # noqa: PLC0415 - seconds to import
-    from langchain_lora_retriever.retriever import DEFAULT_ENCODER  # noqa: PLC0415
-    from langchain_lora_retriever.training import TrainingConfig, train_encoder  # noqa: PLC0415
+    from langchain_lora_retriever.pool.pool import AdapterPool  # noqa: PLC0415 - seconds to import
+    from langchain_lora_retriever.retrieval.retriever import DEFAULT_ENCODER  # noqa: PLC0415
+    from langchain_lora_retriever.retrieval.training import TrainingConfig, train_encoder  # noqa: PLC0415
 
     adapters = AdapterPool(pool)
     report = train_encoder(

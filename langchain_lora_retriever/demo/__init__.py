@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 if TYPE_CHECKING:
-    from langchain_lora_retriever.chat_model import ChatLoraRetriever
-    from langchain_lora_retriever.pool import AdapterPool
-    from langchain_lora_retriever.retriever import LoraRetriever
+    from langchain_lora_retriever.chat.model import ChatLoraRetriever
+    from langchain_lora_retriever.pool.pool import AdapterPool
+    from langchain_lora_retriever.retrieval.retriever import LoraRetriever
 
 __all__ = ["DemoRow", "demo_arguments", "demo_chat_model", "demo_pool", "demo_test_set"]
 
@@ -40,7 +40,7 @@ def demo_chat_model(**kwargs: Any) -> ChatLoraRetriever:
     Raises:
         MissingDependencyError: If the demo's packages are half installed; the message says what to install.
     """
-    from langchain_lora_retriever.chat_model import ChatLoraRetriever  # noqa: PLC0415 - loads torch
+    from langchain_lora_retriever.chat.model import ChatLoraRetriever  # noqa: PLC0415 - loads torch
 
     return ChatLoraRetriever(**demo_arguments(**kwargs))
 
@@ -64,8 +64,8 @@ def demo_arguments(**kwargs: Any) -> dict[str, Any]:
 
 def demo_pool() -> AdapterPool:
     """Read the demo's adapters into a new pool in memory, which the caller may change: their files stay as they are."""
-    from langchain_lora_retriever.pool import AdapterPool  # noqa: PLC0415 - loads torch
-    from langchain_lora_retriever.pool_folder import list_folders  # noqa: PLC0415 - the same
+    from langchain_lora_retriever.pool.folder import list_folders  # noqa: PLC0415 - the same
+    from langchain_lora_retriever.pool.pool import AdapterPool  # noqa: PLC0415 - loads torch
 
     pool = AdapterPool()
     for folder in list_folders(_POOL_FOLDER):
@@ -98,6 +98,6 @@ def demo_test_set(num: int = 25, *, seed: int = 0) -> list[DemoRow]:
 @cache
 def _shared_retriever() -> LoraRetriever:
     from langchain_lora_retriever.demo.model import encoder_source  # noqa: PLC0415 - loads torch
-    from langchain_lora_retriever.retriever import LoraRetriever  # noqa: PLC0415 - loads torch
+    from langchain_lora_retriever.retrieval.retriever import LoraRetriever  # noqa: PLC0415 - loads torch
 
     return LoraRetriever(demo_pool(), encoder_source())

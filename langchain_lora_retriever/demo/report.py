@@ -13,7 +13,7 @@ from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMe
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from langchain_lora_retriever.chat_model import ChatLoraRetriever
+    from langchain_lora_retriever.chat.model import ChatLoraRetriever
     from langchain_lora_retriever.demo import DemoRow
     from langchain_lora_retriever.types import Composition
 

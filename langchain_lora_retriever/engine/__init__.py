@@ -22,10 +22,10 @@ if TYPE_CHECKING:
         TokenLogprob,
         Usage,
     )
-    from langchain_lora_retriever.engine.base_model import BaseModel, ModelSource, load_base_model
     from langchain_lora_retriever.engine.config import EngineConfig
-    from langchain_lora_retriever.engine.engine import Engine
+    from langchain_lora_retriever.engine.core import Engine
     from langchain_lora_retriever.engine.generation import Generation
+    from langchain_lora_retriever.engine.model.load import BaseModel, ModelSource, load_base_model
     from langchain_lora_retriever.engine.stats import EngineStats
     from langchain_lora_retriever.engine.worker import EngineWorker
 
@@ -49,14 +49,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "BaseModel": "base_model",
-    "Engine": "engine",
+    "BaseModel": "model.load",
+    "Engine": "core",
     "EngineConfig": "config",
     "EngineStats": "stats",
     "EngineWorker": "worker",
     "Generation": "generation",
-    "ModelSource": "base_model",
-    "load_base_model": "base_model",
+    "ModelSource": "model.load",
+    "load_base_model": "model.load",
 }
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from langchain_lora_retriever.engine.range_cache import RangeCache
+from langchain_lora_retriever.engine.range_allocator import RangeCache
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

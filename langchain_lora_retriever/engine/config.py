@@ -49,7 +49,7 @@ class EngineConfig:
             result is checked against the model's own layers when the engine starts.
         enable_async_scheduling: Launch a step before the tokens of the last one are known here; None does on a GPU.
         freeze_heap: Keep Python's garbage collector from looking at what is there when the engine starts, until it is
-            closed; None does on a GPU. A full collection holds up every stream for some 0.2 s.
+            closed. A full collection holds up every stream, and every event loop, for some 0.2 s.
     """
 
     max_num_seqs: int | None = None
@@ -71,7 +71,7 @@ class EngineConfig:
     captured_ranks: tuple[int, ...] = (16, 64, 256)
     enable_fused_layers: bool = True
     enable_async_scheduling: bool | None = None
-    freeze_heap: bool | None = None
+    freeze_heap: bool = True
 
     def __post_init__(self) -> None:
         """Refuse limits under which nothing could run."""
@@ -84,11 +84,11 @@ class EngineConfig:
             "kv_cache_bytes",
             "lora_cache_bytes",
         ):
-            value = getattr(self, name)
+            value, least = getattr(self, name), int(name != "max_waiting")
             most = _MAX_BYTES if name.endswith("bytes") else _MAX_COUNT
-            if value is not None and not _is_whole(value, 1, most):
+            if value is not None and not _is_whole(value, least, most):
                 raise InvalidRequestError(
-                    f"EngineConfig({name}={value!r}): pass a positive integer of at most {most:,}, or None."
+                    f"EngineConfig({name}={value!r}): pass an integer from {least} to {most:,}, or None."
                 )
         for name in ("block_size", "max_loras"):
             if not _is_whole(getattr(self, name), 1, _MAX_COUNT):
@@ -114,6 +114,9 @@ class EngineConfig:
             raise InvalidRequestError(
                 f"EngineConfig(captured_ranks={self.captured_ranks!r}): pass one or more of 1 to 256."
             )
+        for name in ("enable_prefix_caching", "enable_cuda_graphs", "enable_fused_layers", "freeze_heap"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidRequestError(f"EngineConfig({name}={getattr(self, name)!r}): pass True or False.")
         if self.attention_backend not in {"auto", "torch", "triton"}:
             raise InvalidRequestError(
                 f'EngineConfig(attention_backend={self.attention_backend!r}): pass "auto", "torch" or "triton".'

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from langchain_lora_retriever.engine.upload import copy_to_device, upload
+from langchain_lora_retriever.engine.pinned_copy import copy_to_device, upload
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
-    from langchain_lora_retriever.engine.generation_defaults import GenerationDefaults
+    from langchain_lora_retriever.engine.model.generation_defaults import GenerationDefaults
     from langchain_lora_retriever.engine.request import Request
 
 __all__ = ["LogitsRules", "PendingTokens", "apply_rules"]

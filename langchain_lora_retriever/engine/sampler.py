@@ -13,8 +13,8 @@ import torch
 
 from langchain_lora_retriever.engine.api import TokenLogprob
 from langchain_lora_retriever.engine.logits_rules import apply_rules
+from langchain_lora_retriever.engine.pinned_copy import copy_to_device, copy_to_host, upload
 from langchain_lora_retriever.engine.request import failure
-from langchain_lora_retriever.engine.upload import copy_to_device, copy_to_host, upload
 from langchain_lora_retriever.errors import EngineError
 
 if TYPE_CHECKING:

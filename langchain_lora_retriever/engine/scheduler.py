@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from langchain_lora_retriever.engine.adapter_slots import AdapterSlots
-    from langchain_lora_retriever.engine.kv_cache import KVCacheManager
+    from langchain_lora_retriever.engine.kv_blocks import KVCacheManager
     from langchain_lora_retriever.engine.request import Request
 
 __all__ = ["ScheduledRequest", "Scheduler"]

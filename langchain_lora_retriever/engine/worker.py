@@ -16,14 +16,14 @@ import torch
 
 from langchain_lora_retriever.engine.api import EngineInfo, Registration
 from langchain_lora_retriever.engine.config import EngineConfig
-from langchain_lora_retriever.engine.constraints import compiler_of
-from langchain_lora_retriever.engine.engine import Engine
+from langchain_lora_retriever.engine.core import Engine
+from langchain_lora_retriever.engine.gc_freeze import frozen_heap
 from langchain_lora_retriever.engine.generation import Generation, deliver
-from langchain_lora_retriever.engine.heap import frozen_heap
+from langchain_lora_retriever.engine.grammar import compiler_of
+from langchain_lora_retriever.engine.pinned_copy import on_device
 from langchain_lora_retriever.engine.request import failure
-from langchain_lora_retriever.engine.upload import on_device
 from langchain_lora_retriever.errors import AdapterError, EngineDeadError, EngineOverloadedError, fresh
-from langchain_lora_retriever.forking import after_fork
+from langchain_lora_retriever.support.forking import after_fork
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from langchain_lora_retriever.engine.api import Delta, Grammar
-    from langchain_lora_retriever.engine.base_model import BaseModel
-    from langchain_lora_retriever.engine.constraints import CompiledGrammar, GrammarCompiler
-    from langchain_lora_retriever.engine.engine import StepOutput
+    from langchain_lora_retriever.engine.core import StepOutput
+    from langchain_lora_retriever.engine.grammar import CompiledGrammar, GrammarCompiler
+    from langchain_lora_retriever.engine.model.load import BaseModel
     from langchain_lora_retriever.engine.request import Request
     from langchain_lora_retriever.engine.stats import EngineStats
     from langchain_lora_retriever.types import Adapter, SamplingParams
@@ -66,18 +66,16 @@ class EngineWorker:
         self, base: BaseModel, config: EngineConfig | None = None, *, compiler: GrammarCompiler | None = None
     ) -> None:
         self.config = config or EngineConfig()
-        self._engine = Engine(base, self.config)
+        self.core = Engine(base, self.config)
         self._compiler = compiler or compiler_of(base.tokenizer)
         names = {base.name, str(base.model.config.name_or_path or "")}
         self.info = EngineInfo(
             name=base.name,
             base_names=frozenset(names - {"", type(base.model).__name__}),
-            device=str(self._engine.device),
-            max_model_len=self._engine.max_model_len,
-            max_num_seqs=self._engine.max_num_seqs,
+            device=str(self.core.device),
+            max_model_len=self.core.max_model_len,
+            max_num_seqs=self.core.max_num_seqs,
         )
-        freezes = self.config.freeze_heap
-        self._freezes_heap = self._engine.device.type == "cuda" if freezes is None else freezes
         self._generations: dict[Request, Generation] = {}  # the engine's thread alone
         self._submitted: WeakSet[Generation] = WeakSet()  # for a forked process, which tells those who hold one
         self._inbox: deque[Callable[[], None]] = deque()
@@ -88,19 +86,21 @@ class EngineWorker:
         self._is_closing = False
         self._is_exiting = False
         self._death: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="lora-engine", daemon=True)
+        has_begun = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(has_begun,), name="lora-engine", daemon=True)
         self._thread.start()
+        has_begun.wait()  # the heap is frozen by then, before whoever loaded the model thaws it
         _running.add(self)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The base model's tokenizer."""
-        return self._engine.tokenizer
+        return self.core.tokenizer
 
     @property
     def module_shapes(self) -> Mapping[str, tuple[int, int]]:
         """`(in_features, out_features)` of every module that an adapter may target, by module path."""
-        return self._engine.module_shapes
+        return self.core.module_shapes
 
     @property
     def is_alive(self) -> bool:
@@ -122,7 +122,7 @@ class EngineWorker:
         """Queue a request; see `EngineClient.submit`."""
         if self._is_closing:
             raise self._dead()
-        request = self._engine.make_request(prompt_token_ids, sampling, adapters)
+        request = self.core.make_request(prompt_token_ids, sampling, adapters)
         generation = Generation(on_abort=lambda: self._leave(request, generation))
         compiled = None if grammar is None else self._compiler.start(grammar)
         with self._news:
@@ -131,7 +131,7 @@ class EngineWorker:
             self._arriving.add(generation)
         self._submitted.add(generation)
         try:
-            averages = [self._averager.submit(dict, a.weights) for a in self._engine.to_average(request)]
+            averages = [self._averager.submit(dict, a.weights) for a in self.core.to_average(request)]
         except RuntimeError as error:  # it has just been shut down
             raise self._dead() from error
         _when_done(
@@ -151,7 +151,7 @@ class EngineWorker:
 
     def stats(self) -> EngineStats:
         """A snapshot of what the engine has been doing."""
-        return self._engine.stats()
+        return self.core.stats()
 
     def check_integrity(self) -> None:
         """Assert, between two steps, that no block or slot is lost."""
@@ -160,7 +160,7 @@ class EngineWorker:
 
         def check() -> None:
             try:
-                self._engine.check_integrity()
+                self.core.check_integrity()
             except AssertionError as error:
                 failure.append(error)
             finally:
@@ -216,10 +216,10 @@ class EngineWorker:
 
     def _register(self, adapter: Adapter) -> Registration:
         try:
-            self._engine.fit.check(adapter)
+            self.core.fit.check(adapter)
         except AdapterError as error:
             return Registration(error)
-        return Registration(missing_modules=self._engine.fit.missing(adapter))
+        return Registration(missing_modules=self.core.fit.missing(adapter))
 
     def _check_alive(self) -> None:
         if self._is_closing or self._death is not None:
@@ -236,7 +236,7 @@ class EngineWorker:
         limit = self.config.max_waiting
         if limit is None:
             return
-        scheduler = self._engine.scheduler
+        scheduler = self.core.scheduler
         num_unfinished = len(self._arriving) + len(scheduler.waiting) + len(scheduler.running)
         if num_unfinished >= limit + self.info.max_num_seqs:
             raise EngineOverloadedError(
@@ -279,28 +279,30 @@ class EngineWorker:
             self._arriving.discard(generation)
         if not generation.is_done:  # it may have been aborted on the way
             self._generations[request] = generation
-            self._engine.add(request)
+            self.core.add(request)
 
     def _forget(self, request: Request) -> None:
         if self._generations.pop(request, None) is not None:
-            self._engine.abort(request)
+            self.core.abort(request)
 
-    def _run(self) -> None:
+    def _run(self, has_begun: threading.Event) -> None:
         cause: BaseException | None = None
         try:
-            with on_device(self._engine.device), frozen_heap(is_wanted=self._freezes_heap):
+            with on_device(self.core.device), frozen_heap(is_wanted=self.config.freeze_heap):
+                has_begun.set()
                 while self._take_news():
                     self._deliver(self._step())
         except BaseException as error:
             _logger.exception("The engine died")
             clear_frames(error.__traceback__)  # it is kept as a cause, and they hold other callers' prompts
             cause = error
+        has_begun.set()
         self._die(cause)
         if self._is_exiting:
             return
         try:
-            with on_device(self._engine.device):
-                self._engine.close()
+            with on_device(self.core.device):
+                self.core.close()
         except Exception:
             if cause is None:
                 raise
@@ -310,12 +312,12 @@ class EngineWorker:
         """Do what was posted, and wait if there is nothing to compute; False once the engine is closing."""
         while True:
             with self._news:
-                while not (self._inbox or self._is_closing or self._engine.has_unfinished_requests):
+                while not (self._inbox or self._is_closing or self.core.has_unfinished_requests):
                     self._news.wait()
                 if self._is_closing:
                     return False
             self._do_what_was_posted()
-            if self._engine.has_unfinished_requests:
+            if self.core.has_unfinished_requests:
                 return True
 
     def _do_what_was_posted(self) -> None:
@@ -329,14 +331,14 @@ class EngineWorker:
 
     def _step(self) -> list[StepOutput]:
         try:
-            outputs = self._engine.step()
+            outputs = self.core.step()
         except Exception as error:
             self._num_failed_steps += 1
             if self._num_failed_steps >= _MAX_FAILED_STEPS or _is_sticky(error):
                 raise
             _logger.exception("A step failed; its requests get the error and the engine goes on")
             clear_frames(error.__traceback__)
-            outputs = self._engine.fail_step(error)
+            outputs = self.core.fail_step(error)
             if not outputs:  # nobody to blame: scheduling itself is broken, and would be again
                 raise
             return outputs

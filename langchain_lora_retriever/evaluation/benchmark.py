@@ -20,8 +20,8 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 
 from langchain_lora_retriever.errors import InvalidRequestError
-from langchain_lora_retriever.pool import AdapterPool, PoolEntry
-from langchain_lora_retriever.samples import Sample, make_samples
+from langchain_lora_retriever.pool.pool import AdapterPool, PoolEntry
+from langchain_lora_retriever.pool.samples import Sample, make_samples
 from langchain_lora_retriever.types import Adapter
 
 __all__ = ["Benchmark", "CardPool", "Metric", "TestRow", "benchmark_from_pool", "load_benchmark", "read_cards"]

@@ -14,22 +14,22 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
-from langchain_lora_retriever.call_options import CallOptions
-from langchain_lora_retriever.composer import compose, materialize, pin
+from langchain_lora_retriever.chat.call import CallOptions
+from langchain_lora_retriever.chat.messages import encode_chat
 from langchain_lora_retriever.errors import InvalidRequestError
 from langchain_lora_retriever.evaluation.metrics import Interval, bootstrap_macro, corpus_bleu, score_answers
-from langchain_lora_retriever.messages import encode_chat
+from langchain_lora_retriever.retrieval.composer import compose, materialize, pin
 from langchain_lora_retriever.types import Adapter, Composition, RetrievedAdapter, SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from langchain_lora_retriever.composer import Weighting
     from langchain_lora_retriever.engine import EngineClient, Generation
     from langchain_lora_retriever.evaluation.benchmark import Benchmark, TestRow
-    from langchain_lora_retriever.pool import AdapterPool
-    from langchain_lora_retriever.retriever import LoraRetriever
-    from langchain_lora_retriever.training import Progress
+    from langchain_lora_retriever.pool.pool import AdapterPool
+    from langchain_lora_retriever.retrieval.composer import Weighting
+    from langchain_lora_retriever.retrieval.retriever import LoraRetriever
+    from langchain_lora_retriever.retrieval.training import Progress
 
 __all__ = ["CompositionReport", "CompositionScores", "Method", "Setting", "evaluate_composition", "paper_settings"]
 

@@ -16,7 +16,7 @@ from langchain_lora_retriever.errors import InvalidRequestError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from langchain_lora_retriever.retriever import LoraRetriever
+    from langchain_lora_retriever.retrieval.retriever import LoraRetriever
 
 __all__ = ["PoolInspection", "Reach", "TwinPair", "find_twins", "inspect_pool"]
 

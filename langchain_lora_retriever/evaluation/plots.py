@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from langchain_lora_retriever.evaluation.retrieval import Accuracy
-    from langchain_lora_retriever.retriever import LoraRetriever
+    from langchain_lora_retriever.retrieval.retriever import LoraRetriever
 
 __all__ = ["adapter_vectors", "plot_accuracy", "plot_map", "plot_similarity", "plot_throughput"]
 

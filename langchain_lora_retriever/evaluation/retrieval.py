@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from langchain_lora_retriever.encoder import DEFAULT_ENCODER, DEFAULT_INSTRUCTION
 from langchain_lora_retriever.errors import InvalidRequestError
 from langchain_lora_retriever.evaluation.benchmark import CardPool
 from langchain_lora_retriever.evaluation.inspection import find_twins
-from langchain_lora_retriever.retriever import LoraRetriever
-from langchain_lora_retriever.training import TrainingConfig, split_adapters, train_encoder
+from langchain_lora_retriever.retrieval.encoder import DEFAULT_ENCODER, DEFAULT_INSTRUCTION
+from langchain_lora_retriever.retrieval.retriever import LoraRetriever
+from langchain_lora_retriever.retrieval.training import TrainingConfig, split_adapters, train_encoder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from langchain_lora_retriever.encoder import Encoder
     from langchain_lora_retriever.evaluation.benchmark import Benchmark, TestRow
-    from langchain_lora_retriever.training import Progress
+    from langchain_lora_retriever.retrieval.encoder import Encoder
+    from langchain_lora_retriever.retrieval.training import Progress
 
 __all__ = [
     "Accuracy",

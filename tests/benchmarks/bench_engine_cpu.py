@@ -25,10 +25,10 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from langchain_lora_retriever.adapters import read_adapter
-from langchain_lora_retriever.aside import run_aside
 from langchain_lora_retriever.demo.model import base_model_arguments
 from langchain_lora_retriever.engine import EngineConfig, EngineWorker, load_base_model
+from langchain_lora_retriever.pool.checkpoint import read_adapter
+from langchain_lora_retriever.support.openmp_thread import run_aside
 from langchain_lora_retriever.types import Adapter, SamplingParams
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 
-from lora_kernels import LoraBatch, LoraRows, LoraStack, add_lora
+from lora_retriever_kernels.lora import LoraBatch, LoraRows, LoraStack, add_lora
 
 if TYPE_CHECKING:
     from collections.abc import Callable

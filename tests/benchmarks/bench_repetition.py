@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 from langchain_core.messages import HumanMessage, SystemMessage
 
-from langchain_lora_retriever import composer
-from langchain_lora_retriever.call_options import CallOptions
+from langchain_lora_retriever.chat.call import CallOptions
 from langchain_lora_retriever.demo import demo_chat_model, demo_test_set
-from langchain_lora_retriever.fusion import fuse
 from langchain_lora_retriever.registry import close_engines
+from langchain_lora_retriever.retrieval import composer
+from langchain_lora_retriever.retrieval.fusion import fuse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -15,7 +15,7 @@ from importlib.metadata import version
 
 import numpy as np
 
-from langchain_lora_retriever.index import AdapterIndex
+from langchain_lora_retriever.retrieval.index import AdapterIndex
 
 QUERIES = 256
 
@@ -63,7 +63,7 @@ def bench_index(num_adapters: int, dimension: int) -> None:
 
 def bench_pool(folder: str) -> None:
     """Time loading a pool, imports excluded."""
-    from langchain_lora_retriever.pool import AdapterPool  # torch is not needed for the index
+    from langchain_lora_retriever.pool.pool import AdapterPool  # torch is not needed for the index
 
     AdapterPool(folder)
     start = time.perf_counter()

@@ -24,11 +24,11 @@ import torch
 import transformers
 
 from langchain_lora_retriever.demo.model import base_model_arguments, encoder_source
-from langchain_lora_retriever.encoder import SentenceTransformerEncoder
 from langchain_lora_retriever.evaluation import CardPool
-from langchain_lora_retriever.hybrid_encoder import HybridEncoder
-from langchain_lora_retriever.retriever import LoraRetriever
-from langchain_lora_retriever.samples import Sample
+from langchain_lora_retriever.pool.samples import Sample
+from langchain_lora_retriever.retrieval.encoder import SentenceTransformerEncoder
+from langchain_lora_retriever.retrieval.hybrid_encoder import HybridEncoder
+from langchain_lora_retriever.retrieval.retriever import LoraRetriever
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,8 +73,8 @@ def median_ms(run: Callable[[], object], rounds: int = ROUNDS) -> float:
 
 def first_token_ms(prompts: list[str], rounds: int) -> dict[str, float]:
     """Return the time to the first token of one prompt, and to the last first token of all of them together."""
+    from langchain_lora_retriever.chat.messages import encode_chat
     from langchain_lora_retriever.engine import EngineConfig, EngineWorker, load_base_model
-    from langchain_lora_retriever.messages import encode_chat
     from langchain_lora_retriever.types import SamplingParams
 
     source = base_model_arguments()

@@ -343,8 +343,8 @@ async def test_an_engine_that_died_is_started_again(monkeypatch) -> None:
     def break_down(*args: Any) -> None:
         raise AssertionError("a block is lost")
 
-    monkeypatch.setattr(engine._engine, "step", break_down)
-    monkeypatch.setattr(engine._engine, "check_integrity", break_down)
+    monkeypatch.setattr(engine.core, "step", break_down)
+    monkeypatch.setattr(engine.core, "check_integrity", break_down)
     with pytest.raises(EngineDeadError, match="a block is lost"):
         await other.ainvoke("x")
     retrying = other.with_retry(retry_if_exception_type=(EngineDeadError,), stop_after_attempt=2)

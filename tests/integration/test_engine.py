@@ -102,7 +102,7 @@ def test_prompts_cut_to_spare_padding_answer_the_same(byte_tokenizer: Any, monke
     compositions = make_compositions(adapters, len(prompts))
     config = EngineConfig(**{**SMALL, "kv_cache_bytes": 8 << 20, "max_num_batched_tokens": 1024})
     with EngineWorker(BaseModel(model, byte_tokenizer, "tiny"), config) as worker:
-        engine, steps, is_held, may_begin = worker._engine, [], threading.Event(), threading.Event()
+        engine, steps, is_held, may_begin = worker.core, [], threading.Event(), threading.Event()
         launch = engine._runner.launch
 
         def noted(scheduled: Sequence[ScheduledRequest]) -> Any:
@@ -248,7 +248,7 @@ def test_a_failing_step_fails_its_requests_and_the_engine_lives_on(
     worker: EngineWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An exception inside a step reaches the requests in it; the next request is served."""
-    runner = worker._engine._runner
+    runner = worker.core.runner
     launch = runner.launch
 
     def fail_once(*args: Any) -> Any:
@@ -269,7 +269,7 @@ def test_a_dead_engine_says_so(llama: Any, byte_tokenizer: Any, monkeypatch: pyt
     def broken() -> Any:
         raise RuntimeError("broken scheduler")
 
-    monkeypatch.setattr(worker._engine.scheduler, "schedule", broken)
+    monkeypatch.setattr(worker.core.scheduler, "schedule", broken)
     with pytest.raises(EngineDeadError, match="broken scheduler"):
         worker.submit([5, 6], greedy()).result(60)
     worker._thread.join(10)

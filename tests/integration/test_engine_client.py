@@ -19,8 +19,8 @@ from langchain_lora_retriever.errors import (
     PromptTooLongError,
     RequestAbortedError,
 )
-from langchain_lora_retriever.fusion import fuse
-from langchain_lora_retriever.grammars import json_grammar, regex_grammar
+from langchain_lora_retriever.output.grammars import json_grammar, regex_grammar
+from langchain_lora_retriever.retrieval.fusion import fuse
 from langchain_lora_retriever.testing import FakeEngine
 from langchain_lora_retriever.types import SamplingParams
 from makers import make_adapter, make_tiny_model, make_tokenizer, wait_until

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from langchain_lora_retriever.engine import BaseModel, EngineConfig, EngineWorker, load_base_model
-from langchain_lora_retriever.engine.generation_defaults import GenerationDefaults
 from langchain_lora_retriever.engine.logits_rules import LogitsRules, PendingTokens, apply_rules
+from langchain_lora_retriever.engine.model.generation_defaults import GenerationDefaults
 from langchain_lora_retriever.engine.request import Request
 from langchain_lora_retriever.engine.sampler import choose
 from langchain_lora_retriever.errors import EngineError, RequestAbortedError
@@ -57,7 +57,7 @@ def make_worker(model: Any, **settings: Any) -> EngineWorker:
     config = EngineConfig(**{**SMALL, **settings})
     worker = EngineWorker(BaseModel(model, make_tokenizer(), "tiny"), config)
     if config.attention_backend == "auto":
-        assert worker._engine._runner._executor is not None
+        assert worker.core.runner.executor.name == "triton"
     return worker
 
 
@@ -112,23 +112,23 @@ def test_serving_captures_nothing_and_takes_no_memory(llama: Any) -> None:
     cases = make_cases(llama, 40)
     expected = [generate(llama, *case) for case in cases]
     with make_worker(llama, max_num_batched_tokens=64) as worker:
-        executor = worker._engine._runner._executor
-        assert executor is not None
-        captured = set(executor._graphs)
+        executor = worker.core.runner.executor
+        assert executor.name == "triton"
+        captured = set(executor.graphs)
         for round_ in range(3):
             running = [worker.submit(prompt, greedy(), adapters) for prompt, adapters in cases]
             assert [list(g.result(120).token_ids) for g in running] == expected
             torch.cuda.synchronize()
             if round_ == 0:
                 reserved = torch.cuda.memory_reserved()
-        assert set(executor._graphs) == captured
+        assert executor.graphs == captured
         assert torch.cuda.memory_reserved() == reserved
         worker.check_integrity()
 
 
 def test_ranks_from_8_to_128_capture_no_graph_while_serving(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Alone, mixed in one step and in one request, coming and going: the graphs of the start serve them all."""
-    from langchain_lora_retriever.engine import paged_executor
+    from langchain_lora_retriever.engine.model import triton_executor
 
     adapters = [make_adapter(llama, f"rank{rank}", r=rank, scaling=2.0 / rank) for rank in (8, 16, 32, 64, 128)]
     pairs: list[Pairs] = [[(adapter, 1.0)] for adapter in adapters]
@@ -136,13 +136,13 @@ def test_ranks_from_8_to_128_capture_no_graph_while_serving(llama: Any, monkeypa
     cases = [(make_prompt(9 + i, i), pairs[i % len(pairs)]) for i in range(14)]
     expected = [generate(llama, *case) for case in cases]
     made = []
-    make = paged_executor.StepGraph
+    make = triton_executor.StepGraph
 
     def count(*args: Any) -> Any:
         made.append(args)
         return make(*args)
 
-    monkeypatch.setattr(paged_executor, "StepGraph", count)
+    monkeypatch.setattr(triton_executor, "StepGraph", count)
     replayed = reserved = 0
     replay = make.replay
 
@@ -180,11 +180,11 @@ def test_what_no_graph_was_captured_for_runs_without(llama: Any, caplog: pytest.
     expected = [generate(llama, *case) for case in cases]
     settings = {"captured_ranks": (16,), "captured_num_adapters": (0, 1), "lora_cache_bytes": 64 << 20}
     with make_worker(llama, **settings) as worker:
-        executor = worker._engine._runner._executor
-        assert executor is not None
-        captured = set(executor._graphs)
+        executor = worker.core.runner.executor
+        assert executor.name == "triton"
+        captured = set(executor.graphs)
         assert [list(worker.submit(p, greedy(), a).result(60).token_ids) for p, a in cases] == expected
-        assert set(executor._graphs) == captured
+        assert executor.graphs == captured
     assert sum("without CUDA graphs" in record.message for record in caplog.records) == 2
 
 
@@ -208,8 +208,8 @@ def test_layers_are_fused_by_what_they_compute(
     distances = {}
     for is_fused in (True, False):
         with make_worker(copy.deepcopy(model).to(dtype), enable_fused_layers=is_fused) as worker:
-            executor = worker._engine._runner._executor
-            assert executor is not None
+            executor = worker.core.runner.executor
+            assert executor.name == "triton"
             assert executor.num_fused_layers == (num_fused if is_fused else 0)
             (first,) = worker.submit(prompt, replace(greedy(1), logprobs=20)).result(60).logprobs or ()
             distances[is_fused] = sum(abs(p - float(exact[i])) for i, p in first.top)
@@ -243,7 +243,7 @@ def test_a_model_on_another_device_uses_that_one_alone() -> None:
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved(0)
     with make_worker(model.to("cuda:1"), kv_cache_bytes=64 << 20) as worker:
-        assert worker._engine._runner._executor is not None
+        assert worker.core.runner.executor.name == "triton"
         for _ in range(2):
             running = [worker.submit(prompt, greedy(), adapters) for prompt, adapters in cases]
             assert [list(g.result(120).token_ids) for g in running] == expected
@@ -292,13 +292,13 @@ def test_one_graph_serves_one_adapter_and_many(llama: Any) -> None:
     prompt = make_prompt(12)
     expected = [generate(llama, prompt, [(adapter, 1.0)]) for adapter in adapters]
     with make_worker(llama, max_num_seqs=8, enable_prefix_caching=False) as worker:
-        executor = worker._engine._runner._executor
-        assert executor is not None
+        executor = worker.core.runner.executor
+        assert executor.name == "triton"
         for num_distinct in (1, 8, 2, 8, 1):
             rows = [i % num_distinct for i in range(8)]
             running = [worker.submit(prompt, greedy(), [(adapters[i], 1.0)]) for i in rows]
             assert [list(g.result(120).token_ids) for g in running] == [expected[i] for i in rows]
-        assert executor._graphs, "nothing was captured"
+        assert executor.graphs, "nothing was captured"
         worker.check_integrity()
 
 
@@ -329,7 +329,7 @@ def test_adapters_travel_while_requests_wait_and_run(llama: Any) -> None:
     expected = [generate(llama, prompt, [(adapter, 1.0)], 12) for adapter in adapters]
     row_bytes = 2 * (7 * 64 + 32 + 64 + 32 + 32 + 64 + 96 + 96 + 64) * 4  # what a rank takes in the two layers
     with make_worker(llama, max_loras=4, lora_cache_bytes=40 * row_bytes, pinned_lora_bytes=1 << 18) as worker:
-        sink = worker._engine._store._sink
+        sink = worker.core.store._sink
         direct: list[str] = []
         load = sink.load
         sink.load = lambda slot, start, adapter: (direct.append(adapter.name), load(slot, start, adapter))  # type: ignore[method-assign]
@@ -442,7 +442,7 @@ def test_a_model_partly_on_the_host_gives_the_same_tokens(tmp_path: Path, caplog
     base = load_base_model(tmp_path / "model", device_map=device_map, dtype=torch.float32)
     with EngineWorker(base, EngineConfig(**SMALL)) as worker:
         assert list(worker.submit(prompt, greedy(), adapters).result(60).token_ids) == expected
-        assert worker._engine._runner._executor is None
+        assert worker.core.runner.executor.name == "torch"
         worker.check_integrity()
     assert sum("without CUDA graphs" in record.message for record in caplog.records) == 1
 

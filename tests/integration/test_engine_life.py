@@ -47,7 +47,7 @@ def hold(worker: EngineWorker) -> threading.Event:
 
 def fail_launches(worker: EngineWorker, error: BaseException, num: int = 10**6) -> None:
     """Let the next launches of a worker's engine raise."""
-    runner, left = worker._engine._runner, [num]
+    runner, left = worker.core.runner, [num]
     launch = runner.launch
 
     def broken(*args: Any) -> Any:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from langchain_lora_retriever.adapters import read_adapter
 from langchain_lora_retriever.engine import BaseModel, Completion, EngineConfig, EngineWorker, Generation
 from langchain_lora_retriever.errors import (
     EngineError,
@@ -18,6 +17,7 @@ from langchain_lora_retriever.errors import (
     LoraRetrieverError,
     PromptTooLongError,
 )
+from langchain_lora_retriever.pool.checkpoint import read_adapter
 from langchain_lora_retriever.types import Adapter, LoraWeights, SamplingParams
 from makers import VOCAB_SIZE, ScriptedCompiler, make_adapter, make_tiny_model, make_tokenizer
 

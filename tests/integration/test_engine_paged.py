@@ -79,7 +79,7 @@ def test_the_triton_backend_gives_the_tokens_of_generate(
 ) -> None:
     """Chunked prompts, mixtures, decode steps with padding, and prompts behind a cached prefix."""
     if DEVICE == "cpu":  # the interpreter runs one program after the other
-        from langchain_lora_retriever.engine import paged_step
+        from langchain_lora_retriever.engine.model import paged_step
 
         monkeypatch.setattr(paged_step, "choose_num_splits", lambda *_: 2)
     model = make_tiny_model(architecture, **EXTRA.get(architecture, {}))
@@ -89,8 +89,8 @@ def test_the_triton_backend_gives_the_tokens_of_generate(
     config = EngineConfig(attention_backend="triton", max_num_batched_tokens=24, **settings)
     sampling = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
     with EngineWorker(BaseModel(model.to(DEVICE), byte_tokenizer, "tiny"), config) as worker:
-        executor = worker._engine._runner._executor
-        assert executor is not None
+        executor = worker.core.runner.executor
+        assert executor.name == "triton"
         assert executor.is_fused == config.enable_fused_layers
         running = [worker.submit(prompt, sampling, adapters) for prompt, adapters in cases]
         assert [list(g.result(120).token_ids) for g in running] == expected
@@ -109,7 +109,7 @@ def test_the_triton_backend_keeps_what_is_not_finite_with_its_request(
 ) -> None:
     """Pages, rows and padding that an overflowing adapter used harm neither those beside it nor those after it."""
     if DEVICE == "cpu":
-        from langchain_lora_retriever.engine import paged_step
+        from langchain_lora_retriever.engine.model import paged_step
 
         monkeypatch.setattr(paged_step, "choose_num_splits", lambda *_: 2)
     model = make_tiny_model()
@@ -169,7 +169,7 @@ def test_layers_that_are_built_otherwise_run_unfused_beside_the_others_on_the_tr
 ) -> None:
     """Each is judged alone, and the tokens are those of the model."""
     if DEVICE == "cpu":
-        from langchain_lora_retriever.engine import paged_step
+        from langchain_lora_retriever.engine.model import paged_step
 
         monkeypatch.setattr(paged_step, "choose_num_splits", lambda *_: 2)
     layers = {"num_hidden_layers": 3}
@@ -180,8 +180,8 @@ def test_layers_that_are_built_otherwise_run_unfused_beside_the_others_on_the_tr
     expected = generate(model, prompt, [], NUM_TOKENS)
     config = EngineConfig(attention_backend="triton", **SMALL)
     with EngineWorker(BaseModel(model.to(DEVICE), byte_tokenizer, "tiny"), config) as worker:
-        executor = worker._engine._runner._executor
-        assert executor is not None
+        executor = worker.core.runner.executor
+        assert executor.name == "triton"
         assert executor.num_fused_layers == num_fused
         assert words in caplog.text
         running = worker.submit(prompt, SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True))
@@ -195,7 +195,7 @@ def test_a_fused_forward_that_fails_leaves_the_triton_backend_unfused(
     where: str, byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Where it is read and where it is tried out: the engine starts, says why, and answers the same."""
-    from langchain_lora_retriever.engine import fused_layers
+    from langchain_lora_retriever.engine.model import fused_layers
 
     def fail(*_: Any, **__: Any) -> None:
         raise TypeError("renamed in another version")
@@ -205,8 +205,8 @@ def test_a_fused_forward_that_fails_leaves_the_triton_backend_unfused(
     expected = generate(model, make_prompt(5), [], 2)
     config = EngineConfig(attention_backend="triton", **SMALL)
     with EngineWorker(BaseModel(model.to(DEVICE), byte_tokenizer, "tiny"), config) as worker:
-        executor = worker._engine._runner._executor
-        assert executor is not None
+        executor = worker.core.runner.executor
+        assert executor.name == "triton"
         assert executor.num_fused_layers == 0
         assert "renamed in another version" in caplog.text
         running = worker.submit(make_prompt(5), SamplingParams(max_tokens=2, ignore_eos=True))

@@ -8,8 +8,8 @@ import pytest
 import torch
 from peft import PeftModel
 
-from langchain_lora_retriever.composer import compose, materialize, pin
-from langchain_lora_retriever.pool import AdapterPool
+from langchain_lora_retriever.pool.pool import AdapterPool
+from langchain_lora_retriever.retrieval.composer import compose, materialize, pin
 from langchain_lora_retriever.types import RetrievedAdapter
 
 PROMPTS = torch.tensor([[5, 17, 99, 4, 250, 31, 8, 77], [9, 9, 200, 13, 42, 6, 111, 3]])

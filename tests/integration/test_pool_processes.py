@@ -11,8 +11,8 @@ import time
 import pytest
 
 from langchain_lora_retriever.errors import DuplicateAdapterError, PoolError, UnknownAdapterError
-from langchain_lora_retriever.pool import AdapterPool
-from langchain_lora_retriever.pool_folder import folder_lock
+from langchain_lora_retriever.pool.folder import folder_lock
+from langchain_lora_retriever.pool.pool import AdapterPool
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_readers_see_one_version_beside_a_writer(folder, checkpoints):
 
 def test_a_lock_that_is_held_for_ever_is_said(folder, checkpoints, monkeypatch):
     """A writer that never ends makes the next one give up, with the file to look at."""
-    monkeypatch.setattr("langchain_lora_retriever.pool_folder._LOCK_SECONDS", 0.1)
+    monkeypatch.setattr("langchain_lora_retriever.pool.folder._LOCK_SECONDS", 0.1)
     pool = AdapterPool(folder)
     with folder_lock(folder), pytest.raises(PoolError, match=r"\.lock is locked by another process"):
         pool.update("x", checkpoints[1])

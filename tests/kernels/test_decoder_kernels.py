@@ -24,7 +24,7 @@ def plain(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> t
 @pytest.mark.parametrize("has_inner", [False, True])
 def test_norms_and_additions(width: int, has_inner: bool) -> None:
     """With and without a norm of the addend, over rows that lie apart."""
-    from decoder_kernels import RmsNorm, add_rms_norm, rms_norm
+    from lora_retriever_kernels.decoder import RmsNorm, add_rms_norm, rms_norm
 
     x = torch.randn(5, 2 * width, device=DEVICE)[:, :width]
     residual, weight, inner_weight = (torch.randn(*s, device=DEVICE) for s in ((5, width), (width,), (width,)))
@@ -40,7 +40,7 @@ def test_norms_and_additions(width: int, has_inner: bool) -> None:
 @pytest.mark.parametrize("name", ["silu", "gelu_pytorch_tanh", "gelu"])
 def test_gated_activation(name: str, width: int) -> None:
     """Each activation by the name that configurations give it."""
-    from decoder_kernels import gated_activation
+    from lora_retriever_kernels.decoder import gated_activation
 
     x = torch.randn(3, 2 * width, device=DEVICE)
     activation = {

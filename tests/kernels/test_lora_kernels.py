@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_kernels import (
+from lora_retriever_kernels.lora import (
     LoraBatch,
     LoraPacking,
     LoraRows,
@@ -273,7 +273,7 @@ def test_numbers_that_overflow_stay_with_their_tokens(backend, num_tokens, k, mo
     x[ill.nonzero()[::2]] = torch.inf
     results = []
     for cost in (512, 1):  # the PyTorch path by one product, then adapter by adapter
-        monkeypatch.setattr("lora_kernels.dense._SEGMENT_COST", cost)
+        monkeypatch.setattr("lora_retriever_kernels.lora.dense._SEGMENT_COST", cost)
         for size in (1.0, 3e38):
             start = int(model.rows.starts[1])
             model.rows.assign(1, start, 16)
@@ -361,8 +361,8 @@ def test_mixture_of_copies_equals_selection():
 
 def test_long_prefill_visits_adapters_one_by_one(monkeypatch):
     """Segments, contiguous or scattered, give the same as the dense products."""
-    monkeypatch.setattr("lora_kernels.dense._SEGMENT_COST", 1)
-    monkeypatch.setattr("lora_kernels.dense._TOKEN_COST", 0)
+    monkeypatch.setattr("lora_retriever_kernels.lora.dense._SEGMENT_COST", 1)
+    monkeypatch.setattr("lora_retriever_kernels.lora.dense._TOKEN_COST", 0)
     torch.manual_seed(0)
     model = build(MIXED)
     scattered = assign("uniform", 90, 2, 5)
@@ -400,19 +400,19 @@ def test_torch_compile_and_opcheck(backend):
     out = list(stack.out_features)
     common = (stack.ranks, rows.starts)
     torch.library.opcheck(
-        torch.ops.lora_kernels.add_lora.default,
+        torch.ops.lora_retriever_kernels.add_lora.default,
         (y.clone(), x, stack.a, stack.b, *common, rows.counts, out, rows.rank_bound, batch.block_m, batch.tensors()),
         test_utils=checks,
     )
     v = lora_shrink(x, stack, batch)
     torch.library.opcheck(
-        torch.ops.lora_kernels.lora_expand.default,
+        torch.ops.lora_retriever_kernels.lora_expand.default,
         (y.clone(), v, stack.b, *common, out, batch.block_m, [], batch.tensors()),
         test_utils=checks,
     )
     if batch.block_m > 1:
         mixed_arguments = (v, stack.b, *common, out, batch.block_m, batch.tensors())
-        torch.library.opcheck(torch.ops.lora_kernels.lora_mix.default, mixed_arguments, test_utils=checks)
+        torch.library.opcheck(torch.ops.lora_retriever_kernels.lora_mix.default, mixed_arguments, test_utils=checks)
     if backend == "triton":
         return  # Dynamo cannot trace into the interpreter's launches.
 
@@ -526,8 +526,8 @@ def test_kernels_is_not_a_package():
 
 def test_imports_without_triton():
     """The PyTorch path needs no Triton."""
-    code = "import sys; sys.modules['triton'] = None; import lora_kernels; lora_kernels.LoraRows(1, 1)"
-    source = importlib.util.find_spec("lora_kernels").submodule_search_locations[0]
+    code = "import sys; sys.modules['triton'] = None; import lora_retriever_kernels.lora as lora; lora.LoraRows(1, 1)"
+    source = importlib.util.find_spec("lora_retriever_kernels").submodule_search_locations[0]
     env = {**os.environ, "PYTHONPATH": str(Path(source).parent)}
     subprocess.run([sys.executable, "-c", code], check=True, env=env)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_kernels import LoraBatch, LoraPacking, LoraRows, LoraStack, add_lora
+from lora_retriever_kernels.lora import LoraBatch, LoraPacking, LoraRows, LoraStack, add_lora
 
 pytestmark = [
     pytest.mark.gpu,

@@ -32,7 +32,7 @@ class Step(NamedTuple):
 
 def make_step(spans: list[tuple[int, int]], heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> Step:
     """Random queries; sequences' pages lie shuffled, one padding token ends the step."""
-    from paged_attention import Pages
+    from lora_retriever_kernels.attention import Pages
 
     generator = torch.Generator().manual_seed(0)
     rand = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
@@ -122,7 +122,7 @@ def test_decode(
     dtype: torch.dtype,
 ) -> None:
     """Contexts of one token up to several blocks, split or not, beside a padding token."""
-    from paged_attention import attend_decode, write_kv
+    from lora_retriever_kernels.attention import attend_decode, write_kv
 
     step = make_step([(1, 1), (1, 63), (1, 130), (1, 5)], heads, kv_heads, dim, dtype)
     write_kv(step.query, step.key, step.value, step.keys, step.values, step.pages)
@@ -146,7 +146,7 @@ def test_prefill(
     dtype: torch.dtype,
 ) -> None:
     """Whole prompts, one of them longer than a tile, and prompts behind a cached prefix, beside a padding token."""
-    from paged_attention import attend_prefill, queries_per_tile, write_kv
+    from lora_retriever_kernels.attention import attend_prefill, queries_per_tile, write_kv
 
     step = make_step([(3, 3), (133, 133), (2, 70), (30, 45)], heads, kv_heads, dim, dtype)
     write_kv(step.query, step.key, step.value, step.keys, step.values, step.pages)
@@ -169,7 +169,7 @@ def test_prefill(
 @pytest.mark.parametrize(("dim", "rotary_dim"), [(16, 16), (24, 24), (20, 12)])
 def test_write_normalises_and_rotates(dim: int, rotary_dim: int, has_norm: bool) -> None:
     """Queries change in place inside a wider buffer, keys on their way to the cache, values not at all."""
-    from paged_attention import QueryKeyNorm, Rotary, write_kv
+    from lora_retriever_kernels.attention import QueryKeyNorm, Rotary, write_kv
 
     step = make_step([(2, 2), (1, 9)], 10, 3, dim, torch.float32)
     packed = torch.cat([step.query, step.key, step.value], 1)

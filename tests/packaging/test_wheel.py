@@ -27,7 +27,11 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_both_packages_are_in_it_and_typed(unpacked: Path) -> None:
     """The package, the kernels, their type markers and the demo's adapters; no tests, no `kernels` package."""
-    for path in ("langchain_lora_retriever/py.typed", "lora_kernels/py.typed", "langchain_lora_retriever/demo/pool"):
+    for path in (
+        "langchain_lora_retriever/py.typed",
+        "lora_retriever_kernels/py.typed",
+        "langchain_lora_retriever/demo/pool",
+    ):
         assert (unpacked / path).exists(), path
     assert not (unpacked / "kernels").exists()
     assert not (unpacked / "tests").exists()

@@ -7,7 +7,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from langchain_lora_retriever.composer import compose
+from langchain_lora_retriever.retrieval.composer import compose
 from langchain_lora_retriever.types import RetrievedAdapter
 
 SCORES = st.lists(st.floats(-1, 1) | st.sampled_from([0.5, 0.50001, -1.0, 1.0]), min_size=1, max_size=70)

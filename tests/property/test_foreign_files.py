@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from langchain_lora_retriever.errors import AdapterError
-from langchain_lora_retriever.pool import AdapterPool
+from langchain_lora_retriever.pool.pool import AdapterPool
 
 NUM_FOLDERS = int(os.environ.get("FOREIGN_FILES", "2000"))
 SEED = int(os.environ.get("FOREIGN_FILES_SEED", "0"))

@@ -188,12 +188,12 @@ def try_case(options: dict[str, Any], rng: random.Random, tokenizer: Any) -> str
     """What becomes of a case: "refused", "failed" while it is followed, "cut", "ended"."""
     import torch
 
-    from langchain_lora_retriever.answer_format import answer_format
-    from langchain_lora_retriever.call_options import CallOptions
-    from langchain_lora_retriever.engine.constraints import compiler_of
+    from langchain_lora_retriever.chat.call import CallOptions
+    from langchain_lora_retriever.engine.grammar import compiler_of
     from langchain_lora_retriever.errors import EngineError, InvalidRequestError
-    from langchain_lora_retriever.json_check import violation
-    from langchain_lora_retriever.tools import to_json_schema
+    from langchain_lora_retriever.output.format import answer_format
+    from langchain_lora_retriever.output.json_check import violation
+    from langchain_lora_retriever.output.tools import to_json_schema
 
     if isinstance(options.get("guided"), dict) and options["guided"].keys().isdisjoint({"regex", "grammar", "choice"}):
         options = {"guided": {"json": options["guided"]}}

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from langchain_lora_retriever.index import AdapterIndex
+from langchain_lora_retriever.retrieval.index import AdapterIndex
 
 DIMENSION = 8
 NAMES = st.sampled_from([f"n{i}" for i in range(8)])

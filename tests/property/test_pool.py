@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from langchain_lora_retriever.pool import AdapterPool
-from langchain_lora_retriever.retriever import LoraRetriever
+from langchain_lora_retriever.pool.pool import AdapterPool
+from langchain_lora_retriever.retrieval.retriever import LoraRetriever
 
 OPERATIONS = st.lists(
     st.tuples(st.sampled_from(["add", "update", "remove", "query"]), st.sampled_from("abcd"), st.integers(0, 5)),

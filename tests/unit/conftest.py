@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -60,7 +61,7 @@ def engine(tokenizer: PreTrainedTokenizerFast) -> FakeEngine:
 @pytest.fixture
 def loads_engine(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Have `engine` loaded for whatever base model is named."""
-    monkeypatch.setattr(registry, "load_base_model", lambda source, **_: source)
+    monkeypatch.setattr(registry, "load_base_model", lambda source, **_: SimpleNamespace(tokenizer=engine.tokenizer))
     monkeypatch.setattr(registry, "EngineWorker", lambda base, config: engine)
     yield
     registry.close_engines()

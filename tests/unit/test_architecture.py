@@ -1,9 +1,8 @@
-"""Who may import whom, read from the source."""
+"""Who may import whom, read from the source: the floors of docs/architecture.md."""
 
 from __future__ import annotations
 
 import ast
-import re
 import sys
 from pathlib import Path
 
@@ -11,37 +10,48 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = "langchain_lora_retriever"
+KERNELS = "lora_retriever_kernels"
 
-# The parts that know LangChain; everything else is a library of its own.
-LANGCHAIN_ROOMS = {
-    "answer_format",
-    "answers",
-    "ask",
-    "chat_model",
-    "chat_settings",
-    "concurrency",
-    "messages",
-    "profiles",
-    "readers",
-    "structured_output",
-    "template_reader",
-    "tool_calls",
-    "tools",
+GROUND = {"errors", "types", "support"}
+# Each folder or module of the package, and what else of it that may import. A name stands for all that is in it.
+FLOORS: dict[str, set[str]] = {
+    "errors": set(),
+    "support": {"errors"},
+    "types": {"errors", "support"},
+    "pool": GROUND,
+    "retrieval": GROUND | {"pool"},
+    "engine": GROUND,
+    "output": GROUND | {"engine.api", "engine.grammar"},
+    "runtime": GROUND | {"engine.api", "retrieval", "pool"},
+    "registry": GROUND | {"engine", "retrieval", "pool", "runtime"},
+    "chat": GROUND | {"engine", "retrieval", "pool", "output", "runtime", "registry"},
+    "testing": GROUND | {"engine"},
+    "evaluation": GROUND | {"engine", "retrieval", "pool", "chat"},
+    "demo": GROUND | {"engine", "retrieval", "pool", "chat", "registry", "evaluation"},
+    "cli": GROUND | {"engine", "retrieval", "pool", "chat", "registry", "runtime", "evaluation", "demo"},
 }
-# What every part may import.
-GROUND_FLOOR = {"base_names", "errors", "forking", "shown", "types"}
-# Retrieval and composition: no LangChain, no engine.
-RETRIEVAL_ROOMS = {
-    "adapter_config", "adapter_folder", "adapters", "answer_fit", "aside", "composer", "encoder", "file_weights",
-    "forking", "fusion", "hybrid_encoder", "index", "micro_batcher", "nesting", "patterns", "pool", "pool_folder",
-    "retriever", "samples", "shown", "training", "vector_cache",
-}  # fmt: skip
+# What of the outside only some may import: the floors that a new version of it may change.
+OUTSIDE: dict[str, set[str]] = {
+    "langchain_core": {"output", "chat", "demo", "cli"},
+    "faiss": {"retrieval"},
+    "sentence_transformers": {"retrieval", "demo"},
+    "peft": {"pool", "demo"},
+    "triton": set(),
+    KERNELS: {"engine.model"},
+    "accelerate": {"engine.model"},
+}
+# Files of `engine` that must do without torch: those above it import them.
+WITHOUT_TORCH = {"engine.api", "engine.config", "engine.generation", "engine.stats"}
 
 
-def imports(path: Path) -> set[str]:
-    """Every module a file imports, at any level, with dots."""
+def imports(path: Path, *, at_run_time: bool = False) -> set[str]:
+    """Every module a file imports, with dots; with `at_run_time` those alone that importing it imports."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes: list[ast.AST] = list(ast.walk(tree))
+    if at_run_time:
+        nodes = list(tree.body)
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -50,53 +60,66 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def files_of(*parts: str) -> list[Path]:
-    """The Python files below a folder."""
-    return sorted((ROOT.joinpath(*parts)).rglob("*.py"))
+def module_of(path: Path) -> str:
+    """`engine.api` of `langchain_lora_retriever/engine/api.py`; a package's `__init__` is the package."""
+    parts = path.relative_to(ROOT / PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def room_of(module: str) -> str | None:
-    """`encoder` of `langchain_lora_retriever.encoder.Encoder`; None for other packages."""
-    match = re.match(rf"{PACKAGE}\.(\w+)", module)
-    return match and match[1]
+def is_in(module: str, names: set[str]) -> bool:
+    """Whether a module is one of some names, or in one."""
+    return any(module == name or module.startswith(f"{name}.") for name in names)
 
 
-@pytest.mark.parametrize("path", files_of("kernels"), ids=lambda p: p.stem)
+FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
+OWN = {module_of(path): path for path in FILES}
+
+
+def own_imports(path: Path) -> set[str]:
+    """The package's own modules among a file's imports."""
+    found = {module.removeprefix(f"{PACKAGE}.") for module in imports(path) if module.startswith(f"{PACKAGE}.")}
+    return {module for module in found if module in OWN}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").rglob("*.py")), ids=lambda p: f"{p.parent.name}.{p.stem}")
 def test_kernels_know_torch_and_triton_only(path: Path) -> None:
     """The kernels can be used without the rest of the package."""
-    own = {folder.name for folder in (ROOT / "kernels").iterdir() if folder.is_dir()}
-    others = {module.split(".")[0] for module in imports(path)} - sys.stdlib_module_names - own
-    assert others <= {"torch", "triton"}
+    others = {module.split(".")[0] for module in imports(path)} - sys.stdlib_module_names
+    assert others <= {"torch", "triton", KERNELS}
 
 
-@pytest.mark.parametrize("path", files_of(PACKAGE, "engine"), ids=lambda p: p.stem)
-def test_the_engine_knows_no_langchain_and_no_retrieval(path: Path) -> None:
-    """The engine gets token ids and adapters, and knows nothing of where they come from."""
-    found = imports(path)
-    assert {room for module in found if (room := room_of(module))} <= {"engine"} | GROUND_FLOOR
-    assert not {module.split(".")[0] for module in found} & {"langchain_core", "faiss", "sentence_transformers", "peft"}
+@pytest.mark.parametrize("module", sorted(set(OWN) - {""}))
+def test_each_floor_imports_what_is_below_it(module: str) -> None:
+    """No arrow goes up, and none to a neighbour that the floors do not name."""
+    floor = module.split(".", maxsplit=1)[0]
+    allowed = FLOORS[floor] | {floor}
+    assert {other for other in own_imports(OWN[module]) if not is_in(other, allowed)} <= {""}
 
 
-@pytest.mark.parametrize("room", sorted(RETRIEVAL_ROOMS))
-def test_retrieval_knows_neither_langchain_nor_the_engine(room: str) -> None:
-    """Adapters can be pooled, retrieved and composed without a model."""
-    found = imports(ROOT / PACKAGE / f"{room}.py")
-    assert "langchain_core" not in {module.split(".")[0] for module in found}
-    assert {r for module in found if (r := room_of(module))} <= RETRIEVAL_ROOMS | GROUND_FLOOR
+@pytest.mark.parametrize("name", sorted(OUTSIDE))
+def test_the_outside_is_known_in_few_places(name: str) -> None:
+    """So that a new version of it changes few places."""
+    found = {module for module, path in OWN.items() if name in {other.split(".")[0] for other in imports(path)}}
+    assert {module for module in found if not is_in(module, OUTSIDE[name])} == set()
 
 
-def test_only_the_rooms_that_face_langchain_import_it() -> None:
-    """LangChain is known in few places, so that a new version of it changes few places."""
-    found = {
-        path.stem
-        for path in files_of(PACKAGE)
-        if any(module.split(".")[0] == "langchain_core" for module in imports(path))
-    }
-    assert found <= LANGCHAIN_ROOMS | {path.stem for path in files_of(PACKAGE, "demo")}
+def test_nothing_of_the_engine_knows_the_model_but_its_room() -> None:
+    """Model classes, configurations and caches of transformers; tokenizers are everybody's."""
+    allowed = {"PreTrainedTokenizerBase", "PreTrainedTokenizerFast", "PreTrainedTokenizer"}
+    for module, path in OWN.items():
+        if is_in(module, {"engine"}) and not is_in(module, {"engine.model"}):
+            known = {other for other in imports(path) if other.split(".")[0] == "transformers"} - {"transformers"}
+            assert {other.removeprefix("transformers.") for other in known} <= allowed, module
 
 
-def test_the_ground_floor_knows_nobody() -> None:
-    """Everything may import the ground floor because it imports nothing of the package but itself."""
-    for stem in sorted(GROUND_FLOOR):
-        rooms = {room for module in imports(ROOT / PACKAGE / f"{stem}.py") if (room := room_of(module))}
-        assert rooms <= {"errors", "shown"}
+@pytest.mark.parametrize("module", sorted(WITHOUT_TORCH))
+def test_the_seam_imports_no_torch(module: str) -> None:
+    """Callers in processes without it can hold an engine."""
+    assert "torch" not in {other.split(".")[0] for other in imports(OWN[module], at_run_time=True)}
+
+
+def test_every_room_says_what_it_is() -> None:
+    """A package's docstring says what may be touched there."""
+    for module, path in OWN.items():
+        if path.name == "__init__.py" and module:
+            assert len(ast.get_docstring(ast.parse(path.read_text())) or "") > 60, module

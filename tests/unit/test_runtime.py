@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 
 from langchain_lora_retriever import AdapterPool, ChatLoraRetriever, LoraRetriever
-from langchain_lora_retriever import pool as pool_module
-from langchain_lora_retriever import pool_folder as folder_module
 from langchain_lora_retriever.engine import EngineWorker
 from langchain_lora_retriever.errors import (
     EngineDeadError,
@@ -21,6 +19,8 @@ from langchain_lora_retriever.errors import (
     PoolError,
     UnknownAdapterError,
 )
+from langchain_lora_retriever.pool import folder as folder_module
+from langchain_lora_retriever.pool import pool as pool_module
 from langchain_lora_retriever.testing import FakeEngine
 
 if TYPE_CHECKING:

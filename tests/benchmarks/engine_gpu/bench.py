@@ -148,8 +148,8 @@ class Bench:
             start = time.perf_counter()
             self._worker = EngineWorker(BaseModel(self.model, self.tokenizer, "8b"), config)
             self._config = config
-            executor = self._worker._engine._runner._executor
-            is_fused = executor is not None and executor.is_fused
+            executor = self._worker.core.runner.executor
+            is_fused = executor.is_fused
             print(f"  (engine started in {time.perf_counter() - start:.1f} s, fused layers: {is_fused})", flush=True)
         return self._worker
 

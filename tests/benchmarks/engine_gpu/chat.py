@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from langchain_core.messages import AIMessage
 
     from langchain_lora_retriever import AdapterPool
-    from langchain_lora_retriever.encoder import SentenceTransformerEncoder
     from langchain_lora_retriever.engine import EngineWorker, Generation
+    from langchain_lora_retriever.retrieval.encoder import SentenceTransformerEncoder
 
 
 def chat(bench: Bench) -> None:
@@ -35,7 +35,7 @@ def chat(bench: Bench) -> None:
     and how much of that the interpreter's full collections took, and the CPU time of the event loop's thread.
     """
     from langchain_lora_retriever import AdapterPool, ChatLoraRetriever, LoraRetriever
-    from langchain_lora_retriever.pool import PoolEntry, PoolState
+    from langchain_lora_retriever.pool.pool import PoolEntry, PoolState
     from langchain_lora_retriever.registry import close_engines
 
     usual = bench.engine().config
@@ -177,7 +177,7 @@ def random_encoder(bench: Bench, folder: Path) -> SentenceTransformerEncoder:
     from sentence_transformers import SentenceTransformer, models
     from transformers import BertConfig, BertModel
 
-    from langchain_lora_retriever.encoder import SentenceTransformerEncoder
+    from langchain_lora_retriever.retrieval.encoder import SentenceTransformerEncoder
 
     torch.manual_seed(0)
     config = BertConfig(

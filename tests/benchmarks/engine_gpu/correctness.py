@@ -256,8 +256,8 @@ class _Memory(NamedTuple):
             return cls(0, 0, 0, 0)
         torch.cuda.synchronize()
         free, total = torch.cuda.mem_get_info()
-        executor = worker._engine._runner._executor
-        num_graphs = len(executor._graphs) if executor is not None else 0
+        executor = worker.core.runner.executor
+        num_graphs = len(executor.graphs)
         return cls(torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), total - free, num_graphs)
 
     def __str__(self) -> str:

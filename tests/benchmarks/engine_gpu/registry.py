@@ -68,12 +68,12 @@ def check_rows(bench: Bench, worker: EngineWorker, adapters: Mapping[str, Adapte
     Raises:
         GateError: If one does not; names the first, and the module.
     """
-    stacks = worker._engine._runner.lora_layers.stacks
-    residents = dict(worker._engine.slots._residents)
+    stacks = worker.core.runner.lora_layers.stacks
+    residents = dict(worker.core.slots._residents)
     num_tensors = 0
     for fingerprint, resident in residents.items():
         adapter = adapters[fingerprint]
-        start = worker._engine.slots._rows.get(fingerprint)
+        start = worker.core.slots._rows.get(fingerprint)
         assert start is not None
         rows = slice(start, start + adapter.rank)
         for names, stack in stacks:
@@ -186,12 +186,12 @@ def _top(completion: Completion) -> Logprobs:
 
 
 def _leave_out_copies(worker: EngineWorker) -> None:
-    layers = worker._engine._runner.lora_layers
+    layers = worker.core.runner.lora_layers
     for _, stack in layers.stacks:
         stack.ranks.fill_(RANK)
-    worker._engine.slots._store = _NoCopies(layers)
-    worker._engine._store.close()
-    worker._engine._store = worker._engine.slots._store
+    worker.core.slots._store = _NoCopies(layers)
+    worker.core.store.close()
+    worker.core.store = worker.core.slots._store
 
 
 class _NoCopies:

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import linear
 
 from engine_gpu.bench import DEVICE, Bench, Pairs, median_ms
-from langchain_lora_retriever.fusion import fuse
+from langchain_lora_retriever.retrieval.fusion import fuse
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def products(bench: Bench) -> None:
     """The matrix products of a decode step alone, the last one over the vocabulary included, in graph replay."""
-    runner = bench.engine()._engine._runner
+    runner = bench.engine().core.runner
     weights = [group._fused[0] for group in runner.lora_layers._groups]
     weights.append(bench.model.get_output_embeddings().weight)
     for num_tokens in (1, bench.batch):
@@ -109,7 +109,7 @@ class _Watch:
     """Writes down when each request was given a token, by looking over the recorder's shoulder."""
 
     def __init__(self, worker: EngineWorker) -> None:
-        self._recorder: Any = worker._engine._recorder
+        self._recorder: Any = worker.core.recorder
         self._times: dict[int, list[float]] = {}
         self._news = threading.Condition()
         self._num_steps = 0

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from langchain_lora_retriever import demo
-from langchain_lora_retriever.adapters import CONFIG_FILE, WEIGHTS_FILE
 from langchain_lora_retriever.demo.model import BASE_MODEL
 from langchain_lora_retriever.demo.tasks import TASKS, make_examples
-from langchain_lora_retriever.pool import AdapterPool
-from langchain_lora_retriever.samples import SAMPLES_FILE
+from langchain_lora_retriever.pool.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from langchain_lora_retriever.pool.pool import AdapterPool
+from langchain_lora_retriever.pool.samples import SAMPLES_FILE
 
 FOLDER = demo._POOL_FOLDER
 MAX_BYTES = 16 * 10**6

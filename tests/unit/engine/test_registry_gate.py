@@ -40,8 +40,8 @@ def test_a_row_that_is_not_its_source_s_fails_the_gate() -> None:
         worker.submit([5, 6], SamplingParams(max_tokens=2, ignore_eos=True), pairs).result(60)
         check_rows(bench, worker, by_fingerprint)
         assert bench.rows["registry: rows on the device"].startswith("3 adapters, 64 tensors equal")
-        stacks = dict(worker._engine._runner.lora_layers.stacks)
-        slots = worker._engine.slots
+        stacks = dict(worker.core.runner.lora_layers.stacks)
+        slots = worker.core.slots
         resident = slots._residents[adapters[0].fingerprint]
         start = slots._rows.get(adapters[0].fingerprint)
         assert start is not None

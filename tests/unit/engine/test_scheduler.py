@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from langchain_lora_retriever.engine.adapter_slots import AdapterSlots
-from langchain_lora_retriever.engine.kv_cache import KVCacheManager
+from langchain_lora_retriever.engine.kv_blocks import KVCacheManager
 from langchain_lora_retriever.engine.request import Request
 from langchain_lora_retriever.engine.scheduler import Scheduler
 from langchain_lora_retriever.types import Adapter, LoraWeights, SamplingParams

@@ -88,7 +88,7 @@ def pool(benchmark_: Any) -> Any:
     import torch
 
     from langchain_lora_retriever.evaluation import CardPool
-    from langchain_lora_retriever.pool import PoolEntry
+    from langchain_lora_retriever.pool.pool import PoolEntry
 
     pool = CardPool(benchmark_.cards)
     entries = {}

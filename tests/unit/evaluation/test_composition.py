@@ -9,7 +9,7 @@ import pytest
 
 from langchain_lora_retriever.errors import InvalidRequestError
 from langchain_lora_retriever.evaluation import Setting, evaluate_composition, paper_settings
-from langchain_lora_retriever.retriever import LoraRetriever
+from langchain_lora_retriever.retrieval.retriever import LoraRetriever
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,7 +9,7 @@ import pytest
 
 from langchain_lora_retriever.errors import InvalidRequestError
 from langchain_lora_retriever.evaluation import CardPool, inspect_pool
-from langchain_lora_retriever.retriever import LoraRetriever
+from langchain_lora_retriever.retrieval.retriever import LoraRetriever
 
 
 def test_distinct_adapters_are_told_apart(pool: Any, encoder: Any) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from langchain_lora_retriever.errors import InvalidRequestError, MissingDependencyError
 from langchain_lora_retriever.evaluation import plots
-from langchain_lora_retriever.retriever import LoraRetriever
+from langchain_lora_retriever.retrieval.retriever import LoraRetriever
 
 if TYPE_CHECKING:
     from pathlib import Path

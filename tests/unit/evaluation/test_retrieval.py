@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from langchain_lora_retriever import training
 from langchain_lora_retriever.errors import InvalidRequestError
 from langchain_lora_retriever.evaluation import evaluate_retrieval, evaluate_splits, retrieval
+from langchain_lora_retriever.retrieval import training
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -1,6 +1,0 @@
-"""The elementwise parts of a decoder layer, each in one launch: norms with their residual additions, activations."""
-
-from decoder_kernels.activation import ACTIVATIONS, gated_activation
-from decoder_kernels.norm import RmsNorm, add_rms_norm, rms_norm
-
-__all__ = ["ACTIVATIONS", "RmsNorm", "add_rms_norm", "gated_activation", "rms_norm"]

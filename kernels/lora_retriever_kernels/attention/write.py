@@ -1,0 +1,184 @@
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# mypy: disallow-untyped-decorators=False, disallow-untyped-calls=False
+# ruff: noqa: ANN001, ANN202 - Triton types the kernels' arguments itself
+"""What happens between the projections and attention: head norms, rotation, the write to the cache; in one launch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import triton
+import triton.language as tl
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_retriever_kernels.attention.pages import Pages
+
+_MAX_TILE = 1024  # elements of one program's half heads
+
+
+class Rotary(NamedTuple):
+    """Rotary embedding of the step's tokens: `cos` and `sin`, each `[num_tokens, rotary_dim]`, the halves alike."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+class QueryKeyNorm(NamedTuple):
+    """RMS norm over each head of the queries and keys; `x * rsqrt(mean(x^2) + eps) * (weight + offset)`."""
+
+    query_weight: torch.Tensor
+    key_weight: torch.Tensor
+    eps: float
+    offset: float
+
+
+@triton.jit
+def _prepare_heads(
+    source, target, weight, cos, sin, eps, offset, heads, num_heads, source_stride, target_stride,
+    HAS_ROTARY: tl.constexpr, HAS_NORM: tl.constexpr, DIM: tl.constexpr, ROTARY_DIM: tl.constexpr,
+    BLOCK_HALF: tl.constexpr, BLOCK_TAIL: tl.constexpr,
+):  # fmt: skip
+    """Normalise and rotate some heads of a token. A thread holds both members of a pair, so this may be in place."""
+    HALF: tl.constexpr = ROTARY_DIM // 2
+    d = tl.arange(0, BLOCK_HALF)
+    ok = (heads < num_heads)[:, None] & (d < HALF)[None, :]
+    first = tl.load(source + heads[:, None] * source_stride + d[None, :], mask=ok, other=0.0).to(tl.float32)
+    second = tl.load(source + heads[:, None] * source_stride + HALF + d[None, :], mask=ok, other=0.0).to(tl.float32)
+    if ROTARY_DIM < DIM:
+        t = ROTARY_DIM + tl.arange(0, BLOCK_TAIL)
+        tail_ok = (heads < num_heads)[:, None] & (t < DIM)[None, :]
+        tail = tl.load(source + heads[:, None] * source_stride + t[None, :], mask=tail_ok, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        total = tl.sum(first * first, 1) + tl.sum(second * second, 1)
+        if ROTARY_DIM < DIM:
+            total += tl.sum(tail * tail, 1)
+        scale = tl.rsqrt(total / DIM + eps)[:, None]
+        in_half = d < HALF
+        first *= scale * (tl.load(weight + d, mask=in_half, other=0.0).to(tl.float32) + offset)[None, :]
+        second *= scale * (tl.load(weight + HALF + d, mask=in_half, other=0.0).to(tl.float32) + offset)[None, :]
+        if ROTARY_DIM < DIM:
+            tail *= scale * (tl.load(weight + t, mask=t < DIM, other=0.0).to(tl.float32) + offset)[None, :]
+    if HAS_ROTARY:
+        in_half = d < HALF
+        cos_1 = tl.load(cos + d, mask=in_half, other=0.0).to(tl.float32)[None, :]
+        cos_2 = tl.load(cos + HALF + d, mask=in_half, other=0.0).to(tl.float32)[None, :]
+        sin_1 = tl.load(sin + d, mask=in_half, other=0.0).to(tl.float32)[None, :]
+        sin_2 = tl.load(sin + HALF + d, mask=in_half, other=0.0).to(tl.float32)[None, :]
+        rotated = first * cos_1 - second * sin_1
+        second = second * cos_2 + first * sin_2
+        first = rotated
+    dtype = target.dtype.element_ty
+    tl.store(target + heads[:, None] * target_stride + d[None, :], first.to(dtype), mask=ok)
+    tl.store(target + heads[:, None] * target_stride + HALF + d[None, :], second.to(dtype), mask=ok)
+    if ROTARY_DIM < DIM:
+        tl.store(target + heads[:, None] * target_stride + t[None, :], tail.to(dtype), mask=tail_ok)
+
+
+@triton.jit(do_not_specialize_on_alignment=["rows", "positions"])
+def _write_kernel(
+    query, key, value, keys, values, tables, rows, positions, query_weight, key_weight, cos, sin, eps, offset,
+    query_stride, query_head_stride, key_stride, key_head_stride, value_stride, value_head_stride, table_stride,
+    rotary_stride, num_heads, num_kv_heads,
+    HAS_ROTARY: tl.constexpr, HAS_NORM: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_TAIL: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+):  # fmt: skip
+    """One program per token and group of heads: first the groups of key heads, then those of query heads."""
+    token = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1)
+    row = tl.load(rows + token)
+    position = tl.load(positions + token)
+    num_key_groups = tl.cdiv(num_kv_heads, BLOCK_HEADS)
+    cos += token * rotary_stride
+    sin += token * rotary_stride
+    if group < num_key_groups:
+        heads = group * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+        num_stored = tl.where(row >= 0, num_kv_heads, 0)
+        page = tl.load(tables + row * table_stride + position // PAGE, mask=row >= 0, other=0).to(tl.int64)
+        slot = (page * PAGE + position % PAGE) * num_kv_heads
+        _prepare_heads(
+            key + token * key_stride, keys + slot * DIM, key_weight, cos, sin, eps, offset, heads,
+            num_stored, key_head_stride, DIM, HAS_ROTARY, HAS_NORM, DIM, ROTARY_DIM, BLOCK_HALF, BLOCK_TAIL,
+        )  # fmt: skip
+        d = tl.arange(0, BLOCK_VALUE)
+        ok = (heads < num_stored)[:, None] & (d < VALUE_DIM)[None, :]
+        source = value + token * value_stride + heads[:, None] * value_head_stride + d[None, :]
+        tl.store(values + slot * VALUE_DIM + heads[:, None] * VALUE_DIM + d[None, :], tl.load(source, mask=ok), mask=ok)
+    elif HAS_ROTARY or HAS_NORM:
+        heads = (group - num_key_groups) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+        query += token * query_stride
+        _prepare_heads(
+            query, query, query_weight, cos, sin, eps, offset, heads, num_heads, query_head_stride,
+            query_head_stride, HAS_ROTARY, HAS_NORM, DIM, ROTARY_DIM, BLOCK_HALF, BLOCK_TAIL,
+        )  # fmt: skip
+
+
+def write_kv(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    pages: Pages,
+    rotary: Rotary | None = None,
+    norm: QueryKeyNorm | None = None,
+) -> None:
+    """Normalise and rotate queries in place, and keys on their way to the cache; store keys and values.
+
+    Args:
+        query: `[num_tokens, num_heads, head_dim]`, unit stride in a head; mutated where there is a norm or a rotation.
+        key: `[num_tokens, num_kv_heads, head_dim]`, unit stride in a head.
+        value: `[num_tokens, num_kv_heads, value_dim]`, unit stride in a head.
+        keys: Cache `[num_blocks, block_size, num_kv_heads, head_dim]`, contiguous; mutated.
+        values: Cache `[num_blocks, block_size, num_kv_heads, value_dim]`, contiguous; mutated.
+        pages: Where the tokens live.
+        rotary: Rotation of the pairs `(i, i + rotary_dim / 2)`; dimensions past `rotary_dim` stay.
+        norm: Norm of each head before the rotation.
+    """
+    num_tokens, num_heads, dim = query.shape
+    num_kv_heads, value_dim = value.shape[1:]
+    rotary_dim = rotary.cos.shape[-1] if rotary is not None else dim // 2 * 2
+    block_half = triton.next_power_of_2(rotary_dim // 2)
+    block_heads = max(1, min(8, _MAX_TILE // block_half, triton.next_power_of_2(num_kv_heads)))
+    num_groups = triton.cdiv(num_kv_heads, block_heads)
+    if rotary is not None or norm is not None:
+        num_groups += triton.cdiv(num_heads, block_heads)
+    _write_kernel[(num_tokens, num_groups)](
+        query,
+        key,
+        value,
+        keys,
+        values,
+        pages.tables,
+        pages.rows,
+        pages.positions,
+        norm.query_weight if norm is not None else query,
+        norm.key_weight if norm is not None else query,
+        rotary.cos if rotary is not None else query,
+        rotary.sin if rotary is not None else query,
+        norm.eps if norm is not None else 0.0,
+        norm.offset if norm is not None else 0.0,
+        query.stride(0),
+        query.stride(1),
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        value.stride(1),
+        pages.tables.stride(0),
+        rotary.cos.stride(0) if rotary is not None else 0,
+        num_heads,
+        num_kv_heads,
+        HAS_ROTARY=rotary is not None,
+        HAS_NORM=norm is not None,
+        PAGE=keys.shape[1],
+        DIM=dim,
+        VALUE_DIM=value_dim,
+        ROTARY_DIM=rotary_dim,
+        BLOCK_HEADS=block_heads,
+        BLOCK_HALF=block_half,
+        BLOCK_TAIL=triton.next_power_of_2(max(dim - rotary_dim, 1)),
+        BLOCK_VALUE=triton.next_power_of_2(value_dim),
+        num_warps=2,
+    )

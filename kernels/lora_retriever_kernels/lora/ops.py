@@ -1,0 +1,336 @@
+"""The operators as PyTorch sees them: checked wrappers over `torch.library` custom ops."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from lora_retriever_kernels.lora import dense, plan
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lora_retriever_kernels.lora.batch import LoraBatch
+    from lora_retriever_kernels.lora.stack import LoraStack
+
+
+def _check(name: str, tensor: torch.Tensor, shape: tuple[int, int], stack: LoraStack) -> None:
+    """Raise unless `tensor` is `shape` with unit stride in its rows, and of the stack's dtype and device."""
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
+    if tensor.dtype != stack.a.dtype:
+        raise ValueError(f"{name} must be {stack.a.dtype} like the stack, got {tensor.dtype}")
+    if tensor.device != stack.a.device:
+        raise ValueError(f"{name} must be on {stack.a.device} like the stack, got {tensor.device}")
+    if tensor.stride(1) != 1 and shape[1] > 1:
+        raise ValueError(f"{name} must have contiguous rows (stride 1), got strides {tensor.stride()}")
+
+
+def _check_batch(stack: LoraStack, batch: LoraBatch) -> None:
+    """Raise unless the batch and the stack share their row map."""
+    if batch.rows is not stack.rows:
+        raise ValueError("batch and stack must share one LoraRows; got two different ones")
+
+
+def _check_v(v: torch.Tensor, stack: LoraStack, batch: LoraBatch) -> None:
+    """Raise unless `v` is what `lora_shrink` returns."""
+    expected = (batch.num_tokens, batch.k, stack.num_slices, batch.rank_bound)
+    if tuple(v.shape[1:]) != expected or v.dtype != torch.float32 or not v.is_contiguous():
+        raise ValueError(
+            f"v must be lora_shrink's contiguous float32 [num_splits, {', '.join(map(str, expected))}], got {v.dtype} "
+            f"{list(v.shape)}"
+        )
+
+
+def add_lora(y: torch.Tensor, x: torch.Tensor, stack: LoraStack, batch: LoraBatch) -> None:
+    """Add each token's weighted adapter outputs to `y` in place.
+
+    Semantics:
+        y[t, slice i] += sum_j w[t, j] * (x[t] @ A[m[t, j], i].T) @ B[m[t, j], i].T
+
+    Args:
+        y: Outputs `[num_tokens, sum(out_features)]`, the stack's dtype, unit stride in a row, any row stride; mutated.
+            A token whose slots are all -1 is left untouched.
+        x: Inputs `[num_tokens, in_features]`, same dtype, unit stride in a row.
+        stack: The adapters' tensors.
+        batch: The step's assignment; `update` must have been called for `num_tokens` tokens.
+
+    Raises:
+        ValueError: If shapes, dtypes, devices or strides disagree.
+
+    Source: LoraRetriever, arXiv:2402.09997 (mixture); Punica, arXiv:2310.18547 (segments).
+    """
+    _check_batch(stack, batch)
+    _check("x", x, (batch.num_tokens, stack.in_features), stack)
+    _check("y", y, (batch.num_tokens, stack.b.shape[1]), stack)
+    if batch.backend == "torch" and not torch.compiler.is_compiling():
+        _add_torch(y, x, stack, batch)
+        return
+    rows = stack.rows
+    _add_lora(
+        y,
+        x,
+        stack.a,
+        stack.b,
+        stack.ranks,
+        rows.starts,
+        rows.counts,
+        list(stack.out_features),
+        batch.rank_bound,
+        batch.block_m,
+        batch.tensors(),
+    )
+
+
+def _add_torch(y: torch.Tensor, x: torch.Tensor, stack: LoraStack, batch: LoraBatch) -> None:
+    """Run the PyTorch path with the gathered rows of the step before, where they still fit."""
+    step = batch.dense
+    if not step.slots:
+        return
+    if step.row_weights is None:
+        dense.add_segments(y, x, stack.a, stack.b, stack.ranks, stack.rows.starts, stack.out_features, step.segments)
+        return
+    a_active, b_active = stack.gather((step.slots, stack.rows.version), step.slots)
+    dense.add_dense(y, x, a_active, b_active, stack.out_features, step.row_weights, step.unused)
+
+
+@torch.library.custom_op("lora_retriever_kernels::add_lora", mutates_args=("y",))
+def _add_lora(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    ranks: torch.Tensor,
+    starts: torch.Tensor,
+    counts: torch.Tensor,
+    out_features: list[int],
+    max_rank: int,
+    block_m: int,
+    batch: list[torch.Tensor],
+) -> None:
+    if x.shape[0] == 0:
+        return
+    if len(batch) == 2:
+        step = dense.plan_dense(batch[0], batch[1], counts)
+        if step.row_weights is None:
+            dense.add_segments(y, x, a, b, ranks, starts, out_features, step.segments)
+        elif step.slots:
+            gathered = dense.gather(a, b, ranks, starts, counts, out_features, step.slots)
+            dense.add_dense(y, x, *gathered, out_features, step.row_weights, step.unused)
+        return
+    v = _lora_shrink(x, a, ranks, starts, max_rank, block_m, batch)
+    _lora_expand(y, v, b, ranks, starts, out_features, block_m, [], batch)
+
+
+@_add_lora.register_fake
+def _(*args: object) -> None:
+    """Nothing to shape: `y` is mutated."""
+
+
+def lora_shrink(x: torch.Tensor, stack: LoraStack, batch: LoraBatch) -> torch.Tensor:
+    """Project each token's input onto the rank rows of its adapters.
+
+    Semantics:
+        v.sum(0)[t, j, i, :r] = x[t] @ A[m[t, j], i].T, with r the rank of slice i; what lies beyond is undefined.
+
+    Args:
+        x: Inputs `[num_tokens, in_features]`, the stack's dtype, unit stride in a row.
+        stack: The adapters' tensors.
+        batch: The step's assignment.
+
+    Returns:
+        Partial sums `v [num_splits, num_tokens, k, num_slices, rank_bound]`, fp32. The programs that share a token's
+        input features each write their own; `lora_expand` adds them in order, so no atomics are needed.
+
+    Raises:
+        ValueError: If shapes, dtypes, devices or strides disagree.
+    """
+    _check_batch(stack, batch)
+    _check("x", x, (batch.num_tokens, stack.in_features), stack)
+    rows = stack.rows
+    v: torch.Tensor = _lora_shrink(
+        x, stack.a, stack.ranks, rows.starts, batch.rank_bound, batch.block_m, batch.tensors()
+    )
+    return v
+
+
+def _empty_v(x: torch.Tensor, a: torch.Tensor, max_rank: int, block_m: int, batch: list[torch.Tensor]) -> torch.Tensor:
+    """Allocate the partial sums."""
+    num_tokens, k = batch[0].shape
+    splits = 1
+    if len(batch) > 2:
+        splits = plan.plan_shrink(num_tokens, k, max_rank, x.shape[1], a.shape[0], x.element_size(), block_m).num_splits
+    return torch.empty(splits, num_tokens, k, a.shape[0], max_rank, dtype=torch.float32, device=x.device)
+
+
+@torch.library.custom_op("lora_retriever_kernels::lora_shrink", mutates_args=())
+def _lora_shrink(
+    x: torch.Tensor,
+    a: torch.Tensor,
+    ranks: torch.Tensor,
+    starts: torch.Tensor,
+    max_rank: int,
+    block_m: int,
+    batch: list[torch.Tensor],
+) -> torch.Tensor:
+    v = _empty_v(x, a, max_rank, block_m, batch)
+    if v.numel() == 0:
+        return v
+    if len(batch) == 2:
+        for slot in batch[0].unique().tolist():
+            lo, hits = int(starts[slot]), (batch[0] == slot).unsqueeze(2)
+            for i, rank in enumerate(ranks[slot].tolist() if slot >= 0 else ()):
+                product = x.float() @ a[i, lo : lo + rank].float().t()
+                v[0, :, :, i, :rank] = torch.where(hits, product.unsqueeze(1), v[0, :, :, i, :rank])
+        return v
+    from lora_retriever_kernels.lora.shrink import shrink  # noqa: PLC0415 - Triton is optional
+
+    shrink(v, x, a, ranks, starts, block_m, batch)
+    return v
+
+
+@_lora_shrink.register_fake
+def _(
+    x: torch.Tensor,
+    a: torch.Tensor,
+    ranks: torch.Tensor,  # noqa: ARG001 - the schema's
+    starts: torch.Tensor,  # noqa: ARG001 - the schema's
+    max_rank: int,
+    block_m: int,
+    batch: list[torch.Tensor],
+) -> torch.Tensor:
+    return _empty_v(x, a, max_rank, block_m, batch)
+
+
+def lora_mix(v: torch.Tensor, stack: LoraStack, batch: LoraBatch) -> list[torch.Tensor]:
+    """Do the part of `lora_expand` that needs no output yet, so that it can run beside what computes the output.
+
+    Args:
+        v: What `lora_shrink` returned for the same stack and batch.
+        stack: The adapters' tensors.
+        batch: The step's assignment.
+
+    Returns:
+        What `lora_expand` takes as `mixed`; empty where there is nothing to prepare.
+
+    Raises:
+        ValueError: If shapes, dtypes, devices or strides disagree.
+    """
+    _check_batch(stack, batch)
+    _check_v(v, stack, batch)
+    if batch.backend == "torch" or batch.block_m == 1 or v.numel() == 0:
+        return []
+    rows = stack.rows
+    mixed: list[torch.Tensor] = _lora_mix(
+        v, stack.b, stack.ranks, rows.starts, list(stack.out_features), batch.block_m, batch.tensors()
+    )
+    return mixed
+
+
+@torch.library.custom_op("lora_retriever_kernels::lora_mix", mutates_args=())
+def _lora_mix(
+    v: torch.Tensor,
+    b: torch.Tensor,
+    ranks: torch.Tensor,
+    starts: torch.Tensor,
+    out_features: list[int],
+    block_m: int,
+    batch: list[torch.Tensor],
+) -> list[torch.Tensor]:
+    from lora_retriever_kernels.lora.expand import mix  # noqa: PLC0415 - Triton is optional
+
+    return mix(v, b, ranks, starts, out_features, block_m, batch)
+
+
+@_lora_mix.register_fake
+def _(
+    v: torch.Tensor,
+    b: torch.Tensor,
+    ranks: torch.Tensor,
+    starts: torch.Tensor,  # noqa: ARG001 - the schema's
+    out_features: list[int],
+    block_m: int,
+    batch: list[torch.Tensor],  # noqa: ARG001 - the schema's
+) -> list[torch.Tensor]:
+    from lora_retriever_kernels.lora.expand import mixed_shapes  # noqa: PLC0415 - Triton is optional
+
+    shape, rows_shape = mixed_shapes(v, b.shape[0], ranks.shape[0], out_features, block_m)
+    return [b.new_empty(shape), b.new_empty(rows_shape, dtype=torch.int32)]
+
+
+def lora_expand(
+    y: torch.Tensor,
+    v: torch.Tensor,
+    stack: LoraStack,
+    batch: LoraBatch,
+    mixed: Sequence[torch.Tensor] = (),
+) -> None:
+    """Add the weighted products of `lora_shrink`'s result with B to `y` in place.
+
+    Semantics:
+        y[t, slice i] += sum_j w[t, j] * v.sum(0)[t, j, i, :r] @ B[m[t, j], i].T
+
+    Args:
+        y: Outputs `[num_tokens, sum(out_features)]`, the stack's dtype, unit stride in a row, any row stride; mutated.
+        v: What `lora_shrink` returned for the same stack and batch.
+        stack: The adapters' tensors.
+        batch: The step's assignment.
+        mixed: What `lora_mix` returned for them, if it was called.
+
+    Raises:
+        ValueError: If shapes, dtypes, devices or strides disagree.
+    """
+    _check_batch(stack, batch)
+    _check("y", y, (batch.num_tokens, stack.b.shape[1]), stack)
+    _check_v(v, stack, batch)
+    rows = stack.rows
+    _lora_expand(
+        y,
+        v,
+        stack.b,
+        stack.ranks,
+        rows.starts,
+        list(stack.out_features),
+        batch.block_m,
+        list(mixed),
+        batch.tensors(),
+    )
+
+
+@torch.library.custom_op("lora_retriever_kernels::lora_expand", mutates_args=("y",))
+def _lora_expand(
+    y: torch.Tensor,
+    v: torch.Tensor,
+    b: torch.Tensor,
+    ranks: torch.Tensor,
+    starts: torch.Tensor,
+    out_features: list[int],
+    block_m: int,
+    mixed: list[torch.Tensor],
+    batch: list[torch.Tensor],
+) -> None:
+    if v.numel() == 0:
+        return
+    if len(batch) > 2:
+        from lora_retriever_kernels.lora.expand import expand  # noqa: PLC0415 - Triton is optional
+
+        expand(y, v, b, ranks, starts, out_features, block_m, mixed, batch)
+        return
+    mapping, weights = batch
+    total = v.sum(0)
+    for slot in mapping.unique().tolist():
+        if slot < 0:
+            continue
+        lo, offset = int(starts[slot]), 0
+        weight = (weights * (mapping == slot)).unsqueeze(2)
+        for i, width in enumerate(out_features):
+            rank = int(ranks[slot, i])
+            part = torch.where(weight != 0, total[:, :, i, :rank] * weight, 0.0).sum(1)
+            y[:, offset : offset + width] += (part @ b[lo : lo + rank, offset : offset + width].float()).to(y.dtype)
+            offset += width
+
+
+@_lora_expand.register_fake
+def _(*args: object) -> None:
+    """Nothing to shape: `y` is mutated."""

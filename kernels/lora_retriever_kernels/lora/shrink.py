@@ -1,0 +1,134 @@
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# mypy: disallow-untyped-decorators=False, disallow-untyped-calls=False
+# ruff: noqa: ANN001, ANN202 - Triton types the kernels' arguments itself
+"""Shrink: inputs times A, one program per tile of pairs that share an adapter."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+
+from lora_retriever_kernels.lora import plan
+from lora_retriever_kernels.lora.launch import pdl_options, stages_that_fit
+
+if TYPE_CHECKING:
+    import torch
+
+
+@triton.jit
+def _shrink_kernel(
+    v,
+    x,
+    a,
+    ranks,
+    starts,
+    pairs,
+    tiles,
+    stride_x,
+    stride_slice,
+    stride_split,
+    in_features,
+    K: tl.constexpr,
+    NUM_SLICES: tl.constexpr,
+    MAX_RANK: tl.constexpr,
+    SLICES: tl.constexpr,
+    RANK_BLOCKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """v[split, pair, slice, r] = x[token(pair), chunk(split)] . a[slice, start(slot) + r, chunk(split)]."""
+    if PDL:
+        # Every program waits, also one without work: a later kernel trusts this one to end after its predecessors.
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    tile = tl.program_id(0)
+    part = tl.program_id(1)
+    split = tl.program_id(2)
+    slot = tl.load(tiles + tile * 3)
+    if slot < 0:
+        return
+    column = tl.arange(0, SLICES * BLOCK_R)
+    index = part // RANK_BLOCKS * SLICES + column // BLOCK_R
+    r = part % RANK_BLOCKS * BLOCK_R + column % BLOCK_R
+    rank = tl.load(ranks + slot * NUM_SLICES + index, mask=index < NUM_SLICES, other=0)
+    has_row = r < rank
+    if tl.max(has_row.to(tl.int32)) == 0:
+        return
+    begin = tl.load(tiles + tile * 3 + 1)
+    end = tl.load(tiles + tile * 3 + 2)
+    row = tl.load(starts + slot) + r
+    position = begin + tl.arange(0, BLOCK_M)
+    has_pair = position < end
+    pair = tl.load(pairs + position, mask=has_pair, other=0)
+    k = split * CHUNK + tl.arange(0, BLOCK_K)
+    x_ptr = x + (pair // K).to(tl.int64)[:, None] * stride_x + k[None, :]
+    a_ptr = a + (index.to(tl.int64) * stride_slice + row.to(tl.int64) * in_features)[None, :] + k[:, None]
+    acc = tl.zeros([BLOCK_M, SLICES * BLOCK_R], tl.float32)
+    remaining = in_features - split * CHUNK
+    for k0 in range(0, tl.minimum(CHUNK, remaining), BLOCK_K):
+        x_mask = has_pair[:, None]
+        a_mask = has_row[None, :]
+        if not EVEN_K:
+            has_k = tl.arange(0, BLOCK_K) < remaining - k0
+            x_mask = x_mask & has_k[None, :]
+            a_mask = a_mask & has_k[:, None]
+        x_part = tl.load(x_ptr + k0, mask=x_mask, other=0.0)
+        a_part = tl.load(a_ptr + k0, mask=a_mask, other=0.0)
+        acc = tl.dot(x_part, a_part, acc, input_precision="ieee")
+    v_ptr = v + split.to(tl.int64) * stride_split + pair.to(tl.int64)[:, None] * (NUM_SLICES * MAX_RANK)
+    tl.store(v_ptr + (index * MAX_RANK + r)[None, :], acc, mask=has_pair[:, None] & has_row[None, :])
+
+
+def shrink(
+    v: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    ranks: torch.Tensor,
+    starts: torch.Tensor,
+    token_block: int,
+    batch: list[torch.Tensor],
+) -> None:
+    """Fill the partial sums `v [num_splits, num_tokens, k, num_slices, max_rank]`; see `ops.lora_shrink`."""
+    _, num_tokens, k, num_slices, max_rank = v.shape
+    in_features, max_loras = x.shape[1], ranks.shape[0]
+    p = plan.plan_shrink(num_tokens, k, max_rank, in_features, num_slices, x.element_size(), token_block)
+    rank_blocks = plan.cdiv(max_rank, p.block_r)
+    block_m = plan.pair_block(num_tokens, k)
+    stage_bytes = (block_m + p.slices * p.block_r) * p.block_k * x.element_size()
+    grid = (
+        plan.max_pair_tiles(num_tokens, k, max_loras),
+        plan.cdiv(num_slices, p.slices) * rank_blocks,
+        p.num_splits,
+    )
+    _shrink_kernel[grid](
+        v,
+        x,
+        a,
+        ranks,
+        starts,
+        batch[2],
+        batch[3],
+        x.stride(0),
+        a.stride(0),
+        v.stride(0),
+        in_features,
+        K=k,
+        NUM_SLICES=num_slices,
+        MAX_RANK=max_rank,
+        SLICES=p.slices,
+        RANK_BLOCKS=rank_blocks,
+        BLOCK_M=block_m,
+        BLOCK_R=p.block_r,
+        BLOCK_K=p.block_k,
+        CHUNK=p.chunk,
+        EVEN_K=in_features % p.block_k == 0,
+        num_warps=p.num_warps,
+        num_stages=stages_that_fit(x.device, p.num_stages, stage_bytes),
+        **pdl_options(x.device),
+    )

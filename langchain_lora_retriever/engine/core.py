@@ -1,0 +1,401 @@
+"""The engine's core: schedule, run, sample, deliver. One thread calls it; `worker.py` owns that thread."""
+
+from __future__ import annotations
+
+import itertools
+from array import array
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from langchain_lora_retriever.engine.adapter_fit import AdapterFit
+from langchain_lora_retriever.engine.adapter_slots import AdapterSlots
+from langchain_lora_retriever.engine.api import Delta, TokenLogprob
+from langchain_lora_retriever.engine.detokenizer import Detokenizer, Vocabulary
+from langchain_lora_retriever.engine.kv_blocks import KVCacheManager
+from langchain_lora_retriever.engine.logits_rules import LogitsRules
+from langchain_lora_retriever.engine.model.generation_defaults import GenerationDefaults
+from langchain_lora_retriever.engine.model.lora_layers import MAX_RANK
+from langchain_lora_retriever.engine.model.runner import ModelRunner
+from langchain_lora_retriever.engine.request import Request, failure
+from langchain_lora_retriever.engine.sampler import ChosenToken
+from langchain_lora_retriever.engine.scheduler import Scheduler
+from langchain_lora_retriever.engine.stats import EngineStats, StatsRecorder
+from langchain_lora_retriever.errors import EngineError, InvalidRequestError, PromptTooLongError
+from langchain_lora_retriever.support.shown import shown
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from langchain_lora_retriever.engine.api import FinishReason
+    from langchain_lora_retriever.engine.config import EngineConfig
+    from langchain_lora_retriever.engine.model.load import BaseModel
+    from langchain_lora_retriever.engine.pending_step import PendingStep
+    from langchain_lora_retriever.engine.request import Constraint
+    from langchain_lora_retriever.engine.sampler import Outcome
+    from langchain_lora_retriever.types import Adapter, SamplingParams
+
+__all__ = ["Engine", "StepOutput"]
+
+_NUM_LOOKED_AHEAD = 8  # waiting requests whose adapters travel to the device
+_MAX_WEIGHT = torch.finfo(torch.float32).max  # of an adapter
+_MAX_FORCED_TOKENS = 256
+"""Forced tokens of a request taken in one step: others wait meanwhile. The grammar leaves the model no other choice."""
+
+
+class StepOutput(NamedTuple):
+    """What one request gained in a step: a delta, or the error that ended it."""
+
+    request: Request
+    delta: Delta | None = None
+    error: Exception | None = None
+
+
+class Engine:
+    """Continuous batching over one model, every request with its own weighted adapters.
+
+    Args:
+        base: The loaded model; it belongs to the engine until `close`.
+        config: Limits.
+    """
+
+    def __init__(self, base: BaseModel, config: EngineConfig) -> None:
+        self.config = config
+        self._defaults = GenerationDefaults.of(base)
+        self.tokenizer = base.tokenizer
+        self.runner = ModelRunner(base, config)
+        try:
+            self._make_rest(base, config)
+        except BaseException:
+            self.runner.close()
+            raise
+
+    def _make_rest(self, base: BaseModel, config: EngineConfig) -> None:
+        """Make what stands around the runner; the model is given back if that fails."""
+        self.device = self.runner.device
+        memory = self.runner.memory
+        self.module_shapes = self.runner.probe.module_shapes
+        self.max_model_len = memory.max_model_len
+        self.max_num_seqs = memory.max_num_seqs
+        self.store = self.runner.make_store()
+        self.fit = AdapterFit(
+            base.name,
+            self.module_shapes,
+            max_rank=MAX_RANK,
+            num_rows=memory.num_lora_rows,
+            max_loras=config.max_loras,
+        )
+        self.slots = AdapterSlots(self.store, max_loras=config.max_loras, num_rows=memory.num_lora_rows)
+        self.kv_cache = KVCacheManager(
+            memory.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
+        )
+        self.scheduler = Scheduler(
+            self.kv_cache,
+            self.slots,
+            max_num_seqs=memory.max_num_seqs,
+            max_num_batched_tokens=memory.max_num_batched_tokens,
+            max_num_prefill_tokens=memory.max_num_prefill_tokens,
+            step_sizes=self.runner.step_sizes,
+        )
+        self.recorder = StatsRecorder()
+        self._vocabulary = Vocabulary(base.tokenizer)
+        self._ids = itertools.count()
+        self._is_async = self.runner.is_async
+        self._in_flight: PendingStep | None = None
+        self._in_step: Sequence[Request] = []
+        self._outputs: list[StepOutput] = []
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        """Whether a `step` would do anything."""
+        return bool(self.scheduler.waiting or self.scheduler.running or self._in_flight)
+
+    def make_request(
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        adapters: Sequence[tuple[Adapter, float]] = (),
+    ) -> Request:
+        """Check a request against the engine's limits. Any thread may call this; nothing is queued yet.
+
+        On a GPU its adapters begin to travel there, but for fusions, which are to be averaged first.
+
+        Raises:
+            PromptTooLongError: If the prompt leaves no room for a single token.
+            InvalidRequestError: If the prompt is empty or has a token that the model lacks, or `stop_token_ids` has
+                one, or an adapter is not for this model, or a weight is not a finite number, or the composition can
+                never be resident.
+        """
+        token_ids = self._check_prompt(prompt_token_ids)
+        if len(adapters) > self.config.max_adapters_per_request:
+            raise InvalidRequestError(
+                f"The request composes {len(adapters)} adapters; the engine takes at most "
+                f"{self.config.max_adapters_per_request}: lower top_k or raise max_adapters_per_request."
+            )
+        for adapter, weight in adapters:
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) <= _MAX_WEIGHT:
+                raise InvalidRequestError(
+                    f"The weight of adapter {adapter.name!r} is {shown(weight)}: pass a finite number."
+                )
+        max_num_tokens = min(len(token_ids) + sampling.max_tokens, self.max_model_len)
+        end_token_ids = self._end_token_ids(sampling)
+        rules = LogitsRules(
+            self._defaults,
+            token_ids,
+            repetition_penalty=sampling.repetition_penalty,
+            end_token_ids=end_token_ids,
+            max_num_tokens=max_num_tokens,
+        )
+        self.fit.check_together([adapter for adapter, _ in adapters])
+        self.store.prefetch(
+            [adapter for adapter, _ in adapters if not adapter.members and not self.slots.is_resident(adapter)]
+        )
+        ordered = sorted(adapters, key=lambda pair: pair[0].fingerprint)  # one sum, whatever order it was asked in
+        return Request(
+            request_id=next(self._ids),
+            prompt_token_ids=token_ids,
+            sampling=sampling,
+            adapters=tuple(ordered),
+            detokenizer=Detokenizer(
+                self.tokenizer,
+                sampling.stop,
+                skip_special_tokens=sampling.skip_special_tokens,
+                vocabulary=self._vocabulary,
+            ),
+            rules=rules if rules.is_needed else None,
+            end_token_ids=end_token_ids,
+            max_num_tokens=max_num_tokens,
+        )
+
+    def to_average(self, request: Request) -> list[Adapter]:
+        """The request's fusions that are not in device memory: they are averaged before others wait for them."""
+        return [adapter for adapter, _ in request.adapters if adapter.members and not self.slots.is_resident(adapter)]
+
+    def add(self, request: Request) -> None:
+        """Queue a request made by `make_request`."""
+        self.recorder.on_added(request)
+        self.scheduler.add(request)
+
+    def abort(self, request: Request) -> None:
+        """Forget a request that is waiting or running, and free what it holds."""
+        self.scheduler.finish(request)
+        self.recorder.on_finished(request)
+
+    @torch.inference_mode()
+    def step(self) -> list[StepOutput]:
+        """Compute one packed step: prefill what is waiting, decode what is running, choose tokens, deliver.
+
+        With asynchronous scheduling a step is launched before the tokens of the last one are read, so that the device
+        need not wait for this thread. It takes those tokens from where the device keeps them, and a request that turns
+        out to have ended leaves one surplus token, which is dropped. What needs the token first (a
+        grammar, a ban on repeated sequences) gets it.
+
+        What goes wrong for one request (its adapters cannot be loaded, its grammar fails, its logits are not finite)
+        ends that request alone and is in its output. An exception of the step itself is raised, with the step's
+        requests still scheduled: see `fail_step`.
+        """
+        if self._in_flight is not None and any(r.needs_known_tokens for r in self._in_flight.requests):
+            self._collect(self._in_flight)
+        launched = self._launch()
+        landing, self._in_flight = self._in_flight, launched
+        if landing is not None:
+            self._collect(landing)
+        if self._in_flight is not None and not self._is_async:
+            self._collect(self._in_flight)
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def fail_step(self, cause: Exception) -> list[StepOutput]:
+        """After `step` raised: end the requests that were in it, keep all others.
+
+        Raises:
+            AssertionError: If the bookkeeping did not survive; the engine must not be used any more.
+        """
+        outputs, self._outputs = self._outputs, []
+        for request in self._in_step:
+            if request.is_finished:
+                continue
+            self.abort(request)
+            error = EngineError(f"The step that served this request failed: {cause!r}")
+            error.__cause__ = cause
+            outputs.append(StepOutput(request, error=error))
+        self._in_step = []
+        self.check_integrity()
+        return outputs
+
+    def check_integrity(self) -> None:
+        """Assert that every block and slot is free, cached, or held by a running request."""
+        self.scheduler.check_integrity()
+
+    def stats(self) -> EngineStats:
+        """A snapshot of what the engine has been doing; any thread may ask."""
+        recorder = self.recorder
+        return EngineStats(
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            num_free_blocks=self.kv_cache.num_free_blocks,
+            num_resident_adapters=self.slots.num_resident,
+            num_steps=recorder.num_steps,
+            num_finished=recorder.num_finished,
+            num_prompt_tokens=recorder.num_prompt_tokens,
+            num_cached_tokens=recorder.num_cached_tokens,
+            num_output_tokens=recorder.num_output_tokens,
+            output_tokens_per_second=recorder.output_tokens_per_second,
+            num_preemptions=self.scheduler.num_preemptions,
+            num_adapter_hits=self.slots.num_hits,
+            num_adapter_loads=self.slots.num_loads,
+            time_to_first_token=recorder.time_to_first_token,
+            inter_token=recorder.inter_token,
+        )
+
+    def close(self) -> None:
+        """Give the model back as it was and drop the device memory."""
+        self.store.close()
+        self.runner.close()
+
+    def _launch(self) -> PendingStep | None:
+        """Schedule a step and start it; None if there is nothing that could run before tokens are collected."""
+        self._in_step = []  # who is to blame if scheduling itself fails: nobody
+        scheduled = self.scheduler.schedule()
+        for request, error in self.scheduler.refused:
+            request.is_finished = True
+            self.recorder.on_finished(request)
+            names = ", ".join(repr(adapter.name) for adapter, _ in request.adapters)
+            self._outputs.append(StepOutput(request, error=failure(f"The adapters {names} cannot be loaded", error)))
+        self.scheduler.refused.clear()
+        self._prefetch()
+        if not scheduled:
+            return None
+        self._in_step = [item.request for item in scheduled]
+        flight = self.runner.launch(scheduled)
+        for item in scheduled:
+            item.request.num_computed_tokens += item.num_new_tokens
+            self.kv_cache.commit(item.request)
+        for request in flight.requests:
+            request.num_pending_tokens += 1
+        return flight
+
+    def _check_prompt(self, prompt_token_ids: Sequence[int]) -> list[int]:
+        """The prompt's tokens as plain integers, if the model has them and has room for an answer."""
+        token_ids = array("q")
+        try:
+            num_tokens = len(prompt_token_ids)
+            if num_tokens >= self.max_model_len:
+                raise PromptTooLongError(
+                    f"The prompt has {num_tokens} tokens, but prompt and answer together may have at most "
+                    f"{self.max_model_len}: shorten the prompt, or raise max_model_len or kv_cache_bytes."
+                )
+            token_ids.extend(iter(prompt_token_ids))
+        except (TypeError, OverflowError) as error:
+            raise InvalidRequestError(
+                f"A prompt is a sequence of token ids, integers from 0 to {self.runner.vocab_size - 1}; this one is a "
+                f"{type(prompt_token_ids).__name__} with {len(token_ids)} of them at its beginning: {error}."
+            ) from error
+        if not token_ids:
+            raise InvalidRequestError("The prompt has no tokens: pass at least one.")
+        if min(token_ids) < 0 or max(token_ids) >= self.runner.vocab_size:
+            place = next(i for i, token_id in enumerate(token_ids) if not 0 <= token_id < self.runner.vocab_size)
+            raise InvalidRequestError(
+                f"The prompt has the token {token_ids[place]} at place {place}, but the model's vocabulary has "
+                f"{self.runner.vocab_size} tokens, from 0: the tokenizer has more tokens than the model; use the "
+                "tokenizer that the model came with."
+            )
+        return token_ids.tolist()
+
+    def _end_token_ids(self, sampling: SamplingParams) -> frozenset[int]:
+        """The model's end-of-sequence tokens, unless these are ignored, and the request's own."""
+        unknown = [i for i in sampling.stop_token_ids if i >= self.runner.vocab_size]
+        if unknown:
+            raise InvalidRequestError(
+                f"stop_token_ids has {unknown[0]}, but the model's vocabulary has {self.runner.vocab_size} tokens, "
+                "from 0: pass ids of the tokenizer that the model came with."
+            )
+        return (frozenset() if sampling.ignore_eos else self._defaults.eos_token_ids).union(sampling.stop_token_ids)
+
+    def _prefetch(self) -> None:
+        """Let the adapters of those who are next travel while they wait."""
+        if self.scheduler.waiting:
+            adapters = [
+                adapter
+                for request in itertools.islice(self.scheduler.waiting, _NUM_LOOKED_AHEAD)
+                for adapter, _ in request.adapters
+                if not self.slots.is_resident(adapter)
+            ]
+            self.store.prefetch(adapters, may_drop=True)
+
+    def _collect(self, flight: PendingStep) -> None:
+        """Read a step's tokens and append what they are worth to the outputs."""
+        if flight is self._in_flight:
+            self._in_flight = None
+        self._in_step = flight.requests
+        served = [row for row in zip(flight.requests, flight.read(), strict=True) if not row[0].is_finished]
+        self.recorder.on_step([request for request, _ in served])
+        outputs = [self._deliver(*row) for row in served]
+        self._outputs += [output for output in outputs if output.delta is not None or output.error is not None]
+
+    def _deliver(self, request: Request, outcome: Outcome) -> StepOutput:
+        if not isinstance(outcome, ChosenToken):
+            self.kv_cache.forget(request)  # what it has computed may be as wrong as its logits
+            self.abort(request)
+            return StepOutput(request, error=outcome)
+        try:
+            delta = self._accept(request, *outcome)
+        except BaseException as error:  # noqa: BLE001 - panics of tokenizers too; it ends the request it came from
+            self.abort(request)
+            return StepOutput(request, error=failure("The request failed while its answer was read", error))
+        if delta is not None and delta.finish_reason is not None:
+            self.scheduler.finish(request)
+            self.recorder.on_finished(request)
+        return StepOutput(request, delta)
+
+    def _accept(self, request: Request, token_id: int, logprob: TokenLogprob | None) -> Delta | None:
+        """Append a sampled token, and the tokens the grammar forces after it; None if no text is certain yet."""
+        request.num_pending_tokens -= 1
+        text, finish_reason = self._append(request, token_id, logprob)
+        if request.constraint is not None and finish_reason is None:
+            more, finish_reason = self._follow(request, request.constraint, token_id)
+            text += more
+        if finish_reason is not None and not request.detokenizer.is_stopped:
+            text += request.detokenizer.flush()
+        if not text and finish_reason is None:
+            return None
+        token_ids = tuple(request.output_token_ids[request.num_delivered_tokens :])
+        request.num_delivered_tokens = len(request.output_token_ids)
+        logprobs = None
+        if request.sampling.logprobs is not None:
+            logprobs, request.logprobs = tuple(request.logprobs), []
+        if finish_reason is None:
+            return Delta(text, token_ids, logprobs, None, None)
+        is_shortened = request.constraint is not None and request.constraint.is_shortened
+        return Delta(text, token_ids, logprobs, finish_reason, request.usage, is_shortened)
+
+    def _follow(self, request: Request, constraint: Constraint, token_id: int) -> tuple[str, FinishReason | None]:
+        """Advance the grammar by a token, and append those it forces next, as many as a step may take."""
+        constraint.accept(token_id)
+        text = ""
+        for forced in itertools.islice(constraint.forced_tokens(), _MAX_FORCED_TOKENS):
+            if not 0 <= forced < self.runner.vocab_size:
+                raise InvalidRequestError(
+                    f"The grammar forces the token {forced}, but the model has {self.runner.vocab_size} tokens: "
+                    "change the grammar, or the tokenizer, which has more tokens than the model."
+                )
+            logprob = TokenLogprob(forced, 0.0, ()) if request.sampling.logprobs is not None else None
+            more, finish_reason = self._append(request, forced, logprob)
+            text += more
+            if finish_reason is not None:
+                return text, finish_reason
+            constraint.accept(forced)
+        return text, "stop" if constraint.is_finished else None
+
+    def _append(self, request: Request, token_id: int, logprob: TokenLogprob | None) -> tuple[str, FinishReason | None]:
+        request.output_token_ids.append(token_id)
+        if logprob is not None:
+            request.logprobs.append(logprob)
+        if token_id in request.end_token_ids:
+            return "", "stop"
+        text = request.detokenizer.push(token_id)
+        if request.detokenizer.is_stopped:
+            return text, "stop"
+        if request.num_known_tokens >= request.max_num_tokens:
+            return text, "length"
+        return text, None

@@ -1,0 +1,112 @@
+"""What a step computes, as flat lists over its tokens, and which adapters run for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from langchain_lora_retriever.engine.request import Request
+    from langchain_lora_retriever.engine.scheduler import ScheduledRequest
+
+__all__ = ["LoraSpans", "PackedBatch"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSpans:
+    """The adapters of a step's packed sequences.
+
+    Attributes:
+        counts: Tokens of each sequence.
+        slots: Slots of each sequence's adapters.
+        weights: Their weights.
+        num_adapters: Most adapters of a sequence.
+        active: All the slots that the step names.
+    """
+
+    counts: tuple[int, ...]
+    slots: tuple[tuple[int, ...], ...]
+    weights: tuple[tuple[float, ...], ...]
+    num_adapters: int
+    active: frozenset[int]
+
+    @classmethod
+    def of(cls, scheduled: Sequence[ScheduledRequest]) -> LoraSpans:
+        """The adapters that scheduled requests hold."""
+        slots = tuple(item.request.lora_slots or () for item in scheduled)
+        return cls(
+            tuple(item.num_new_tokens for item in scheduled),
+            slots,
+            tuple(tuple(weight for _, weight in item.request.adapters) for item in scheduled),
+            max(map(len, slots), default=0),
+            frozenset(slot for row in slots for slot in row),
+        )
+
+    def per_token(self, num_adapters: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slots, int32, and weights, float32, of each token: `[num_tokens, k]`; where there are fewer, -1 and 0.
+
+        Args:
+            num_adapters: `k`; by default the most of a sequence.
+        """
+        k = self.num_adapters if num_adapters is None else num_adapters
+        counts = torch.tensor(self.counts)
+        slots = torch.tensor([(*row, *[-1] * (k - len(row))) for row in self.slots], dtype=torch.int32)
+        weights = torch.tensor([(*row, *[0.0] * (k - len(row))) for row in self.weights], dtype=torch.float32)
+        return slots.repeat_interleave(counts, 0), weights.repeat_interleave(counts, 0)
+
+
+class PackedBatch(NamedTuple):
+    """The tokens of a step, sequence after sequence.
+
+    Attributes:
+        scheduled: The sequences.
+        token_ids: 0 where the token is pending.
+        positions: Each token's place in its sequence.
+        rows: Each token's request's row.
+        sources: Where a pending token stands among those the last step chose; -1 for all others.
+        sampled_tokens: Indices of the tokens after which one is chosen.
+        sampled_requests: Their requests.
+        lora: The sequences' adapters.
+    """
+
+    scheduled: Sequence[ScheduledRequest]
+    token_ids: list[int]
+    positions: list[int]
+    rows: list[int]
+    sources: list[int]
+    sampled_tokens: list[int]
+    sampled_requests: list[Request]
+    lora: LoraSpans
+
+    @classmethod
+    def pack(cls, scheduled: Sequence[ScheduledRequest], last_choice: Mapping[Request, int]) -> PackedBatch:
+        """Lay the scheduled tokens side by side.
+
+        Args:
+            scheduled: The sequences and how many tokens of each.
+            last_choice: Place of each request among those the last step chose a token for.
+        """
+        batch = cls(scheduled, [], [], [], [], [], [], LoraSpans.of(scheduled))
+        for item in scheduled:
+            request, start, num = item.request, item.request.num_computed_tokens, item.num_new_tokens
+            known = request.tokens_between(start, start + num)
+            batch.token_ids.extend(known)
+            batch.sources.extend([-1] * len(known))
+            if len(known) < num:
+                batch.token_ids.append(0)
+                batch.sources.append(last_choice[request])
+            batch.positions.extend(range(start, start + num))
+            batch.rows.extend([request.row] * num)
+            if item.is_sampled:
+                batch.sampled_tokens.append(len(batch.token_ids) - 1)
+                batch.sampled_requests.append(request)
+        return batch
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every sequence computes one token and has one chosen."""
+        return len(self.sampled_tokens) == len(self.token_ids)

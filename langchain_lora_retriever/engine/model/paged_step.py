@@ -1,0 +1,115 @@
+"""One step's attention with Triton: every length is read on the device, so that a step can be captured and replayed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from lora_retriever_kernels.attention import attend_decode, attend_prefill, choose_num_splits, write_kv
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from langchain_lora_retriever.engine.model.attention import PagedCache
+    from langchain_lora_retriever.engine.model.probe import AttentionGeometry
+    from lora_retriever_kernels.attention import Pages, QueryKeyNorm, Rotary
+
+__all__ = ["PagedStep", "QueryTiles"]
+
+
+class QueryTiles(NamedTuple):
+    """How a step's queries are shared out.
+
+    Attributes:
+        decode_tokens: Tokens that are their sequence's only one in the step `[n]`, int64; -1 is padding.
+        prefill_tiles: First token and number of tokens of pieces of the other sequences `[n, 2]`, int64.
+        num_decodes: How many of the first are to be reckoned with; fewer of them share out each one's keys further.
+    """
+
+    decode_tokens: torch.Tensor
+    prefill_tiles: torch.Tensor
+    num_decodes: int
+
+
+class PagedStep:
+    """An `AttentionStep` in Triton, for a model that lies on one device.
+
+    Args:
+        caches: Each layer's cache, by `layer_idx`.
+        pages: Where the step's tokens live.
+        tiles: How its queries are shared out.
+    """
+
+    def __init__(self, caches: Mapping[int, PagedCache], pages: Pages, tiles: QueryTiles) -> None:
+        self._caches = caches
+        self._pages = pages
+        self._tiles = tiles
+
+    def attend(
+        self,
+        layer_idx: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scaling: float,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Write the step's keys and values, then attend."""
+        query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+        cache = self._caches[layer_idx]
+        write_kv(query, key, value, cache.keys, cache.values, self._pages)
+        return self._attend(cache, query, scaling, softcap)
+
+    def attend_projected(
+        self,
+        layer_idx: int,
+        projected: torch.Tensor,
+        geometry: AttentionGeometry,
+        rotary: Rotary | None,
+        norm: QueryKeyNorm | None,
+    ) -> torch.Tensor:
+        """The same from what the projections gave, rotation and head norms included.
+
+        Args:
+            layer_idx: Whose cache.
+            projected: Queries, keys and values side by side `[num_tokens, ...]`; mutated.
+            geometry: The layer's.
+            rotary: Rotation of the step's tokens; None leaves them as they are.
+            norm: Norms of queries and keys, if the layer has them.
+
+        Returns:
+            `[num_tokens, num_heads * value_dim]`.
+        """
+        num_tokens = projected.shape[0]
+        widths = (
+            geometry.num_heads * geometry.head_dim,
+            geometry.num_kv_heads * geometry.head_dim,
+            geometry.num_kv_heads * geometry.value_dim,
+        )
+        query, key, value = projected.split(widths, 1)
+        query = query.unflatten(1, (geometry.num_heads, geometry.head_dim))
+        key = key.unflatten(1, (geometry.num_kv_heads, geometry.head_dim))
+        value = value.unflatten(1, (geometry.num_kv_heads, geometry.value_dim))
+        cache = self._caches[layer_idx]
+        write_kv(query, key, value, cache.keys, cache.values, self._pages, rotary, norm)
+        out = self._attend(cache, query, geometry.scaling, geometry.softcap)
+        return out.view(num_tokens, -1)
+
+    def _attend(self, cache: PagedCache, query: torch.Tensor, scaling: float, softcap: float | None) -> torch.Tensor:
+        keys, values, (sliding_window, chunk_size) = cache
+        num_tokens, num_heads, _ = query.shape
+        out = torch.empty(num_tokens, num_heads, values.shape[-1], dtype=query.dtype, device=query.device)
+        tokens, tiles, num_decodes = self._tiles
+        if tokens.shape[0]:
+            attend_decode(
+                out, query, keys, values, self._pages, tokens, scaling=scaling, sliding_window=sliding_window,
+                chunk_size=chunk_size, softcap=softcap, num_splits=choose_num_splits(num_decodes, keys.shape[2]),
+            )  # fmt: skip
+        if tiles.shape[0]:
+            attend_prefill(
+                out, query, keys, values, self._pages, tiles, scaling=scaling, sliding_window=sliding_window,
+                chunk_size=chunk_size, softcap=softcap,
+            )  # fmt: skip
+        return out

@@ -1,0 +1,208 @@
+"""Turn a scheduled step into one forward pass over packed tokens, and their next ones."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import torch
+
+from langchain_lora_retriever.engine.adapter_transfer import StagedStore
+from langchain_lora_retriever.engine.logits_rules import PendingTokens
+from langchain_lora_retriever.engine.model.attention import PagedCache
+from langchain_lora_retriever.engine.model.lora_layers import LoraLayers
+from langchain_lora_retriever.engine.model.memory import longest_sequence, plan_memory
+from langchain_lora_retriever.engine.model.packed_adapter import AdapterPacking
+from langchain_lora_retriever.engine.model.packed_batch import PackedBatch
+from langchain_lora_retriever.engine.model.probe import input_device, num_embeddings, probe_model, use_attention
+from langchain_lora_retriever.engine.model.selfcheck import check_model
+from langchain_lora_retriever.engine.model.torch_executor import TorchExecutor
+from langchain_lora_retriever.engine.pending_step import PendingStep
+from langchain_lora_retriever.engine.pinned_copy import on_device
+from langchain_lora_retriever.engine.sampler import choose
+from langchain_lora_retriever.errors import EngineError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from transformers import PreTrainedModel
+
+    from langchain_lora_retriever.engine.config import EngineConfig
+    from langchain_lora_retriever.engine.model.load import BaseModel
+    from langchain_lora_retriever.engine.model.probe import AttentionGeometry
+    from langchain_lora_retriever.engine.model.triton_executor import TritonExecutor
+    from langchain_lora_retriever.engine.request import Request
+    from langchain_lora_retriever.engine.scheduler import ScheduledRequest
+
+__all__ = ["ModelRunner"]
+
+_logger = logging.getLogger(__name__)
+
+
+class ModelRunner:
+    """The model, its KV cache and its adapters' tensors: everything that lives on the device.
+
+    Args:
+        base: The loaded model. It belongs to the runner until `close`.
+        config: Limits.
+
+    Attributes:
+        device: Where token ids go and chosen tokens come from.
+        probe: What is known of the model.
+        memory: Sizes of everything.
+        vocab_size: Token ids there are: rows of the model's embedding.
+        executor: Runs the model over packed tokens.
+
+    Raises:
+        EngineError: If the architecture or the memory does not allow serving.
+    """
+
+    def __init__(self, base: BaseModel, config: EngineConfig) -> None:
+        self._model = base.model
+        self.device = input_device(base.model)
+        self._give_back = ExitStack()  # what `close` undoes, in reverse order
+        try:
+            with on_device(self.device):
+                self._take(base, config)
+        except BaseException:
+            self.close()
+            raise
+        is_on_gpu = self.device.type == "cuda"
+        self._is_async = is_on_gpu if config.enable_async_scheduling is None else config.enable_async_scheduling
+
+    def _take(self, base: BaseModel, config: EngineConfig) -> None:
+        """Make everything, and note for each change of the model how it is undone."""
+        self._give_back.callback(_modes(base.model))
+        base.model.eval().requires_grad_(requires_grad=False)
+        longest = longest_sequence(base.model, config)
+        self.probe = probe_model(base.model, longest)
+        check_model(base.model, self.probe, longest)
+        self.probe = self.probe._replace(calls={})  # they hold tensors
+        self.memory = plan_memory(base, self.probe, config)
+        try:
+            self.lora_layers = LoraLayers(
+                base.model,
+                self.probe.linear_groups,
+                num_rows=self.memory.num_lora_rows,
+                max_loras=config.max_loras,
+                max_num_tokens=self.memory.max_num_batched_tokens,
+                max_adapters_per_token=config.max_adapters_per_request,
+            )
+        except RuntimeError as error:  # whichever allocator it is
+            raise EngineError(
+                f"There is no memory for {self.memory.num_lora_rows:,} rank rows of adapters: lower lora_cache_bytes."
+            ) from error
+        self._give_back.callback(self.lora_layers.release)
+        self._caches = {
+            layer: self._make_cache(geometry, config.block_size) for layer, geometry in self.probe.attention.items()
+        }
+        self._give_back.callback(use_attention, base.model, use_attention(base.model))
+        self._give_back.callback(self.lora_layers.detach)
+        self.lora_layers.attach()
+        self.vocab_size = num_embeddings(base.model)
+        # Grammars know the tokenizer's tokens, which may be more than the model's.
+        self._num_known = max(base.tokenizer.get_vocab().values(), default=-1) + 1
+        self._chosen = torch.zeros(self.memory.max_num_seqs, dtype=torch.int64, device=self.device)
+        self._last_choice: dict[Request, int] = {}
+        self.executor: TorchExecutor | TritonExecutor = self._make_executor(config)
+        self._give_back.callback(self.executor.close)
+
+    @property
+    def is_async(self) -> bool:
+        """Whether a step should be launched before the last one's tokens are read."""
+        return self._is_async
+
+    @property
+    def step_sizes(self) -> Sequence[int]:
+        """Numbers of tokens to which steps with prompts in them are padded, ascending; () if they are not padded."""
+        return self.executor.step_sizes
+
+    def make_store(self) -> StagedStore:
+        """Where adapters are loaded from; it must be closed before the runner is."""
+        packing = None
+        if self.memory.num_staging_rows:
+            packing = AdapterPacking.of(self.lora_layers.stacks)
+        return StagedStore(
+            self.lora_layers,
+            packing,
+            num_rows=self.memory.num_staging_rows,
+            pinned_bytes=self.memory.num_pinned_bytes,
+        )
+
+    def launch(self, scheduled: Sequence[ScheduledRequest]) -> PendingStep:
+        """Compute the step's tokens, write their KV and choose the next ones. Call under `torch.inference_mode`.
+
+        On a GPU this returns before the device is done. A pending token must have been chosen by the launch before.
+        """
+        batch = PackedBatch.pack(scheduled, self._last_choice)
+        logits = self.executor.forward(batch)
+        requests = batch.sampled_requests
+        # A token that is chosen is embedded in the next step, before anybody could look at it.
+        pending = PendingTokens(self._chosen, [batch.sources[token] for token in batch.sampled_tokens])
+        choice = choose(logits[:, : self.vocab_size], requests, num_known=self._num_known, pending=pending)
+        self._chosen[: len(requests)] = choice.token_ids
+        self._last_choice = {request: place for place, request in enumerate(requests)}
+        return PendingStep(requests, choice)
+
+    def close(self) -> None:
+        """Give the model back as it was and drop the device memory."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self._caches = {}
+        self._give_back.close()
+
+    def _make_cache(self, geometry: AttentionGeometry, block_size: int) -> PagedCache:
+        shape = (self.memory.num_blocks, block_size, geometry.num_kv_heads)
+        try:
+            keys, values = (
+                torch.zeros((*shape, width), dtype=geometry.dtype, device=geometry.device)
+                for width in (geometry.head_dim, geometry.value_dim)
+            )
+        except RuntimeError as error:  # whichever allocator it is
+            raise EngineError(
+                f"The KV cache of {self.memory.num_blocks:,} blocks does not fit into the memory of {geometry.device}: "
+                "lower kv_cache_bytes or gpu_memory_utilization."
+            ) from error
+        return PagedCache(keys, values, geometry.pattern)
+
+    def _make_executor(self, config: EngineConfig) -> TorchExecutor | TritonExecutor:
+        """The Triton backend, where it is asked for or serves; else PyTorch's.
+
+        Raises:
+            EngineError: If Triton is asked for and cannot be used.
+        """
+        devices = {self.device, *(geometry.device for geometry in self.probe.attention.values())}
+        devices |= {group.device for group in self.probe.linear_groups}
+        is_whole = len(devices) == 1 and not any(hasattr(module, "_hf_hook") for module in self._model.modules())
+        has_triton = importlib.util.find_spec("triton") is not None
+        if config.attention_backend == "triton" and not (is_whole and has_triton):
+            raise EngineError(
+                'attention_backend="triton" needs Triton and a model that lies on one device without offloading; '
+                f"Triton is {'' if has_triton else 'not '}installed and the model is on "
+                f'{", ".join(sorted(map(str, devices)))}. Use "auto".'
+            )
+        serves = is_whole and has_triton and self.device.type == "cuda"
+        if config.attention_backend == "torch" or (config.attention_backend == "auto" and not serves):
+            if self.device.type == "cuda":
+                _logger.warning("This placement of the model runs without CUDA graphs and fused kernels.")
+            return TorchExecutor(self._model, self._caches, self.lora_layers, self._chosen)
+        from langchain_lora_retriever.engine.model.triton_executor import TritonExecutor  # noqa: PLC0415 - needs Triton
+
+        parts = (self._caches, self.lora_layers, self.memory, config, self._chosen)
+        return TritonExecutor(self._model, self.probe, *parts)
+
+
+def _modes(model: PreTrainedModel) -> Callable[[], None]:
+    """Return what gives modules and parameters the modes back that they have now: training or not, trainable or not."""
+    training = [(module, module.training) for module in model.modules()]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def restore() -> None:
+        for module, is_training in training:
+            module.training = is_training
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+
+    return restore

@@ -1,0 +1,269 @@
+"""Forward passes of a model on one device, with Triton attention, fused layers and captured steps."""
+
+from __future__ import annotations
+
+import logging
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from langchain_lora_retriever.engine.model.block_tables import BlockTables
+from langchain_lora_retriever.engine.model.fused_check import check_fused
+from langchain_lora_retriever.engine.model.fused_layers import FusedLayers
+from langchain_lora_retriever.engine.model.paged_step import PagedStep, QueryTiles
+from langchain_lora_retriever.engine.model.step_graph import CaptureError, StepGraph, StepShapes
+from langchain_lora_retriever.engine.pinned_copy import upload
+from lora_retriever_kernels.attention import Pages, queries_per_tile
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from collections.abc import Set as AbstractSet
+
+    from transformers import PreTrainedModel
+
+    from langchain_lora_retriever.engine.config import EngineConfig
+    from langchain_lora_retriever.engine.model.attention import PagedCache
+    from langchain_lora_retriever.engine.model.lora_layers import LoraLayers
+    from langchain_lora_retriever.engine.model.memory import MemoryPlan
+    from langchain_lora_retriever.engine.model.packed_batch import PackedBatch
+    from langchain_lora_retriever.engine.model.probe import ModelProbe
+    from langchain_lora_retriever.engine.model.step_graph import StaticInputs, StepShape
+
+    _GraphKey = tuple[StepShape, tuple[int, int] | None]
+    Adapters = list[tuple[int, Sequence[int], Sequence[float]]]  # for each sequence its tokens, slots and weights
+
+__all__ = ["TritonExecutor"]
+
+_logger = logging.getLogger(__name__)
+
+_MAX_TOKENS_OF_HIGH_RANKS = 512  # of captured steps whose adapters' ranks are beyond the lowest of the bounds
+_USUAL_NUM_STREAMS = 16  # beside prompts; decides how the streams' keys are split, as their number is data there
+
+
+class TritonExecutor:
+    """Computes packed steps. The model's attention must be the paged one, its linear modules wrapped.
+
+    Args:
+        model: The model, all of it on one device.
+        probe: What is known of it.
+        caches: Each layer's cache.
+        lora_layers: Its adapters.
+        memory: Sizes.
+        config: What to use.
+        chosen: The last step's tokens `[>= max_num_seqs]`, int64, read for pending tokens.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        probe: ModelProbe,
+        caches: Mapping[int, PagedCache],
+        lora_layers: LoraLayers,
+        memory: MemoryPlan,
+        config: EngineConfig,
+        chosen: torch.Tensor,
+    ) -> None:
+        self._model = model
+        self._caches = caches
+        self._lora_layers = lora_layers
+        self._device = chosen.device
+        self._chosen = chosen
+        self._tables = BlockTables(memory.max_num_seqs, -(-memory.max_model_len // config.block_size), self._device)
+        self._tile_size = min(queries_per_tile(g.num_heads, g.num_kv_heads) for g in probe.attention.values())
+        self._num_layers = len(probe.attention)
+        self._fused = self._fuse(probe) if config.enable_fused_layers else None
+        self._max_loras = config.max_loras
+        self._rank_bounds = sorted({lora_layers.rank_bound(rank) for rank in config.captured_ranks})
+        self._num_adapters = sorted(
+            {0, *(num for num in config.captured_num_adapters if num <= config.max_adapters_per_request)}
+        )
+        self._shapes: StepShapes | None = None
+        if config.enable_cuda_graphs:
+            self._shapes = StepShapes(
+                memory.max_num_seqs, memory.max_num_batched_tokens, self._tile_size, self._num_adapters
+            )
+        self._graphs: dict[_GraphKey, StepGraph] = {}
+        self._told: set[tuple[int, int]] = set()
+        self._pool: Any = None
+        self._logits = torch.empty(0)
+        if self._device.type == "cuda":
+            self._warm_up(memory)
+        if self._shapes is not None:
+            self._capture_all(self._shapes)
+
+    name = "triton"
+
+    @property
+    def graphs(self) -> AbstractSet[Any]:
+        """The steps that were captured."""
+        return self._graphs.keys()
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether all of the model's layers run fused."""
+        return self.num_fused_layers == self._num_layers
+
+    @property
+    def num_fused_layers(self) -> int:
+        """How many of the model's layers run fused."""
+        return self._fused.num_fused if self._fused is not None else 0
+
+    @property
+    def step_sizes(self) -> Sequence[int]:
+        """Numbers of tokens of steps with prompts in them that run without padding; others are padded to the next."""
+        return self._shapes.prompt_sizes if self._shapes is not None else ()
+
+    def forward(self, batch: PackedBatch) -> torch.Tensor:
+        """Logits `[num_sampled, vocab_size]` of a step, in order of `batch.sampled_requests`."""
+        self._tables.sync(item.request for item in batch.scheduled)
+        decode_tokens, prefill_tiles = self._tiles(batch)
+        rank_bound = self._rank_bound(batch.lora.active)
+        graph = self._find_graph(batch, rank_bound)
+        if graph is not None:
+            return graph.replay(batch, decode_tokens, prefill_tiles)
+        self._lora_layers.set_batch(batch.lora, rank_bound)
+        tokens = upload([batch.token_ids, batch.positions, batch.rows, batch.sources], torch.int64, self._device)
+        tiles = QueryTiles(
+            upload(decode_tokens, torch.int64, self._device),
+            upload(prefill_tiles, torch.int64, self._device).view(-1, 2),
+            len(decode_tokens),
+        )
+        return self._run(tokens, tiles, upload(batch.sampled_tokens, torch.int64, self._device))
+
+    def close(self) -> None:
+        """Give the model's layers their own forwards back, and drop the graphs."""
+        self._graphs.clear()
+        if self._fused is not None:
+            self._fused.detach()
+
+    def _rank_bound(self, slots: frozenset[int]) -> int:
+        """For which ranks a step that names these adapters is launched: one that was foreseen, if there is one."""
+        needed = self._lora_layers.rank_bound(self._lora_layers.highest_rank(slots))
+        return next((bound for bound in self._rank_bounds if bound >= needed), needed)
+
+    def _find_graph(self, batch: PackedBatch, rank_bound: int) -> StepGraph | None:
+        """The graph that serves a step; None if the step runs without. Nothing is captured while serving."""
+        if self._shapes is None:
+            return None
+        num_adapters = batch.lora.num_adapters
+        shape = self._shapes.find(len(batch.token_ids), num_adapters, is_decode=batch.is_decode)
+        graph = self._graphs.get(self._key(shape, len(batch.lora.active), rank_bound)) if shape is not None else None
+        if num_adapters > self._num_adapters[-1] or (num_adapters and rank_bound not in self._rank_bounds):
+            self._tell(num_adapters, rank_bound)
+        return graph
+
+    def _key(self, shape: StepShape, num_active: int, rank_bound: int) -> _GraphKey:
+        """Which graph serves steps of a shape; few adapters and many are told apart for the lowest ranks alone."""
+        if not shape.num_adapters:
+            return shape, None
+        if rank_bound != self._rank_bounds[0]:
+            num_active = self._max_loras
+        return shape, self._lora_layers.launch_shape(shape.num_tokens, shape.num_adapters, num_active, rank_bound)
+
+    def _tell(self, num_adapters: int, rank_bound: int) -> None:
+        """Say once what runs without graphs."""
+        if (num_adapters, rank_bound) not in self._told:
+            self._told.add((num_adapters, rank_bound))
+            _logger.warning(
+                "Steps with %d adapters of ranks up to %d run without CUDA graphs: name them in captured_num_adapters "
+                "%s and captured_ranks %s.", num_adapters, rank_bound, self._num_adapters, self._rank_bounds,
+            )  # fmt: skip
+
+    @torch.inference_mode()
+    def _warm_up(self, memory: MemoryPlan) -> None:
+        """Take the memory and compile the kernels of the largest steps."""
+        # A launch with a multiple of 16 tokens is compiled apart from others.
+        for num_tokens in {memory.max_num_batched_tokens, max(1, memory.max_num_batched_tokens - 1)}:
+            for num_adapters in self._num_adapters:
+                for rank_bound in self._rank_bounds[: None if num_adapters else 1]:
+                    logits = self._run_padding(num_tokens, num_adapters, memory.max_num_seqs, rank_bound)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._logits = torch.empty(memory.max_num_seqs, logits.shape[1], dtype=logits.dtype, device=self._device)
+
+    @torch.inference_mode()
+    def _capture_all(self, shapes: StepShapes) -> None:
+        """Capture every foreseen step."""
+        start = time.perf_counter()
+        try:
+            for shape in shapes.all():
+                for rank_bound in self._rank_bounds[: None if shape.num_adapters else 1]:
+                    is_lowest = rank_bound == self._rank_bounds[0]
+                    if is_lowest or shape.num_tokens <= _MAX_TOKENS_OF_HIGH_RANKS:
+                        for num_active in (1, self._max_loras):
+                            self._capture(shape, num_active, rank_bound)
+        except CaptureError as error:
+            self._give_up_graphs(error)
+            return
+        _logger.info("%d graphs captured in %.1f s", len(self._graphs), time.perf_counter() - start)
+
+    def _capture(self, shape: StepShape, num_active: int, rank_bound: int) -> None:
+        key = self._key(shape, num_active, rank_bound)
+        if key not in self._graphs:
+            forward = partial(self._run_static, shape, num_active, rank_bound)
+            self._graphs[key] = StepGraph(forward, shape, self._device, self._pool)
+
+    def _run_padding(self, num_tokens: int, num_adapters: int, num_sampled: int, rank_bound: int) -> torch.Tensor:
+        """A step of padding alone, without a graph."""
+        slots = weights = None
+        if num_adapters:
+            slots = torch.full((num_tokens, num_adapters), -1, dtype=torch.int32, device=self._device)
+            weights = torch.zeros(num_tokens, num_adapters, device=self._device)
+        self._lora_layers.set_device_batch(slots, weights, rank_bound=rank_bound)
+        tokens = torch.zeros(4, num_tokens, dtype=torch.int64, device=self._device)
+        tokens[2:] = -1
+        zeros = tokens[0]
+        tiles = QueryTiles(zeros[:1] - 1, zeros[:2].view(1, 2), 1)
+        return self._run(tokens, tiles, zeros[: min(num_sampled, num_tokens)])
+
+    def _give_up_graphs(self, error: CaptureError) -> None:
+        _logger.warning("%s runs without CUDA graphs: %s", type(self._model).__name__, error.__cause__)
+        self._shapes = None
+        self._graphs.clear()
+
+    def _run_static(self, shape: StepShape, num_active: int, rank_bound: int, inputs: StaticInputs) -> torch.Tensor:
+        """A step that reads nothing from the host."""
+        self._lora_layers.set_device_batch(inputs.lora_slots, inputs.lora_weights, num_active, rank_bound)
+        num_sequences = shape.num_decodes if shape.is_decode else min(shape.num_decodes, _USUAL_NUM_STREAMS)
+        tiles = QueryTiles(inputs.decode_tokens, inputs.prefill_tiles, num_sequences)
+        logits = self._run(inputs.tokens, tiles, inputs.sampled)
+        if self._device.type != "cuda":
+            return logits
+        # One place for all graphs: what a graph returns stays allocated in their pool.
+        return self._logits[: shape.num_sampled].copy_(logits)
+
+    def _run(self, tokens: torch.Tensor, tiles: QueryTiles, sampled: torch.Tensor) -> torch.Tensor:
+        token_ids, positions, rows, sources = tokens
+        token_ids = torch.where(sources >= 0, self._chosen[sources.clamp_min(0)], token_ids)
+        output = self._model(
+            input_ids=token_ids[None],
+            position_ids=positions[None],
+            use_cache=False,
+            logits_to_keep=sampled,
+            attention_step=PagedStep(self._caches, Pages(self._tables.tables, rows, positions), tiles),
+        )
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+    def _tiles(self, batch: PackedBatch) -> tuple[list[int], list[tuple[int, int]]]:
+        """The tokens that are their sequence's only one, and first token and length of pieces of the others."""
+        decode_tokens: list[int] = []
+        prefill_tiles: list[tuple[int, int]] = []
+        start = 0
+        for item in batch.scheduled:
+            num, size = item.num_new_tokens, self._tile_size
+            if num == 1:
+                decode_tokens.append(start)
+            else:
+                prefill_tiles += [(start + i, min(size, num - i)) for i in range(0, num, size)]
+            start += num
+        return decode_tokens, prefill_tiles
+
+    def _fuse(self, probe: ModelProbe) -> FusedLayers | None:
+        """The model's layers, those of them that are of a known shape and as exact as their own forwards attached."""
+        self._lora_layers.set_device_batch(None, None)
+        fused = FusedLayers.recognise(self._model, self._lora_layers, probe.attention)
+        check_fused(self._model, fused, probe, self._tile_size)
+        _logger.info("%s: %d of %d layers run fused", type(self._model).__name__, fused.num_fused, len(probe.attention))
+        return fused if fused.num_fused else None

@@ -1,0 +1,272 @@
+"""Read one PEFT LoRA checkpoint, and refuse by name what cannot be honoured.
+
+The weights are read once, piece by piece, to be checked and hashed, and stay in the file until they are wanted, so a
+pool of ten thousand adapters costs neither memory for weights nor an open file per adapter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import math
+import re
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+
+from langchain_lora_retriever.errors import InvalidAdapterError, UnsupportedAdapterError
+from langchain_lora_retriever.pool.file_weights import (
+    CHUNK_BYTES,
+    DTYPES,
+    MAX_WEIGHTS_BYTES,
+    FileWeights,
+    Layout,
+    TensorSpec,
+    hash_of,
+    parse_header,
+    read_header,
+)
+from langchain_lora_retriever.pool.peft_config import CONFIG_FILE, AdapterConfig
+from langchain_lora_retriever.pool.regular_files import parse_json, read_one_version, said
+from langchain_lora_retriever.support.base_names import is_same_base_model
+from langchain_lora_retriever.support.shown import shown
+from langchain_lora_retriever.types import Adapter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from numpy.typing import NDArray
+
+    from langchain_lora_retriever.pool.regular_files import AdapterFolder, RegularFile
+
+__all__ = ["CONFIG_FILE", "MAX_CONFIG_BYTES", "WEIGHTS_FILE", "adapter_of", "read_adapter", "renamed"]
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PICKLE_FILE = "adapter_model.bin"
+_PREFIX = "base_model.model."
+_COMPILED = re.compile(r"(?:(?<=\.)|^)_orig_mod\.")
+_KEY = re.compile(r"base_model\.model\.([^\x00-\x1f\x7f\ud800-\udfff]{1,512})\.(lora_[AB])(?:\.default)?\.weight")
+_ADVICE = "An adapter is a folder that PEFT's save_pretrained() writes."
+_MAX_CONTAINERS = 10_000
+MAX_CONFIG_BYTES = 4 << 20
+
+# Adapters of one recipe have the same layout; they share one object.
+_LAYOUTS: WeakValueDictionary[bytes, Layout] = WeakValueDictionary()
+
+
+def read_adapter(
+    path: str | Path,
+    *,
+    name: str | None = None,
+    base_model: str | None = None,
+    fingerprint: str | None = None,
+) -> Adapter:
+    """Read and validate the PEFT checkpoint in a folder.
+
+    Args:
+        path: Folder with `adapter_config.json` and `adapter_model.safetensors`.
+        name: The adapter's name; the folder's name by default.
+        base_model: Refuse an adapter made for another base model, as `is_same_base_model` tells them apart.
+        fingerprint: What an earlier read of exactly these files returned. Spares hashing and the NaN check.
+
+    Returns:
+        The adapter, its weights in the file.
+
+    Raises:
+        UnsupportedAdapterError: If it needs what is not honoured here (DoRA, modules_to_save, bias, pickle).
+        InvalidAdapterError: If files are missing or corrupt, tensors disagree, or the base model is another.
+    """
+    path = Path(path)
+    name = path.name if name is None else name
+    return read_one_version(
+        path,
+        f"adapter {name!r} ({path})",
+        lambda folder: adapter_of(folder, name, base_model=base_model, fingerprint=fingerprint),
+        guard=contextlib.nullcontext,
+    )
+
+
+def adapter_of(
+    folder: AdapterFolder, name: str, *, base_model: str | None = None, fingerprint: str | None = None
+) -> Adapter:
+    """`read_adapter` of an open folder.
+
+    Raises:
+        AdapterError: If it cannot be used.
+        OSError: If a file cannot be read.
+    """
+    where = f"adapter {name!r} ({folder.path})"
+    config = AdapterConfig(_read_config(folder, where), where)
+    made_for = config.base_model
+    if base_model and made_for and not is_same_base_model(base_model, made_for):
+        raise InvalidAdapterError(
+            f"{where} was trained for the base model {shown(made_for)}, but the base model here is "
+            f"{base_model!r}. Use an adapter trained for {base_model!r}."
+        )
+    file = _open_weights(folder, where)
+    layout = _layout_of(file, config, where)
+    fingerprint = fingerprint or _checked_hash(file, layout, where)
+    return Adapter(
+        name=name,
+        fingerprint=fingerprint,
+        weights=FileWeights(folder.path / WEIGHTS_FILE, name, file, layout, fingerprint),
+        base_model=made_for,
+        path=folder.path,
+        is_target=partial(layout.config.is_target, where=where),
+    )
+
+
+def renamed(adapter: Adapter, path: Path) -> Adapter:
+    """The adapter after its folder was renamed to `path`."""
+    assert isinstance(adapter.weights, FileWeights), "only the folders of adapters that were read from one are renamed"
+    adapter.weights.rename(path / WEIGHTS_FILE)
+    return dataclasses.replace(adapter, path=path)
+
+
+def _read_config(folder: AdapterFolder, where: str) -> object:
+    try:
+        data = folder.read(CONFIG_FILE, MAX_CONFIG_BYTES)
+        if data is not None:
+            return parse_json(data, _MAX_CONTAINERS)
+    except Exception as error:
+        raise InvalidAdapterError(f"{where}: cannot read {CONFIG_FILE}: {said(error)}. {_ADVICE}") from error
+    raise InvalidAdapterError(f"{where}: cannot read {CONFIG_FILE}: there is no such file. {_ADVICE}")
+
+
+def _open_weights(folder: AdapterFolder, where: str) -> RegularFile:
+    file = folder.open(WEIGHTS_FILE, MAX_WEIGHTS_BYTES)
+    if file is None and folder.has(_PICKLE_FILE):
+        raise UnsupportedAdapterError(
+            f"{where} has its weights in {_PICKLE_FILE}, a pickle, which can run code when it is read. "
+            "Load it where you trust it and save it again with save_pretrained(safe_serialization=True)."
+        )
+    if file is None:
+        raise InvalidAdapterError(f"{where} has no {WEIGHTS_FILE}.")
+    return file
+
+
+def _layout_of(file: RegularFile, config: AdapterConfig, where: str) -> Layout:
+    """The layout of a file; one object for all files of equal header and configuration."""
+    try:
+        header = read_header(file)
+        num_bytes = file.identity.num_bytes - 8 - len(header)
+        key = hashlib.sha256(b"%d\0%b\0%b" % (num_bytes, header, config.recipe.encode())).digest()
+        layout = _LAYOUTS.get(key)
+        if layout is not None:
+            return layout
+        tensors = parse_header(header, num_bytes)
+    except Exception as error:
+        raise InvalidAdapterError(
+            f"{where}: {WEIGHTS_FILE} is corrupt or truncated: {said(error)}. Copy the adapter again."
+        ) from error
+    layout = _LAYOUTS[key] = _make_layout(tensors, Layout(num_bytes, config), where)
+    return layout
+
+
+def _make_layout(tensors: Mapping[str, TensorSpec], layout: Layout, where: str) -> Layout:
+    """Pair the tensors of the file, and check them against the configuration and against each other."""
+    pairs: dict[str, dict[str, TensorSpec]] = {}
+    for key, spec in tensors.items():
+        module, side = _split_key(key, where)
+        _check_tensor(key, spec, where)
+        if side in pairs.setdefault(module, {}):
+            raise InvalidAdapterError(f"{where}: {WEIGHTS_FILE} holds two {side} of {module!r}.")
+        pairs[module][side] = spec
+    if not pairs:
+        raise InvalidAdapterError(f"{where}: {WEIGHTS_FILE} holds no tensors.")
+    for module, sides in pairs.items():
+        if len(sides) != 2:
+            met, missing = ("lora_A", "lora_B") if "lora_A" in sides else ("lora_B", "lora_A")
+            raise InvalidAdapterError(f"{where}: {module!r} has a {met} but no {missing}.")
+        lora_A, lora_B = sides["lora_A"], sides["lora_B"]
+        r, scaling = layout.config.rank_and_scaling(module, where)
+        if lora_A.shape[0] != r or lora_B.shape[1] != r:
+            raise InvalidAdapterError(
+                f"{where}: {module!r} has lora_A {list(lora_A.shape)} and lora_B {list(lora_B.shape)}, but the "
+                f"configuration gives it rank {r}: allowed are [{r}, in_features] and [out_features, {r}]."
+            )
+        if lora_A.dtype != lora_B.dtype:
+            raise InvalidAdapterError(f"{where}: {module!r} has lora_A in {lora_A.dtype} but lora_B in {lora_B.dtype}.")
+        layout[module] = (lora_A, lora_B, scaling)
+    return layout
+
+
+def _split_key(key: str, where: str) -> tuple[str, str]:
+    """`base_model.model.<module>.lora_A.weight` -> (`<module>`, `lora_A`).
+
+    A model that was compiled leaves `_orig_mod.` in its modules' names, a state dict saved by hand the adapter's name.
+    """
+    match = _KEY.fullmatch(_COMPILED.sub("", key))
+    if match is not None:
+        return match[1], match[2]
+    if ".lora_embedding_" in key:
+        raise UnsupportedAdapterError(f"{where} adapts an embedding ({shown(key)}); only linear modules can be.")
+    if ".lora_magnitude_vector" in key:
+        raise UnsupportedAdapterError(f"{where} is a DoRA adapter ({shown(key)}), which is not honoured here.")
+    if key.startswith(_PREFIX) and ".lora_" not in key:
+        raise UnsupportedAdapterError(
+            f"{where} brings whole weights of the base model ({shown(key)}), which is not honoured here. "
+            "Train without modules_to_save, bias and resized embeddings."
+        )
+    raise InvalidAdapterError(
+        f"{where}: {WEIGHTS_FILE} holds {shown(key)}; allowed are {_PREFIX}<module>.lora_A.weight and "
+        f"{_PREFIX}<module>.lora_B.weight, <module> of up to 512 printable characters."
+    )
+
+
+def _check_tensor(key: str, spec: TensorSpec, where: str) -> None:
+    if spec.dtype not in DTYPES:
+        raise UnsupportedAdapterError(f"{where}: {shown(key)} is {spec.dtype}; allowed are {', '.join(DTYPES)}.")
+    if 0 in spec.shape:
+        raise InvalidAdapterError(f"{where}: {shown(key)} has shape {shown(list(spec.shape))}, which holds no numbers.")
+    if len(spec.shape) != 2:
+        raise UnsupportedAdapterError(
+            f"{where}: {shown(key)} has shape {shown(list(spec.shape))} (a convolution?); only linear modules can be "
+            "adapted."
+        )
+
+
+def _checked_hash(file: RegularFile, layout: Layout, where: str) -> str:
+    """The fingerprint; refuses what is not finite, and what makes an input of 1 so large that its square is not.
+
+    The file is read piece by piece, in the order in which tensors lie.
+    """
+    sides = [(spec, module, side) for module, (*pair, _) in layout.items() for side, spec in enumerate(pair)]
+    largest: dict[str, list[float]] = {module: [0.0, 0.0] for module in layout}
+    start = file.identity.num_bytes - layout.num_bytes
+
+    def pieces() -> Iterator[NDArray[np.uint8]]:
+        for spec, module, side in sorted(sides, key=lambda item: item[0].offset):
+            dtype = DTYPES[spec.dtype]
+            stop = spec.offset + math.prod(spec.shape) * dtype.itemsize
+            for offset in range(spec.offset, stop, CHUNK_BYTES):
+                piece = np.empty(min(CHUNK_BYTES, stop - offset), np.uint8)
+                file.read_into(piece.data, start + offset)
+                met = _largest(torch.from_numpy(piece).view(dtype))
+                if not math.isfinite(met):
+                    name = ("lora_A", "lora_B")[side]
+                    raise InvalidAdapterError(f"{where}: {name} of {module!r} holds NaN or infinite values.")
+                largest[module][side] = max(largest[module][side], met)
+                yield piece
+
+    fingerprint = hash_of(layout, pieces())
+    limit = math.sqrt(torch.finfo(torch.float32).max)
+    for module, (largest_A, largest_B) in largest.items():
+        scaling = layout[module][2]
+        if abs(scaling) > limit or largest_A * largest_B * abs(scaling) > limit:
+            raise InvalidAdapterError(
+                f"{where}: {module!r} overflows: the largest of lora_A is {largest_A:.3g}, of lora_B {largest_B:.3g}, "
+                f"and the scaling is {scaling:.3g}. Neither it nor their product may exceed {limit:.3g}, whose "
+                "square float32 holds. Train it anew, with a smaller lora_alpha or learning rate."
+            )
+    return fingerprint
+
+
+def _largest(tensor: torch.Tensor) -> float:
+    """The largest absolute value, NaN if there is one."""
+    return max(abs(float(x)) for x in torch.aminmax(tensor))

@@ -1,0 +1,284 @@
+"""The tensors of a safetensors file: its header, and its numbers, which stay on disk until they are wanted.
+
+Nothing is mapped: a file that others may write to would be a mapping that ends the process (SIGBUS), or other numbers
+under an old name. Whoever asks for a module gets what was in the file when it was read first, or an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import sys
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from langchain_lora_retriever.errors import InvalidAdapterError
+from langchain_lora_retriever.pool.regular_files import RegularFile, parse_json
+from langchain_lora_retriever.support.shown import shown
+from langchain_lora_retriever.types import LoraWeights
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from langchain_lora_retriever.pool.peft_config import AdapterConfig
+
+__all__ = [
+    "CHUNK_BYTES",
+    "DTYPES",
+    "MAX_WEIGHTS_BYTES",
+    "FileWeights",
+    "Layout",
+    "TensorSpec",
+    "hash_of",
+    "parse_header",
+    "read_header",
+]
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MAX_WEIGHTS_BYTES = 4 << 30
+_MAX_HEADER_BYTES = 16 << 20
+_MAX_TENSORS = 1 << 16
+CHUNK_BYTES = 64 << 20
+_LARGEST_SIZE = 1 << 40  # of a dimension
+
+
+class TensorSpec(NamedTuple):
+    """Where a tensor lies: offset in the data section, shape, dtype as safetensors names it."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def read_header(file: RegularFile) -> bytes:
+    """The header of a safetensors file, JSON.
+
+    Raises:
+        ValueError: If its length is none.
+        OSError: If the file cannot be read.
+    """
+    num_bytes = int.from_bytes(file.read(8), "little") if file.identity.num_bytes >= 8 else -1
+    if not 0 < num_bytes <= min(_MAX_HEADER_BYTES, file.identity.num_bytes - 8):
+        raise ValueError(f"the header's length is {num_bytes}; allowed are {_MAX_HEADER_BYTES:,} bytes within the file")
+    return file.read(num_bytes, 8)
+
+
+def parse_header(header: bytes, num_bytes: int) -> dict[str, TensorSpec]:
+    """The tensors of a safetensors file by name, in the order in which they lie.
+
+    Args:
+        header: JSON.
+        num_bytes: Size of the data section.
+
+    Raises:
+        ValueError: If it is not what safetensors writes, or the tensors do not fill the data section.
+    """
+    entries = parse_json(header, 3 * _MAX_TENSORS + 2)
+    if not isinstance(entries, dict):
+        raise ValueError(f"the header is a {type(entries).__name__}, not an object")  # noqa: TRY004 - a value of a file
+    entries.pop("__metadata__", None)
+    if len(entries) > _MAX_TENSORS:
+        raise ValueError(f"the header names {len(entries):,} tensors; allowed are {_MAX_TENSORS:,}")
+    tensors = [(*_tensor_spec(name, entry), name) for name, entry in entries.items()]
+    tensors.sort(key=lambda tensor: (tensor[0].offset, tensor[1]))
+    end = 0
+    for spec, stop, name in tensors:
+        if spec.offset != end:
+            raise ValueError(f"{shown(name)} begins at {spec.offset}, but the tensor before it ends at {end}")
+        end = stop
+    if end != num_bytes:
+        raise ValueError(f"the tensors have {end} bytes together, the file {num_bytes}")
+    return {name: spec for spec, _, name in tensors}
+
+
+_ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+
+
+def _tensor_spec(name: str, entry: Any) -> tuple[TensorSpec, int]:
+    """Where a tensor lies, and where it ends."""
+    dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    sizes = [begin, end, *shape]
+    if not all(isinstance(size, int) and not isinstance(size, bool) and 0 <= size <= _LARGEST_SIZE for size in sizes):
+        raise ValueError(f"{shown(name)} has a shape or offsets that are none: {shown(entry)}")
+    if dtype not in _ITEM_BYTES or math.prod(shape) * _ITEM_BYTES[dtype] != end - begin:
+        raise ValueError(f"{shown(name)} of {shown(dtype)} {shown(shape)} cannot be in {end - begin} bytes")
+    return TensorSpec(begin, tuple(shape), dtype), end
+
+
+class Layout(dict[str, tuple[TensorSpec, TensorSpec, float]]):
+    """Where each module's `lora_A` and `lora_B` lie, and its scaling; can be weakly referenced.
+
+    Args:
+        num_bytes: Size of the data section.
+        config: The configuration that it was checked against.
+    """
+
+    def __init__(self, num_bytes: int, config: AdapterConfig) -> None:
+        super().__init__()
+        self.num_bytes = num_bytes
+        self.config = config
+
+
+class _Shapes(Mapping[str, LoraWeights]):
+    """A layout without its numbers: tensors on the meta device."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+
+    def __getitem__(self, module: str) -> LoraWeights:
+        lora_A, lora_B, scaling = self._layout[module]
+        return LoraWeights(_meta(lora_A), _meta(lora_B), scaling)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layout)
+
+    def __len__(self) -> int:
+        return len(self._layout)
+
+
+def _max_held() -> int:
+    """How many adapters keep their file open: an eighth of what the process may open, and no more than 128."""
+    if sys.platform == "win32":  # an open file cannot be renamed there, nor its folder
+        return 0
+    import resource  # noqa: PLC0415 - not on Windows
+
+    max_open, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 128 if max_open == resource.RLIM_INFINITY else min(128, max_open // 8)
+
+
+_HELD: weakref.WeakSet[RegularFile] = weakref.WeakSet()
+
+
+def _is_held(file: RegularFile) -> bool:
+    """Whether a file may stay open, so far as there is room for it among those that do."""
+    if len(_HELD) < _max_held():
+        _HELD.add(file)
+    return file in _HELD
+
+
+class FileWeights(Mapping[str, LoraWeights]):
+    """The weights of one adapter's file, read when a module is asked for.
+
+    The whole file is read for the first module, and kept for as long as anybody holds a tensor of it: `dict(weights)`
+    reads it once. Any thread may ask.
+
+    A hundred of them or so keep their file open, so that a version that another process replaces stays whole for those
+    who have it; the others open it anew.
+
+    Args:
+        path: The file's path.
+        name: The adapter's name.
+        file: The file as it was checked and hashed. It is kept or closed.
+        layout: Where the tensors lie in it.
+        fingerprint: `hash_of` layout and data.
+    """
+
+    def __init__(self, path: Path, name: str, file: RegularFile, layout: Layout, fingerprint: str) -> None:
+        self._path = path
+        self._name = name
+        identity = file.identity
+        # One that was written a moment ago may be written again without another time: not to be recognised by it.
+        self._identity = identity if identity.is_settled() else None
+        self._start = identity.num_bytes - layout.num_bytes
+        self._layout = layout
+        self._fingerprint = fingerprint
+        self._file = file if _is_held(file) else None
+        self._data: weakref.ref[NDArray[np.uint8]] | None = None
+
+    @property
+    def shapes(self) -> Mapping[str, LoraWeights]:
+        """Shapes, dtypes and scalings, without reading anything: the tensors are on the meta device."""
+        return _Shapes(self._layout)
+
+    def __getitem__(self, module: str) -> LoraWeights:
+        """The weights of a module.
+
+        Raises:
+            KeyError: If the adapter does not adapt it.
+            InvalidAdapterError: If the file is not the one that was read any more.
+        """
+        lora_A, lora_B, scaling = self._layout[module]
+        data = torch.from_numpy(self._read())
+        return LoraWeights(_view(data, lora_A), _view(data, lora_B), scaling)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layout)
+
+    def __len__(self) -> int:
+        return len(self._layout)
+
+    def __contains__(self, module: object) -> bool:
+        return module in self._layout
+
+    def __deepcopy__(self, memo: object) -> FileWeights:
+        """These weights themselves: nobody changes them, and a file is not copied."""
+        return self
+
+    def rename(self, path: Path) -> None:
+        """Say that the file was renamed."""
+        self._path = path
+
+    def hold(self) -> None:
+        """Keep the file open in any case, because it is about to be removed."""
+        if self._file is None:
+            with contextlib.suppress(OSError):
+                self._file = RegularFile(self._path, MAX_WEIGHTS_BYTES)
+
+    def _read(self) -> NDArray[np.uint8]:
+        """The data section, `[num_bytes]`."""
+        data = self._data() if self._data is not None else None
+        if data is None:
+            try:
+                file = self._file or RegularFile(self._path, MAX_WEIGHTS_BYTES)
+                before = file.current_identity()
+                data = np.empty(self._layout.num_bytes, np.uint8)
+                file.read_into(data.data, self._start)
+                after = file.current_identity()
+            except (OSError, MemoryError) as error:
+                raise self._changed(error) from error
+            if not before == after == self._identity:
+                if hash_of(self._layout, [data]) != self._fingerprint:
+                    raise self._changed("its numbers are others")
+                self._identity = before if before == after and before.is_settled() else None
+            self._data = weakref.ref(data)
+        return data
+
+    def _changed(self, why: object) -> InvalidAdapterError:
+        return InvalidAdapterError(
+            f"adapter {self._name!r}: {self._path} is not the file any more that was read: {why}. Call "
+            f"pool.update({self._name!r}) to read the adapter again. To change one that is served, call "
+            f"pool.update({self._name!r}, new_folder); writing into its files changes it half."
+        )
+
+
+def hash_of(layout: Layout, pieces: Any) -> str:
+    """Sha256 of layout, scalings and every byte of the data section, which comes in pieces."""
+    plain = sorted(
+        (module, (tuple(lora_A), tuple(lora_B), scaling)) for module, (lora_A, lora_B, scaling) in layout.items()
+    )
+    digest = hashlib.sha256(repr(plain).encode())
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _view(data: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    dtype = DTYPES[spec.dtype]
+    raw = data[spec.offset : spec.offset + math.prod(spec.shape) * dtype.itemsize]
+    if raw.storage_offset() % dtype.itemsize:  # an unaligned file, legal but rare
+        raw = raw.clone()
+    return raw.view(dtype).view(spec.shape)
+
+
+def _meta(spec: TensorSpec) -> torch.Tensor:
+    return torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device="meta")

@@ -1,0 +1,92 @@
+"""An encoder that sees words as well as meaning."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from langchain_lora_retriever.errors import InvalidRequestError
+from langchain_lora_retriever.retrieval.encoder import DEFAULT_INSTRUCTION, SentenceTransformerEncoder
+from langchain_lora_retriever.support.shown import shown
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from langchain_lora_retriever.retrieval.encoder import Encoder
+
+__all__ = ["HybridEncoder"]
+
+_WORD = re.compile(r"\w+|[^\w\s]")
+_MAX_WEIGHT, _MAX_NUM_WORDS = 1_000_000, 1 << 20
+
+
+class HybridEncoder:
+    """Appends to an encoder's vectors which words and marks a text holds.
+
+    Prompts for one adapter often share a template, whose words a sentence encoder blurs. In the mean over an adapter's
+    samples the words of the template add up and those of the subject matter cancel out.
+
+    Semantics:
+        words[h(w) mod num_words] += sign(w) for every distinct word or punctuation mark w; scaled to length 1
+        encode(text) = normalize(encoder(text) ++ sqrt(weight) * words)
+
+    Args:
+        encoder: A sentence-transformers name or folder, or an encoder.
+        weight: How much words count against meaning.
+        num_words: Length of the part for words; several words may share a place.
+        instruction: Text whose words do not count, where a text starts with it.
+
+    Raises:
+        InvalidRequestError: If an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        encoder: str | Path | Encoder,
+        *,
+        weight: float = 1.0,
+        num_words: int = 1024,
+        instruction: str = DEFAULT_INSTRUCTION,
+    ) -> None:
+        if not isinstance(weight, int | float) or not 0 < weight <= _MAX_WEIGHT:
+            raise InvalidRequestError(
+                f"weight={shown(weight)} is not allowed: pass a number above 0, at most {_MAX_WEIGHT}."
+            )
+        if not isinstance(num_words, int) or not 1 <= num_words <= _MAX_NUM_WORDS:
+            raise InvalidRequestError(
+                f"num_words={shown(num_words)} is not allowed: pass an integer from 1 to {_MAX_NUM_WORDS}."
+            )
+        if not isinstance(instruction, str):
+            raise InvalidRequestError(f"instruction={shown(instruction)} is not allowed: pass a string.")
+        self._encoder: Encoder = SentenceTransformerEncoder(encoder) if isinstance(encoder, str | Path) else encoder
+        self._weight = weight
+        self._num_words = num_words
+        self._instruction = instruction
+
+    @property
+    def name(self) -> str:
+        """The encoder's name, and how much words count."""
+        return f"{self._encoder.name} + {self._weight:g} x {self._num_words} words"
+
+    @property
+    def dimension(self) -> int:
+        """Length of a vector: the encoder's and `num_words`."""
+        return self._encoder.dimension + self._num_words
+
+    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Embed texts, `[len(texts), d]` float32, each row of length 1."""
+        words = np.zeros((len(texts), self._num_words), dtype=np.float32)
+        for row, text in zip(words, texts, strict=True):
+            for word in set(_WORD.findall(text.removeprefix(self._instruction))):
+                code = zlib.crc32(word.encode())  # the same in every process, unlike hash()
+                row[code % self._num_words] += 1 if code >> 20 & 1 else -1
+        words *= self._weight**0.5 / np.maximum(np.linalg.norm(words, axis=1, keepdims=True), 1e-12)
+        vectors = np.concatenate([self._encoder.encode(texts), words], axis=1)
+        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        return vectors

@@ -1,0 +1,486 @@
+"""Text to the adapters whose training data looks like it.
+
+Source: LoraRetriever, arXiv:2402.09997, section 3.2.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import threading
+import warnings
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from numbers import Real
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NoReturn, Self, TypeAlias
+
+import numpy as np
+
+from langchain_lora_retriever.errors import (
+    AdapterError,
+    EncoderError,
+    InvalidAdapterError,
+    InvalidRequestError,
+    InvalidSamplesError,
+    LoraRetrieverError,
+    fresh,
+)
+from langchain_lora_retriever.retrieval.encoder import (
+    DEFAULT_ENCODER,
+    DEFAULT_INSTRUCTION,
+    Encoder,
+    SentenceTransformerEncoder,
+    cut_middle,
+)
+from langchain_lora_retriever.retrieval.index import AdapterIndex
+from langchain_lora_retriever.retrieval.label_penalty import LabelPenalty
+from langchain_lora_retriever.retrieval.micro_batcher import MicroBatcher, Outcome
+from langchain_lora_retriever.retrieval.vector_cache import AdapterVectors, TextVectors
+from langchain_lora_retriever.support.forking import begin_in_every_process
+from langchain_lora_retriever.support.nesting import check_unicode
+from langchain_lora_retriever.support.shown import shown
+from langchain_lora_retriever.types import RetrievedAdapter
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    from langchain_lora_retriever.pool.pool import AdapterPool, PoolEntry
+    from langchain_lora_retriever.pool.samples import Sample
+
+__all__ = ["DEFAULT_ENCODER", "DEFAULT_INSTRUCTION", "LoraRetriever"]
+
+Vectors: TypeAlias = "NDArray[np.float32]"
+
+_NUM_CANDIDATES = 32
+"""Adapters whose answers are looked at, the nearest by cosine."""
+_MAX_CHARACTERS = 1 << 17
+"""Of a longer text the middle is not looked at: no encoder reads it, and it would take all the others' time."""
+_MAX_SAMPLES = 256
+"""Samples of an adapter that are looked at; of more, so many spread evenly over them."""
+_MAX_ANSWER_WEIGHT = 1000
+_SETTINGS = frozenset({"pool", "encoder", "instruction", "min_score", "answer_weight"})
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """What a retriever knows of one version of its pool. Replaced as a whole, so that readers need no lock."""
+
+    version: int
+    entries: Mapping[str, PoolEntry]
+    index: AdapterIndex | None
+    fits: Mapping[str, LabelPenalty]
+    rejected: Mapping[str, AdapterError]
+
+
+class LoraRetriever:
+    """Finds the adapters of a pool for texts, and follows the pool's changes. Any thread or event loop may call it.
+
+    Adapters that this encoder cannot find are left out, and stand in `rejected`; the pool keeps them, for other
+    retrievers and to be pinned. Settings are fixed: for others, make another retriever of the same pool.
+
+    Semantics:
+        embedding(text)    = E(instruction + text)
+        embedding(adapter) = normalised mean over its samples' inputs of embedding(input), or the one it came with
+        score              = cosine(embedding(text), embedding(adapter)) - answer_weight * lack(text, adapter)
+        lack               = how much the text lacks of the answers that the adapter's samples offer (`LabelPenalty`)
+        Of a text above 131,072 characters the middle is left out; of more than 256 samples 256 count, spread evenly.
+
+    Args:
+        pool: The adapters.
+        encoder: A sentence-transformers name or folder, or an `Encoder`.
+        instruction: Put before every text and sample.
+        min_score: Adapters below it are not returned; with none left the base model answers alone.
+        answer_weight: How much an adapter loses whose answers a text does not offer; 0 scores by cosine alone.
+        cache_size: How many texts' embeddings are kept, in 64 MiB at most.
+        cache_dir: Folder that keeps adapters' embeddings for the next start; None keeps none. Use it only
+            with an encoder whose name changes whenever its weights do.
+
+    Raises:
+        InvalidRequestError: If a setting is out of range; also later, if one is assigned.
+    """
+
+    def __init__(
+        self,
+        pool: AdapterPool,
+        encoder: str | Path | Encoder = DEFAULT_ENCODER,
+        *,
+        instruction: str = DEFAULT_INSTRUCTION,
+        min_score: float | None = None,
+        answer_weight: float = 0.0,
+        cache_size: int = 4096,
+        cache_dir: str | Path | None = None,
+    ) -> None:
+        if not isinstance(instruction, str):
+            raise InvalidRequestError(f"instruction={shown(instruction)} is not allowed: pass a string.")
+        if min_score is not None and not (_is_number(min_score) and -1 <= min_score <= 1):
+            raise InvalidRequestError(
+                f"min_score={shown(min_score)} is not allowed: pass a number from -1 to 1, or None."
+            )
+        if not (_is_number(answer_weight) and 0 <= answer_weight <= _MAX_ANSWER_WEIGHT):
+            raise InvalidRequestError(
+                f"answer_weight={shown(answer_weight)} is not allowed: pass a number from 0 to {_MAX_ANSWER_WEIGHT}."
+            )
+        if not isinstance(cache_size, int) or cache_size < 0:
+            raise InvalidRequestError(f"cache_size={shown(cache_size)} is not allowed: pass 0 or more texts.")
+        if not isinstance(encoder, str | Path) and not callable(getattr(encoder, "encode", None)):
+            raise InvalidRequestError(
+                f"encoder={shown(encoder)} is not allowed: pass a sentence-transformers name or folder, or an Encoder."
+            )
+        if cache_dir is not None and (not isinstance(cache_dir, str | Path) or "\0" in str(cache_dir)):
+            raise InvalidRequestError(f"cache_dir={shown(cache_dir)} is not allowed: pass a folder, or None.")
+        check_unicode(instruction, "The instruction")
+        check_unicode(str(cache_dir), "cache_dir")
+        self.pool = pool
+        self.encoder: Encoder = SentenceTransformerEncoder(encoder) if isinstance(encoder, str | Path) else encoder
+        self.instruction = instruction
+        self.min_score = min_score
+        self.answer_weight = answer_weight
+        self._batcher = MicroBatcher(self._encode)
+        self._texts = TextVectors(cache_size)
+        self._cache_dir = None if cache_dir is None else Path(cache_dir)
+        self._view = _View(-1, {}, None, {}, {})
+        begin_in_every_process(self._begin)
+
+    def _begin(self) -> None:
+        self._refresh_lock = threading.Lock()  # one thread follows the pool
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in _SETTINGS and name in self.__dict__:
+            raise InvalidRequestError(
+                f"retriever.{name} cannot be assigned: what was embedded and cached follows from it, and other chat "
+                f"models may share this retriever. Make another one: LoraRetriever(pool, encoder, {name}=...)."
+            )
+        super().__setattr__(name, value)
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        """Itself: settings are fixed, and nothing is to be embedded again."""
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise pickle.PicklingError(
+            "A LoraRetriever cannot be pickled: its pool, its encoder and what they made live in this process. "
+            "Make one where it is needed: LoraRetriever(AdapterPool(path), encoder), with cache_dir=... to embed once."
+        )
+
+    @property
+    def rejected(self) -> Mapping[str, AdapterError]:
+        """Why adapters cannot be found with this encoder, by name; as of the last query or `refresh`."""
+        return MappingProxyType(self._view.rejected)
+
+    @cached_property
+    def _dimension(self) -> int:
+        try:
+            dimension = int(self.encoder.dimension)
+        except LoraRetrieverError:
+            raise
+        except Exception as error:
+            raise EncoderError(f"The encoder {self.encoder.name!r} does not tell its dimension: {error}") from error
+        if dimension < 1:
+            raise EncoderError(f"The encoder {self.encoder.name!r} has dimension {dimension}; allowed is 1 or more.")
+        return dimension
+
+    @cached_property
+    def _saved(self) -> AdapterVectors | None:
+        if self._cache_dir is None:
+            return None
+        return AdapterVectors(self._cache_dir, encoder=self.encoder.name, instruction=self.instruction)
+
+    def retrieve(self, text: str, *, top_k: int = 3, exclude: Collection[str] = ()) -> list[RetrievedAdapter]:
+        """The adapters most like a text, best first.
+
+        Args:
+            text: The text.
+            top_k: How many; a pool with fewer returns all it has.
+            exclude: Names to leave out.
+
+        Returns:
+            At most `top_k`; [] if none reaches `min_score`.
+
+        Raises:
+            InvalidRequestError: If `top_k` < 1, or the text is no string or no Unicode.
+            UnknownAdapterError: If `exclude` names an adapter that is not in the pool.
+            EncoderError: If the encoder cannot be loaded, or fails over the text.
+        """
+        return self.retrieve_batch([text], top_k=top_k, exclude=exclude)[0]
+
+    def retrieve_batch(
+        self,
+        texts: Sequence[str],
+        *,
+        top_k: int = 3,
+        exclude: Collection[str] | Sequence[Collection[str]] = (),
+    ) -> list[list[RetrievedAdapter]]:
+        """`retrieve` for many texts at once.
+
+        Args:
+            texts: The texts.
+            top_k: How many for each.
+            exclude: Names to leave out everywhere, or one collection of names per text.
+        """
+        texts = _accept(texts)
+        exclusions = self._check(len(texts), top_k, exclude)
+        vectors = self.embed(texts)
+        self.refresh()
+        return self._search(texts, vectors, top_k, exclusions)
+
+    async def aretrieve(self, text: str, *, top_k: int = 3, exclude: Collection[str] = ()) -> list[RetrievedAdapter]:
+        """`retrieve` without blocking the event loop; concurrent calls are embedded together."""
+        texts = _accept([text])
+        exclusions = self._check(1, top_k, exclude)
+        vectors = self._texts.get(texts)
+        if not vectors:
+            vectors = self._remember(texts, await self._batcher.arun(texts))
+        if self._view.version != self.pool.version:
+            await asyncio.wrap_future(self._batcher.executor.submit(self.refresh))
+        return self._search(texts, vectors[texts[0]][None], top_k, exclusions)[0]
+
+    async def aprepare(self, texts: Sequence[str]) -> None:
+        """Embed together texts that are about to be asked for, if the cache has room for them.
+
+        Those that cannot be embedded are left to their own calls, which meet the same fault.
+        """
+        texts = _accept(texts)
+        known = self._texts.get(texts)
+        missing = [text for text in dict.fromkeys(texts) if text not in known]
+        if missing and len(missing) <= self._texts.max_texts // 2:  # those of the last call may still be needed
+            outcomes = zip(missing, await self._batcher.arun(missing), strict=True)
+            self._texts.put({text: made for text, made in outcomes if not isinstance(made, BaseException)})
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        """Embed texts, the instruction before each, as queries are.
+
+        Returns:
+            `[len(texts), d]`, float32, each row of length 1.
+
+        Raises:
+            InvalidRequestError: If a text is no string or no Unicode.
+            EncoderError: If the encoder cannot be loaded, or fails over one of the texts.
+        """
+        texts = _accept(texts)
+        if not texts:
+            return np.empty((0, self._dimension), dtype=np.float32)
+        vectors = self._texts.get(texts)
+        # Texts of one length together, so that little is padded.
+        missing = sorted((text for text in dict.fromkeys(texts) if text not in vectors), key=len)
+        if missing:
+            vectors |= self._remember(missing, self._batcher.run(missing))
+        return np.stack([vectors[text] for text in texts])
+
+    def forget_texts(self) -> None:
+        """Forget the texts' embeddings that are kept; the adapters' stay."""
+        self._texts.clear()
+
+    def adapter_vectors(self) -> dict[str, Vectors]:
+        """The embeddings `[d]`, of length 1, of the adapters that can be found, by name."""
+        self.refresh()
+        index = self._view.index
+        return {} if index is None else {name: index.vector(name) for name in sorted(index.names)}
+
+    def refresh(self) -> None:
+        """Follow the pool now: embed what is new or changed in it, and forget what is gone. Every query does.
+
+        Raises:
+            EncoderError: If the encoder fails over every text, samples or not. Nothing is changed.
+        """
+        if self._view.version == self.pool.version:
+            return
+        with self._refresh_lock:
+            old, state = self._view, self.pool.state
+            if old.version == state.version:
+                return
+            entries = {name: state.entries[name] for name in state.names if state.entries[name].is_described}
+            changed = [name for name in entries if not _found_alike(old.entries.get(name), entries[name])]
+            vectors, refused = self._embed_adapters({name: entries[name] for name in changed})
+            rejected = {name: error for name, error in old.rejected.items() if name in entries} | refused
+            for name in vectors:
+                rejected.pop(name, None)
+            index = AdapterIndex(self._dimension) if old.index is None else old.index.copy()
+            index.remove([name for name in index.names if name not in entries or name in refused])
+            index.update(list(vectors), np.array(list(vectors.values()), np.float32).reshape(-1, self._dimension))
+            fits = {name: self._fit(old, entries[name]) for name in index.names} if self.answer_weight else {}
+            self._view = _View(state.version, entries, index, fits, rejected)
+        for error in refused.values():
+            warnings.warn(f"not found by prompts: {error}", stacklevel=3)
+
+    def _encode(self, texts: Sequence[str]) -> Vectors:
+        vectors = np.asarray(self.encoder.encode([self.instruction + text for text in texts]), dtype=np.float32)
+        if vectors.shape != (len(texts), self._dimension) or not np.isfinite(vectors).all():
+            raise ValueError(
+                f"it made an array of shape {vectors.shape} for {len(texts)} texts; "
+                f"allowed is {(len(texts), self._dimension)}, all numbers finite."
+            )
+        return _normalise(vectors)
+
+    def _remember(self, texts: Sequence[str], outcomes: Sequence[Outcome]) -> dict[str, Vectors]:
+        """Keep the vectors made; raise the first error there is, in this call's own name."""
+        made = {t: v for t, v in zip(texts, outcomes, strict=True) if not isinstance(v, BaseException)}
+        self._texts.put(made)
+        for outcome in outcomes:
+            if isinstance(outcome, LoraRetrieverError):
+                raise fresh(outcome)
+            if isinstance(outcome, BaseException):
+                raise EncoderError(self._failure(outcome)) from outcome
+        return made
+
+    def _failure(self, error: BaseException) -> str:
+        return f"The encoder {self.encoder.name!r} failed over a text: {type(error).__name__}: {str(error)[:500]}"
+
+    def _check(
+        self, num_texts: int, top_k: int, exclude: Collection[str] | Sequence[Collection[str]]
+    ) -> list[frozenset[str]]:
+        if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
+            raise InvalidRequestError(f"top_k={shown(top_k)} is not allowed: pass an integer of 1 or more.")
+        if _are_names(exclude):
+            exclusions = [frozenset(str(name) for name in exclude)] * num_texts
+        elif isinstance(exclude, Sequence) and not isinstance(exclude, str) and all(map(_are_names, exclude)):
+            exclusions = [frozenset(names) for names in exclude]
+            if len(exclusions) != num_texts:
+                raise InvalidRequestError(f"exclude is for {len(exclusions)} texts, but there are {num_texts}.")
+        else:
+            raise InvalidRequestError(
+                f"exclude={shown(exclude)} is not allowed: pass a collection of names, or a list of such collections, "
+                "one for each text."
+            )
+        state = self.pool.state
+        for name in frozenset().union(*exclusions):
+            if name not in state.entries:
+                state[name]
+        return exclusions
+
+    def _search(
+        self, texts: Sequence[str], queries: Vectors, top_k: int, exclude: Sequence[frozenset[str]]
+    ) -> list[list[RetrievedAdapter]]:
+        view = self._view
+        if view.index is None:
+            return [[] for _ in texts]
+        # An adapter can only lose by its answers, so those to choose from are a few more than are wanted.
+        fetch = top_k if not self.answer_weight else max(_NUM_CANDIDATES, 2 * top_k)
+        found = view.index.search(queries, top_k=fetch, exclude=exclude)
+        if self.answer_weight:
+            found = [self._weigh(text, row, view.fits)[:top_k] for text, row in zip(texts, found, strict=True)]
+        # Six digits: the last bits of a score depend on what else was embedded in the same batch.
+        results = [[RetrievedAdapter(name, round(score, 6)) for name, score in row] for row in found]
+        if self.min_score is not None:
+            results = [[adapter for adapter in row if adapter.score >= self.min_score] for row in results]
+        return results
+
+    def _weigh(
+        self, text: str, found: Sequence[tuple[str, float]], fits: Mapping[str, LabelPenalty]
+    ) -> list[tuple[str, float]]:
+        scored = [(name, score - self.answer_weight * fits[name].lack(text)) for name, score in found]
+        return sorted(scored, key=lambda pair: (-pair[1], pair[0]))
+
+    def _embed_adapters(self, entries: Mapping[str, PoolEntry]) -> tuple[dict[str, Vectors], dict[str, AdapterError]]:
+        """The embeddings `[d]` the adapters came with, or else the means over their samples; and who has none, why."""
+        known: dict[str, Vectors] = {} if self._saved is None else self._saved.load()
+        vectors: dict[str, Vectors] = {}
+        refused: dict[str, AdapterError] = {}
+        made: dict[str, Vectors] = {}
+        kept = TextVectors(1 << 20)  # adapters may share samples
+        for name, entry in entries.items():
+            key = entry.routing_hash
+            if entry.embedding is not None:
+                if self._is_ours(entry):
+                    vectors[name] = entry.embedding
+                else:
+                    refused[name] = self._misfit(entry)
+            elif key in known and known[key].shape == (self._dimension,):
+                vectors[name] = known[key]
+            else:
+                mean = self._mean(entry, kept)
+                if isinstance(mean, AdapterError):
+                    refused[name] = mean
+                else:
+                    vectors[name] = made[key] = mean
+        if self._saved is not None and made:
+            self._saved.save(known | made)
+        if any(isinstance(error, InvalidSamplesError) for error in refused.values()):
+            self._remember(["text"], self._batcher.run(["text"]))  # raises if it is the encoder that is at fault
+        return vectors, refused
+
+    def _mean(self, entry: PoolEntry, kept: TextVectors) -> Vectors | AdapterError:
+        """`[d]`: the normalised mean over an adapter's samples, or the error of the first that cannot be embedded."""
+        texts = [cut_middle(sample.input, _MAX_CHARACTERS) for sample in _spread(entry.samples)]
+        vectors = kept.get(texts)
+        missing = [text for text in dict.fromkeys(texts) if text not in vectors]
+        outcomes = dict(zip(missing, self._batcher.run(missing), strict=True))
+        for text, outcome in outcomes.items():
+            if isinstance(outcome, BaseException):
+                return InvalidSamplesError(
+                    f"adapter {entry.adapter.name!r}: its sample {text[:40]!a} cannot be embedded. "
+                    f"{self._failure(outcome)}. Mend the sample or leave it out."
+                )
+            vectors[text] = outcome
+        kept.put(vectors)
+        mean: Vectors = np.mean([vectors[text] for text in texts], axis=0, dtype=np.float64)
+        return _normalise(mean)
+
+    def _fit(self, old: _View, entry: PoolEntry) -> LabelPenalty:
+        name = entry.adapter.name
+        if entry is old.entries.get(name) and name in old.fits:
+            return old.fits[name]
+        return LabelPenalty(_spread(entry.samples))
+
+    def _is_ours(self, entry: PoolEntry) -> bool:
+        """Whether the embedding an adapter came with may be this encoder's; warns if it bears another's name."""
+        assert entry.embedding is not None
+        if entry.embedding.size != self._dimension:
+            return False
+        if entry.encoder is not None and entry.encoder != self.encoder.name:
+            warnings.warn(
+                f"adapter {entry.adapter.name!r} came with an embedding by {entry.encoder!r}; the encoder here is "
+                f"{self.encoder.name!r}. If they are not the same model, its scores mean nothing.",
+                stacklevel=2,
+            )
+        return True
+
+    def _misfit(self, entry: PoolEntry) -> InvalidAdapterError:
+        assert entry.embedding is not None
+        return InvalidAdapterError(
+            f"adapter {entry.adapter.name!r} came with an embedding of {entry.embedding.size} numbers"
+            f"{f' by {entry.encoder!r}' if entry.encoder else ''}, but the encoder {self.encoder.name!r} "
+            f"makes {self._dimension}. Use the encoder it was made with, or give it samples."
+        )
+
+
+def _accept(texts: object) -> list[str]:
+    """Refuse what is no list of Unicode texts; leave out the middles of those that are too long."""
+    if isinstance(texts, str) or not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise InvalidRequestError(f"texts={shown(texts)} is not allowed: pass a sequence of strings.")
+    for text in texts:
+        check_unicode(text, "The text to retrieve for")
+    return [cut_middle(text, _MAX_CHARACTERS) for text in texts]
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, Collection) and not isinstance(value, str) and all(isinstance(i, str) for i in value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _spread(samples: Sequence[Sample]) -> Sequence[Sample]:
+    """At most `_MAX_SAMPLES` of them, evenly spread."""
+    if len(samples) <= _MAX_SAMPLES:
+        return samples
+    return [samples[i * len(samples) // _MAX_SAMPLES] for i in range(_MAX_SAMPLES)]
+
+
+def _found_alike(old: PoolEntry | None, new: PoolEntry) -> bool:
+    return old is not None and (old is new or old.routing_hash == new.routing_hash)
+
+
+def _normalise(vectors: NDArray[np.float32] | NDArray[np.float64]) -> Vectors:
+    """Scale the last axis to length 1; zeros stay zeros."""
+    norms = np.linalg.norm(vectors.astype(np.float64), axis=-1, keepdims=True)  # squares of float32 may overflow it
+    scaled: Vectors = (vectors / np.maximum(norms, np.finfo(np.float32).tiny)).astype(np.float32)
+    return scaled

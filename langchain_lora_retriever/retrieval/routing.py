@@ -1,0 +1,162 @@
+"""From a text and a call's options to the composition to run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from langchain_lora_retriever.errors import AdapterError, UnknownAdapterError, fresh
+from langchain_lora_retriever.retrieval.composer import Weighting, compose, materialize, pin
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from langchain_lora_retriever.retrieval.retriever import LoraRetriever
+    from langchain_lora_retriever.types import Adapter, Composition, CompositionMode, RetrievedAdapter
+
+__all__ = ["Plan", "Router", "RoutingOptions"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingOptions:
+    """What may be asked of routing. Values are as `compose`, `pin` and `LoraRetriever.retrieve` take them.
+
+    Attributes:
+        adapters: Names that take the place of retrieval; empty runs the base model alone, None retrieves.
+        exclude_adapters: Names retrieval must not return.
+        composition: "selection", "fusion" or "mixture".
+        top_k: Most adapters to compose.
+        weights: "similarity" or "uniform" weights of retrieved adapters.
+        weight_temperature: Temperature of the similarity weights; lower favours the best more.
+        min_score: Cosine similarity under which an adapter is not used; None uses whatever is nearest.
+        model: An adapter's name to pin, or the base model's for no adapter, as OpenAI-style servers take it.
+    """
+
+    adapters: Sequence[str] | None = None
+    exclude_adapters: Sequence[str] = ()
+    composition: CompositionMode = "mixture"
+    top_k: int = 3
+    weights: Weighting = "similarity"
+    weight_temperature: float = 0.05
+    min_score: float | None = None
+    model: str | None = None
+
+
+class Plan(NamedTuple):
+    """What to run for a text.
+
+    Attributes:
+        composition: The names, their scores and shares.
+        adapters: What the engine is to run for it, with weights; a fusion is one adapter.
+    """
+
+    composition: Composition
+    adapters: tuple[tuple[Adapter, float], ...]
+
+
+def _nobody() -> Mapping[str, AdapterError]:
+    return {}
+
+
+class Router:
+    """Decides which adapters a call runs: those it names, or those retrieved for its text.
+
+    Any thread or event loop may call.
+
+    Args:
+        retriever: Finds adapters for a text.
+        base_name: The base model's name, which the `model` option may hold to ask for no adapter.
+        refused: Says which adapters of the pool the engine cannot run, by name, and why. They are not retrieved.
+    """
+
+    def __init__(
+        self,
+        retriever: LoraRetriever,
+        base_name: str = "",
+        refused: Callable[[], Mapping[str, AdapterError]] = _nobody,
+    ) -> None:
+        self._retriever = retriever
+        self._pool = retriever.pool
+        self._base_name = base_name
+        self._refused = refused
+
+    def route(self, text: str, options: RoutingOptions) -> Composition:
+        """Choose the composition for a text.
+
+        Raises:
+            UnknownAdapterError: If a name in the options is not in the pool.
+            AdapterError: If a name in the options is of an adapter that was refused; it says why.
+            InvalidRequestError: If the options pin adapters that cannot be composed.
+        """
+        pinned = self._pinned(options)
+        if pinned is not None:
+            return pinned
+        return self._composed(self._retriever.retrieve(text, **self._query(options)), options)
+
+    async def aroute(self, text: str, options: RoutingOptions) -> Composition:
+        """Do what `route` does; texts of calls that wait at the same time are embedded together."""
+        pinned = self._pinned(options)
+        if pinned is not None:
+            return pinned
+        return self._composed(await self._retriever.aretrieve(text, **self._query(options)), options)
+
+    def plan(self, text: str, options: RoutingOptions) -> Plan:
+        """Choose the composition for a text, and the weighted adapters that make it."""
+        while True:
+            try:
+                composition = self.route(text, options)
+                return Plan(composition, materialize(composition, self._pool))
+            except UnknownAdapterError:
+                self._raise_if_named(options)  # else an adapter was removed meanwhile: retrieve again, without it
+
+    async def aplan(self, text: str, options: RoutingOptions) -> Plan:
+        """Do what `plan` does without blocking the event loop."""
+        while True:
+            try:
+                composition = await self.aroute(text, options)
+                return Plan(composition, materialize(composition, self._pool))
+            except UnknownAdapterError:
+                self._raise_if_named(options)
+
+    async def aprepare(self, texts: Sequence[str], options: RoutingOptions) -> None:
+        """Embed together the texts of calls that are about to be routed."""
+        if self._pinned(options) is None:
+            await self._retriever.aprepare(texts)
+
+    def _pinned(self, options: RoutingOptions) -> Composition | None:
+        names = options.adapters
+        if options.model is not None:
+            names = () if options.model == self._base_name else (options.model,)
+        if names is None:
+            if len(self._pool):
+                return None
+            names = ()
+        self._check_names(names)
+        return pin(names, mode=options.composition)
+
+    def _query(self, options: RoutingOptions) -> dict[str, Any]:
+        self._check_names(options.exclude_adapters, may_be_refused=True)
+        known = self._pool.state.entries
+        excluded = frozenset(options.exclude_adapters).union(self._refused())
+        return {"top_k": options.top_k, "exclude": excluded & known.keys()}
+
+    def _raise_if_named(self, options: RoutingOptions) -> None:
+        """Raise what is wrong with the names that the caller gave, if anything is."""
+        self._pinned(options)
+        self._check_names(options.exclude_adapters, may_be_refused=True)
+
+    def _composed(self, retrieved: Sequence[RetrievedAdapter], options: RoutingOptions) -> Composition:
+        if options.min_score is not None:
+            retrieved = [adapter for adapter in retrieved if adapter.score >= options.min_score]
+        return compose(
+            retrieved, mode=options.composition, weights=options.weights, temperature=options.weight_temperature
+        )
+
+    def _check_names(self, names: Sequence[str], *, may_be_refused: bool = False) -> None:
+        state, refused = self._pool.state, {} if may_be_refused else self._refused()
+        for name in names:
+            error = state.rejected.get(name) or refused.get(name)
+            if error is not None and not may_be_refused:
+                raise fresh(error)
+            if error is None and name not in state.entries:
+                state[name]  # raises UnknownAdapterError, with the names that are near

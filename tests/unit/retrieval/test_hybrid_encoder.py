@@ -1,0 +1,72 @@
+"""An encoder with words."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from langchain_lora_retriever.errors import InvalidRequestError
+from langchain_lora_retriever.retrieval.encoder import DEFAULT_INSTRUCTION, Encoder
+from langchain_lora_retriever.retrieval.hybrid_encoder import HybridEncoder
+
+
+class BlindEncoder:
+    """Sees no difference between texts."""
+
+    name = "blind"
+    dimension = 3
+
+    def encode(self, texts):
+        """Return the same unit vector for every text."""
+        return np.tile(np.array([[1.0, 0.0, 0.0]], dtype=np.float32), (len(texts), 1))
+
+
+def test_words_tell_texts_apart_that_the_encoder_cannot() -> None:
+    """A shared template makes texts alike; the inner encoder's part stays in front."""
+    encoder = HybridEncoder(BlindEncoder())
+    assert isinstance(encoder, Encoder)
+    a, b, c = encoder.encode(["Translate: dogs", "Translate: cats", "How many users are there?"])
+    assert a @ b > a @ c + 0.1
+    assert encoder.dimension == len(a) == 1027
+    np.testing.assert_allclose(np.linalg.norm([a, b, c], axis=1), 1, atol=1e-6)
+    assert a[:3] == pytest.approx([0.5**0.5, 0, 0])
+
+
+def test_weight_sets_the_share_of_words() -> None:
+    """The more words count, the farther apart texts without a common word are."""
+    similarity = [np.dot(*HybridEncoder(BlindEncoder(), weight=w).encode(["dogs", "cats"])) for w in (0.1, 1, 10)]
+    assert similarity == pytest.approx([1 / 1.1, 1 / 2, 1 / 11])
+
+
+def test_instruction_and_blank_texts_hold_no_words() -> None:
+    """The instruction's words do not count, and a text without words is embedded all the same."""
+    encoder = HybridEncoder(BlindEncoder())
+    plain, instructed, blank = encoder.encode(["dogs", DEFAULT_INSTRUCTION + "dogs", " "])
+    np.testing.assert_array_equal(plain, instructed)
+    assert blank[:3] == pytest.approx([1, 0, 0])
+    assert encoder.encode([]).shape == (0, 1027)
+
+
+def test_vectors_are_the_same_in_every_process() -> None:
+    """A published embedding means the same elsewhere: no randomised hash is involved."""
+    code = "import zlib; print([zlib.crc32(w.encode()) % 1024 for w in ('dogs', '?', 'naïve')])"
+    here = [int(np.flatnonzero(HybridEncoder(BlindEncoder()).encode([w])[0][3:])[0]) for w in ("dogs", "?", "naïve")]
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert str(here) == there.strip()
+
+
+def test_name_tells_settings_apart() -> None:
+    """Vectors of different settings never meet in a cache."""
+    names = {HybridEncoder(BlindEncoder(), weight=w, num_words=n).name for w in (1, 2) for n in (64, 128)}
+    assert len(names) == 4
+    assert all(name.startswith("blind") for name in names)
+
+
+@pytest.mark.parametrize("setting", [{"weight": 0}, {"weight": float("nan")}, {"num_words": 0}])
+def test_settings_out_of_range_are_refused(setting) -> None:
+    """The error names the setting."""
+    with pytest.raises(InvalidRequestError, match=next(iter(setting))):
+        HybridEncoder(BlindEncoder(), **setting)
