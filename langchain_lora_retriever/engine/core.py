@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from array import array
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from langchain_lora_retriever.errors import EngineError, InvalidRequestError, Pr
 from langchain_lora_retriever.support.shown import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from langchain_lora_retriever.engine.api import FinishReason
     from langchain_lora_retriever.engine.config import EngineConfig
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from langchain_lora_retriever.engine.sampler import Outcome
     from langchain_lora_retriever.types import Adapter, SamplingParams
 
-__all__ = ["Engine", "StepOutput"]
+__all__ = ["Engine", "StepFailedError", "StepOutput"]
 
 _NUM_LOOKED_AHEAD = 8  # waiting requests whose adapters travel to the device
 _MAX_WEIGHT = torch.finfo(torch.float32).max  # of an adapter
@@ -49,6 +50,35 @@ class StepOutput(NamedTuple):
     request: Request
     delta: Delta | None = None
     error: Exception | None = None
+
+
+class StepFailedError(Exception):
+    """A step failed as a whole; the engine can go on.
+
+    Attributes:
+        outputs: What requests gained before, and the errors of those that the step served.
+    """
+
+    def __init__(self, outputs: list[StepOutput]) -> None:
+        super().__init__("a step failed")
+        self.outputs = outputs
+
+
+class _BlamedError(Exception):
+    """Part of a step failed for some requests."""
+
+    def __init__(self, requests: Sequence[Request], cause: Exception) -> None:
+        super().__init__()
+        self.requests = requests
+        self.cause = cause
+
+
+@contextmanager
+def _blaming(requests: Sequence[Request]) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise _BlamedError(requests, error) from error
 
 
 class Engine:
@@ -101,14 +131,12 @@ class Engine:
         self._vocabulary = Vocabulary(base.tokenizer)
         self._ids = itertools.count()
         self._is_async = self.runner.is_async
-        self._in_flight: PendingStep | None = None
-        self._in_step: Sequence[Request] = []
-        self._outputs: list[StepOutput] = []
+        self._pending: PendingStep | None = None
 
     @property
     def has_unfinished_requests(self) -> bool:
         """Whether a `step` would do anything."""
-        return bool(self.scheduler.waiting or self.scheduler.running or self._in_flight)
+        return bool(self.scheduler.waiting or self.scheduler.running or self._pending)
 
     def make_request(
         self,
@@ -191,36 +219,26 @@ class Engine:
         grammar, a ban on repeated sequences) gets it.
 
         What goes wrong for one request (its adapters cannot be loaded, its grammar fails, its logits are not finite)
-        ends that request alone and is in its output. An exception of the step itself is raised, with the step's
-        requests still scheduled: see `fail_step`.
-        """
-        if self._in_flight is not None and any(r.needs_known_tokens for r in self._in_flight.requests):
-            self._collect(self._in_flight)
-        launched = self._launch()
-        landing, self._in_flight = self._in_flight, launched
-        if landing is not None:
-            self._collect(landing)
-        if self._in_flight is not None and not self._is_async:
-            self._collect(self._in_flight)
-        outputs, self._outputs = self._outputs, []
-        return outputs
-
-    def fail_step(self, cause: Exception) -> list[StepOutput]:
-        """After `step` raised: end the requests that were in it, keep all others.
+        ends that request alone and is in its output.
 
         Raises:
-            AssertionError: If the bookkeeping did not survive; the engine must not be used any more.
+            StepFailedError: If the step itself failed. Its requests have ended, with errors that are in its outputs.
+            Exception: If scheduling or the bookkeeping is broken; the engine must not be used any more.
         """
-        outputs, self._outputs = self._outputs, []
-        for request in self._in_step:
-            if request.is_finished:
-                continue
-            self.abort(request)
-            error = EngineError(f"The step that served this request failed: {cause!r}")
-            error.__cause__ = cause
-            outputs.append(StepOutput(request, error=error))
-        self._in_step = []
-        self.check_integrity()
+        outputs: list[StepOutput] = []
+        try:
+            if self._pending is not None and any(r.needs_known_tokens for r in self._pending.requests):
+                outputs += self._collect(self._pending)
+            launched = self._launch(outputs)
+            last, self._pending = self._pending, launched
+            if last is not None:
+                outputs += self._collect(last)
+            if self._pending is not None and not self._is_async:
+                outputs += self._collect(self._pending)
+        except _BlamedError as blamed:
+            outputs += self._end(blamed.requests, blamed.cause)
+            self.check_integrity()
+            raise StepFailedError(outputs) from blamed.cause
         return outputs
 
     def check_integrity(self) -> None:
@@ -253,27 +271,44 @@ class Engine:
         self.store.close()
         self.runner.close()
 
-    def _launch(self) -> PendingStep | None:
-        """Schedule a step and start it; None if there is nothing that could run before tokens are collected."""
-        self._in_step = []  # who is to blame if scheduling itself fails: nobody
+    def _launch(self, outputs: list[StepOutput]) -> PendingStep | None:
+        """Schedule a step and start it; None if there is nothing that could run before tokens are collected.
+
+        Args:
+            outputs: Where requests go that cannot be admitted.
+        """
         scheduled = self.scheduler.schedule()
-        for request, error in self.scheduler.refused:
-            request.is_finished = True
-            self.recorder.on_finished(request)
-            names = ", ".join(repr(adapter.name) for adapter, _ in request.adapters)
-            self._outputs.append(StepOutput(request, error=failure(f"The adapters {names} cannot be loaded", error)))
-        self.scheduler.refused.clear()
+        outputs += map(self._refuse, self.scheduler.take_refused())
         self._prefetch()
         if not scheduled:
             return None
-        self._in_step = [item.request for item in scheduled]
-        flight = self.runner.launch(scheduled)
-        for item in scheduled:
-            item.request.num_computed_tokens += item.num_new_tokens
-            self.kv_cache.commit(item.request)
-        for request in flight.requests:
-            request.num_pending_tokens += 1
-        return flight
+        with _blaming([item.request for item in scheduled]):
+            pending = self.runner.launch(scheduled)
+            for item in scheduled:
+                item.request.num_computed_tokens += item.num_new_tokens
+                self.kv_cache.commit(item.request)
+            for request in pending.requests:
+                request.num_pending_tokens += 1
+        return pending
+
+    def _refuse(self, refused: tuple[Request, Exception]) -> StepOutput:
+        """End a request that never ran."""
+        request, error = refused
+        request.is_finished = True
+        self.recorder.on_finished(request)
+        names = ", ".join(repr(adapter.name) for adapter, _ in request.adapters)
+        return StepOutput(request, error=failure(f"The adapters {names} cannot be loaded", error))
+
+    def _end(self, requests: Sequence[Request], cause: Exception) -> list[StepOutput]:
+        """End the requests of a step that failed, but for those that have ended already; keep all others."""
+        outputs = []
+        for request in requests:
+            if not request.is_finished:
+                self.abort(request)
+                error = EngineError(f"The step that served this request failed: {cause!r}")
+                error.__cause__ = cause
+                outputs.append(StepOutput(request, error=error))
+        return outputs
 
     def _check_prompt(self, prompt_token_ids: Sequence[int]) -> list[int]:
         """The prompt's tokens as plain integers, if the model has them and has room for an answer."""
@@ -323,15 +358,15 @@ class Engine:
             ]
             self.store.prefetch(adapters, may_drop=True)
 
-    def _collect(self, flight: PendingStep) -> None:
-        """Read a step's tokens and append what they are worth to the outputs."""
-        if flight is self._in_flight:
-            self._in_flight = None
-        self._in_step = flight.requests
-        served = [row for row in zip(flight.requests, flight.read(), strict=True) if not row[0].is_finished]
-        self.recorder.on_step([request for request, _ in served])
-        outputs = [self._deliver(*row) for row in served]
-        self._outputs += [output for output in outputs if output.delta is not None or output.error is not None]
+    def _collect(self, pending: PendingStep) -> list[StepOutput]:
+        """Read the tokens of a step that was launched, and say what each request gained."""
+        if pending is self._pending:
+            self._pending = None
+        with _blaming(pending.requests):
+            served = [row for row in zip(pending.requests, pending.read(), strict=True) if not row[0].is_finished]
+            self.recorder.on_step([request for request, _ in served])
+            outputs = [self._deliver(*row) for row in served]
+        return [output for output in outputs if output.delta is not None or output.error is not None]
 
     def _deliver(self, request: Request, outcome: Outcome) -> StepOutput:
         if not isinstance(outcome, ChosenToken):

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 __all__ = ["ScheduledRequest", "Scheduler"]
 
-_MIN_TRIMMED = 512
+_MIN_TOKENS_TO_TRIM = 512
 """Tokens of the smallest step whose time grows with its padding; smaller ones take as long as reading the weights."""
 _MIN_PROMPTS = 2
 """Prompts in a step of which one may get its first token a step later for the others' sake."""
-_WORTH = 2
+_MIN_PADDING_SAVED_PER_TOKEN = 2
 """Tokens of padding saved, at least, for each that is left to the next step."""
 
 
@@ -65,7 +65,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.num_preemptions = 0
-        self.refused: list[tuple[Request, Exception]] = []
+        self._refused: list[tuple[Request, Exception]] = []
         self._kv_cache = kv_cache
         self._slots = slots
         self._max_num_seqs = max_num_seqs
@@ -82,7 +82,7 @@ class Scheduler:
         """Choose the next step. Running requests come first, so that no stream waits for somebody's prompt.
 
         Mutates the requests' blocks, slots and rows. A waiting request that cannot be admitted (its adapters cannot be
-        loaded) leaves the queue for `refused`. Empty only if nothing is waiting or running, or what runs has
+        loaded) leaves the queue for `take_refused`. Empty only if nothing is waiting or running, or what runs has
         pending tokens to be collected first.
         """
         budget = self._max_num_batched_tokens
@@ -109,7 +109,7 @@ class Scheduler:
                 admitted = self._admit(self.waiting[0], min(budget, prompt_limit))
             except Exception as error:  # noqa: BLE001 - loading an adapter reads somebody's file; it ends its request
                 self._release(self.waiting[0])
-                self.refused.append((self.waiting.popleft(), error))
+                self._refused.append((self.waiting.popleft(), error))
                 continue
             if admitted is None:
                 break
@@ -118,6 +118,11 @@ class Scheduler:
             scheduled.append(admitted)
             budget -= admitted.num_new_tokens
         return self._without_surplus(scheduled)
+
+    def take_refused(self) -> list[tuple[Request, Exception]]:
+        """The requests that could not be admitted since this was asked last, and why."""
+        refused, self._refused = self._refused, []
+        return refused
 
     def finish(self, request: Request) -> None:
         """Release everything a request holds; it is neither waiting nor running afterwards."""
@@ -163,12 +168,12 @@ class Scheduler:
         """
         num_tokens = sum(item.num_new_tokens for item in scheduled)
         index = bisect.bisect_right(self._step_sizes, num_tokens)
-        if num_tokens < _MIN_TRIMMED or not 0 < index < len(self._step_sizes):
+        if num_tokens < _MIN_TOKENS_TO_TRIM or not 0 < index < len(self._step_sizes):
             return scheduled
         num_surplus = num_tokens - self._step_sizes[index - 1]
         num_padding = self._step_sizes[index] - num_tokens
         prompts = [place for place, item in enumerate(scheduled) if item.num_new_tokens > 1]
-        if len(prompts) < _MIN_PROMPTS or num_surplus * _WORTH > num_padding:
+        if len(prompts) < _MIN_PROMPTS or num_surplus * _MIN_PADDING_SAVED_PER_TOKEN > num_padding:
             return scheduled
         last = scheduled[prompts[-1]]
         if last.num_new_tokens > num_surplus:

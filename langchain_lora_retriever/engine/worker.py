@@ -16,7 +16,7 @@ import torch
 
 from langchain_lora_retriever.engine.api import EngineInfo, Registration
 from langchain_lora_retriever.engine.config import EngineConfig
-from langchain_lora_retriever.engine.core import Engine
+from langchain_lora_retriever.engine.core import Engine, StepFailedError
 from langchain_lora_retriever.engine.gc_freeze import frozen_heap
 from langchain_lora_retriever.engine.generation import Generation, deliver
 from langchain_lora_retriever.engine.grammar import compiler_of
@@ -332,16 +332,16 @@ class EngineWorker:
     def _step(self) -> list[StepOutput]:
         try:
             outputs = self.core.step()
-        except Exception as error:
+        except StepFailedError as failed:
+            error = failed.__cause__
             self._num_failed_steps += 1
             if self._num_failed_steps >= _MAX_FAILED_STEPS or _is_sticky(error):
-                raise
-            _logger.exception("A step failed; its requests get the error and the engine goes on")
-            clear_frames(error.__traceback__)
-            outputs = self.core.fail_step(error)
-            if not outputs:  # nobody to blame: scheduling itself is broken, and would be again
-                raise
-            return outputs
+                self._deliver([output for output in failed.outputs if output.error is None])
+                raise (error or failed) from None  # `_die` tells those that the step served
+            _logger.exception("A step failed; its requests get the error and the engine goes on", exc_info=error)
+            if error is not None:
+                clear_frames(error.__traceback__)
+            return failed.outputs
         self._num_failed_steps = 0
         return outputs
 

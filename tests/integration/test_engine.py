@@ -103,13 +103,13 @@ def test_prompts_cut_to_spare_padding_answer_the_same(byte_tokenizer: Any, monke
     config = EngineConfig(**{**SMALL, "kv_cache_bytes": 8 << 20, "max_num_batched_tokens": 1024})
     with EngineWorker(BaseModel(model, byte_tokenizer, "tiny"), config) as worker:
         engine, steps, is_held, may_begin = worker.core, [], threading.Event(), threading.Event()
-        launch = engine._runner.launch
+        launch = engine.runner.launch
 
         def noted(scheduled: Sequence[ScheduledRequest]) -> Any:
             steps.append([item.num_new_tokens for item in scheduled])
             return launch(scheduled)
 
-        monkeypatch.setattr(engine._runner, "launch", noted)
+        monkeypatch.setattr(engine.runner, "launch", noted)
         monkeypatch.setattr(engine.scheduler, "_step_sizes", (512, 640, 768, 1024))
         worker._post(lambda: (is_held.set(), may_begin.wait(60))[0])
         assert is_held.wait(60)  # or it might take the first prompt along

@@ -254,5 +254,5 @@ def test_a_request_whose_adapters_cannot_be_loaded_leaves_the_queue(monkeypatch:
     for request in requests:
         scheduler.add(request)
     assert run_step(scheduler) == [(0, 4, True), (2, 4, True)]
-    assert scheduler.refused == [(requests[1], broken)]
+    assert scheduler.take_refused() == [(requests[1], broken)]
     assert not scheduler.waiting
