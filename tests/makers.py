@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import time
 from concurrent.futures import Future
@@ -147,3 +148,11 @@ class ScriptedCompiler:
         future: Future[Any] = Future()
         future.set_result(SimpleNamespace(constraint=lambda **_: self._makes[int(grammar.text)]()))
         return future
+
+
+async def until(is_so: Callable[[], object], seconds: float = 30.0) -> None:
+    """`wait_until` without blocking the event loop."""
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end, f"it was not so within {seconds} s"
+        await asyncio.sleep(0.001)

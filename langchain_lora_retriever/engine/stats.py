@@ -6,6 +6,8 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -123,7 +125,7 @@ class StatsRecorder:
 
 
 def _percentiles(seconds: Iterable[float]) -> Percentiles:
-    ordered = sorted(seconds)
-    if not ordered:
+    values = list(seconds)
+    if not values:
         return Percentiles(float("nan"), float("nan"), float("nan"))
-    return Percentiles(*(1e3 * ordered[min(int(q * len(ordered)), len(ordered) - 1)] for q in (0.5, 0.95, 0.99)))
+    return Percentiles(*(1e3 * np.percentile(values, (50, 95, 99))).tolist())

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import random
 import threading
-import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -22,7 +21,7 @@ from langchain_lora_retriever.errors import InvalidAdapterError
 from langchain_lora_retriever.pool.checkpoint import read_adapter
 from langchain_lora_retriever.types import Adapter, LoraWeights, SamplingParams
 from lora_retriever_kernels.lora import LoraRows, LoraStack
-from makers import make_adapter, make_tiny_model, make_tokenizer
+from makers import make_adapter, make_tiny_model, make_tokenizer, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -85,14 +84,6 @@ def make_store(num_rows: int = 12, pinned_bytes: int = 4096) -> tuple[StagedStor
     """A store over fresh stacks. One rank takes 38 numbers."""
     stacks = Stacks()
     return StagedStore(stacks, AdapterPacking(stacks.stacks), num_rows=num_rows, pinned_bytes=pinned_bytes), stacks
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Poll for ten seconds."""
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -10,7 +10,8 @@ import pytest
 
 from langchain_lora_retriever.engine.api import Delta, Usage
 from langchain_lora_retriever.engine.generation import Generation, deliver
-from langchain_lora_retriever.errors import EngineError, RequestAbortedError
+from langchain_lora_retriever.errors import EngineDeadError, EngineError, RequestAbortedError
+from makers import until
 
 FIRST = Delta("ab", (1, 2), None, None, None)
 LAST = Delta("c", (3,), None, "stop", Usage(4, 0, 3))
@@ -83,7 +84,7 @@ async def test_a_step_wakes_an_event_loop_once(monkeypatch: pytest.MonkeyPatch) 
     thread_texts: list[str] = []
     reader = threading.Thread(target=lambda: thread_texts.extend(delta.text for delta in generations[8]))
     reader.start()
-    await asyncio.sleep(0.05)
+    await until(lambda: all(each._on_news or each._on_end for each in generations))
     monkeypatch.setattr(loop, "call_soon_threadsafe", count)
     deliver([(generation, FIRST) for generation in generations])
     assert [await first for first in firsts] == [FIRST] * 4
@@ -126,7 +127,7 @@ async def test_cancelling_an_awaiting_task_aborts() -> None:
     for use in (lambda g: g.aresult(), lambda g: anext(aiter(g))):
         feeder = Feeder()
         task = asyncio.ensure_future(use(feeder.generation))
-        await asyncio.sleep(0.02)
+        await until(lambda feeder=feeder: feeder.generation._on_news or feeder.generation._on_end)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -154,3 +155,17 @@ def test_a_result_may_time_out_and_still_come() -> None:
     feeder.generation.abort()
     with pytest.raises(RequestAbortedError):
         feeder.generation.result()
+
+
+def test_an_orphan_keeps_what_has_ended_and_looks_at_no_lock() -> None:
+    """In a forked process a lock may be held by a thread that is not there."""
+    ended, running = Generation(lambda: None), Generation(lambda: None)
+    usage = Usage(1, 0, 1)
+    ended.put(Delta("yes", (5,), None, "stop", usage))
+    running.put(Delta("hal", (5,), None, None, None))
+    for generation in (ended, running):
+        generation._lock.acquire()
+        generation.orphan(EngineDeadError("forked"))
+    assert (ended.result(1).text, ended.result(1).usage) == ("yes", usage)
+    with pytest.raises(EngineDeadError, match="forked"):
+        running.result(1)

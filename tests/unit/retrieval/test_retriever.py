@@ -26,6 +26,7 @@ from langchain_lora_retriever.errors import (
 from langchain_lora_retriever.pool.pool import AdapterPool
 from langchain_lora_retriever.retrieval.retriever import DEFAULT_INSTRUCTION, LoraRetriever
 from langchain_lora_retriever.retrieval.vector_cache import AdapterVectors, TextVectors
+from makers import until
 
 TOPICS = {
     "sql": ["select users from the table", "count rows in the table", "join the table of users"],
@@ -355,7 +356,7 @@ async def test_a_cancelled_coroutine_leaves_others_alone(pool):
     """Cancelling one of several queued queries does not disturb the rest."""
     retriever = LoraRetriever(pool, WordEncoder(delay=0.05))
     tasks = [asyncio.create_task(retriever.aretrieve(f"table {i}")) for i in range(5)]
-    await asyncio.sleep(0.01)
+    await until(lambda: retriever.encoder.batches)
     tasks[2].cancel()
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert isinstance(results[2], asyncio.CancelledError)
