@@ -44,6 +44,8 @@ def adapter(index: int) -> Adapter:
 class Grammar:
     """Allows even tokens alone, until it does what it was made for."""
 
+    is_shortened = False
+
     def __init__(self, after: int = 99, *, fails_in: str = "", forces: tuple[int, ...] = (), masks: int = 0) -> None:
         self.after = after
         self.fails_in = fails_in
@@ -102,7 +104,9 @@ def prompt_of(prompt: int) -> list[int]:
 def make(prompt: int, pairs: list[tuple[Adapter, float]], grammar: Grammar | None = None, **sampling: Any) -> Request:
     """A request for at most eight tokens; any of the engines may take it."""
     params = SamplingParams(**{"max_tokens": 8, "ignore_eos": True, **sampling})
-    return engine().make_request(prompt_of(prompt), params, pairs, grammar)
+    request = engine().make_request(prompt_of(prompt), params, pairs)
+    request.constraint = grammar
+    return request
 
 
 def make_good(prompt: int, members: list[int], sampling: int, is_constrained: bool) -> Request:
