@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from langchain_lora_retriever.engine import EngineConfig, EngineWorker, load_base_model
 from langchain_lora_retriever.engine.gc_freeze import frozen_heap
-from langchain_lora_retriever.engine.grammar import can_constrain, compiler_of
+from langchain_lora_retriever.engine.grammar import compiler_of
 from langchain_lora_retriever.retrieval.encoder import SentenceTransformerEncoder
 from langchain_lora_retriever.retrieval.retriever import LoraRetriever
 from langchain_lora_retriever.runtime import ReadyEngine, Runtime
@@ -156,9 +156,8 @@ def _start_engine(source: ModelSource, model_kwargs: Mapping[str, Any], config: 
     # A model is a million objects: the collector would visit all of the process again and again while they are made.
     with frozen_heap(is_wanted=config.freeze_heap, collects=False):
         base = load_base_model(source, **model_kwargs)
-        if can_constrain(base.tokenizer):
-            # llguidance holds the interpreter while it reads a vocabulary: here, and not in somebody's first call.
-            _ = compiler_of(base.tokenizer).vocabulary
+        # llguidance holds the interpreter while it reads a vocabulary: here, and not in somebody's first call.
+        compiler_of(base.tokenizer).prepare()
         return EngineWorker(base, config)
 
 

@@ -8,15 +8,23 @@ contents: an engine goes by `Adapter.fingerprint`, reads `Adapter.weights` where
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+
+from langchain_lora_retriever.engine.generation import (
+    Completion,
+    Delta,
+    FinishReason,
+    Generation,
+    TokenLogprob,
+    Usage,
+)
+from langchain_lora_retriever.engine.stats import EngineStats
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from transformers import PreTrainedTokenizerBase
 
-    from langchain_lora_retriever.engine.generation import Generation
-    from langchain_lora_retriever.engine.stats import EngineStats
     from langchain_lora_retriever.errors import AdapterError
     from langchain_lora_retriever.types import Adapter, SamplingParams
 
@@ -25,62 +33,14 @@ __all__ = [
     "Delta",
     "EngineClient",
     "EngineInfo",
+    "EngineStats",
     "FinishReason",
+    "Generation",
     "Grammar",
     "Registration",
     "TokenLogprob",
     "Usage",
 ]
-
-FinishReason: TypeAlias = Literal["stop", "length"]
-
-
-class TokenLogprob(NamedTuple):
-    """Log-probability of a generated token and of its likeliest alternatives, before temperature."""
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
-class Usage(NamedTuple):
-    """Token counts of a finished request."""
-
-    num_prompt_tokens: int
-    num_cached_tokens: int
-    num_output_tokens: int
-
-
-class Delta(NamedTuple):
-    """What a request gained since the last delta. The last one carries `finish_reason` and `usage`.
-
-    Attributes:
-        text: Text that is certain by now.
-        token_ids: Its tokens, and those whose text is not certain yet.
-        logprobs: One for each token, if they were asked for.
-        finish_reason: "stop" at an end-of-sequence token, a stop string or the end of a grammar; "length" at the token
-            limit; None before the end.
-        usage: Token counts of the whole request.
-        is_shortened: Whether a grammar made the answer end early, to fit the token limit.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...] | None
-    finish_reason: FinishReason | None
-    usage: Usage | None
-    is_shortened: bool = False
-
-
-class Completion(NamedTuple):
-    """A finished request: its deltas, joined."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...] | None
-    finish_reason: FinishReason
-    usage: Usage
-    is_shortened: bool = False
 
 
 class Grammar(NamedTuple):

@@ -11,8 +11,8 @@ import torch
 
 from langchain_lora_retriever.engine.adapter_fit import AdapterFit
 from langchain_lora_retriever.engine.adapter_slots import AdapterSlots
-from langchain_lora_retriever.engine.api import Delta, TokenLogprob
 from langchain_lora_retriever.engine.detokenizer import Detokenizer, Vocabulary
+from langchain_lora_retriever.engine.generation import Delta, TokenLogprob
 from langchain_lora_retriever.engine.kv_blocks import KVCacheManager
 from langchain_lora_retriever.engine.logits_rules import LogitsRules
 from langchain_lora_retriever.engine.model.generation_defaults import GenerationDefaults
@@ -28,8 +28,8 @@ from langchain_lora_retriever.support.shown import shown
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from langchain_lora_retriever.engine.api import FinishReason
     from langchain_lora_retriever.engine.config import EngineConfig
+    from langchain_lora_retriever.engine.generation import FinishReason
     from langchain_lora_retriever.engine.model.load import BaseModel
     from langchain_lora_retriever.engine.pending_step import PendingStep
     from langchain_lora_retriever.engine.request import Constraint

@@ -8,15 +8,65 @@ import time
 from collections import deque
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
-from langchain_lora_retriever.engine.api import Completion, Delta
 from langchain_lora_retriever.errors import RequestAbortedError, fresh
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
-__all__ = ["Generation", "deliver"]
+__all__ = ["Completion", "Delta", "FinishReason", "Generation", "TokenLogprob", "Usage", "deliver"]
+
+FinishReason: TypeAlias = Literal["stop", "length"]
+
+
+class TokenLogprob(NamedTuple):
+    """Log-probability of a generated token and of its likeliest alternatives, before temperature."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+class Usage(NamedTuple):
+    """Token counts of a finished request."""
+
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+
+
+class Delta(NamedTuple):
+    """What a request gained since the last delta. The last one carries `finish_reason` and `usage`.
+
+    Attributes:
+        text: Text that is certain by now.
+        token_ids: Its tokens, and those whose text is not certain yet.
+        logprobs: One for each token, if they were asked for.
+        finish_reason: "stop" at an end-of-sequence token, a stop string or the end of a grammar; "length" at the token
+            limit; None before the end.
+        usage: Token counts of the whole request.
+        is_shortened: Whether a grammar made the answer end early, to fit the token limit.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None
+    finish_reason: FinishReason | None
+    usage: Usage | None
+    is_shortened: bool = False
+
+
+class Completion(NamedTuple):
+    """A finished request: its deltas, joined."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None
+    finish_reason: FinishReason
+    usage: Usage
+    is_shortened: bool = False
+
 
 Wake: TypeAlias = "tuple[asyncio.AbstractEventLoop | None, Callable[[], object]]"
 """What tells somebody of news, and the event loop it must be called in; None for any thread."""

@@ -5,6 +5,7 @@ A grammar is compiled once per tokenizer; every request gets a copy of the compi
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from collections import OrderedDict, deque
@@ -35,6 +36,7 @@ _MAX_CLOSING_MASKS = 4_000  # that one request may take to find out how to end, 
 _MAX_STEP_MASKS = 400
 _GUESSED_CLOSE = 64  # tokens, where no end is found from the very start
 T = TypeVar("T")
+_logger = logging.getLogger(__name__)
 
 _STACK_BYTES = 256 << 20  # llguidance recurses over definitions that refer to others; taken only as far as it is used
 _MAX_GRAMMARS = 256  # that stay compiled
@@ -104,6 +106,15 @@ class GrammarCompiler:
             if self._vocabulary is None:
                 self._vocabulary = self._read_vocabulary()
             return self._vocabulary
+
+    def prepare(self) -> None:
+        """Read the tokenizer now, if it can be read; if not, whoever asks for a grammar is told."""
+        try:
+            _ = self.vocabulary
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # noqa: BLE001 - a panic of native code is no `Exception`
+            _logger.info("Answers of this model cannot be constrained: %s", error)
 
     def start(self, grammar: Grammar) -> Future[CompiledGrammar]:
         """Begin to compile a grammar in a thread of its own, unless somebody has; waits for nothing.

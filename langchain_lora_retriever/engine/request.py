@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from langchain_lora_retriever.engine.api import Usage
+from langchain_lora_retriever.engine.generation import Usage
 from langchain_lora_retriever.errors import EngineError, LoraRetrieverError
 
 if TYPE_CHECKING:
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from langchain_lora_retriever.engine.api import TokenLogprob
     from langchain_lora_retriever.engine.detokenizer import Detokenizer
+    from langchain_lora_retriever.engine.generation import TokenLogprob
     from langchain_lora_retriever.engine.logits_rules import LogitsRules
     from langchain_lora_retriever.types import Adapter, SamplingParams
 

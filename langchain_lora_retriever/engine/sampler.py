@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 
-from langchain_lora_retriever.engine.api import TokenLogprob
+from langchain_lora_retriever.engine.generation import TokenLogprob
 from langchain_lora_retriever.engine.logits_rules import apply_rules
 from langchain_lora_retriever.engine.pinned_copy import copy_to_device, copy_to_host, upload
 from langchain_lora_retriever.engine.request import failure

@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from langchain_lora_retriever.engine.api import Delta, Grammar
+    from langchain_lora_retriever.engine.api import Grammar
     from langchain_lora_retriever.engine.core import StepOutput
+    from langchain_lora_retriever.engine.generation import Delta
     from langchain_lora_retriever.engine.grammar import CompiledGrammar, GrammarCompiler
     from langchain_lora_retriever.engine.model.load import BaseModel
     from langchain_lora_retriever.engine.request import Request

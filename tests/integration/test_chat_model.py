@@ -14,9 +14,10 @@ import pytest
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from pydantic import BaseModel
+from tokenizers import decoders
 
 from langchain_lora_retriever import AdapterPool, ChatLoraRetriever, LoraRetriever
-from langchain_lora_retriever.errors import EngineDeadError, LoraRetrieverError, PromptTooLongError
+from langchain_lora_retriever.errors import EngineDeadError, InvalidRequestError, LoraRetrieverError, PromptTooLongError
 from langchain_lora_retriever.registry import close_engines
 from makers import make_checkpoint, make_tiny_model, make_tokenizer
 
@@ -370,3 +371,16 @@ def test_the_profile_knows_the_engines_window() -> None:
     assert other.profile["max_input_tokens"] == other.runtime.ready().info.max_model_len == 512
     assert other.profile["max_output_tokens"] == 511
     assert other.profile["reasoning_output"] is False
+
+
+def test_a_tokenizer_that_no_grammar_can_follow_serves_free_text() -> None:
+    """Llguidance cannot read every tokenizer: the model loads, and a call that asks for a grammar is told."""
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.decoder = decoders.Fuse()
+    llm = ChatLoraRetriever(base_model=(make_tiny_model(), tokenizer), max_tokens=4, engine_config=ENGINE)
+    try:
+        assert llm.invoke("x").usage_metadata["output_tokens"] == 4
+        with pytest.raises(InvalidRequestError, match="cannot be constrained"):
+            llm.invoke("x", guided={"regex": "a"})
+    finally:
+        llm.close()

@@ -20,7 +20,6 @@ from langchain_lora_retriever.output.reasoning import ThinkReader
 from langchain_lora_retriever.output.stream import AnswerStream
 
 SQL = "How many users are in the table?"
-FRENCH = "Translate good morning into French."
 
 
 def _fail_on_bad(prompt: str, names: list[str]) -> str:

@@ -20,23 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SQL = "How many users are in the table?"
-FRENCH = "Translate good morning into French."
-
-
-@pytest.fixture
-def embedded(llm: ChatLoraRetriever, monkeypatch) -> list[list[str]]:
-    """The batches of prompts that the encoder is given, without the instruction."""
-    retriever = llm.retriever
-    retriever.retrieve("x")  # the adapters are embedded at first use
-    batches: list[list[str]] = []
-    encode = retriever.encoder.encode
-
-    def noted(texts: list[str]) -> Any:
-        batches.append([text.removeprefix(retriever.instruction) for text in texts])
-        return encode(texts)
-
-    monkeypatch.setattr(retriever.encoder, "encode", noted)
-    return batches
 
 
 def test_closing_a_stream_aborts(llm: ChatLoraRetriever, engine) -> None:

@@ -13,7 +13,6 @@ from langchain_core.runnables import ConfigurableField
 from langchain_lora_retriever import AdapterPool, ChatLoraRetriever
 
 SQL = "How many users are in the table?"
-FRENCH = "Translate good morning into French."
 
 
 def test_no_two_configurations_share_a_cached_answer(llm: ChatLoraRetriever, engine, pool, write_adapter) -> None:
