@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from typing import TYPE_CHECKING, Any
 from weakref import WeakMethod
@@ -37,3 +38,4 @@ def _begin_in_child() -> None:
 
 
 after_fork(_begin_in_child)
+atexit.register(_begins.clear)  # its callbacks would come after `weakref` is taken down
