@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import copy
 from dataclasses import fields
 from pathlib import Path
@@ -39,6 +39,7 @@ from langchain_lora_retriever.types import CompositionMode
 __all__ = ["ChatSettings"]
 
 _MADE_HERE = frozenset({"callbacks", "profile"})  # of a process, or found out again
+_OBJECTS = frozenset({"cache", "encoder", "engine", "pool", "rate_limiter", "retriever"})  # that may be iterable too
 _WORKED_OUT = frozenset({"pool", "encoder", "instruction", "retriever"})
 
 
@@ -150,9 +151,13 @@ class ChatSettings(ConcurrentChatModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_none(cls, values: Any) -> Any:
-        """Take None for not given, where a setting has another type."""
+        """Take None for not given, where a setting has another type; refuse what has no end before it is gone through."""
         if not isinstance(values, dict):
             return values
+        for name, value in values.items():
+            is_plain = value is None or isinstance(value, str | bytes | list | tuple | set | frozenset | Mapping)
+            if not is_plain and isinstance(value, Iterable) and name not in _OBJECTS:
+                raise InvalidRequestError(f"{name}={shown(value)} is not allowed: pass a list.")
         return {name: value for name, value in values.items() if value is not None or name not in _WORKED_OUT}
 
     @model_validator(mode="after")

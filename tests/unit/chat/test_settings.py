@@ -194,3 +194,11 @@ def test_pickling_takes_names_and_folders(llm: ChatLoraRetriever, write_adapter,
     assert (restored.pool.names, restored.temperature, restored.base_model) == (pool.names, 0.3, "fake/base")
     with pytest.raises(pickle.PicklingError, match="its pool, encoder lives in this process's memory"):
         pickle.dumps(ChatLoraRetriever(base_model="fake/base", pool=AdapterPool(), encoder=llm.retriever.encoder))
+
+
+@pytest.mark.parametrize("endless", [lambda: range(10**30), lambda: itertools.repeat("x"), itertools.count])
+def test_a_setting_without_an_end_is_refused(llm: ChatLoraRetriever, endless: Any) -> None:
+    """Before anybody goes through it, which would take all the memory there is."""
+    for name in set(ChatLoraRetriever.model_fields) - {"cache", "rate_limiter"}:
+        with pytest.raises(ValueError, match=rf"{name}|There is no|pass an|own encoder|pool"):
+            llm.model_copy(update={name: endless()})
