@@ -151,7 +151,7 @@ class ChatSettings(ConcurrentChatModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_none(cls, values: Any) -> Any:
-        """Take None for not given, where a setting has another type; refuse what has no end before it is gone through."""
+        """Take None for not given, where a setting has another type; refuse what has no end unread."""
         if not isinstance(values, dict):
             return values
         for name, value in values.items():
