@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import LanguageModelInput
@@ -30,7 +30,7 @@ from langchain_lora_retriever.chat.messages import (
     to_chat,
 )
 from langchain_lora_retriever.chat.profile import loaded_profile
-from langchain_lora_retriever.chat.settings import ChatSettings
+from langchain_lora_retriever.chat.settings import ChatSettings, GivenSettings
 from langchain_lora_retriever.chat.structured_output import structured_output
 from langchain_lora_retriever.engine import Completion, Delta, EngineClient, Generation
 from langchain_lora_retriever.errors import InvalidRequestError
@@ -95,6 +95,10 @@ class ChatLoraRetriever(ChatSettings):
         >>> llm.invoke("How many users signed up in May?").response_metadata["adapters"]  # doctest: +SKIP
         [{'name': 'sql', 'score': 0.83, 'weight': 0.9375}, ...]
     """
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **settings: Unpack[GivenSettings]) -> None: ...
 
     # Routing
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Self, cast
+from typing import Annotated, Any, Literal, Self, TypedDict, cast
 
+from langchain_core.caches import BaseCache
+from langchain_core.callbacks import Callbacks
 from langchain_core.language_models import LangSmithParams, ModelProfile
+from langchain_core.rate_limiters import BaseRateLimiter
 from pydantic import ConfigDict, Field, PrivateAttr, SkipValidation, field_validator, model_validator
 
 from langchain_lora_retriever.chat.batching import ConcurrentChatModel
@@ -36,11 +39,56 @@ from langchain_lora_retriever.runtime import Runtime
 from langchain_lora_retriever.support.shown import shown
 from langchain_lora_retriever.types import CompositionMode
 
-__all__ = ["ChatSettings"]
+__all__ = ["ChatSettings", "GivenSettings"]
 
 _MADE_HERE = frozenset({"callbacks", "profile"})  # of a process, or found out again
 _OBJECTS = frozenset({"cache", "encoder", "engine", "pool", "rate_limiter", "retriever"})  # that may be iterable too
 _WORKED_OUT = frozenset({"pool", "encoder", "instruction", "retriever"})
+
+
+class GivenSettings(TypedDict, total=False):
+    """What the constructor takes, for type checkers: more than the fields hold afterwards. See `ChatSettings`."""
+
+    base_model: str | Path | tuple[Any, Any] | None
+    engine: EngineClient | None
+    pool: AdapterPool | str | Path | None
+    encoder: Encoder | str | Path | None
+    instruction: str | None
+    retriever: LoraRetriever | None
+    model_name: str
+    model_kwargs: dict[str, Any]
+    engine_config: EngineConfig | dict[str, Any]
+    streaming: bool
+    adapters: list[str] | None
+    exclude_adapters: list[str]
+    composition: CompositionMode
+    top_k: int
+    weights: Weighting
+    weight_temperature: float
+    min_score: float | None
+    temperature: float
+    max_tokens: int
+    sampling_top_k: int
+    top_p: float
+    seed: int | None
+    stop: list[str]
+    stop_token_ids: list[int]
+    repetition_penalty: float | None
+    logprobs: bool | int | None
+    timeout: float | None
+    chat_template_kwargs: dict[str, Any] | None
+    # LangChain's own
+    name: str | None
+    cache: BaseCache | bool | None
+    callbacks: Callbacks
+    custom_get_token_ids: Callable[[str], list[int]] | None
+    disable_streaming: bool | Literal["tool_calling"]
+    metadata: dict[str, Any] | None
+    output_version: str | None
+    profile: ModelProfile | None
+    rate_limiter: BaseRateLimiter | None
+    tags: list[str] | None
+    verbose: bool
 
 
 class ChatSettings(ConcurrentChatModel):
