@@ -14,7 +14,11 @@ from langchain_lora_retriever.cli.options import EncoderOption, JsonOption, Word
 from langchain_lora_retriever.pool.samples import read_samples
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from langchain_lora_retriever.errors import AdapterError
     from langchain_lora_retriever.pool.pool import AdapterPool
+    from langchain_lora_retriever.retrieval.retriever import LoraRetriever
 
 __all__ = ["commands"]
 
@@ -105,11 +109,19 @@ def inspect(
     folder: FolderArgument,
     name: Annotated[str | None, typer.Argument(help="Name of one adapter; without it the whole pool.")] = None,
     *,
+    base_model: Annotated[
+        str | None,
+        typer.Option(
+            "--base-model",
+            help="Hub name or folder: load it and say which adapters do not fit it.",
+            show_default=False,
+        ),
+    ] = None,
     encoder: EncoderOption = None,
     words: WordsOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what an adapter is made of and found by; or what the pool's samples say about the pool."""
+    """Show what an adapter is made of and found by; or what the pool's samples say about it, and who cannot be used."""
     pool = _open(folder)
     if name is not None:
         described = _describe(pool, name)
@@ -122,9 +134,11 @@ def inspect(
     from langchain_lora_retriever.evaluation import inspect_pool  # noqa: PLC0415 - seconds to import
     from langchain_lora_retriever.retrieval.retriever import LoraRetriever  # noqa: PLC0415 - the same
 
-    inspection = inspect_pool(LoraRetriever(pool, make_encoder(encoder, words=words)))
+    retriever = LoraRetriever(pool, make_encoder(encoder, words=words))
+    inspection = inspect_pool(retriever)
+    rejected = {name: str(error) for name, error in _rejected(retriever, base_model).items()}
     if as_json:
-        print_json(inspection.to_dict())
+        print_json({**inspection.to_dict(), "rejected": rejected})
         return
     facts: dict[str, Any] = {
         "adapters": inspection.num_adapters,
@@ -135,8 +149,23 @@ def inspect(
         "twins": [f"{pair.first} and {pair.second} ({pair.similarity:.3f})" for pair in inspection.twins] or "none",
         "reaches": [f"{reach.share:.0%} of {reach.samples_of} find {reach.find}" for reach in inspection.reaches]
         or "none",
+        "cannot be used": [f"{name}: {reason}" for name, reason in rejected.items()] or "none",
     }
     _print_facts(facts)
+
+
+def _rejected(retriever: LoraRetriever, base_model: str | None) -> Mapping[str, AdapterError]:
+    """Who cannot be used: with a base model, those that do not fit it too."""
+    if base_model is None:
+        return {**retriever.rejected, **retriever.pool.rejected}
+    from langchain_lora_retriever.chat.model import ChatLoraRetriever  # noqa: PLC0415 - seconds to import
+
+    runtime = ChatLoraRetriever(base_model=base_model, retriever=retriever).runtime
+    try:
+        runtime.ready()
+        return dict(runtime.rejected)
+    finally:
+        runtime.close()
 
 
 def _print_facts(facts: dict[str, Any]) -> None:

@@ -276,3 +276,21 @@ app({command!r})
     assert 'pip install "langchain-lora-retriever[demo]"' in run.stderr
     assert "Traceback" not in run.stdout + run.stderr
     assert len(run.stderr.splitlines()) < 15
+
+
+def test_pool_inspect_says_who_cannot_be_used(run, folder: Path, write_adapter, engine) -> None:
+    """Those that cannot be read, those that do not fit a base model, and why; the pool stays as it is."""
+    pool = AdapterPool(folder)
+    pool.add("wide", write_adapter("wide", size=16), samples=["one table", "two tables"])
+    (folder / "broken").mkdir()
+    (folder / "broken" / "adapter_config.json").write_text("{")
+    with pytest.warns(UserWarning, match="broken"):
+        report = json.loads(run("pool", "inspect", folder, "--json"))
+    assert set(report["rejected"]) == {"broken"}
+    with pytest.warns(UserWarning, match="does not fit"):
+        report = json.loads(run("pool", "inspect", folder, "--base-model", "fake/base", "--json"))
+    assert set(report["rejected"]) == {"broken", "wide"}
+    assert "does not fit 'q_proj'" in report["rejected"]["wide"]
+    with pytest.warns(UserWarning, match="broken"):
+        assert "cannot be used" in run("pool", "inspect", folder)
+    assert (folder / "wide").is_dir()

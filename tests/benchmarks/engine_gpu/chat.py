@@ -35,7 +35,7 @@ def chat(bench: Bench) -> None:
     and how much of that the interpreter's full collections took, and the CPU time of the event loop's thread.
     """
     from langchain_lora_retriever import AdapterPool, ChatLoraRetriever, LoraRetriever
-    from langchain_lora_retriever.pool.pool import PoolEntry, PoolState
+    from langchain_lora_retriever.pool.pool import PoolEntry
     from langchain_lora_retriever.registry import close_engines
 
     usual = bench.engine().config
@@ -45,7 +45,7 @@ def chat(bench: Bench) -> None:
     vectors = encoder.encode([f"adapter {i}" for i in range(len(bench.adapters))])
     pool = AdapterPool()
     entries = {a.name: PoolEntry(a, embedding=v) for a, v in zip(bench.adapters, vectors, strict=True)}
-    pool._state = PoolState(1, entries, {})
+    pool._replace_state(entries, {})
     llm = ChatLoraRetriever(
         base_model=(bench.model, bench.tokenizer), retriever=LoraRetriever(pool, encoder), engine_config=usual,
         composition="mixture", top_k=3, weights="uniform", max_tokens=bench.num_out,
