@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import LanguageModelInput
@@ -18,66 +17,28 @@ from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
 
 from langchain_lora_retriever.chat.batching import owned, reached_engine
+from langchain_lora_retriever.chat.begin import Begun, abegin, begin, num_prompt_tokens, text_to_route
 from langchain_lora_retriever.chat.call import CallOptions
 from langchain_lora_retriever.chat.messages import (
-    check_length,
     check_messages,
     check_num_messages,
-    encode_chat,
     encode_text,
-    is_encoding,
-    routing_text,
-    to_chat,
 )
 from langchain_lora_retriever.chat.profile import loaded_profile
 from langchain_lora_retriever.chat.settings import ChatSettings, GivenSettings
 from langchain_lora_retriever.chat.structured_output import structured_output
-from langchain_lora_retriever.engine import Completion, Delta, EngineClient, Generation
+from langchain_lora_retriever.engine import Completion, Delta, EngineClient
 from langchain_lora_retriever.errors import InvalidRequestError
-from langchain_lora_retriever.output.dialects import ChatTurn
-from langchain_lora_retriever.output.format import AnswerFormat, answer_format
-from langchain_lora_retriever.output.stream import AnswerStream, answer_readers, reads_special_tokens
+from langchain_lora_retriever.output.stream import AnswerStream
 from langchain_lora_retriever.output.tools import to_tool_choice, to_tools
-from langchain_lora_retriever.retrieval.routing import Plan
 from langchain_lora_retriever.support.shown import shown
-from langchain_lora_retriever.support.threads import Deadline, run_in_thread, run_within
+from langchain_lora_retriever.support.threads import Deadline, run_within
 from langchain_lora_retriever.types import Composition
 
 __all__ = ["ChatLoraRetriever"]
 
-_LONG_PROMPT = 16_384
-"""Characters from which a prompt is rendered and encoded off the event loop: that takes some ten milliseconds."""
-_LONG_CHAT = 64
-"""Messages from which the same is done."""
 _UNKNOWN_CONCURRENCY = 64
 """Requests that are taken to run at once in an engine that is not loaded yet."""
-
-
-class _Call(NamedTuple):
-    """A call, understood: what is asked, of which engine, in which conversation, routed on which text."""
-
-    options: CallOptions
-    format: AnswerFormat
-    engine: EngineClient
-    chat: list[ChatTurn]
-    text: str
-
-    def encode(self) -> list[int]:
-        """Return the prompt's token ids."""
-        return encode_chat(
-            self.engine.tokenizer,
-            self.chat,
-            tools=self.format.tools,
-            dialect=self.format.dialect,
-            template_kwargs=self.options.chat_template_kwargs,
-        )
-
-
-class _Run(NamedTuple):
-    """A request in the engine, and what reads its answer."""
-
-    generation: Generation
-    answer: AnswerStream
 
 
 class ChatLoraRetriever(ChatSettings):
@@ -114,12 +75,12 @@ class ChatLoraRetriever(ChatSettings):
             InvalidRequestError: If a setting is unknown or not allowed.
         """
         options = CallOptions.merge(self, kwargs)
-        return self._runtime.route(_text_to_route(self._convert_input(input).to_messages(), options), options)
+        return self._runtime.route(text_to_route(self._convert_input(input).to_messages(), options), options)
 
     async def aroute(self, input: LanguageModelInput, **kwargs: Any) -> Composition:  # noqa: A002 - LangChain's name
         """Do what `route` does, embedding together with other calls that wait."""
         options = CallOptions.merge(self, kwargs)
-        return await self._runtime.aroute(_text_to_route(self._convert_input(input).to_messages(), options), options)
+        return await self._runtime.aroute(text_to_route(self._convert_input(input).to_messages(), options), options)
 
     # Generation
 
@@ -132,9 +93,11 @@ class ChatLoraRetriever(ChatSettings):
     ) -> ChatResult:
         options = self._options(stop, kwargs)
         deadline = Deadline(options.timeout)
-        runs = run_within(deadline, lambda: self._begin(messages, options), discard=_abort)
-        with owned([run.generation for run in runs], deadline):
-            return _to_result(runs, [run.generation.result(deadline.remaining()) for run in runs])
+        begun = run_within(deadline, lambda: self._begin(messages, options), discard=Begun.abort)
+        generations = [run.generation for run in begun.runs]
+        with owned(generations, deadline):
+            completions = [generation.result(deadline.remaining()) for generation in generations]
+            return self._to_result(begun, options, completions)
 
     async def _agenerate(
         self,
@@ -146,9 +109,11 @@ class ChatLoraRetriever(ChatSettings):
         options = self._options(stop, kwargs)
         deadline = Deadline(options.timeout)
         async with deadline.limit():
-            runs = await self._abegin(messages, options)
-        with owned([run.generation for run in runs], deadline, asyncio.get_running_loop()):
-            return _to_result(runs, await asyncio.gather(*(run.generation.aresult() for run in runs)))
+            begun = await self._abegin(messages, options)
+        generations = [run.generation for run in begun.runs]
+        with owned(generations, deadline, asyncio.get_running_loop()):
+            completions = await asyncio.gather(*(generation.aresult() for generation in generations))
+            return self._to_result(begun, options, completions)
 
     def _stream(
         self,
@@ -159,10 +124,11 @@ class ChatLoraRetriever(ChatSettings):
     ) -> Iterator[ChatGenerationChunk]:
         options = self._options(stop, kwargs, is_stream=True)
         deadline = Deadline(options.timeout)
-        (run,) = run_within(deadline, lambda: self._begin(messages, options, is_stream=True), discard=_abort)
-        with owned([run.generation], deadline):
-            for delta in run.generation.deltas(deadline.remaining()):
-                yield from run.answer.push(delta)
+        begun = run_within(deadline, lambda: self._begin(messages, options), discard=Begun.abort)
+        (generation, _), (answer,) = begun.runs[0], self._answers(begun, options, tells_usage=options.stream_usage)
+        with owned([generation], deadline):
+            for delta in generation.deltas(deadline.remaining()):
+                yield from answer.push(delta)
 
     async def _astream(
         self,
@@ -174,10 +140,11 @@ class ChatLoraRetriever(ChatSettings):
         options = self._options(stop, kwargs, is_stream=True)
         deadline = Deadline(options.timeout)
         async with deadline.limit():
-            (run,) = await self._abegin(messages, options, is_stream=True)
-        with owned([run.generation], deadline, asyncio.get_running_loop()):
-            async for delta in run.generation:
-                for chunk in run.answer.push(delta):
+            begun = await self._abegin(messages, options)
+        (generation, _), (answer,) = begun.runs[0], self._answers(begun, options, tells_usage=options.stream_usage)
+        with owned([generation], deadline, asyncio.get_running_loop()):
+            async for delta in generation:
+                for chunk in answer.push(delta):
                     yield chunk
 
     def _options(
@@ -188,54 +155,30 @@ class ChatLoraRetriever(ChatSettings):
             raise InvalidRequestError(f"n={options.n} cannot be streamed: pass n=1, or use generate().")
         return options
 
-    def _begin(self, messages: Sequence[BaseMessage], options: CallOptions, *, is_stream: bool = False) -> list[_Run]:
-        """Understand a call, route it, and give it to the engine."""
-        call = self._understand(messages, options, self._ready())
-        return self._start(call, self._runtime.plan(call.text, call.options), is_stream=is_stream)
+    def _begin(self, messages: Sequence[BaseMessage], options: CallOptions) -> Begun:
+        return begin(self._runtime, self._ready(), messages, options)
 
-    async def _abegin(
-        self, messages: Sequence[BaseMessage], options: CallOptions, *, is_stream: bool = False
-    ) -> list[_Run]:
-        """Do what `_begin` does without holding up the event loop: what may take longer is done in a thread."""
-        understand = partial(self._understand, messages, options, await self._aready())
-        is_long = options.has_format or _is_long(messages)
-        call = await run_in_thread(understand) if is_long else understand()
-        plan = await self._runtime.aplan(call.text, call.options)
-        start = partial(self._start, call, plan, is_stream=is_stream)
-        # Nor wait for another's long prompt: a tokenizer encodes one at a time.
-        is_long = _is_long(messages) or is_encoding(call.engine.tokenizer)
-        runs = await run_in_thread(start, discard=_abort) if is_long else start()
+    async def _abegin(self, messages: Sequence[BaseMessage], options: CallOptions) -> Begun:
+        begun = await abegin(self._runtime, await self._aready(), messages, options)
         reached_engine()
-        return runs
+        return begun
 
-    def _understand(self, messages: Sequence[BaseMessage], options: CallOptions, engine: EngineClient) -> _Call:
-        chat = to_chat(messages)
-        check_length(engine.tokenizer, chat, max_num_tokens=engine.info.max_model_len)
-        return _Call(options, answer_format(options, engine.tokenizer), engine, chat, _text_to_route(messages, options))
-
-    def _start(self, call: _Call, plan: Plan, *, is_stream: bool = False) -> list[_Run]:
+    def _answers(self, begun: Begun, options: CallOptions, *, tells_usage: bool = True) -> list[AnswerStream]:
         metadata = {
-            "model_name": call.options.model or self.model_name,
+            "model_name": options.model or self.model_name,
             "model_provider": "lora-retriever",
-            **plan.composition.to_metadata(),
+            **begun.composition.to_metadata(),
         }
-        # Encoded only now: while the first texts of many are embedded no other call holds them up by its tokens.
-        prompt_token_ids = call.encode()
-        tokenizer = call.engine.tokenizer
-        tells_usage = call.options.stream_usage or not is_stream
-        runs: list[_Run] = []
-        try:
-            for index in range(call.options.n):
-                readers = answer_readers(tokenizer, prompt_token_ids, call.format)
-                skips_special = not reads_special_tokens(tokenizer, readers)
-                sampling = call.options.sampling(index, skip_special_tokens=skips_special)
-                generation = call.engine.submit(prompt_token_ids, sampling, plan.adapters, grammar=call.format.grammar)
-                answer = AnswerStream(tokenizer, metadata, readers=readers, tells_usage=tells_usage)
-                runs.append(_Run(generation, answer))
-        except BaseException:
-            _abort(runs)
-            raise
-        return runs
+        tokenizer = begun.engine.tokenizer
+        return [AnswerStream(run.answer, tokenizer, metadata, tells_usage=tells_usage) for run in begun.runs]
+
+    def _to_result(self, begun: Begun, options: CallOptions, completions: Sequence[Completion]) -> ChatResult:
+        answers = self._answers(begun, options)
+        results = [
+            generate_from_stream(answer.push(Delta(*completion)))
+            for answer, completion in zip(answers, completions, strict=True)
+        ]
+        return ChatResult(generations=[result.generations[0] for result in results])
 
     # The engine
 
@@ -248,7 +191,7 @@ class ChatLoraRetriever(ChatSettings):
     async def _aprepare(self, inputs: Sequence[LanguageModelInput], **kwargs: Any) -> None:
         with suppress(Exception):  # each call meets the same fault, and reports it as its own
             options = CallOptions.merge(self, kwargs)
-            texts = [_text_to_route(self._convert_input(each).to_messages(), options) for each in inputs]
+            texts = [text_to_route(self._convert_input(each).to_messages(), options) for each in inputs]
             async with Deadline(options.timeout).limit():
                 await self._runtime.aprepare(texts, options)
 
@@ -348,32 +291,4 @@ class ChatLoraRetriever(ChatSettings):
     ) -> int:
         """Count the tokens of the prompt that `messages` and `tools` make, template and all."""
         messages = self._convert_input(messages).to_messages()
-        return len(self._understand(messages, self._options(None, {"tools": tools}), self._ready()).encode())
-
-
-def _abort(runs: Sequence[_Run]) -> None:
-    for run in runs:
-        run.generation.abort()
-
-
-def _is_long(messages: Sequence[BaseMessage]) -> bool:
-    return len(messages) > _LONG_CHAT or sum(map(_num_characters, messages)) > _LONG_PROMPT
-
-
-def _num_characters(message: BaseMessage) -> int:
-    """Estimate, in no time, how much text a message holds."""
-    if isinstance(message.content, str):
-        return len(message.content)
-    return sum(len(block if isinstance(block, str) else str(block.get("text", ""))) for block in message.content)
-
-
-def _to_result(runs: Sequence[_Run], completions: Sequence[Completion]) -> ChatResult:
-    results = [
-        generate_from_stream(run.answer.push(Delta(*completion)))
-        for run, completion in zip(runs, completions, strict=True)
-    ]
-    return ChatResult(generations=[result.generations[0] for result in results])
-
-
-def _text_to_route(messages: Sequence[BaseMessage], options: CallOptions) -> str:
-    return routing_text(messages) if options.route_text is None else options.route_text
+        return num_prompt_tokens(self._ready(), messages, self._options(None, {"tools": tools}))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from langchain_lora_retriever.output.format import AnswerFormat
     from langchain_lora_retriever.output.readers import Piece, Reader
 
-__all__ = ["AnswerStream", "answer_readers", "reads_special_tokens"]
+__all__ = ["Answer", "AnswerStream", "answer_readers", "logprobs_content", "reads_special_tokens"]
 
 
 def answer_readers(
@@ -52,45 +52,64 @@ def reads_special_tokens(tokenizer: PreTrainedTokenizerBase, readers: Sequence[R
     )
 
 
+class Answer:
+    """Reads the deltas of one request: what in them is text, reasoning, or part of a tool call.
+
+    Args:
+        readers: What finds reasoning and tool calls in the text.
+    """
+
+    def __init__(self, readers: Sequence[Reader] = ()) -> None:
+        self._readers = readers
+        self._has_calls = False
+
+    def push(self, delta: Delta) -> tuple[list[Piece], str | None]:
+        """Return the pieces that a delta makes, and why the answer ended, if it did: "stop", "length", "tool_calls"."""
+        is_last = delta.finish_reason is not None
+        pieces = list(read(self._readers, delta.text, is_last=is_last, is_cut_off=delta.finish_reason == "length"))
+        self._has_calls |= any(isinstance(piece, dict) for piece in pieces)
+        if delta.is_shortened:
+            return pieces, "length"
+        return pieces, "tool_calls" if self._has_calls and delta.finish_reason == "stop" else delta.finish_reason
+
+
 class AnswerStream:
     """Turns the engine's deltas of one request into message chunks.
 
     Args:
+        answer: Reads them.
         tokenizer: The base model's, to spell out log-probabilities.
         metadata: `response_metadata` that does not depend on the answer. It goes into the last chunk only: LangChain
             adds chunks up, and would join two equal strings into one twice as long.
-        readers: What finds reasoning and tool calls in the text.
         tells_usage: Whether the last chunk says how many tokens were used.
     """
 
     def __init__(
         self,
+        answer: Answer,
         tokenizer: PreTrainedTokenizerBase,
         metadata: Mapping[str, Any],
         *,
-        readers: Sequence[Reader] = (),
         tells_usage: bool = True,
     ) -> None:
+        self._answer = answer
         self._tells_usage = tells_usage
         self._tokenizer = tokenizer
         self._metadata = metadata
-        self._readers = readers
-        self._has_calls = False
 
     def push(self, delta: Delta) -> Iterator[ChatGenerationChunk]:
         """Yield the chunks that a delta makes; what is known beside a text comes in the text's chunk."""
-        is_last = delta.finish_reason is not None
-        pieces = list(read(self._readers, delta.text, is_last=is_last, is_cut_off=delta.finish_reason == "length"))
-        self._has_calls |= any(isinstance(piece, dict) for piece in pieces)
+        pieces, finish_reason = self._answer.push(delta)
+        is_last = finish_reason is not None
         final = pieces[-1] if pieces else None
         text = final if isinstance(final, str) else ""
         for piece in pieces[:-1] if text else pieces:
             yield ChatGenerationChunk(message=_to_message(piece))
         metadata: dict[str, Any] = {}
         if delta.logprobs:
-            metadata["logprobs"] = _logprobs_metadata(self._tokenizer, delta.logprobs)
+            metadata["logprobs"] = logprobs_content(self._tokenizer, delta.logprobs)
         if is_last:
-            metadata |= {**self._metadata, "finish_reason": self._finish_reason(delta)}
+            metadata |= {**self._metadata, "finish_reason": finish_reason}
         if text or metadata:
             message = AIMessageChunk(
                 content=text,
@@ -99,11 +118,6 @@ class AnswerStream:
                 chunk_position="last" if is_last else None,
             )
             yield ChatGenerationChunk(message=message)
-
-    def _finish_reason(self, delta: Delta) -> str | None:
-        if delta.is_shortened:
-            return "length"
-        return "tool_calls" if self._has_calls and delta.finish_reason == "stop" else delta.finish_reason
 
 
 def _to_message(piece: Piece) -> AIMessageChunk:
@@ -123,7 +137,7 @@ def _usage_metadata(usage: Usage) -> UsageMetadata:
     )
 
 
-def _logprobs_metadata(
+def logprobs_content(
     tokenizer: PreTrainedTokenizerBase, logprobs: Sequence[TokenLogprob]
 ) -> dict[str, list[dict[str, Any]]]:
     """Lay out log-probabilities as chat-completion APIs do: `{"content": [{"token", "logprob", "top_logprobs"}]}`."""

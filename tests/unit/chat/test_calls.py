@@ -17,7 +17,7 @@ from langchain_lora_retriever.errors import (
     PromptTooLongError,
 )
 from langchain_lora_retriever.output.reasoning import ThinkReader
-from langchain_lora_retriever.output.stream import AnswerStream
+from langchain_lora_retriever.output.stream import Answer, AnswerStream
 
 SQL = "How many users are in the table?"
 
@@ -129,11 +129,11 @@ def test_stream_adds_up_to_invoke(llm: ChatLoraRetriever) -> None:
 def test_the_last_text_and_what_is_known_of_it_are_one_chunk(tokenizer) -> None:
     """An answer that comes whole is one chunk, with its metadata; a text after other pieces keeps its place."""
     whole = Delta("all", (5,), (TokenLogprob(5, -0.5, ()),), "length", Usage(3, 0, 1))
-    (chunk,) = AnswerStream(tokenizer, {"model_name": "m"}).push(whole)
+    (chunk,) = AnswerStream(Answer(), tokenizer, {"model_name": "m"}).push(whole)
     message = chunk.message
     assert (message.content, message.chunk_position, message.usage_metadata["total_tokens"]) == ("all", "last", 4)
     assert list(message.response_metadata) == ["logprobs", "model_name", "finish_reason"]
-    thinking = AnswerStream(tokenizer, {}, readers=[ThinkReader(is_open=True)])
+    thinking = AnswerStream(Answer([ThinkReader(is_open=True)]), tokenizer, {})
     first, last = thinking.push(whole._replace(text="hm</think>all", logprobs=None))
     assert first.message.additional_kwargs == {"reasoning_content": "hm"}
     assert (first.message.chunk_position, last.message.content, last.message.chunk_position) == (None, "all", "last")

@@ -1,0 +1,151 @@
+"""How a call reaches the engine: understood, routed, encoded, submitted. Chat models and servers begin theirs here."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+from langchain_lora_retriever.chat.messages import check_length, encode_chat, is_encoding, routing_text, to_chat
+from langchain_lora_retriever.output.format import AnswerFormat, answer_format
+from langchain_lora_retriever.output.stream import Answer, answer_readers, reads_special_tokens
+from langchain_lora_retriever.support.threads import run_in_thread
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from langchain_core.messages import BaseMessage
+
+    from langchain_lora_retriever.chat.call import CallOptions
+    from langchain_lora_retriever.engine.api import EngineClient, Generation
+    from langchain_lora_retriever.output.dialects import ChatTurn
+    from langchain_lora_retriever.retrieval.routing import Plan
+    from langchain_lora_retriever.runtime import Runtime
+    from langchain_lora_retriever.types import Composition
+
+__all__ = ["Begun", "Run", "abegin", "begin", "num_prompt_tokens", "text_to_route"]
+
+_LONG_PROMPT = 16_384
+"""Characters from which a prompt is rendered and encoded off the event loop: that takes some ten milliseconds."""
+_LONG_CHAT = 64
+"""Messages from which the same is done."""
+
+
+class Run(NamedTuple):
+    """A request in the engine, and what reads its answer."""
+
+    generation: Generation
+    answer: Answer
+
+
+class Begun(NamedTuple):
+    """A call whose requests are in the engine.
+
+    Attributes:
+        runs: One for each answer.
+        composition: What they run.
+        engine: Where.
+    """
+
+    runs: list[Run]
+    composition: Composition
+    engine: EngineClient
+
+    def abort(self) -> None:
+        """End all of them."""
+        for run in self.runs:
+            run.generation.abort()
+
+
+class _Call(NamedTuple):
+    """A call, understood: what is asked, of which engine, in which conversation, routed on which text."""
+
+    options: CallOptions
+    format: AnswerFormat
+    engine: EngineClient
+    chat: list[ChatTurn]
+    text: str
+
+    def encode(self) -> list[int]:
+        """Return the prompt's token ids."""
+        return encode_chat(
+            self.engine.tokenizer,
+            self.chat,
+            tools=self.format.tools,
+            dialect=self.format.dialect,
+            template_kwargs=self.options.chat_template_kwargs,
+        )
+
+
+def begin(runtime: Runtime, engine: EngineClient, messages: Sequence[BaseMessage], options: CallOptions) -> Begun:
+    """Understand a call, route it, and give it to the engine.
+
+    Args:
+        runtime: Routes it.
+        engine: The runtime's, ready.
+        messages: The prompt, as `check_messages` has let it pass.
+        options: The call's.
+
+    Raises:
+        LoraRetrieverError: If the call cannot be served; nothing of it is in the engine then.
+    """
+    call = _understand(messages, options, engine)
+    return _start(call, runtime.plan(call.text, options))
+
+
+async def abegin(
+    runtime: Runtime, engine: EngineClient, messages: Sequence[BaseMessage], options: CallOptions
+) -> Begun:
+    """Do what `begin` does without holding up the event loop: what may take longer is done in a thread."""
+    understand = partial(_understand, messages, options, engine)
+    is_long = options.has_format or _is_long(messages)
+    call = await run_in_thread(understand) if is_long else understand()
+    plan = await runtime.aplan(call.text, options)
+    start = partial(_start, call, plan)
+    # Nor wait for another's long prompt: a tokenizer encodes one at a time.
+    is_long = _is_long(messages) or is_encoding(engine.tokenizer)
+    return await run_in_thread(start, discard=Begun.abort) if is_long else start()
+
+
+def num_prompt_tokens(engine: EngineClient, messages: Sequence[BaseMessage], options: CallOptions) -> int:
+    """Count the tokens of the prompt that a call makes, template and all."""
+    return len(_understand(messages, options, engine).encode())
+
+
+def text_to_route(messages: Sequence[BaseMessage], options: CallOptions) -> str:
+    """Return what a call is routed on."""
+    return routing_text(messages) if options.route_text is None else options.route_text
+
+
+def _understand(messages: Sequence[BaseMessage], options: CallOptions, engine: EngineClient) -> _Call:
+    chat = to_chat(messages)
+    check_length(engine.tokenizer, chat, max_num_tokens=engine.info.max_model_len)
+    return _Call(options, answer_format(options, engine.tokenizer), engine, chat, text_to_route(messages, options))
+
+
+def _start(call: _Call, plan: Plan) -> Begun:
+    # Encoded only now: while the first texts of many are embedded no other call holds them up by its tokens.
+    prompt_token_ids = call.encode()
+    tokenizer = call.engine.tokenizer
+    begun = Begun([], plan.composition, call.engine)
+    try:
+        for index in range(call.options.n):
+            readers = answer_readers(tokenizer, prompt_token_ids, call.format)
+            skips_special = not reads_special_tokens(tokenizer, readers)
+            sampling = call.options.sampling(index, skip_special_tokens=skips_special)
+            generation = call.engine.submit(prompt_token_ids, sampling, plan.adapters, grammar=call.format.grammar)
+            begun.runs.append(Run(generation, Answer(readers)))
+    except BaseException:
+        begun.abort()
+        raise
+    return begun
+
+
+def _is_long(messages: Sequence[BaseMessage]) -> bool:
+    return len(messages) > _LONG_CHAT or sum(map(_num_characters, messages)) > _LONG_PROMPT
+
+
+def _num_characters(message: BaseMessage) -> int:
+    """Estimate, in no time, how much text a message holds."""
+    if isinstance(message.content, str):
+        return len(message.content)
+    return sum(len(block if isinstance(block, str) else str(block.get("text", ""))) for block in message.content)
