@@ -1,4 +1,4 @@
-"""The command line: `lora-retriever demo | chat | route | pool | train | evaluate | bench`."""
+"""The command line: `lora-retriever demo | chat | route | pool | train | evaluate | bench | serve`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from langchain_lora_retriever.cli import ask, bench, demo, evaluate, pool, train
+from langchain_lora_retriever.cli import ask, bench, demo, evaluate, pool, serve, train
 from langchain_lora_retriever.demo.model import INSTALL_DEMO
 from langchain_lora_retriever.errors import LoraRetrieverError
 
@@ -24,6 +24,7 @@ commands.add_typer(pool.commands, name="pool")
 commands.command("train")(train.train)
 commands.add_typer(evaluate.commands, name="evaluate")
 commands.command("bench")(bench.bench)
+commands.command("serve")(serve.serve)
 
 
 def app(*arguments: Any, **options: Any) -> None:

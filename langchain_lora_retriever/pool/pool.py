@@ -24,6 +24,7 @@ from langchain_lora_retriever.errors import (
     AdapterError,
     DuplicateAdapterError,
     InvalidAdapterError,
+    InvalidRequestError,
     LoraRetrieverError,
     PoolError,
     UnknownAdapterError,
@@ -45,6 +46,7 @@ from langchain_lora_retriever.pool.folder import (
     write_entry,
 )
 from langchain_lora_retriever.pool.samples import Sample, make_samples
+from langchain_lora_retriever.support.nesting import check_unicode
 from langchain_lora_retriever.support.shown import shown
 
 if TYPE_CHECKING:
@@ -122,6 +124,10 @@ class AdapterPool:
     def __init__(self, path: str | Path | None = None, *, base_model: str | None = None, create: bool = False) -> None:
         if not (path is None or isinstance(path, str | os.PathLike)):
             raise PoolError(f"path={shown(path)} is not allowed: pass a folder, or None for a pool in memory.")
+        try:
+            check_unicode(str(path), "path")
+        except InvalidRequestError as error:
+            raise PoolError(str(error)) from None
         if not (base_model is None or isinstance(base_model, str)):
             raise PoolError(f"base_model={shown(base_model)} is not allowed: pass a name or a path, or None.")
         self._path = None if path is None else Path(path)
@@ -145,7 +151,11 @@ class AdapterPool:
         Raises:
             PoolError: If there is no such folder.
         """
-        if not Path(path).is_dir():
+        try:
+            is_folder = Path(path).is_dir()
+        except ValueError:  # half a surrogate pair, or a null byte
+            is_folder = False
+        if not is_folder:
             return cls(path)  # which says what is wrong
         pool = cls()
         pool._path, pool._known = Path(path), None

@@ -24,6 +24,7 @@ def run(loads_engine, llm, monkeypatch) -> Any:
     """Run a command and return its output; prompts are embedded by the words in them."""
     encoder = llm.retriever.encoder
     monkeypatch.setattr("langchain_lora_retriever.registry.SentenceTransformerEncoder", lambda source: encoder)
+    monkeypatch.setattr("langchain_lora_retriever.registry._encoders", {})  # others may have made the default one
 
     def run_command(*arguments: object, stdin: str | None = None) -> str:
         result = CliRunner().invoke(commands, [str(argument) for argument in arguments], input=stdin)

@@ -644,3 +644,12 @@ def test_saving_an_adapter_whose_file_was_changed_is_refused(folder, tmp_path):
     with pytest.raises(InvalidAdapterError, match=r"'sql'.*changed"):
         pool.save(tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
+
+
+@pytest.mark.parametrize("make", [AdapterPool, AdapterPool.unread])
+@pytest.mark.parametrize("path", ["a\udfff", "a\0b", "nowhere"])
+def test_a_folder_that_cannot_be_is_told_in_words(make, path):
+    """Words that can be printed: what wraps them (pydantic does) must be able to encode them."""
+    with pytest.raises(PoolError) as info:
+        make(path)
+    str(info.value).encode()

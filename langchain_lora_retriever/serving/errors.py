@@ -1,0 +1,93 @@
+"""Errors as the protocol has them: a status, and an object that says what was wrong."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from langchain_lora_retriever.errors import (
+    AdapterError,
+    EncoderError,
+    EngineDeadError,
+    EngineError,
+    EngineOverloadedError,
+    InvalidRequestError,
+    LoraRetrieverError,
+    PoolError,
+    PromptTooLongError,
+    RequestAbortedError,
+    UnknownAdapterError,
+)
+
+__all__ = ["RefusedError", "error_object", "error_response", "status_of"]
+
+_logger = logging.getLogger(__name__)
+_RETRY_SECONDS = 1
+
+# The first that fits counts.
+_STATUS: tuple[tuple[type[BaseException], int, str, str | None], ...] = (
+    (PromptTooLongError, 400, "invalid_request_error", "context_length_exceeded"),
+    (UnknownAdapterError, 404, "invalid_request_error", "model_not_found"),
+    (InvalidRequestError, 400, "invalid_request_error", None),
+    (AdapterError, 400, "invalid_request_error", "adapter_refused"),
+    (PoolError, 400, "invalid_request_error", None),
+    (EngineOverloadedError, 429, "rate_limit_error", "overloaded"),
+    (EngineDeadError, 503, "server_error", "engine_dead"),
+    (RequestAbortedError, 503, "server_error", "aborted"),
+    (EncoderError, 500, "server_error", "encoder"),
+    (EngineError, 500, "server_error", "engine"),
+    (TimeoutError, 504, "server_error", "timeout"),
+    (LoraRetrieverError, 500, "server_error", None),
+)
+
+
+class RefusedError(Exception):
+    """A request that is refused before a call is made of it.
+
+    Attributes:
+        status: HTTP status.
+        kind: The protocol's `type`.
+        code: Its `code`.
+    """
+
+    def __init__(
+        self, message: str, *, status: int = 400, kind: str = "invalid_request_error", code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+        self.code = code
+
+
+def status_of(error: BaseException) -> int:
+    """The HTTP status that tells of an error."""
+    return _describe(error)[0]
+
+
+def error_object(error: BaseException) -> dict[str, Any]:
+    """`{"error": {"message", "type", "param", "code"}}`. What is not of this package is told by its type alone."""
+    status, kind, code = _describe(error)
+    is_ours = isinstance(error, LoraRetrieverError | RefusedError | TimeoutError)
+    if not is_ours:
+        _logger.error("A request failed", exc_info=error)
+    message = str(error) if is_ours else f"The server failed ({type(error).__name__}); its log says more."
+    del status
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+def error_response(error: BaseException) -> JSONResponse:
+    """The response that tells of an error."""
+    status = status_of(error)
+    headers = {"Retry-After": str(_RETRY_SECONDS)} if status == 429 else None
+    return JSONResponse(error_object(error), status, headers)
+
+
+def _describe(error: BaseException) -> tuple[int, str, str | None]:
+    if isinstance(error, RefusedError):
+        return error.status, error.kind, error.code
+    for kind, status, name, code in _STATUS:
+        if isinstance(error, kind):
+            return status, name, code
+    return 500, "server_error", None

@@ -1,0 +1,323 @@
+"""Requests and answers of `/v1/chat/completions`, as OpenAI's protocol has them.
+
+What is asked is checked here and becomes settings of a call; what the engine gives becomes objects of the protocol. A
+parameter is honoured, or refused in words, or without effect on any answer by its meaning (`user`, `store`).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from typing import TYPE_CHECKING, Any, Literal
+
+from langchain_core.messages import convert_to_messages
+from pydantic import BaseModel, ConfigDict, Field
+
+from langchain_lora_retriever.chat.messages import check_messages, check_num_messages
+from langchain_lora_retriever.engine.api import Delta
+from langchain_lora_retriever.errors import InvalidRequestError
+from langchain_lora_retriever.output.readers import Reasoning
+from langchain_lora_retriever.output.stream import logprobs_content
+from langchain_lora_retriever.support.shown import shown
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from langchain_core.messages import BaseMessage
+
+    from langchain_lora_retriever.chat.begin import Begun, Run
+    from langchain_lora_retriever.engine.api import Completion, Usage
+    from langchain_lora_retriever.output.readers import Piece
+
+__all__ = ["AUTO", "ChatRequest", "ChunkWriter", "RouteRequest", "RoutingFields", "completion"]
+
+AUTO = "auto"
+"""The model's name that leaves the choice of adapters to routing."""
+
+_WITHOUT_EFFECT = ("metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user", "verbosity")
+
+
+class RoutingFields(BaseModel):
+    """What is this server's own, in the field `lora_retriever` of a request; as in `RoutingOptions`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    adapters: list[str] | None = None
+    exclude_adapters: list[str] | None = None
+    composition: str | None = None
+    top_k: int | None = None
+    weights: str | None = None
+    weight_temperature: float | None = None
+    min_score: float | None = None
+    route_text: str | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """The settings of a call that were given."""
+        return self.model_dump(exclude_unset=True)
+
+
+class _StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    include_usage: bool = False
+
+
+class ChatRequest(BaseModel):
+    """A request for chat completions."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    messages: list[dict[str, Any]]
+    model: str = AUTO
+    stream: bool = False
+    stream_options: _StreamOptions | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    n: int | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: dict[str, Any] | None = None
+    # Asked for by many clients at values that change nothing.
+    frequency_penalty: Literal[0] | None = Field(default=None, description="Not supported but as 0.")
+    presence_penalty: Literal[0] | None = Field(default=None, description="Not supported but as 0.")
+    logit_bias: dict[str, float] | None = None
+    modalities: list[Literal["text"]] | None = None
+    metadata: dict[str, Any] | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+    service_tier: str | None = None
+    store: bool | None = None
+    user: str | None = None
+    verbosity: str | None = None
+    # What vLLM and others take too.
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+    stop_token_ids: list[int] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    lora_retriever: RoutingFields | None = None
+
+    def to_messages(self) -> list[BaseMessage]:
+        """The prompt.
+
+        Raises:
+            InvalidRequestError: If it is no list of messages.
+        """
+        return _to_messages(self.messages)
+
+    def arguments(self, *, max_n: int, timeout: float) -> dict[str, Any]:
+        """The settings of a call that this request asks for.
+
+        Args:
+            max_n: Most answers.
+            timeout: Seconds it may take.
+
+        Raises:
+            InvalidRequestError: If something is asked for that is not served.
+        """
+        if self.n is not None and self.n > max_n:
+            raise InvalidRequestError(f"n={self.n} is not allowed: this server gives at most {max_n} answers.")
+        if self.logit_bias:
+            raise InvalidRequestError("logit_bias is not supported: leave it out.")
+        if None not in {self.max_tokens, self.max_completion_tokens} and self.max_tokens != self.max_completion_tokens:
+            raise InvalidRequestError("max_tokens and max_completion_tokens differ: pass one of them.")
+        given: dict[str, Any] = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "sampling_top_k": self.top_k,
+            "max_tokens": self.max_completion_tokens or self.max_tokens,
+            "n": self.n,
+            "seed": self.seed,
+            "stop": [self.stop] if isinstance(self.stop, str) else self.stop,
+            "stop_token_ids": self.stop_token_ids,
+            "repetition_penalty": self.repetition_penalty,
+            "logprobs": self.logprobs,
+            "top_logprobs": self.top_logprobs,
+            "tools": self.tools,
+            "tool_choice": self.tool_choice,
+            "parallel_tool_calls": self.parallel_tool_calls,
+            "response_format": self.response_format,
+            "chat_template_kwargs": self.chat_template_kwargs,
+            "model": None if self.model == AUTO else self.model,
+        }
+        own = self.lora_retriever.arguments() if self.lora_retriever is not None else {}
+        return {"timeout": timeout, **{name: value for name, value in given.items() if value is not None}, **own}
+
+
+class RouteRequest(BaseModel):
+    """A request for the decision alone: `input`, or the messages of a chat."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    input: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    lora_retriever: RoutingFields | None = None
+
+    def to_messages(self) -> list[BaseMessage]:
+        """The prompt.
+
+        Raises:
+            InvalidRequestError: If there is none, or two.
+        """
+        if (self.input is None) == (self.messages is None):
+            raise InvalidRequestError("Pass either input, a text, or messages.")
+        return _to_messages(self.messages or [{"role": "user", "content": self.input}])
+
+
+def _to_messages(messages: Sequence[dict[str, Any]]) -> list[BaseMessage]:
+    check_num_messages(messages)
+    try:
+        converted = convert_to_messages(messages)
+    except Exception as error:
+        raise InvalidRequestError(f"messages cannot be understood: {shown(str(error))}.") from error
+    check_messages(converted)
+    return converted
+
+
+class ChunkWriter:
+    """Writes the events of one stream.
+
+    Args:
+        begun: The call.
+        model: What the answer is said to come from.
+        tells_usage: Whether a last event says how many tokens were used.
+    """
+
+    def __init__(self, begun: Begun, model: str, *, tells_usage: bool) -> None:
+        self._begun = begun
+        self._base = {**_base("chat.completion.chunk", model)}
+        self._tells_usage = tells_usage
+        self._usages: list[Usage] = []
+
+    def first(self) -> bytes:
+        """The events that come before any token: the role of each answer, and which adapters it runs."""
+        return b"".join(
+            _event(
+                {
+                    **self._base,
+                    "choices": [_chunk_choice(index, {"role": "assistant", "content": ""})],
+                    "lora_retriever": self._begun.composition.to_metadata(),
+                }
+            )
+            for index in range(len(self._begun.runs))
+        )
+
+    def delta(self, index: int, delta: Delta) -> bytes:
+        """The events that a delta of answer `index` makes."""
+        pieces, finish_reason = self._begun.runs[index].answer.push(delta)
+        logprobs = None
+        if delta.logprobs:
+            logprobs = _logprobs(self._begun, delta.logprobs)
+        events: list[dict[str, Any]] = []
+        for piece in pieces:
+            events.append(_chunk_choice(index, _piece(piece), logprobs))
+            logprobs = None
+        if finish_reason is not None or logprobs is not None:
+            events.append(_chunk_choice(index, {}, logprobs, finish_reason))
+        if delta.usage is not None:
+            self._usages.append(delta.usage)
+        return b"".join(_event({**self._base, "choices": [choice]}) for choice in events)
+
+    def last(self) -> bytes:
+        """The events that end the stream."""
+        usage = b""
+        if self._tells_usage:
+            usage = _event({**self._base, "choices": [], "usage": _usage(self._usages)})
+        return usage + b"data: [DONE]\n\n"
+
+
+def completion(begun: Begun, completions: Sequence[Completion], model: str) -> dict[str, Any]:
+    """The whole answer, as a `chat.completion`."""
+    return {
+        **_base("chat.completion", model),
+        "choices": [
+            _choice(begun, index, run, done)
+            for index, (run, done) in enumerate(zip(begun.runs, completions, strict=True))
+        ],
+        "usage": _usage([done.usage for done in completions]),
+        "lora_retriever": begun.composition.to_metadata(),
+    }
+
+
+def _choice(begun: Begun, index: int, run: Run, done: Completion) -> dict[str, Any]:
+    pieces, finish_reason = run.answer.push(Delta(*done))
+    text = "".join(piece for piece in pieces if isinstance(piece, str))
+    calls: dict[int, dict[str, Any]] = {}
+    for piece in pieces:
+        if isinstance(piece, dict):
+            _add_call(calls, piece)
+    message: dict[str, Any] = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
+    reasoning = "".join(piece.text for piece in pieces if isinstance(piece, Reasoning))
+    if reasoning:
+        message["reasoning_content"] = reasoning
+    if calls:
+        message["tool_calls"] = list(calls.values())
+    logprobs = None if done.logprobs is None else _logprobs(begun, done.logprobs)
+    return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
+def _add_call(calls: dict[int, dict[str, Any]], piece: Any) -> None:
+    """Add a part of a tool call to what there is of it."""
+    made = _piece(piece)["tool_calls"][0]
+    call = calls.setdefault(made["index"], {"id": None, "type": "function", "function": {"name": "", "arguments": ""}})
+    call["id"] = call["id"] or made.get("id")
+    for key in ("name", "arguments"):
+        call["function"][key] += made["function"].get(key) or ""
+
+
+def _piece(piece: Piece) -> dict[str, Any]:
+    if isinstance(piece, str):
+        return {"content": piece}
+    if isinstance(piece, Reasoning):
+        return {"reasoning_content": piece.text}
+    function = {"arguments": piece["args"] or ""}
+    call: dict[str, Any] = {"index": piece["index"] or 0, "function": function}
+    if piece["name"] is not None:
+        function["name"] = piece["name"]
+        call |= {"id": piece["id"], "type": "function"}
+    return {"tool_calls": [call]}
+
+
+def _chunk_choice(
+    index: int, delta: dict[str, Any], logprobs: Any = None, finish_reason: str | None = None
+) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
+def _logprobs(begun: Begun, logprobs: Any) -> dict[str, Any]:
+    def with_bytes(entry: dict[str, Any]) -> dict[str, Any]:
+        made = {"token": entry["token"], "bytes": list(entry["token"].encode()), "logprob": entry["logprob"]}
+        if "top_logprobs" in entry:
+            made["top_logprobs"] = [with_bytes(each) for each in entry["top_logprobs"]]
+        return made
+
+    entries = logprobs_content(begun.engine.tokenizer, logprobs)["content"]
+    return {"content": [with_bytes(entry) for entry in entries], "refusal": None}
+
+
+def _usage(usages: Sequence[Usage]) -> dict[str, Any]:
+    """Count the prompt once, however many answers it got."""
+    num_prompt = max((usage.num_prompt_tokens for usage in usages), default=0)
+    num_cached = max((usage.num_cached_tokens for usage in usages), default=0)
+    num_output = sum(usage.num_output_tokens for usage in usages)
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_output,
+        "total_tokens": num_prompt + num_output,
+        "prompt_tokens_details": {"cached_tokens": num_cached},
+    }
+
+
+def _base(kind: str, model: str) -> dict[str, Any]:
+    return {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"

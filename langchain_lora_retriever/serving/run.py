@@ -1,0 +1,58 @@
+"""Run a server: load what it serves, say when it is ready, let open requests end when it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+
+from langchain_lora_retriever.serving.app import create_app
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from langchain_lora_retriever.chat.model import ChatLoraRetriever
+    from langchain_lora_retriever.serving.config import ServeConfig
+
+__all__ = ["serve"]
+
+
+class _Server(uvicorn.Server):
+    """Says where it listens, once it does."""
+
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[str], object]) -> None:
+        super().__init__(config)
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[Any] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            self._on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+
+
+def serve(llm: ChatLoraRetriever, config: ServeConfig, *, on_ready: Callable[[str], object]) -> None:
+    """Serve a chat model until the process is interrupted or terminated.
+
+    Open requests have `config.drain_seconds` to end then; new ones are not taken.
+
+    Args:
+        llm: The chat model.
+        config: Where to listen, and limits.
+        on_ready: Called with the server's address once it listens and the model is loaded.
+
+    Raises:
+        InvalidRequestError: If a key file cannot be read.
+        OSError: If the address cannot be listened on.
+    """
+    settings = uvicorn.Config(
+        create_app(llm, config),
+        host=config.host,
+        port=config.port,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=config.drain_seconds,
+        server_header=False,
+    )
+    asyncio.run(_Server(settings, on_ready).serve())
