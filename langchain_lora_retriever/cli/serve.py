@@ -13,6 +13,9 @@ from langchain_lora_retriever.errors import MissingDependencyError
 
 __all__ = ["serve"]
 
+_MAX_WAITING = 256
+"""Requests that may wait beside those that run, where the configuration says nothing: a server has strangers."""
+
 
 def serve(
     *,
@@ -44,6 +47,9 @@ def serve(
     settings = read_config(
         config, base_model=base_model, pool=pool, encoder=encoder, host=host, port=port, api_key_file=api_key_file
     )
+    limits = settings.chat.setdefault("engine_config", {})
+    if isinstance(limits, dict):
+        limits.setdefault("max_waiting", _MAX_WAITING)
     console = Console(stderr=True)
     with console.status("Reading the pool"):
         llm = make_chat_model(settings.base_model, settings.pool, settings.encoder, **settings.chat)

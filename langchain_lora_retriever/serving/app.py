@@ -37,6 +37,8 @@ __all__ = ["create_app"]
 _MAX_TOLD = 3
 """Faults of a request that are told at once."""
 _CLIENT_CLOSED = 499
+_LONG_CHAT = 64
+"""Messages from which they are read off the event loop."""
 
 
 class _AddRequest(BaseModel):
@@ -119,7 +121,8 @@ class _Server:
         arrival = time.monotonic()
         asked = await _read(request, ChatRequest)
         options = CallOptions.merge(self._llm, asked.arguments(max_n=self._config.max_n, timeout=self._config.timeout))
-        messages = asked.to_messages()
+        is_long = len(asked.messages) > _LONG_CHAT
+        messages = await run_in_thread(asked.to_messages) if is_long else asked.to_messages()
         deadline = Deadline(options.timeout)
         name = self._llm.model_name if asked.model == AUTO else asked.model
 
