@@ -39,6 +39,8 @@ T = TypeVar("T")
 _logger = logging.getLogger(__name__)
 
 _STACK_BYTES = 256 << 20  # llguidance recurses over definitions that refer to others; taken only as far as it is used
+_MAX_COMPILING = 32
+"""Grammars that are compiled at once; others wait for them."""
 _MAX_GRAMMARS = 256  # that stay compiled
 _MAX_GRAMMARS_CHARACTERS = 2 << 20  # of those together; what is compiled of them is up to 200 times larger
 
@@ -128,7 +130,7 @@ class GrammarCompiler:
         with self._lock:
             future = self._compiled.get(grammar)
             if future is None:
-                future = self._compiled[grammar] = _in_large_stack(partial(self._compile, grammar))
+                future = self._compiled[grammar] = _large_stacks.submit(partial(self._compile, grammar))
                 self._num_characters += len(grammar.text)
             self._compiled.move_to_end(grammar)
             while len(self._compiled) > _MAX_GRAMMARS or self._num_characters > _MAX_GRAMMARS_CHARACTERS:
@@ -359,39 +361,61 @@ def _read_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     return Vocabulary(tokens, special, ClosingTokens.of(tokens))
 
 
-def _in_large_stack(work: Callable[[], T]) -> Future[T]:
-    """Run `work` in a thread of its own, whose stack is large; whatever it raises is told to those who wait for it.
+class _LargeStacks:
+    """Threads with large stacks, a few at most, started when there is work and ended when there is none.
 
-    Raises:
-        EngineError: If no thread can be started.
+    No executor of the library's: the interpreter would wait at its end for what they compile.
     """
-    outcome: Future[T] = Future()
 
-    def run() -> None:
-        try:
-            outcome.set_result(work())
-        except BaseException as error:  # noqa: BLE001 - a panic of native code is no `Exception`
-            outcome.set_exception(error)
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._work: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._num_threads = 0
 
-    thread = threading.Thread(target=run, name="grammar-compiler", daemon=True)
-    with _starting:
-        before = threading.stack_size(_STACK_BYTES)
-        try:
-            thread.start()
-        except RuntimeError as error:
-            raise EngineError(f"No thread can be started to compile a grammar in: {error}") from error
-        finally:
-            threading.stack_size(before)
-    return outcome
+    def submit(self, work: Callable[[], T]) -> Future[T]:
+        """Do work soon; whatever it raises is told to those who wait for it.
+
+        Raises:
+            EngineError: If there is no thread and none can be started.
+        """
+        outcome: Future[T] = Future()
+        with self._lock:
+            self._work.append((work, outcome))
+            if self._num_threads >= _MAX_COMPILING:
+                return outcome
+            before = threading.stack_size(_STACK_BYTES)  # a setting of the whole process
+            try:
+                threading.Thread(target=self._run, name="grammar-compiler", daemon=True).start()
+                self._num_threads += 1
+            except RuntimeError as error:
+                if not self._num_threads:
+                    self._work.pop()
+                    raise EngineError(f"No thread can be started to compile a grammar in: {error}") from error
+            finally:
+                threading.stack_size(before)
+        return outcome
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                if not self._work:
+                    self._num_threads -= 1
+                    return
+                work, outcome = self._work.popleft()
+            try:
+                outcome.set_result(work())
+            except BaseException as error:  # noqa: BLE001 - a panic of native code is no `Exception`
+                outcome.set_exception(error)
+            del work, outcome
 
 
-_starting = threading.Lock()  # the size of a new thread's stack is a setting of the whole process
+_large_stacks = _LargeStacks()
 
 
 def _begin_in_child() -> None:
     """Begin anew in a forked process: whoever compiles in another thread, or holds a lock, is not there."""
-    global _finding, _starting
-    _finding, _starting = threading.Lock(), threading.Lock()
+    global _finding, _large_stacks
+    _finding, _large_stacks = threading.Lock(), _LargeStacks()
     _compilers.clear()
 
 

@@ -125,16 +125,20 @@ class EngineWorker:
             raise self._dead()
         request = self.core.make_request(prompt_token_ids, sampling, adapters)
         generation = Generation(on_abort=lambda: self._leave(request, generation))
-        compiled = None if grammar is None else self._compiler.start(grammar)
         with self._news:
             self._check_alive()
             self._check_room()
             self._arriving.add(generation)
         self._submitted.add(generation)
         try:
+            compiled = None if grammar is None else self._compiler.start(grammar)
             averages = [self._averager.submit(dict, a.weights) for a in self.core.to_average(request)]
-        except RuntimeError as error:  # it has just been shut down
-            raise self._dead() from error
+        except BaseException as error:
+            with self._news:
+                self._arriving.discard(generation)
+            if isinstance(error, RuntimeError) and self._is_closing:  # the averager has just been shut down
+                raise self._dead() from error
+            raise
         _when_done(
             [*averages, *([compiled] if compiled else [])],
             lambda: self._arrive(request, generation, averages, compiled),

@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -30,6 +31,7 @@ from langchain_lora_retriever.output.format import answer_format
 from langchain_lora_retriever.output.grammars import calls_grammar, choice_grammar, json_grammar, regex_grammar
 from langchain_lora_retriever.output.json_check import violation
 from langchain_lora_retriever.output.tools import to_json_schema
+from makers import wait_until
 
 if TYPE_CHECKING:
     from langchain_lora_retriever import ChatLoraRetriever
@@ -815,3 +817,28 @@ def test_keywords_that_are_refused(tokenizer, schema: dict[str, Any]) -> None:
     """Before anything is generated; docs/tools.md lists them."""
     with pytest.raises(InvalidRequestError):
         compiler_of(tokenizer).compile(json_grammar(schema))
+
+
+def test_so_many_grammars_are_compiled_at_once_and_no_more(tokenizer, monkeypatch) -> None:
+    """Others wait; whatever one of them does, all are answered, and no thread is left."""
+    monkeypatch.setattr(constraints, "_MAX_COMPILING", 3)
+    running, most, go = set(), [0], threading.Event()
+
+    def work(index: int) -> int:
+        running.add(index)
+        most[0] = max(most[0], len(running))
+        assert go.wait(30)
+        running.discard(index)
+        if index % 5 == 0:
+            raise ValueError(index)
+        return index
+
+    pool = constraints._LargeStacks()
+    futures = [pool.submit(partial(work, index)) for index in range(20)]
+    wait_until(lambda: len(running) == 3)
+    go.set()
+    errors = [future.exception(30) for future in futures]
+    assert [error is None for error in errors] == [bool(index % 5) for index in range(20)]
+    assert most[0] == 3
+    wait_until(lambda: pool._num_threads == 0)
+    assert pool.submit(lambda: 7).result(30) == 7
