@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 import makers
 
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # a test's own processes see what it sees
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells start what runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
