@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from llguidance import LLMatcher, LLParserLimits, hf
+from llguidance.torch import fill_next_token_bitmask
 from transformers import PreTrainedTokenizerFast
 
 from langchain_lora_retriever.engine.json_closing import ClosingTokens, JsonPosition, closing_path
@@ -258,7 +259,7 @@ class GrammarConstraint:
         """
         num_words = -(-self._closing.vocab_size // 32)
         known = row[:num_words]  # a model may have rows for more tokens than its tokenizer knows
-        self._matcher.unsafe_compute_mask_ptr(known.data_ptr(), known.numel() * known.element_size())
+        fill_next_token_bitmask(self._matcher, known[None])
         row[num_words:] = 0
         self._check()
         if self._limit is not None and self._must_end(self._limit):

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from langchain_lora_retriever.engine.pinned_copy import copy_to_device, on_device
-from langchain_lora_retriever.errors import EngineError, InvalidAdapterError
+from langchain_lora_retriever.errors import InvalidAdapterError
 from lora_retriever_kernels.lora import LoraBatch, LoraRows, LoraStack, add_lora, lora_expand, lora_mix, lora_shrink
 
 if TYPE_CHECKING:
@@ -82,16 +82,15 @@ class LoraLayers:
     def load(self, slot: int, start: int, adapter: Adapter) -> None:
         """Copy an adapter into rows `start : start + adapter.rank` of every device and point `slot` at them.
 
+        Args:
+            slot: Where it is pinned.
+            start: Its first row.
+            adapter: One that `AdapterFit` has let pass.
+
         Raises:
-            EngineError: If it targets a module this model does not have, or its rank is beyond the kernels' limit.
             InvalidAdapterError: If its weights, scaled, are not finite in the model's dtype, or its file is not the one
                 that was read any more.
         """
-        if adapter.rank > MAX_RANK:
-            raise EngineError(f"Adapter {adapter.name!r} has rank {adapter.rank}; the kernels go up to {MAX_RANK}.")
-        unknown = set(adapter.weights).difference(*(group.names for group in self._groups))
-        if unknown:
-            raise EngineError(f"Adapter {adapter.name!r} targets {min(unknown)!r}, which this model does not have.")
         weights = dict(adapter.weights)  # its file is read once
         for rows, _ in self._devices.values():
             rows.assign(slot, start, adapter.rank)

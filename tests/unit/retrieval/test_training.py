@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -78,9 +78,23 @@ def test_training_helps_retrieval(encoder: Path, tmp_path: Path, loss: str) -> N
     json.dumps(report.to_dict())
 
 
-def test_heldout_adapters_are_not_trained_on(encoder: Path, tmp_path: Path) -> None:
-    """A share of the adapters is kept for early stopping, and the report names both sides."""
+def test_heldout_adapters_are_not_trained_on(encoder: Path, tmp_path: Path, monkeypatch) -> None:
+    """A share of the adapters is kept for early stopping: no step sees a sample of theirs; the report names them."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    seen: set[str] = set()
+    forward = SentenceTransformer.forward
+
+    def noted(self: Any, features: Any, *arguments: Any, **named: Any) -> Any:
+        if torch.is_grad_enabled():
+            seen.update(self.tokenizer.batch_decode(features["input_ids"], skip_special_tokens=True))
+        return forward(self, features, *arguments, **named)
+
+    monkeypatch.setattr(SentenceTransformer, "forward", noted)
     report = train_encoder(SAMPLES, encoder, output_dir=tmp_path, config=QUICK, device="cpu")
+    trained = {name for name in TASKS if any(text.endswith(tuple(SAMPLES[name])) for text in seen)}
+    assert trained == set(report.trained_adapters)
     assert len(report.heldout_adapters) == 1
     assert set(report.heldout_adapters) | set(report.trained_adapters) == set(TASKS)
     assert not set(report.heldout_adapters) & set(report.trained_adapters)
