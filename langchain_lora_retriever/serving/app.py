@@ -25,7 +25,7 @@ from langchain_lora_retriever.serving.protocol import AUTO, ChatRequest, ChunkWr
 from langchain_lora_retriever.support.threads import Deadline, run_in_thread
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
     from starlette.types import Receive, Scope, Send
 
@@ -154,7 +154,7 @@ class _Server:
 
     async def _events(
         self, begun: Begun, writer: ChunkWriter, deadline: Deadline, arrival: float
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes]:
         """The events of a stream; an error in mid-stream is its last."""
         generations = [run.generation for run in begun.runs]
         last: dict[int, float] = {}
@@ -325,7 +325,7 @@ class _EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], *, on_close: Callable[[], object]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes], *, on_close: Callable[[], object]) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
@@ -352,6 +352,8 @@ class _EventStream(Response):
                 await send({"type": "http.response.body", "body": event, "more_body": True})
         except OSError:  # the client has gone
             return
+        finally:
+            await self._events.aclose()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

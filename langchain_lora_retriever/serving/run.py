@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -44,8 +45,10 @@ def serve(llm: ChatLoraRetriever, config: ServeConfig, *, on_ready: Callable[[st
 
     Raises:
         InvalidRequestError: If a key file cannot be read.
-        OSError: If the address cannot be listened on.
+        LoraRetrieverError: If the model or the pool cannot be served.
+        SystemExit: If the address cannot be listened on.
     """
+    llm.runtime.ready()  # what goes wrong over that is told before anything listens
     settings = uvicorn.Config(
         create_app(llm, config),
         host=config.host,
@@ -55,4 +58,5 @@ def serve(llm: ChatLoraRetriever, config: ServeConfig, *, on_ready: Callable[[st
         timeout_graceful_shutdown=config.drain_seconds,
         server_header=False,
     )
-    asyncio.run(_Server(settings, on_ready).serve())
+    with suppress(KeyboardInterrupt):  # raised again once open requests have ended: that was the wish
+        asyncio.run(_Server(settings, on_ready).serve())
