@@ -17,6 +17,7 @@ import os
 import platform
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,13 +55,18 @@ class Recorder:
 def engine_contender(llm: ChatLoraRetriever, prompts: list[str]) -> Callable[[], Answers]:
     """Note the requests that the chat model makes of the prompts; return what sends them to the engine and waits."""
     recorder = Recorder(llm.runtime.ready())
-    recorded = demo_chat_model(engine=recorder, temperature=llm.temperature, max_tokens=llm.max_tokens)
+    recorded = demo_chat_model(
+        engine=recorder, model_name=llm.model_name, temperature=llm.temperature, max_tokens=llm.max_tokens
+    )
     for prompt in prompts:
-        recorded.invoke(prompt)
+        recorded.invoke(prompt, max_tokens=1)
 
     def run() -> Answers:
         engine = llm.runtime.engine
-        generations = [engine.submit(*request) for request in recorder.requests]
+        generations = [
+            engine.submit(ids, replace(sampling, max_tokens=llm.max_tokens), adapters)
+            for ids, sampling, adapters in recorder.requests
+        ]
         completions = [generation.result() for generation in generations]
         return [(completion.text, completion.usage.num_output_tokens) for completion in completions]
 
