@@ -8,8 +8,9 @@ Those above it know `api` alone, which loads no torch; names are imported on fir
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from langchain_lora_retriever.support.lazy import lazy_names
 
 if TYPE_CHECKING:
     from langchain_lora_retriever.engine.api import (
@@ -50,20 +51,21 @@ __all__ = [
 
 _HOMES = {
     "BaseModel": "model.load",
+    "Completion": "api",
+    "Delta": "api",
     "Engine": "core",
+    "EngineClient": "api",
     "EngineConfig": "config",
+    "EngineInfo": "api",
     "EngineStats": "stats",
     "EngineWorker": "worker",
     "Generation": "generation",
+    "Grammar": "api",
     "ModelSource": "model.load",
+    "Registration": "api",
+    "TokenLogprob": "api",
+    "Usage": "api",
     "load_base_model": "model.load",
 }
 
-
-def __getattr__(name: str) -> Any:
-    """Import a name from its module the first time it is asked for."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES.get(name, 'api')}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(__name__, _HOMES)

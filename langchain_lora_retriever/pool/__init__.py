@@ -6,7 +6,9 @@ an engine, an encoder or LangChain: what of a pool suits these is derived by tho
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from langchain_lora_retriever.support.lazy import lazy_names
 
 if TYPE_CHECKING:
     from langchain_lora_retriever.pool.pool import AdapterPool
@@ -14,10 +16,4 @@ if TYPE_CHECKING:
 __all__ = ["AdapterPool"]
 
 
-def __getattr__(name: str) -> Any:
-    """Import the pool, and torch with it, when it is first asked for."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from langchain_lora_retriever.pool.pool import AdapterPool  # noqa: PLC0415
-
-    return AdapterPool
+__getattr__ = lazy_names(__name__, {"AdapterPool": "pool"})
