@@ -27,7 +27,6 @@ from langchain_lora_retriever.engine.generation import Generation
 from langchain_lora_retriever.engine.grammar import compiler_of
 from langchain_lora_retriever.engine.stats import EngineStats, Percentiles
 from langchain_lora_retriever.errors import (
-    AdapterError,
     EngineDeadError,
     InvalidRequestError,
     PromptTooLongError,
@@ -159,7 +158,7 @@ class FakeEngine:
 
     def register(self, adapters: Sequence[Adapter]) -> list[Registration]:
         """Say of each adapter whether it fits `module_shapes`."""
-        return [self._register(adapter) for adapter in adapters]
+        return [self._fit.register(adapter) if self._fit else Registration() for adapter in adapters]
 
     def submit(
         self,
@@ -222,15 +221,6 @@ class FakeEngine:
             self._num_finished += len(running)
         for generation in running:
             generation.fail(EngineDeadError("The engine was closed while this request was running."))
-
-    def _register(self, adapter: Adapter) -> Registration:
-        if not self._fit:
-            return Registration()
-        try:
-            self._fit.check(adapter)
-        except AdapterError as error:
-            return Registration(error)
-        return Registration(missing_modules=self._fit.missing(adapter))
 
     def _accept(self, request: FakeRequest) -> Callable[[str, list[str]], str]:
         """Note a request that nothing is wrong with, and choose its answer."""

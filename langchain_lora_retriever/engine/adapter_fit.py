@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from langchain_lora_retriever.engine.api import Registration
 from langchain_lora_retriever.errors import (
     AdapterError,
     InvalidAdapterError,
@@ -66,6 +67,14 @@ class AdapterFit:
         if len(self._fitting) >= _NUM_REMEMBERED:
             self._fitting.clear()
         self._fitting.add(adapter.fingerprint)
+
+    def register(self, adapter: Adapter) -> Registration:
+        """What `EngineClient.register` says of an adapter."""
+        try:
+            self.check(adapter)
+        except AdapterError as error:
+            return Registration(error)
+        return Registration(missing_modules=self.missing(adapter))
 
     def missing(self, adapter: Adapter) -> tuple[str, ...]:
         """Name the modules that an adapter's configuration targets and its file lacks: they run as the base model's."""

@@ -14,7 +14,7 @@ from weakref import WeakSet
 
 import torch
 
-from langchain_lora_retriever.engine.api import EngineInfo, Registration
+from langchain_lora_retriever.engine.api import EngineInfo
 from langchain_lora_retriever.engine.config import EngineConfig
 from langchain_lora_retriever.engine.core import Engine, StepFailedError
 from langchain_lora_retriever.engine.gc_freeze import frozen_heap
@@ -22,7 +22,7 @@ from langchain_lora_retriever.engine.generation import Generation, deliver
 from langchain_lora_retriever.engine.grammar import compiler_of
 from langchain_lora_retriever.engine.pinned_copy import on_device
 from langchain_lora_retriever.engine.request import failure
-from langchain_lora_retriever.errors import AdapterError, EngineDeadError, EngineOverloadedError, fresh
+from langchain_lora_retriever.errors import EngineDeadError, EngineOverloadedError, fresh
 from langchain_lora_retriever.support.forking import after_fork
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from langchain_lora_retriever.engine.api import Grammar
+    from langchain_lora_retriever.engine.api import Grammar, Registration
     from langchain_lora_retriever.engine.core import StepOutput
     from langchain_lora_retriever.engine.generation import Delta
     from langchain_lora_retriever.engine.grammar import CompiledGrammar, GrammarCompiler
@@ -110,7 +110,7 @@ class EngineWorker:
 
     def register(self, adapters: Sequence[Adapter]) -> list[Registration]:
         """Say of each adapter whether it can run here; see `EngineClient.register`."""
-        return [self._register(adapter) for adapter in adapters]
+        return [self.core.fit.register(adapter) for adapter in adapters]
 
     def submit(
         self,
@@ -218,13 +218,6 @@ class EngineWorker:
             return EngineDeadError(str(self._death))
         why = f" after an error: {self._death!r}" if self._death else ": it was closed"
         return EngineDeadError(f"The engine has stopped{why}. Create a new one.{_advice(self._death)}")
-
-    def _register(self, adapter: Adapter) -> Registration:
-        try:
-            self.core.fit.check(adapter)
-        except AdapterError as error:
-            return Registration(error)
-        return Registration(missing_modules=self.core.fit.missing(adapter))
 
     def _check_alive(self) -> None:
         if self._is_closing or self._death is not None:
