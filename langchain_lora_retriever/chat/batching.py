@@ -1,10 +1,9 @@
-"""Giving the engine many prompts at once, and taking them back when their caller goes."""
+"""Giving the engine many prompts at once: batches as wide as it is."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -14,11 +13,7 @@ from langchain_core.outputs import LLMResult
 from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import ContextThreadPoolExecutor, get_config_list, patch_config
 
-from langchain_lora_retriever.engine import Generation
-from langchain_lora_retriever.errors import RequestAbortedError
-from langchain_lora_retriever.support.threads import Deadline
-
-__all__ = ["ConcurrentChatModel", "owned", "reached_engine"]
+__all__ = ["ConcurrentChatModel", "reached_engine"]
 
 _GROUP_SIZE = 64
 """Prompts of an `abatch` that are embedded together, before the first of them begins."""
@@ -157,44 +152,3 @@ def _once(action: Callable[[], None]) -> Callable[[], None]:
             actions.pop()()
 
     return act
-
-
-@contextmanager
-def owned(
-    generations: Sequence[Generation], deadline: Deadline, loop: asyncio.AbstractEventLoop | None = None
-) -> Iterator[None]:
-    """Abort generations that their caller leaves before they end: by an error, a cancellation, a close, a timeout.
-
-    Args:
-        generations: Generations just submitted.
-        deadline: When the call must be over.
-        loop: The caller's event loop, which aborts them at the deadline; a caller without one limits its own waiting.
-
-    Raises:
-        TimeoutError: If the deadline was the reason.
-    """
-    is_late = False
-
-    def abort() -> None:
-        for generation in generations:
-            generation.abort()
-
-    def expire() -> None:
-        nonlocal is_late
-        is_late = True
-        abort()
-
-    remaining = deadline.remaining()
-    timer = None if loop is None or remaining is None else loop.call_later(remaining, expire)
-    try:
-        yield
-    except TimeoutError as error:
-        raise deadline.error() from error
-    except RequestAbortedError as error:
-        if is_late:
-            raise deadline.error() from error
-        raise
-    finally:
-        if timer is not None:
-            timer.cancel()
-        abort()

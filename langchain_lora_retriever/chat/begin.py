@@ -1,17 +1,20 @@
-"""How a call reaches the engine: understood, routed, encoded, submitted. Chat models and servers begin theirs here."""
+"""How a call reaches the engine (understood, routed, encoded, submitted) and leaves it, for chat models and servers."""
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from langchain_lora_retriever.chat.messages import check_length, encode_chat, is_encoding, routing_text, to_chat
+from langchain_lora_retriever.errors import RequestAbortedError
 from langchain_lora_retriever.output.format import AnswerFormat, answer_format
 from langchain_lora_retriever.output.stream import Answer, answer_readers, reads_special_tokens
 from langchain_lora_retriever.support.threads import run_in_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    import asyncio
+    from collections.abc import Iterator, Sequence
 
     from langchain_core.messages import BaseMessage
 
@@ -20,14 +23,15 @@ if TYPE_CHECKING:
     from langchain_lora_retriever.output.dialects import ChatTurn
     from langchain_lora_retriever.retrieval.routing import Plan
     from langchain_lora_retriever.runtime import Runtime
+    from langchain_lora_retriever.support.threads import Deadline
     from langchain_lora_retriever.types import Composition
 
-__all__ = ["Begun", "Run", "abegin", "begin", "num_prompt_tokens", "text_to_route"]
+__all__ = ["LONG_CHAT", "Begun", "Run", "abegin", "begin", "num_prompt_tokens", "owned", "text_to_route"]
 
 _LONG_PROMPT = 16_384
 """Characters from which a prompt is rendered and encoded off the event loop: that takes some ten milliseconds."""
-_LONG_CHAT = 64
-"""Messages from which the same is done."""
+LONG_CHAT = 64
+"""Messages from which the same is done, and they are read off it."""
 
 
 class Run(NamedTuple):
@@ -106,6 +110,43 @@ async def abegin(
     return await run_in_thread(start, discard=Begun.abort) if is_long else start()
 
 
+@contextmanager
+def owned(
+    begun: Begun, deadline: Deadline, loop: asyncio.AbstractEventLoop | None = None
+) -> Iterator[list[Generation]]:
+    """Abort what its caller leaves before it ends: by an error, a cancellation, a close, a timeout. Yields generations.
+
+    Args:
+        begun: A call just begun.
+        deadline: When the call must be over.
+        loop: The caller's event loop, which aborts them at the deadline; a caller without one limits its own waiting.
+
+    Raises:
+        TimeoutError: If the deadline was the reason.
+    """
+    is_late = False
+
+    def expire() -> None:
+        nonlocal is_late
+        is_late = True
+        begun.abort()
+
+    remaining = deadline.remaining()
+    timer = None if loop is None or remaining is None else loop.call_later(remaining, expire)
+    try:
+        yield [run.generation for run in begun.runs]
+    except TimeoutError as error:
+        raise deadline.error() from error
+    except RequestAbortedError as error:
+        if is_late:
+            raise deadline.error() from error
+        raise
+    finally:
+        if timer is not None:
+            timer.cancel()
+        begun.abort()
+
+
 def num_prompt_tokens(engine: EngineClient, messages: Sequence[BaseMessage], options: CallOptions) -> int:
     """Count the tokens of the prompt that a call makes, template and all."""
     return len(_understand(messages, options, engine).encode())
@@ -141,7 +182,7 @@ def _start(call: _Call, plan: Plan) -> Begun:
 
 
 def _is_long(messages: Sequence[BaseMessage]) -> bool:
-    return len(messages) > _LONG_CHAT or sum(map(_num_characters, messages)) > _LONG_PROMPT
+    return len(messages) > LONG_CHAT or sum(map(_num_characters, messages)) > _LONG_PROMPT
 
 
 def _num_characters(message: BaseMessage) -> int:

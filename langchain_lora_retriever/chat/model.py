@@ -16,8 +16,8 @@ from langchain_core.prompt_values import PromptValue
 from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
 
-from langchain_lora_retriever.chat.batching import owned, reached_engine
-from langchain_lora_retriever.chat.begin import Begun, abegin, begin, num_prompt_tokens, text_to_route
+from langchain_lora_retriever.chat.batching import reached_engine
+from langchain_lora_retriever.chat.begin import Begun, abegin, begin, num_prompt_tokens, owned, text_to_route
 from langchain_lora_retriever.chat.call import CallOptions
 from langchain_lora_retriever.chat.messages import (
     check_messages,
@@ -94,8 +94,7 @@ class ChatLoraRetriever(ChatSettings):
         options = self._options(stop, kwargs)
         deadline = Deadline(options.timeout)
         begun = run_within(deadline, lambda: self._begin(messages, options), discard=Begun.abort)
-        generations = [run.generation for run in begun.runs]
-        with owned(generations, deadline):
+        with owned(begun, deadline) as generations:
             completions = [generation.result(deadline.remaining()) for generation in generations]
             return self._to_result(begun, options, completions)
 
@@ -110,8 +109,7 @@ class ChatLoraRetriever(ChatSettings):
         deadline = Deadline(options.timeout)
         async with deadline.limit():
             begun = await self._abegin(messages, options)
-        generations = [run.generation for run in begun.runs]
-        with owned(generations, deadline, asyncio.get_running_loop()):
+        with owned(begun, deadline, asyncio.get_running_loop()) as generations:
             completions = await asyncio.gather(*(generation.aresult() for generation in generations))
             return self._to_result(begun, options, completions)
 
@@ -125,8 +123,8 @@ class ChatLoraRetriever(ChatSettings):
         options = self._options(stop, kwargs, is_stream=True)
         deadline = Deadline(options.timeout)
         begun = run_within(deadline, lambda: self._begin(messages, options), discard=Begun.abort)
-        (generation, _), (answer,) = begun.runs[0], self._answers(begun, options, tells_usage=options.stream_usage)
-        with owned([generation], deadline):
+        (answer,) = self._answers(begun, options, tells_usage=options.stream_usage)
+        with owned(begun, deadline) as (generation,):
             for delta in generation.deltas(deadline.remaining()):
                 yield from answer.push(delta)
 
@@ -141,8 +139,8 @@ class ChatLoraRetriever(ChatSettings):
         deadline = Deadline(options.timeout)
         async with deadline.limit():
             begun = await self._abegin(messages, options)
-        (generation, _), (answer,) = begun.runs[0], self._answers(begun, options, tells_usage=options.stream_usage)
-        with owned([generation], deadline, asyncio.get_running_loop()):
+        (answer,) = self._answers(begun, options, tells_usage=options.stream_usage)
+        with owned(begun, deadline, asyncio.get_running_loop()) as (generation,):
             async for delta in generation:
                 for chunk in answer.push(delta):
                     yield chunk

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,15 +12,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from langchain_lora_retriever.chat.batching import owned
-from langchain_lora_retriever.chat.begin import Begun, abegin, text_to_route
+from langchain_lora_retriever.chat.begin import LONG_CHAT, Begun, abegin, owned, text_to_route
 from langchain_lora_retriever.chat.call import CallOptions
-from langchain_lora_retriever.errors import InvalidRequestError, LoraRetrieverError, PoolError
+from langchain_lora_retriever.errors import InvalidRequestError, PoolError
 from langchain_lora_retriever.serving.config import ServeConfig, read_keys
-from langchain_lora_retriever.serving.errors import RefusedError, error_object, error_response
+from langchain_lora_retriever.serving.errors import RefusedError, error_object, error_response, told
 from langchain_lora_retriever.serving.gate import Gate
 from langchain_lora_retriever.serving.metrics import Metrics
-from langchain_lora_retriever.serving.protocol import AUTO, ChatRequest, ChunkWriter, RouteRequest, completion
+from langchain_lora_retriever.serving.protocol import AUTO, ChatRequest, ChunkWriter, RouteRequest, completion, event
 from langchain_lora_retriever.support.threads import Deadline, run_in_thread
 
 if TYPE_CHECKING:
@@ -34,11 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["create_app"]
 
-_MAX_TOLD = 3
-"""Faults of a request that are told at once."""
 _CLIENT_CLOSED = 499
-_LONG_CHAT = 64
-"""Messages from which they are read off the event loop."""
 
 
 class _AddRequest(BaseModel):
@@ -107,9 +101,7 @@ class _Server:
         async def handle(request: Request) -> Response:
             try:
                 response = await handler(request)
-            except (LoraRetrieverError, RefusedError, TimeoutError) as error:
-                response = error_response(error)
-            except Exception as error:  # noqa: BLE001 - it is logged, and the client is told that the server failed
+            except Exception as error:  # noqa: BLE001 - what is not of this package is logged, and told by its type
                 response = error_response(error)
             self._metrics.requests.labels(path, str(response.status_code)).inc()
             return response
@@ -121,7 +113,7 @@ class _Server:
         arrival = time.monotonic()
         asked = await _read(request, ChatRequest)
         options = CallOptions.merge(self._llm, asked.arguments(max_n=self._config.max_n, timeout=self._config.timeout))
-        is_long = len(asked.messages) > _LONG_CHAT
+        is_long = len(asked.messages) > LONG_CHAT
         messages = await run_in_thread(asked.to_messages) if is_long else asked.to_messages()
         deadline = Deadline(options.timeout)
         name = self._llm.model_name if asked.model == AUTO else asked.model
@@ -139,8 +131,7 @@ class _Server:
             return _EventStream(self._events(begun, writer, deadline, arrival), on_close=begun.abort)
 
         async def wait() -> dict[str, Any]:
-            generations = [run.generation for run in begun.runs]
-            with owned(generations, deadline, asyncio.get_running_loop()):
+            with owned(begun, deadline, asyncio.get_running_loop()) as generations:
                 completions = await asyncio.gather(*(generation.aresult() for generation in generations))
             self._metrics.time_to_first_token.observe(time.monotonic() - arrival)
             for done in completions:
@@ -156,11 +147,10 @@ class _Server:
         self, begun: Begun, writer: ChunkWriter, deadline: Deadline, arrival: float
     ) -> AsyncGenerator[bytes]:
         """The events of a stream; an error in mid-stream is its last."""
-        generations = [run.generation for run in begun.runs]
         last: dict[int, float] = {}
         yield writer.first()
         try:
-            with owned(generations, deadline, asyncio.get_running_loop()):
+            with owned(begun, deadline, asyncio.get_running_loop()):
                 async for index, delta in _merged(begun):
                     now = time.monotonic()
                     if not last:
@@ -174,7 +164,7 @@ class _Server:
                     if written:
                         yield written
         except Exception as error:  # noqa: BLE001 - the status is sent already: the stream tells
-            yield b"data: " + json.dumps(error_object(error)).encode() + b"\n\n"
+            yield event(error_object(error))
             return
         yield writer.last()
 
@@ -185,7 +175,8 @@ class _Server:
 
     async def models(self, _: Request) -> Response:
         """What `model` may be: routed, the base model, or one adapter."""
-        names = [AUTO, self._llm.model_name, *(n for n in self._runtime.pool.names if n not in self._runtime.rejected)]
+        rejected = self._runtime.rejected
+        names = [AUTO, self._llm.model_name, *(name for name in self._runtime.pool.names if name not in rejected)]
         return JSONResponse(
             {
                 "object": "list",
@@ -199,8 +190,7 @@ class _Server:
     async def route(self, request: Request) -> Response:
         """The decision alone."""
         asked = await _read(request, RouteRequest)
-        own = asked.lora_retriever.arguments() if asked.lora_retriever is not None else {}
-        options = CallOptions.merge(self._llm, own)
+        options = CallOptions.merge(self._llm, asked.arguments())
         composition = await self._runtime.aroute(text_to_route(asked.to_messages(), options), options)
         return JSONResponse(composition.to_metadata())
 
@@ -278,10 +268,7 @@ async def _read(request: Request, kind: type[Body]) -> Body:
     try:
         return kind.model_validate_json(await request.body())
     except ValidationError as error:
-        told = "; ".join(
-            f"{'.'.join(map(str, each['loc'])) or 'the body'}: {each['msg']}" for each in error.errors()[:_MAX_TOLD]
-        )
-        raise RefusedError(f"The request cannot be understood: {told}.") from error
+        raise RefusedError(f"The request cannot be understood: {told(error, whole='the body')}.") from error
 
 
 async def _unless_gone(request: Request, work: Awaitable[T], *, discard: Callable[[T], object] = lambda _: None) -> T:

@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from langchain_lora_retriever.errors import InvalidRequestError
+from langchain_lora_retriever.serving.errors import told
 from langchain_lora_retriever.support.shown import shown
 
 __all__ = ["ServeConfig", "read_config", "read_keys"]
@@ -77,8 +78,7 @@ def read_config(path: Path | None, **given: Any) -> ServeConfig:
     try:
         config = ServeConfig(**values)
     except ValidationError as error:
-        told = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
-        raise InvalidRequestError(f"The server cannot be set up so: {told}.") from error
+        raise InvalidRequestError(f"The server cannot be set up so: {told(error, whole='it')}.") from error
     if not config.is_loopback and config.api_key_file is None:
         raise InvalidRequestError(
             f"host={config.host!r} lets others reach this server: pass --api-key-file with the keys that may ask, or "

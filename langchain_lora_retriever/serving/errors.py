@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.responses import JSONResponse
 
@@ -21,10 +21,15 @@ from langchain_lora_retriever.errors import (
     UnknownAdapterError,
 )
 
-__all__ = ["RefusedError", "error_object", "error_response", "status_of"]
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+__all__ = ["RefusedError", "error_object", "error_response", "told"]
 
 _logger = logging.getLogger(__name__)
 _RETRY_SECONDS = 1
+_MAX_TOLD = 3
+"""Faults of a request that are told at once."""
 
 # The first that fits counts.
 _STATUS: tuple[tuple[type[BaseException], int, str, str | None], ...] = (
@@ -61,27 +66,32 @@ class RefusedError(Exception):
         self.code = code
 
 
-def status_of(error: BaseException) -> int:
-    """The HTTP status that tells of an error."""
-    return _describe(error)[0]
-
-
 def error_object(error: BaseException) -> dict[str, Any]:
     """`{"error": {"message", "type", "param", "code"}}`. What is not of this package is told by its type alone."""
-    status, kind, code = _describe(error)
+    _, kind, code = _describe(error)
     is_ours = isinstance(error, LoraRetrieverError | RefusedError | TimeoutError)
     if not is_ours:
         _logger.error("A request failed", exc_info=error)
     message = str(error) if is_ours else f"The server failed ({type(error).__name__}); its log says more."
-    del status
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
 def error_response(error: BaseException) -> JSONResponse:
     """The response that tells of an error."""
-    status = status_of(error)
+    status, _, _ = _describe(error)
     headers = {"Retry-After": str(_RETRY_SECONDS)} if status == 429 else None
     return JSONResponse(error_object(error), status, headers)
+
+
+def told(error: ValidationError, *, whole: str) -> str:
+    """What pydantic found, in a line; the first few of it.
+
+    Args:
+        error: What it raised.
+        whole: What its place is called if it is the value as a whole.
+    """
+    faults = error.errors()[:_MAX_TOLD]
+    return "; ".join(f"{'.'.join(map(str, fault['loc'])) or whole}: {fault['msg']}" for fault in faults)
 
 
 def _describe(error: BaseException) -> tuple[int, str, str | None]:

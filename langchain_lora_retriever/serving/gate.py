@@ -50,28 +50,17 @@ class Gate:
         except RefusedError as error:
             await error_response(error)(scope, receive, send)
             return
-        num_bytes, is_refused, has_begun = 0, False, False
+        num_bytes = 0
 
         async def counted() -> Message:
-            nonlocal num_bytes, is_refused
+            nonlocal num_bytes
             message = await receive()
             num_bytes += len(message.get("body", b""))
             if num_bytes > self._max_body_bytes:
-                is_refused = True
-                raise self._too_large()
+                raise self._too_large()  # to the handler that reads it, which tells
             return message
 
-        async def noted(message: Message) -> None:
-            nonlocal has_begun
-            has_begun = True
-            await send(message)
-
-        try:
-            await self._app(scope, counted, noted)
-        except RefusedError as error:
-            if not is_refused or has_begun:
-                raise
-            await error_response(error)(scope, receive, send)
+        await self._app(scope, counted, send)
 
     def _check_key(self, path: str, given: bytes) -> None:
         if path in _OPEN:

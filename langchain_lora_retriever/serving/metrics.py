@@ -38,7 +38,7 @@ class Metrics:
         )
         self.time_to_first_token = Histogram(
             "lora_retriever_time_to_first_token_seconds",
-            "From a request's arrival to its first delta",
+            "From a request's arrival to its first delta; to its end where the answer is given whole",
             buckets=_SECONDS,
             registry=self._registry,
         )

@@ -30,12 +30,10 @@ if TYPE_CHECKING:
     from langchain_lora_retriever.engine.api import Completion, Usage
     from langchain_lora_retriever.output.readers import Piece
 
-__all__ = ["AUTO", "ChatRequest", "ChunkWriter", "RouteRequest", "RoutingFields", "completion"]
+__all__ = ["AUTO", "ChatRequest", "ChunkWriter", "RouteRequest", "RoutingFields", "completion", "event"]
 
 AUTO = "auto"
 """The model's name that leaves the choice of adapters to routing."""
-
-_WITHOUT_EFFECT = ("metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user", "verbosity")
 
 
 class RoutingFields(BaseModel):
@@ -132,7 +130,7 @@ class ChatRequest(BaseModel):
             "temperature": self.temperature,
             "top_p": self.top_p,
             "sampling_top_k": self.top_k,
-            "max_tokens": self.max_completion_tokens or self.max_tokens,
+            "max_tokens": self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens,
             "n": self.n,
             "seed": self.seed,
             "stop": [self.stop] if isinstance(self.stop, str) else self.stop,
@@ -147,8 +145,8 @@ class ChatRequest(BaseModel):
             "chat_template_kwargs": self.chat_template_kwargs,
             "model": None if self.model == AUTO else self.model,
         }
-        own = self.lora_retriever.arguments() if self.lora_retriever is not None else {}
-        return {"timeout": timeout, **{name: value for name, value in given.items() if value is not None}, **own}
+        given = {name: value for name, value in given.items() if value is not None}
+        return {"timeout": timeout, **given, **_own(self.lora_retriever)}
 
 
 class RouteRequest(BaseModel):
@@ -160,25 +158,33 @@ class RouteRequest(BaseModel):
     messages: list[dict[str, Any]] | None = None
     lora_retriever: RoutingFields | None = None
 
+    def arguments(self) -> dict[str, Any]:
+        """The settings of a call that this request asks for."""
+        return _own(self.lora_retriever)
+
     def to_messages(self) -> list[BaseMessage]:
-        """The prompt.
+        """The prompt, as `check_messages` has let it pass.
 
         Raises:
-            InvalidRequestError: If there is none, or two.
+            InvalidRequestError: If there is none, or two, or it is no list of messages.
         """
         if (self.input is None) == (self.messages is None):
             raise InvalidRequestError("Pass either input, a text, or messages.")
-        return _to_messages(self.messages or [{"role": "user", "content": self.input}])
+        messages = _to_messages(self.messages or [{"role": "user", "content": self.input}])
+        check_messages(messages)
+        return messages
+
+
+def _own(fields: RoutingFields | None) -> dict[str, Any]:
+    return {} if fields is None else fields.arguments()
 
 
 def _to_messages(messages: Sequence[dict[str, Any]]) -> list[BaseMessage]:
     check_num_messages(messages)
     try:
-        converted = convert_to_messages(messages)
+        return convert_to_messages(messages)
     except Exception as error:
         raise InvalidRequestError(f"messages cannot be understood: {shown(str(error))}.") from error
-    check_messages(converted)
-    return converted
 
 
 class ChunkWriter:
@@ -192,14 +198,14 @@ class ChunkWriter:
 
     def __init__(self, begun: Begun, model: str, *, tells_usage: bool) -> None:
         self._begun = begun
-        self._base = {**_base("chat.completion.chunk", model)}
+        self._base = _base("chat.completion.chunk", model)
         self._tells_usage = tells_usage
         self._usages: list[Usage] = []
 
     def first(self) -> bytes:
         """The events that come before any token: the role of each answer, and which adapters it runs."""
         return b"".join(
-            _event(
+            event(
                 {
                     **self._base,
                     "choices": [_chunk_choice(index, {"role": "assistant", "content": ""})],
@@ -223,13 +229,13 @@ class ChunkWriter:
             events.append(_chunk_choice(index, {}, logprobs, finish_reason))
         if delta.usage is not None:
             self._usages.append(delta.usage)
-        return b"".join(_event({**self._base, "choices": [choice]}) for choice in events)
+        return b"".join(event({**self._base, "choices": [choice]}) for choice in events)
 
     def last(self) -> bytes:
         """The events that end the stream."""
         usage = b""
         if self._tells_usage:
-            usage = _event({**self._base, "choices": [], "usage": _usage(self._usages)})
+            usage = event({**self._base, "choices": [], "usage": _usage(self._usages)})
         return usage + b"data: [DONE]\n\n"
 
 
@@ -265,11 +271,11 @@ def _choice(begun: Begun, index: int, run: Run, done: Completion) -> dict[str, A
 
 def _add_call(calls: dict[int, dict[str, Any]], piece: Any) -> None:
     """Add a part of a tool call to what there is of it."""
-    made = _piece(piece)["tool_calls"][0]
-    call = calls.setdefault(made["index"], {"id": None, "type": "function", "function": {"name": "", "arguments": ""}})
-    call["id"] = call["id"] or made.get("id")
-    for key in ("name", "arguments"):
-        call["function"][key] += made["function"].get(key) or ""
+    index = piece["index"] or 0
+    call = calls.setdefault(index, {"id": None, "type": "function", "function": {"name": "", "arguments": ""}})
+    call["id"] = call["id"] or piece["id"]
+    call["function"]["name"] += piece["name"] or ""
+    call["function"]["arguments"] += piece["args"] or ""
 
 
 def _piece(piece: Piece) -> dict[str, Any]:
@@ -319,5 +325,6 @@ def _base(kind: str, model: str) -> dict[str, Any]:
     return {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
 
 
-def _event(value: dict[str, Any]) -> bytes:
+def event(value: dict[str, Any]) -> bytes:
+    """Write one server-sent event."""
     return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
