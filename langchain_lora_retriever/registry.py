@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 __all__ = [
     "SharedEngine",
     "close_engines",
-    "encoder_source",
     "identity",
     "is_shared",
     "shared_retriever",
     "shared_runtime",
+    "source_of",
 ]
 
 _logger = logging.getLogger(__name__)
@@ -115,9 +115,9 @@ def shared_retriever(pool: AdapterPool, encoder: str | Path | Encoder, instructi
     """Return the retriever of a pool and an encoder; it lives as long as a chat model uses it."""
     with _lock:
         if isinstance(encoder, str | Path):
-            encoder = _encoders.get(str(encoder)) or _encoders.setdefault(
-                str(encoder), SentenceTransformerEncoder(encoder)
-            )
+            source = str(encoder)
+            encoder = _encoders.get(source) or SentenceTransformerEncoder(encoder)
+            _encoders[source] = encoder
         key = (id(pool), id(encoder), instruction)
         retriever = _retrievers.get(key)
         if retriever is None:
@@ -131,7 +131,7 @@ def is_shared(retriever: LoraRetriever) -> bool:
         return any(retriever is shared for shared in _retrievers.values())
 
 
-def encoder_source(encoder: Encoder) -> str | None:
+def source_of(encoder: Encoder) -> str | None:
     """Return the name or folder that a shared encoder was made of; None for one that its caller made."""
     with _lock:
         return next((source for source, shared in _encoders.items() if shared is encoder), None)

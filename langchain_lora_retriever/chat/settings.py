@@ -26,11 +26,11 @@ from langchain_lora_retriever.output.format import written_out
 from langchain_lora_retriever.pool.pool import AdapterPool
 from langchain_lora_retriever.registry import (
     SharedEngine,
-    encoder_source,
     identity,
     is_shared,
     shared_retriever,
     shared_runtime,
+    source_of,
 )
 from langchain_lora_retriever.retrieval.composer import Weighting
 from langchain_lora_retriever.retrieval.encoder import Encoder
@@ -180,7 +180,7 @@ class ChatSettings(ConcurrentChatModel):
     def _to_pool(cls, value: Any) -> Any:
         if isinstance(value, str | Path):
             return AdapterPool.unread(value) if _is_in_event_loop() else AdapterPool(value)
-        return AdapterPool() if value is None else value
+        return value
 
     @field_validator("engine", mode="before")
     @classmethod
@@ -190,11 +190,6 @@ class ChatSettings(ConcurrentChatModel):
                 f"engine={shown(value)} is not allowed: pass an EngineClient, such as an EngineWorker."
             )
         return value
-
-    @field_validator("instruction", mode="before")
-    @classmethod
-    def _to_instruction(cls, value: Any) -> Any:
-        return DEFAULT_INSTRUCTION if value is None else value
 
     @model_validator(mode="before")
     @classmethod
@@ -323,7 +318,7 @@ class ChatSettings(ConcurrentChatModel):
         if "pool" in given and self.pool.path is not None:
             given["pool"] = self.pool.path
         if "encoder" in given:
-            given["encoder"] = encoder_source(self.encoder) or self.encoder
+            given["encoder"] = source_of(self.encoder) or self.encoder
         held = [
             name
             for name in ("base_model", "engine", "pool", "encoder", "retriever")

@@ -80,13 +80,12 @@ class FusionCache:
     def __init__(self, max_bytes: int = 256 << 20) -> None:
         self._max_bytes = max_bytes
         self._recipes: OrderedDict[str, Adapter] = OrderedDict()
-        self._num_bytes: dict[str, int] = {}  # of averages that are done
         begin_in_every_process(self._begin)
 
     def _begin(self) -> None:
         self._lock = threading.Lock()  # held for a look into the dictionaries
         self._averages: OrderedDict[str, Future[dict[str, LoraWeights]]] = OrderedDict()
-        self._num_bytes = {}
+        self._num_bytes: dict[str, int] = {}  # of averages that are done
 
     def __len__(self) -> int:
         """How many averages are kept."""

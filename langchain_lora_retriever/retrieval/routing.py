@@ -131,11 +131,11 @@ class Router:
             if len(self._pool):
                 return None
             names = ()
-        self._check_names(names)
+        self._check_usable(names)
         return pin(names, mode=options.composition)
 
     def _query(self, options: RoutingOptions) -> dict[str, Any]:
-        self._check_names(options.exclude_adapters, may_be_refused=True)
+        self._check_known(options.exclude_adapters)
         known = self._pool.state.entries
         excluded = frozenset(options.exclude_adapters).union(self._refused())
         return {"top_k": options.top_k, "exclude": excluded & known.keys()}
@@ -143,7 +143,7 @@ class Router:
     def _raise_if_named(self, options: RoutingOptions) -> None:
         """Raise what is wrong with the names that the caller gave, if anything is."""
         self._pinned(options)
-        self._check_names(options.exclude_adapters, may_be_refused=True)
+        self._check_known(options.exclude_adapters)
 
     def _composed(self, retrieved: Sequence[RetrievedAdapter], options: RoutingOptions) -> Composition:
         if options.min_score is not None:
@@ -152,11 +152,18 @@ class Router:
             retrieved, mode=options.composition, weights=options.weights, temperature=options.weight_temperature
         )
 
-    def _check_names(self, names: Sequence[str], *, may_be_refused: bool = False) -> None:
-        state, refused = self._pool.state, {} if may_be_refused else self._refused()
+    def _check_usable(self, names: Sequence[str]) -> None:
+        """Raise why a pinned name cannot run, if one cannot."""
+        state, refused = self._pool.state, self._refused()
         for name in names:
             error = state.rejected.get(name) or refused.get(name)
-            if error is not None and not may_be_refused:
+            if error is not None:
                 raise fresh(error)
-            if error is None and name not in state.entries:
-                state[name]  # raises UnknownAdapterError, with the names that are near
+            state[name]  # raises UnknownAdapterError, with the names that are near
+
+    def _check_known(self, names: Sequence[str]) -> None:
+        """Raise that there is no such adapter, if an excluded name is of none; one that was refused may be excluded."""
+        state = self._pool.state
+        for name in names:
+            if name not in state.rejected:
+                state[name]
