@@ -184,6 +184,7 @@ def test_the_model_names_what_runs(client: openai.OpenAI, engine: Any) -> None:
         ({"messages": USER, "logit_bias": {"5": 1}}, "logit_bias"),
         ({"messages": USER, "frequency_penalty": 0.5}, "frequency_penalty"),
         ({"messages": USER, "max_tokens": 3, "max_completion_tokens": 4}, "differ"),
+        ({"messages": USER, "max_completion_tokens": 0}, "max_tokens"),
         ({"messages": USER, "lora_retriever": {"adapter": ["sql"]}}, "lora_retriever.adapter"),
         ({"messages": USER, "lora_retriever": {"top_k": 0}}, "top_k"),
         ({"messages": USER, "response_format": {"type": "json_schema", "json_schema": {}}}, "no schema"),
