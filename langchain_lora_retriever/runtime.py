@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from langchain_lora_retriever.retrieval.routing import Router
 from langchain_lora_retriever.support.base_names import is_same_base_model
 from langchain_lora_retriever.support.forking import begin_in_every_process
-from langchain_lora_retriever.support.threads import run_in_thread
+from langchain_lora_retriever.support.threads import SingleFlight, run_in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -85,6 +85,8 @@ class Runtime:
         self._source = source
         self._fit = _PoolFit(retriever.pool, model_name)
         self._router = Router(retriever, model_name, self._fit.refused)
+        self._looks: SingleFlight[EngineClient] = SingleFlight()
+        self._reads: SingleFlight[object] = SingleFlight()
 
     @property
     def pool(self) -> AdapterPool:
@@ -118,11 +120,19 @@ class Runtime:
         return engine
 
     async def aready(self) -> EngineClient:
-        """Do what `ready` does without blocking the event loop."""
+        """Do what `ready` does without blocking the event loop; one thread does it for all who wait."""
+        engine = self._ready_engine()
+        if engine is None:
+            engine = await self._looks.run(self.ready)
+            if self._ready_engine() is None:  # that look began before this call, and may have missed the last change
+                engine = await self._looks.run(self.ready)
+        return engine
+
+    def _ready_engine(self) -> EngineClient | None:
+        """The engine, if it is loaded and there is nothing new for it to look at. Never blocks."""
         engine = self.running_engine
-        if engine is not None and self.pool.is_read and self._fit.is_current(engine):
-            return engine
-        return await run_in_thread(self.ready)
+        is_ready = engine is not None and self.pool.is_read and self._fit.is_current(engine)
+        return engine if is_ready else None
 
     def route(self, text: str, options: RoutingOptions) -> Composition:
         """Choose the composition for a text; see `Router.route`."""
@@ -150,7 +160,7 @@ class Runtime:
     async def _aread(self) -> None:
         """Read the pool's folder, if nobody has, without blocking the event loop."""
         if not self.pool.is_read:
-            await run_in_thread(lambda: self.pool.state)
+            await self._reads.run(lambda: self.pool.state)
 
     def close(self) -> None:
         """Stop the engine, give the base model back as it was, and let go of its memory.

@@ -6,16 +6,17 @@ import asyncio
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from contextvars import copy_context
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-from langchain_lora_retriever.support.forking import after_fork
+from langchain_lora_retriever.errors import fresh
+from langchain_lora_retriever.support.forking import after_fork, begin_in_every_process
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-__all__ = ["Deadline", "run_in_thread", "run_within"]
+__all__ = ["Deadline", "SingleFlight", "run_in_thread", "run_within"]
 
 T = TypeVar("T")
 
@@ -106,6 +107,50 @@ async def run_in_thread(work: Callable[[], T], *, discard: Callable[[T], object]
     except asyncio.CancelledError:
         _leave(future, discard)
         raise
+
+
+class SingleFlight(Generic[T]):
+    """One piece of work that a thread does for all who want it at the same time. Any event loop may call."""
+
+    def __init__(self) -> None:
+        begin_in_every_process(self._begin)
+
+    def _begin(self) -> None:
+        self._lock = threading.Lock()  # held for a look at who flies
+        self._flight: Future[T] | None = None
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Do the work, or await the flight that is under way: what changed after it began, it may not have seen.
+
+        Args:
+            work: What to do, the same at every call. It goes on when callers are cancelled, for those who stay.
+
+        Raises:
+            BaseException: What the work raises, anew for each caller.
+        """
+        with self._lock:
+            flight = self._flight
+            if flight is None or flight.done():
+                flight = self._flight = _threads.submit(copy_context().run, work)
+        landed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        flight.add_done_callback(lambda _: _tell(landed))
+        await landed
+        error = flight.exception()
+        if error is not None:
+            raise fresh(error)
+        return flight.result()
+
+
+def _tell(landed: asyncio.Future[None]) -> None:
+    """Wake a caller from another thread, if it and its loop are still there."""
+
+    def wake() -> None:
+        if not landed.done():
+            landed.set_result(None)
+
+    loop = landed.get_loop()
+    with suppress(RuntimeError):  # its loop was closed
+        loop.call_soon_threadsafe(wake)
 
 
 def _leave(future: Future[T], discard: Callable[[T], object]) -> None:

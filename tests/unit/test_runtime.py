@@ -229,3 +229,49 @@ async def test_a_pool_named_in_a_coroutine_is_read_in_a_thread(
     empty = ChatLoraRetriever(pool=tmp_path / "empty", **settings)
     with pytest.raises(PoolError, match="is empty"):
         await empty.ainvoke("hello")
+
+
+async def test_one_thread_looks_at_a_change_for_all_who_wait(
+    pool: AdapterPool, write_adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls that come while it looks wait for it; one that comes after another change for the look that sees it."""
+    engine = FakeEngine()
+    llm = ChatLoraRetriever(engine=engine, retriever=LoraRetriever(pool, Constant(16)), weights="uniform")
+    await llm.ainvoke("hello")
+    looking, may_look, lookers = threading.Event(), threading.Event(), []
+    register = FakeEngine.register
+
+    def slow(self: FakeEngine, adapters: Any) -> Any:
+        lookers.append(threading.current_thread().name)
+        looking.set()
+        assert may_look.wait(30)
+        return register(self, adapters)
+
+    monkeypatch.setattr(FakeEngine, "register", slow)
+    pool.add("late", write_adapter("late"), samples=["late"])
+    calls = [asyncio.create_task(llm.ainvoke("hello", adapters=["late"])) for _ in range(20)]
+    await asyncio.to_thread(looking.wait, 30)
+    calls[0].cancel()
+    pool.add("later", write_adapter("later", seed=1), samples=["later"])
+    last = asyncio.create_task(llm.ainvoke("hello", adapters=["later"]))
+    await asyncio.sleep(0)
+    assert len(lookers) == 1
+    may_look.set()
+    answers = await asyncio.gather(*calls, last, return_exceptions=True)
+    assert isinstance(answers[0], asyncio.CancelledError)
+    assert {answer.response_metadata["adapters"][0]["name"] for answer in answers[1:-1]} == {"late"}
+    assert answers[-1].response_metadata["adapters"][0]["name"] == "later"
+    assert len(lookers) == 2
+
+
+async def test_a_look_that_fails_fails_each_call_anew(pool: AdapterPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No two callers get one exception object, whose traceback would gather the frames of all."""
+
+    def broken(self: FakeEngine, adapters: Any) -> Any:
+        raise PoolError("no look")
+
+    monkeypatch.setattr(FakeEngine, "register", broken)
+    llm = ChatLoraRetriever(engine=FakeEngine(), retriever=LoraRetriever(pool, Constant(16)))
+    errors = await asyncio.gather(*(llm.ainvoke("hello") for _ in range(8)), return_exceptions=True)
+    assert {str(error) for error in errors} == {"no look"}
+    assert len(set(map(id, errors))) == 8
