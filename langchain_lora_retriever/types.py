@@ -5,12 +5,12 @@ All are frozen: a thread may hand any of them to another. None imports torch at 
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from langchain_lora_retriever.errors import InvalidRequestError
-from langchain_lora_retriever.support.shown import shown
+from pydantic import AfterValidator, Field
+
+from langchain_lora_retriever.support.checks import settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -154,7 +154,37 @@ class Composition:
         }
 
 
-@dataclass(frozen=True, slots=True)
+# What sampling may be asked for: `SamplingParams` and the calls of a chat model share it.
+Temperature = Annotated[float, Field(ge=0, description="a finite number >= 0; 0 is greedy")]
+TopK = Annotated[int, Field(ge=0, description="an integer >= 0; 0 keeps all")]
+TopP = Annotated[float, Field(gt=0, le=1, description="a number in (0, 1]")]
+Seed = Annotated[int | None, Field(description="an integer or None")]
+MaxTokens = Annotated[int, Field(ge=1, description="an integer >= 1")]
+RepetitionPenalty = Annotated[
+    float | None, Field(ge=0.01, le=100, description="a number from 0.01 to 100, or None; 1 does nothing")
+]
+NonEmpty = Annotated[str, Field(min_length=1)]
+TokenId = Annotated[int, Field(ge=0, lt=2**63)]
+STOP_STRINGS = Field(
+    max_length=MAX_STOP_STRINGS,
+    description=(
+        f"a list of at most {MAX_STOP_STRINGS} non-empty strings, of {MAX_STOP_CHARACTERS:,} characters together"
+    ),
+)
+STOP_TOKEN_IDS = Field(
+    max_length=MAX_STOP_TOKEN_IDS, description=f"a list of at most {MAX_STOP_TOKEN_IDS:,} token ids, integers >= 0"
+)
+
+
+@AfterValidator
+def are_short(texts: Sequence[str]) -> Sequence[str]:
+    """Refuse stop strings that are too long together."""
+    if sum(map(len, texts)) > MAX_STOP_CHARACTERS:
+        raise ValueError
+    return texts
+
+
+@settings(slots=True)
 class SamplingParams:
     """How the next token is chosen, and when to stop.
 
@@ -180,62 +210,14 @@ class SamplingParams:
         InvalidRequestError: If a value is out of its range.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
-    max_tokens: int = 256
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    repetition_penalty: float | None = None
+    temperature: Temperature = 0.0
+    top_k: TopK = 0
+    top_p: TopP = 1.0
+    seed: Seed = None
+    max_tokens: MaxTokens = 256
+    stop: Annotated[tuple[NonEmpty, ...], STOP_STRINGS, are_short] = ()
+    stop_token_ids: Annotated[tuple[TokenId, ...], STOP_TOKEN_IDS] = ()
+    repetition_penalty: RepetitionPenalty = None
     ignore_eos: bool = False
-    logprobs: int | None = None
+    logprobs: Annotated[int | None, Field(ge=0, le=20, description="an integer from 0 to 20, or None")] = None
     skip_special_tokens: bool = True
-
-    def __post_init__(self) -> None:
-        """Refuse values that no sampler can honour."""
-        _require(_is_number(self.temperature) and self.temperature >= 0,
-                 "temperature", self.temperature, "a finite number >= 0; 0 is greedy")  # fmt: skip
-        _require(_is_int(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "an integer >= 0; 0 keeps all")
-        _require(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]")
-        _require(self.seed is None or _is_int(self.seed), "seed", self.seed, "an integer or None")
-        _require(_is_int(self.max_tokens) and self.max_tokens >= 1,
-                 "max_tokens", self.max_tokens, "an integer >= 1")  # fmt: skip
-        _require(isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop),
-                 "stop", self.stop, "a tuple of non-empty strings")  # fmt: skip
-        num_characters = sum(map(len, self.stop))
-        _require(len(self.stop) <= MAX_STOP_STRINGS and num_characters <= MAX_STOP_CHARACTERS,
-                 "stop", self.stop, f"at most {MAX_STOP_STRINGS} strings of {MAX_STOP_CHARACTERS:,} characters "
-                 f"together; these are {len(self.stop):,} of {num_characters:,}")  # fmt: skip
-        _require(isinstance(self.stop_token_ids, tuple) and is_stop_token_ids(self.stop_token_ids),
-                 "stop_token_ids", self.stop_token_ids,
-                 f"a tuple of at most {MAX_STOP_TOKEN_IDS:,} token ids, integers >= 0")  # fmt: skip
-        _require(self.repetition_penalty is None or is_repetition_penalty(self.repetition_penalty),
-                 "repetition_penalty", self.repetition_penalty, "a number from 0.01 to 100, or None")  # fmt: skip
-        _require(self.logprobs is None or (_is_int(self.logprobs) and 0 <= self.logprobs <= 20),
-                 "logprobs", self.logprobs, "an integer from 0 to 20, or None")  # fmt: skip
-        for name in ("ignore_eos", "skip_special_tokens"):
-            _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
-
-
-def is_repetition_penalty(value: object) -> bool:
-    """Whether logits can be divided by and multiplied with it."""
-    return _is_number(value) and 0.01 <= value <= 100  # type: ignore[operator]
-
-
-def is_stop_token_ids(value: Sequence[object]) -> bool:
-    """Whether these are token ids, and no more of them than a request may have."""
-    return len(value) <= MAX_STOP_TOKEN_IDS and all(_is_int(i) and 0 <= i < 2**63 for i in value)  # type: ignore[operator]
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def _require(condition: bool, name: str, value: object, allowed: str) -> None:
-    if not condition:
-        raise InvalidRequestError(f"{name}={shown(value)} is not allowed: pass {allowed}.")

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from langchain_lora_retriever.errors import InvalidRequestError
+from pydantic import Field
+
+from langchain_lora_retriever.support.checks import settings
 
 __all__ = ["EngineConfig"]
 
 _MAX_COUNT = 1 << 24  # of tokens, requests, adapters
 _MAX_BYTES = 1 << 48
 
+_Count = Annotated[int, Field(ge=1, le=_MAX_COUNT, description=f"an integer from 1 to {_MAX_COUNT:,}")]
+_CountOrNone = Annotated[
+    int | None, Field(ge=1, le=_MAX_COUNT, description=f"an integer from 1 to {_MAX_COUNT:,}, or None")
+]
+_BytesOrNone = Annotated[
+    int | None, Field(ge=1, le=_MAX_BYTES, description=f"an integer from 1 to {_MAX_BYTES:,}, or None")
+]
+_NumAdapters = Annotated[int, Field(ge=0, le=8)]
+_Rank = Annotated[int, Field(ge=1, le=256)]
 
-@dataclass(frozen=True, slots=True)
+
+@settings(slots=True)
 class EngineConfig:
     """Limits of one engine. Memory is taken once, when the model is loaded, and never grows.
 
@@ -52,86 +63,34 @@ class EngineConfig:
             closed. A full collection holds up every stream, and every event loop, for some 0.2 s.
     """
 
-    max_num_seqs: int | None = None
-    max_waiting: int | None = None
-    max_num_batched_tokens: int | None = None
-    max_num_prefill_tokens: int | None = None
-    max_model_len: int | None = None
-    block_size: int = 16
-    kv_cache_bytes: int | None = None
-    gpu_memory_utilization: float = 0.9
-    lora_cache_bytes: int | None = None
-    pinned_lora_bytes: int | None = None
-    max_loras: int = 256
-    max_adapters_per_request: int = 8
+    max_num_seqs: _CountOrNone = None
+    max_waiting: Annotated[
+        int | None, Field(ge=0, le=_MAX_COUNT, description=f"an integer from 0 to {_MAX_COUNT:,}, or None")
+    ] = None
+    max_num_batched_tokens: _CountOrNone = None
+    max_num_prefill_tokens: _CountOrNone = None
+    max_model_len: _CountOrNone = None
+    block_size: _Count = 16
+    kv_cache_bytes: _BytesOrNone = None
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1, description="a number in (0, 1]")] = 0.9
+    lora_cache_bytes: _BytesOrNone = None
+    pinned_lora_bytes: Annotated[int | None, Field(ge=0, le=_MAX_BYTES, description="0 or more bytes, or None")] = None
+    max_loras: _Count = 256
+    max_adapters_per_request: Annotated[int, Field(ge=1, le=8, description="an integer from 1 to 8")] = 8
     enable_prefix_caching: bool = True
     attention_backend: Literal["auto", "torch", "triton"] = "auto"
     enable_cuda_graphs: bool = True
-    captured_num_adapters: tuple[int, ...] = (0, 1, 3)
-    captured_ranks: tuple[int, ...] = (16, 64, 256)
+    captured_num_adapters: Annotated[
+        tuple[_NumAdapters, ...] | list[_NumAdapters], Field(description="a tuple of numbers of 0 to 8")
+    ] = (0, 1, 3)
+    captured_ranks: Annotated[
+        tuple[_Rank, ...] | list[_Rank], Field(min_length=1, description="a tuple of one or more ranks of 1 to 256")
+    ] = (16, 64, 256)
     enable_fused_layers: bool = True
-    enable_async_scheduling: bool | None = None
+    enable_async_scheduling: Annotated[bool | None, Field(description="True, False or None")] = None
     freeze_heap: bool = True
 
     def __post_init__(self) -> None:
-        """Refuse limits under which nothing could run."""
-        for name in (
-            "max_num_seqs",
-            "max_waiting",
-            "max_num_batched_tokens",
-            "max_num_prefill_tokens",
-            "max_model_len",
-            "kv_cache_bytes",
-            "lora_cache_bytes",
-        ):
-            value, least = getattr(self, name), int(name != "max_waiting")
-            most = _MAX_BYTES if name.endswith("bytes") else _MAX_COUNT
-            if value is not None and not _is_whole(value, least, most):
-                raise InvalidRequestError(
-                    f"EngineConfig({name}={value!r}): pass an integer from {least} to {most:,}, or None."
-                )
-        for name in ("block_size", "max_loras"):
-            if not _is_whole(getattr(self, name), 1, _MAX_COUNT):
-                raise InvalidRequestError(
-                    f"EngineConfig({name}={getattr(self, name)!r}): pass a positive integer of at most {_MAX_COUNT:,}."
-                )
-        if self.pinned_lora_bytes is not None and not _is_whole(self.pinned_lora_bytes, 0, _MAX_BYTES):
-            raise InvalidRequestError(
-                f"EngineConfig(pinned_lora_bytes={self.pinned_lora_bytes!r}): pass 0 or more bytes, or None."
-            )
-        self._check_choices()
-
-    def _check_choices(self) -> None:
-        if not _is_whole(self.max_adapters_per_request, 1, 8):
-            raise InvalidRequestError(
-                f"EngineConfig(max_adapters_per_request={self.max_adapters_per_request!r}): pass 1 to 8."
-            )
-        if not _are_whole(self.captured_num_adapters, 0, 8):
-            raise InvalidRequestError(
-                f"EngineConfig(captured_num_adapters={self.captured_num_adapters!r}): pass numbers of 0 to 8."
-            )
-        if not (self.captured_ranks and _are_whole(self.captured_ranks, 1, 256)):
-            raise InvalidRequestError(
-                f"EngineConfig(captured_ranks={self.captured_ranks!r}): pass one or more of 1 to 256."
-            )
-        for name in ("enable_prefix_caching", "enable_cuda_graphs", "enable_fused_layers", "freeze_heap"):
-            if not isinstance(getattr(self, name), bool):
-                raise InvalidRequestError(f"EngineConfig({name}={getattr(self, name)!r}): pass True or False.")
-        if self.attention_backend not in {"auto", "torch", "triton"}:
-            raise InvalidRequestError(
-                f'EngineConfig(attention_backend={self.attention_backend!r}): pass "auto", "torch" or "triton".'
-            )
-        share = self.gpu_memory_utilization
-        if not isinstance(share, int | float) or not 0 < share <= 1:
-            raise InvalidRequestError(
-                f"EngineConfig(gpu_memory_utilization={self.gpu_memory_utilization!r}): pass a number in (0, 1]."
-            )
-
-
-def _is_whole(value: object, least: int, most: int) -> bool:
-    """Whether a setting is an integer within its limits."""
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-
-
-def _are_whole(values: object, least: int, most: int) -> bool:
-    return isinstance(values, tuple | list) and all(_is_whole(value, least, most) for value in values)
+        """Keep lists, as files of settings have them, as tuples: a configuration is a key."""
+        for name in ("captured_num_adapters", "captured_ranks"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))

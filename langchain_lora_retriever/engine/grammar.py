@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
-from llguidance import LLMatcher, LLParserLimits, hf
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, hf
 from llguidance.torch import fill_next_token_bitmask
 from transformers import PreTrainedTokenizerFast
 
@@ -26,7 +26,6 @@ from langchain_lora_retriever.support.forking import after_fork
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from llguidance import LLTokenizer
     from transformers import PreTrainedTokenizerBase
 
     from langchain_lora_retriever.engine.api import Grammar
@@ -357,7 +356,9 @@ def _read_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
             f"The answer cannot be constrained: {type(tokenizer).__name__} has no fast (tokenizers) backend. "
             "Load the tokenizer with use_fast=True, or ask for free text."
         )
-    tokens = hf.from_tokenizer(cast("Any", tokenizer))
+    # In two parts, each of which holds the interpreter to its end: other threads run between them.
+    tokens = hf.from_tokenizer(cast("Any", tokenizer), slices=[])
+    tokens = tokens.with_slices(LLTokenizer.general_slices())
     special = {text: id_ for text, id_ in tokenizer.get_added_vocab().items() if tokens.is_special_token(id_)}
     return Vocabulary(tokens, special, ClosingTokens.of(tokens))
 

@@ -10,15 +10,17 @@ import json
 from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import numpy as np
+from pydantic import Field
 
 from langchain_lora_retriever.chat.call import CallOptions
 from langchain_lora_retriever.chat.messages import encode_chat
 from langchain_lora_retriever.errors import InvalidRequestError
 from langchain_lora_retriever.evaluation.metrics import Interval, bootstrap_macro, corpus_bleu, score_answers
-from langchain_lora_retriever.retrieval.composer import compose, materialize, pin
+from langchain_lora_retriever.retrieval.composer import Weighting, compose, materialize, pin
+from langchain_lora_retriever.support.checks import settings
 from langchain_lora_retriever.types import Adapter, Composition, RetrievedAdapter, SamplingParams
 
 if TYPE_CHECKING:
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     from langchain_lora_retriever.engine import EngineClient, Generation
     from langchain_lora_retriever.evaluation.benchmark import Benchmark, TestRow
     from langchain_lora_retriever.pool.pool import AdapterPool
-    from langchain_lora_retriever.retrieval.composer import Weighting
     from langchain_lora_retriever.retrieval.retriever import LoraRetriever
     from langchain_lora_retriever.retrieval.training import Progress
 
@@ -41,7 +42,7 @@ fusion of the top k of all prompts together (AdapterSoup), "random" a uniform fu
 _MAIN = {"em": "em", "rouge": "rougeL", "bleu": "bleu"}
 
 
-@dataclass(frozen=True, slots=True)
+@settings(slots=True)
 class Setting:
     """One way to answer prompts.
 
@@ -57,17 +58,13 @@ class Setting:
     """
 
     method: Method
-    top_k: int = 3
+    top_k: Annotated[int, Field(ge=1, description="an integer >= 1")] = 3
     weights: Weighting = "uniform"
-    temperature: float = 0.05
-    label: str = ""
+    temperature: Annotated[float, Field(gt=0, description="a finite number > 0")] = 0.05
+    label: Annotated[str, Field(description="a string")] = ""
 
     def __post_init__(self) -> None:
-        """Refuse methods there are not, and make the label."""
-        if self.method not in get_args(Method):
-            raise InvalidRequestError(f"method={self.method!r} is not allowed: pass one of {get_args(Method)}.")
-        if self.top_k < 1:
-            raise InvalidRequestError(f"top_k={self.top_k!r} is not allowed: pass an integer >= 1.")
+        """Make the label."""
         if not self.label:
             object.__setattr__(self, "label", self._default_label())
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+from pydantic import Field, InstanceOf
 
 from langchain_lora_retriever.engine.grammar import can_constrain, compiler_of
 from langchain_lora_retriever.errors import InvalidRequestError
@@ -17,6 +18,7 @@ from langchain_lora_retriever.output.grammars import (
     regex_grammar,
 )
 from langchain_lora_retriever.output.tools import Tool, ToolChoice, to_json_schema, to_tool_choice, to_tools, tool_name
+from langchain_lora_retriever.support.checks import settings
 from langchain_lora_retriever.support.shown import shown
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["AnswerFormat", "OutputRequest", "answer_format", "written_out"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings(kw_only=True)
 class OutputRequest:
     """What may be asked of an answer's form.
 
@@ -41,11 +43,18 @@ class OutputRequest:
         guided: One of `{"json": schema}`, `{"regex": ...}`, `{"choice": [...]}` and `{"grammar": ...}`.
     """
 
-    tools: Sequence[Any] | None = None
-    tool_choice: Any = None
-    parallel_tool_calls: bool | None = None
+    tools: Annotated[
+        InstanceOf[list[Any]] | InstanceOf[tuple[Any, ...]] | None, Field(description="a list of tools")
+    ] = None
+    tool_choice: Annotated[
+        str | bool | InstanceOf[Mapping[str, Any]] | None,
+        Field(description='"auto", "any", "none", a tool\'s name, or a mapping'),
+    ] = None
+    parallel_tool_calls: Annotated[bool | None, Field(description="True or False")] = None
     response_format: Any = None
-    guided: Mapping[str, Any] | None = None
+    guided: Annotated[
+        InstanceOf[Mapping[str, Any]] | None, Field(description="a mapping of one of json, regex, choice and grammar")
+    ] = None
 
     @property
     def has_format(self) -> bool:

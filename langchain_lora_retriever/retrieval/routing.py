@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+from pydantic import Field
 
 from langchain_lora_retriever.errors import AdapterError, UnknownAdapterError, fresh
 from langchain_lora_retriever.retrieval.composer import Weighting, compose, materialize, pin
+from langchain_lora_retriever.support.checks import settings
+from langchain_lora_retriever.types import CompositionMode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from langchain_lora_retriever.retrieval.retriever import LoraRetriever
-    from langchain_lora_retriever.types import Adapter, Composition, CompositionMode, RetrievedAdapter
+    from langchain_lora_retriever.types import Adapter, Composition, RetrievedAdapter
 
-__all__ = ["Plan", "Router", "RoutingOptions"]
+__all__ = ["MAX_NAME_LENGTH", "Plan", "Router", "RoutingOptions"]
 
 
-@dataclass(frozen=True, kw_only=True)
+_MAX_NAMES = 16_384
+"""Names in one list of adapters."""
+MAX_NAME_LENGTH = 255
+"""Characters of one name; no file system allows more."""
+_NAMES = f"a list of at most {_MAX_NAMES} adapter names of at most {MAX_NAME_LENGTH} characters"
+_Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_LENGTH)]
+_Names = Annotated[list[_Name] | tuple[_Name, ...], Field(max_length=_MAX_NAMES)]
+
+
+@settings(kw_only=True)
 class RoutingOptions:
     """What may be asked of routing. Values are as `compose`, `pin` and `LoraRetriever.retrieve` take them.
 
@@ -32,14 +44,20 @@ class RoutingOptions:
         model: An adapter's name to pin, or the base model's for no adapter, as OpenAI-style servers take it.
     """
 
-    adapters: Sequence[str] | None = None
-    exclude_adapters: Sequence[str] = ()
+    adapters: Annotated[_Names | None, Field(description=f"{_NAMES}; [] for the base model alone")] = None
+    exclude_adapters: Annotated[_Names, Field(description=_NAMES)] = ()
     composition: CompositionMode = "mixture"
-    top_k: int = 3
+    top_k: Annotated[int, Field(ge=1, description="an integer >= 1")] = 3
     weights: Weighting = "similarity"
-    weight_temperature: float = 0.05
-    min_score: float | None = None
-    model: str | None = None
+    weight_temperature: Annotated[float, Field(gt=0, description="a finite number > 0")] = 0.05
+    min_score: Annotated[float | None, Field(ge=-1, le=1, description="a cosine similarity, from -1 to 1")] = None
+    model: Annotated[
+        str | None,
+        Field(
+            max_length=MAX_NAME_LENGTH,
+            description=f"an adapter's name, or the base model's, of at most {MAX_NAME_LENGTH} characters",
+        ),
+    ] = None
 
 
 class Plan(NamedTuple):

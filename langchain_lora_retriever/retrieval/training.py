@@ -15,9 +15,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import numpy as np
+from pydantic import Field
 
 from langchain_lora_retriever.errors import InvalidRequestError, MissingDependencyError
 from langchain_lora_retriever.retrieval.encoder import (
@@ -26,6 +27,7 @@ from langchain_lora_retriever.retrieval.encoder import (
     SentenceTransformerEncoder,
     shorten,
 )
+from langchain_lora_retriever.support.checks import settings
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +55,7 @@ _CHECKPOINTS = "checkpoints"
 _TOP_K = (1, 3, 5, 8)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@settings(slots=True, kw_only=True)
 class TrainingConfig:
     """How the encoder is trained. The defaults won over random splits of a pool of 48 adapters.
 
@@ -78,31 +80,17 @@ class TrainingConfig:
     """
 
     loss: LossName = "centroid"
-    num_steps: int = 100
-    adapters_per_batch: int = 16
-    samples_per_adapter: int = 4
-    temperature: float = 0.05
-    learning_rate: float = 5e-5
-    max_seq_length: int = 128
-    holdout_fraction: float = 0.2
-    eval_steps: int = 20
-    patience: int = 3
-    whitening: float | None = 3.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot train anything."""
-        _require(self.loss in get_args(LossName), "loss", self.loss, " or ".join(map(repr, get_args(LossName))))
-        _require(self.num_steps >= 0, "num_steps", self.num_steps, "an integer >= 0; 0 only whitens")
-        _require(self.adapters_per_batch >= 2, "adapters_per_batch", self.adapters_per_batch, "an integer >= 2")
-        _require(self.samples_per_adapter >= 2, "samples_per_adapter", self.samples_per_adapter, "an integer >= 2")
-        _require(self.temperature > 0, "temperature", self.temperature, "a number > 0")
-        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a number > 0")
-        _require(self.max_seq_length >= 32, "max_seq_length", self.max_seq_length, "an integer >= 32")
-        _require(0 <= self.holdout_fraction < 1, "holdout_fraction", self.holdout_fraction, "a number in [0, 1)")
-        _require(self.eval_steps >= 1, "eval_steps", self.eval_steps, "an integer >= 1")
-        _require(self.patience >= 1, "patience", self.patience, "an integer >= 1")
-        _require(self.whitening is None or self.whitening > 0, "whitening", self.whitening, "a number > 0, or None")
+    num_steps: Annotated[int, Field(ge=0, description="an integer >= 0; 0 only whitens")] = 100
+    adapters_per_batch: Annotated[int, Field(ge=2, description="an integer >= 2")] = 16
+    samples_per_adapter: Annotated[int, Field(ge=2, description="an integer >= 2")] = 4
+    temperature: Annotated[float, Field(gt=0, description="a number > 0")] = 0.05
+    learning_rate: Annotated[float, Field(gt=0, description="a number > 0")] = 5e-5
+    max_seq_length: Annotated[int, Field(ge=32, description="an integer >= 32")] = 128
+    holdout_fraction: Annotated[float, Field(ge=0, lt=1, description="a number in [0, 1)")] = 0.2
+    eval_steps: Annotated[int, Field(ge=1, description="an integer >= 1")] = 20
+    patience: Annotated[int, Field(ge=1, description="an integer >= 1")] = 3
+    whitening: Annotated[float | None, Field(gt=0, description="a number > 0, or None")] = 3.0
+    seed: Annotated[int, Field(description="an integer")] = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -483,8 +471,3 @@ def _batch_sampler(dataset: Any, labels: Sequence[int], num_adapters: int, per_a
                 yield batch
 
     return AdapterBatchSampler(dataset, num_adapters * per_adapter, drop_last=True)
-
-
-def _require(condition: bool, name: str, value: object, allowed: str) -> None:
-    if not condition:
-        raise InvalidRequestError(f"{name}={value!r} is not allowed: pass {allowed}.")

@@ -403,6 +403,20 @@ def test_a_closed_engine_frees_its_memory() -> None:
     assert torch.cuda.memory_allocated() < before + (100 << 20), "more is left than the workspaces of cuBLAS"
 
 
+def test_a_closed_engine_leaves_its_memory_to_the_next() -> None:
+    """Though somebody still holds it: a second one that takes as much of the device starts and serves."""
+    model = make_tiny_model("llama").to(DEVICE)
+    free, total = torch.cuda.mem_get_info()
+    share = (total - free + (4 << 30)) / total
+    engines = []
+    for _ in range(2):
+        worker = make_worker(model, kv_cache_bytes=None, lora_cache_bytes=1 << 30, gpu_memory_utilization=share)
+        assert worker.stats().num_free_blocks * 16 * TOKEN_BYTES > 2 << 30
+        assert worker.submit(make_prompt(9), greedy()).result(60).finish_reason == "length"
+        worker.close()
+        engines.append(worker)
+
+
 def test_memory_is_sized_from_what_is_free(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cache fills the share of the device it may, and a share that leaves nothing is refused with the numbers.
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from transformers import GenerationConfig
 
 from langchain_lora_retriever.errors import EngineError
+from langchain_lora_retriever.support.checks import is_allowed
 from langchain_lora_retriever.support.shown import shown
-from langchain_lora_retriever.types import is_repetition_penalty
+from langchain_lora_retriever.types import RepetitionPenalty
 
 if TYPE_CHECKING:
     from langchain_lora_retriever.engine.model.load import BaseModel
@@ -79,7 +80,7 @@ class GenerationDefaults:
         words = config.bad_words_ids or []
         _require(isinstance(words, list | tuple) and all(map(_is_token_ids, words)), "bad_words_ids", words)
         penalty = config.repetition_penalty
-        _require(penalty is None or is_repetition_penalty(penalty), "repetition_penalty", penalty)
+        _require(is_allowed(penalty, RepetitionPenalty), "repetition_penalty", penalty)
         return cls(
             eos_token_ids=frozenset(i for i in (*eos_token_ids, base.tokenizer.eos_token_id) if i is not None),
             repetition_penalty=1.0 if penalty is None else float(penalty),

@@ -166,9 +166,10 @@ class LoraLayers:
             group.detach()
 
     def release(self) -> None:
-        """Give the modules their own weights back, each in memory of its own."""
+        """Give the modules their own weights back, each in memory of its own, and drop the adapters'."""
         for group in self._groups:
             group.release()
+        self._groups = []
 
     def add(self, y: torch.Tensor, x: torch.Tensor, stack: LoraStack, batch: LoraBatch) -> None:
         """Add the adapters' outputs for packed inputs `x` to `y` in place; nothing if no token has one."""

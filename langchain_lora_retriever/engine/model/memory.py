@@ -120,6 +120,7 @@ def plan_memory(base: BaseModel, probe: ModelProbe, config: EngineConfig) -> Mem
     if config.kv_cache_bytes is not None:
         num_blocks = config.kv_cache_bytes // sum(block_bytes.values())
     elif on_gpu:
+        torch.cuda.empty_cache()  # what this process let go of counts as free
         num_tokens = max_num_batched_tokens + min(max_num_batched_tokens, MAX_CAPTURED_TOKENS)
         activations = num_tokens * base.model.config.get_text_config().hidden_size * _GPU_ACTIVATION_BYTES_PER_TOKEN
         taken = {device: num_lora_rows * row_bytes.get(device, 0) + activations for device in gpus}

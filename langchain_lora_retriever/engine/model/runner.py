@@ -63,6 +63,7 @@ class ModelRunner:
         self._model = base.model
         self.device = input_device(base.model)
         self._give_back = ExitStack()  # what `close` undoes, in reverse order
+        self._caches: dict[int, PagedCache] = {}
         try:
             with on_device(self.device):
                 self._take(base, config)
@@ -95,9 +96,8 @@ class ModelRunner:
                 f"There is no memory for {self.memory.num_lora_rows:,} rank rows of adapters: lower lora_cache_bytes."
             ) from error
         self._give_back.callback(self.lora_layers.release)
-        self._caches = {
-            layer: self._make_cache(geometry, config.block_size) for layer, geometry in self.probe.attention.items()
-        }
+        for layer, geometry in self.probe.attention.items():
+            self._caches[layer] = self._make_cache(geometry, config.block_size)
         self._give_back.callback(use_attention, base.model, use_attention(base.model))
         self._give_back.callback(self.lora_layers.detach)
         self.lora_layers.attach()
@@ -150,8 +150,10 @@ class ModelRunner:
         """Give the model back as it was and drop the device memory."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self._caches = {}
+        self._caches.clear()  # the executor's too
         self._give_back.close()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # for others: an allocator keeps what its own process may want again
 
     def _make_cache(self, geometry: AttentionGeometry, block_size: int) -> PagedCache:
         shape = (self.memory.num_blocks, block_size, geometry.num_kv_heads)

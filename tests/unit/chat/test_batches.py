@@ -83,14 +83,19 @@ async def test_the_first_of_many_reach_the_engine_before_the_last_begin(llm: Cha
         async def on_chat_model_start(self, *arguments: Any, **kwargs: Any) -> None:
             began.append(len(engine.requests))
 
-    engine.answers = lambda prompt, names: prefix_of(prompt)
-    engine.delay = 0.2
+    all_are_there = threading.Barrier(200)
+
+    def answer(prompt: str, names: list[str]) -> str:
+        all_are_there.wait(60)
+        return prefix_of(prompt)
+
+    engine.answers = answer
     prompts = [f"prompt {i:03}" for i in range(200)]
     answers = await llm.abatch(prompts, config={"callbacks": [Beginnings()]}, adapters=["sql"])
     assert [message.content for message in answers] == prompts
     assert began[0] == 0
     assert began[-1] > 100
-    assert engine.most_running > 100
+    assert engine.most_running == 200
 
 
 @pytest.mark.parametrize("num", [0, 1, 8, 9, 16, 17, 40])
