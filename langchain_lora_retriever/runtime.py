@@ -113,6 +113,15 @@ class Runtime:
         known = {**self.retriever.rejected, **self._fit.refused(), **self.pool.rejected}
         return MappingProxyType(known)
 
+    @property
+    def undescribed(self) -> Mapping[str, str]:
+        """The pool's adapters that can be pinned and that no prompt finds, by name, with what to do about it.
+
+        Nothing is wrong with them; see `AdapterPool.undescribed`. Those that stand in `rejected` are left out.
+        """
+        rejected = self.rejected
+        return MappingProxyType({name: told for name, told in self.pool.undescribed.items() if name not in rejected})
+
     def ready(self) -> EngineClient:
         """Load the engine if it is not there, and have it look at what is new in the pool."""
         engine = self.engine

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import cache
@@ -12,8 +11,9 @@ from pydantic import Field, InstanceOf
 
 from langchain_lora_retriever.errors import InvalidRequestError
 from langchain_lora_retriever.output.format import OutputRequest
-from langchain_lora_retriever.retrieval.routing import MAX_NAME_LENGTH, RoutingOptions
+from langchain_lora_retriever.retrieval.routing import RoutingOptions
 from langchain_lora_retriever.support.checks import settings
+from langchain_lora_retriever.support.near_names import near_names
 from langchain_lora_retriever.support.nesting import check_json, check_texts
 from langchain_lora_retriever.support.shown import shown
 from langchain_lora_retriever.types import (
@@ -160,6 +160,6 @@ def _why_unknown(unknown: Sequence[str], settings: Mapping[str, Any]) -> str:
             f"{unknown[0]!r} is a setting of the chat model, not of a call. Give the model another one: "
             f"llm.model_copy(update={{{unknown[0]!r}: ...}}), or llm.{unknown[0]} = ... for every call from then on."
         )
-    near = difflib.get_close_matches(unknown[0][:MAX_NAME_LENGTH], _names(), n=1)
+    near = near_names(unknown[0], _names(), 1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"Unknown argument{'s'[: len(unknown) > 1]} {names}.{hint} A call takes: {', '.join(sorted(_names()))}."

@@ -271,6 +271,11 @@ class ChatSettings(ConcurrentChatModel):
         """Why adapters of the pool cannot be used here, by name; see `Runtime.rejected`."""
         return self._runtime.rejected
 
+    @property
+    def undescribed(self) -> Mapping[str, str]:
+        """The adapters that can be pinned and that no prompt finds, with what to do; see `Runtime.undescribed`."""
+        return self._runtime.undescribed
+
     def __setattr__(self, name: str, value: Any) -> None:
         """Change a setting as if the model were made with it: it is checked, and what depends on it follows.
 

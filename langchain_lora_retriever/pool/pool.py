@@ -7,12 +7,12 @@ a change. On disk a change is written aside and renamed into place.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import logging
 import os
 import shutil
 import threading
+import time
 import warnings
 from dataclasses import replace
 from functools import cached_property, partial
@@ -46,6 +46,7 @@ from langchain_lora_retriever.pool.folder import (
     write_entry,
 )
 from langchain_lora_retriever.pool.samples import Sample, make_samples
+from langchain_lora_retriever.support.near_names import near_names
 from langchain_lora_retriever.support.nesting import check_unicode
 from langchain_lora_retriever.support.shown import shown
 
@@ -62,6 +63,7 @@ __all__ = ["AdapterPool", "PoolEntry", "PoolState", "Sample"]
 _logger = logging.getLogger(__name__)
 _MAX_NAME_BYTES = 200
 _NUM_NAMED = 10
+_POOL_IS = "A pool is a folder with one PEFT checkpoint per subfolder."
 
 
 class PoolState:
@@ -69,7 +71,7 @@ class PoolState:
 
     Attributes:
         version: Grows with every change of the pool.
-        entries: The adapters, by name.
+        entries: The adapters, by name, described or not.
         rejected: Why adapters were refused, by name.
     """
 
@@ -82,6 +84,12 @@ class PoolState:
     def names(self) -> tuple[str, ...]:
         """The adapters' names, sorted."""
         return tuple(sorted(self.entries))
+
+    @cached_property
+    def undescribed(self) -> Mapping[str, str]:
+        """The adapters that no prompt can find, by name, with what to do about it; they run where they are pinned."""
+        undescribed = (name for name in self.names if not self.entries[name].is_described)
+        return MappingProxyType({name: _how_to_describe(name) for name in undescribed})
 
     @cached_property
     def fingerprint(self) -> str:
@@ -97,11 +105,14 @@ class PoolState:
             return self.entries[name]
         if isinstance(name, str) and name in self.rejected:
             raise UnknownAdapterError(f"adapter {name!r} was refused when the pool was loaded: {self.rejected[name]}")
-        near = difflib.get_close_matches(str(name)[:_MAX_NAME_BYTES], self.names, n=3) or self.names[:3]
-        raise UnknownAdapterError(
-            f"no adapter {shown(name)} in the pool of {len(self.names)}. Near names: "
-            f"{', '.join(map(repr, near)) or 'none, the pool is empty'}."
-        )
+        near = near_names(str(name), self.names)
+        if near:
+            told = f"Near names: {', '.join(map(repr, near))}."
+        elif self.names:
+            told = f"It has {_some(list(map(repr, self.names)))}."
+        else:
+            told = "It is empty."
+        raise UnknownAdapterError(f"no adapter {shown(name)} in the pool of {len(self.names)}. {told}")
 
 
 class AdapterPool:
@@ -192,6 +203,14 @@ class AdapterPool:
     def rejected(self) -> Mapping[str, AdapterError]:
         """Why adapters were refused, by name."""
         return self.state.rejected
+
+    @property
+    def undescribed(self) -> Mapping[str, str]:
+        """The adapters that have neither samples nor an embedding, by name, with what to do about it.
+
+        They are loaded and run where they are pinned (`adapters=["name"]`); no prompt finds them.
+        """
+        return self.state.undescribed
 
     @property
     def version(self) -> int:
@@ -411,20 +430,24 @@ class AdapterPool:
                 self._load(self._path, allow_empty=False)
 
     def _load(self, root: Path, *, allow_empty: bool) -> None:
+        start = time.perf_counter()
         try:
+            if not root.exists():
+                raise PoolError(
+                    f"there is no folder {root}. {_POOL_IS} Start one with AdapterPool({str(root)!r}, create=True), or "
+                    f"with `lora-retriever pool add {root} NAME CHECKPOINT`."
+                )
             if (root / CONFIG_FILE).is_file():
                 raise PoolError(f"{root} is one adapter, not a pool. Pass the folder that holds it: {root.parent}.")
             folders = list_folders(root)
         except (OSError, ValueError) as error:
             if isinstance(error, PoolError):
                 raise
-            raise PoolError(
-                f"cannot read the pool {root}: {error}. A pool is a folder with one PEFT checkpoint per subfolder."
-            ) from error
+            raise PoolError(f"cannot read the pool {root}: {error}. {_POOL_IS}") from error
         if not folders and not allow_empty:
             raise PoolError(
-                f"the pool {root} is empty. Put PEFT checkpoints into it, each in a subfolder with a samples.jsonl, "
-                "or start one with AdapterPool(path, create=True).add(name, checkpoint, samples=[...])."
+                f"the pool {root} is empty. Put PEFT checkpoints into it, each in a subfolder, or add them: "
+                "AdapterPool(path, create=True).add(name, checkpoint, samples=[...])."
             )
         entries: dict[str, PoolEntry] = {}
         rejected: dict[str, AdapterError] = {}
@@ -445,7 +468,12 @@ class AdapterPool:
             reasons = "\n".join(f"  {error}" for error in list(rejected.values())[:5])
             raise PoolError(f"no adapter of the pool {root} can be used; {len(rejected)} were refused:\n{reasons}")
         self._replace_state(entries, rejected)
-        _tell_undescribed(root, entries)
+        undescribed, seconds = self.state.undescribed, time.perf_counter() - start
+        _logger.info(
+            "pool %s: %d adapters read in %.1f s, %d of them undescribed; %d refused",
+            root, len(entries), seconds, len(undescribed), len(rejected),
+        )  # fmt: skip
+        _tell_undescribed(root, undescribed)
 
 
 def _with_routing(
@@ -517,18 +545,30 @@ def _without(mapping: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in mapping.items() if key != name}
 
 
-def _tell_undescribed(root: Path, entries: Mapping[str, PoolEntry]) -> None:
-    names = [name for name, entry in entries.items() if not entry.is_described]
-    if names:
+def _how_to_describe(name: str) -> str:
+    return (
+        f"adapter {name!r} has neither samples nor an embedding: no prompt finds it, and it runs only where it is "
+        "pinned. Write a samples.jsonl beside its weights, or call "
+        f"pool.update({name!r}, samples=[...])."
+    )
+
+
+def _tell_undescribed(root: Path, undescribed: Mapping[str, str]) -> None:
+    if len(undescribed) == 1:
+        _logger.warning("pool %s: %s", root, *undescribed.values())
+    elif undescribed:
         _logger.warning(
-            "adapters of the pool %s that have neither samples nor an embedding: %s%s. No prompt finds them (%d in "
-            "all); they run where they are pinned. Write a samples.jsonl beside their weights, or call "
+            "pool %s: %d adapters have neither samples nor an embedding: no prompt finds them, and they run only where "
+            "they are pinned: %s. Write a samples.jsonl beside their weights, or call "
             "pool.update(name, samples=[...]).",
-            root,
-            ", ".join(names[:_NUM_NAMED]),
-            ", ..." * (len(names) > _NUM_NAMED),
-            len(names),
-        )
+            root, len(undescribed), _some(list(undescribed)),
+        )  # fmt: skip
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first of some names, and how many there are beside them."""
+    rest = len(names) - _NUM_NAMED
+    return ", ".join(names[:_NUM_NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _warn_rejected(error: AdapterError) -> None:

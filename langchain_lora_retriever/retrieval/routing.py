@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from langchain_lora_retriever.retrieval.retriever import LoraRetriever
     from langchain_lora_retriever.types import Adapter, Composition, RetrievedAdapter
 
-__all__ = ["MAX_NAME_LENGTH", "Plan", "Router", "RoutingOptions"]
+__all__ = ["Plan", "Router", "RoutingOptions"]
 
 
 _MAX_NAMES = 16_384
 """Names in one list of adapters."""
-MAX_NAME_LENGTH = 255
+_MAX_NAME_LENGTH = 255
 """Characters of one name; no file system allows more."""
-_NAMES = f"a list of at most {_MAX_NAMES} adapter names of at most {MAX_NAME_LENGTH} characters"
-_Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_LENGTH)]
+_NAMES = f"a list of at most {_MAX_NAMES} adapter names of at most {_MAX_NAME_LENGTH} characters"
+_Name = Annotated[str, Field(min_length=1, max_length=_MAX_NAME_LENGTH)]
 _Names = Annotated[list[_Name] | tuple[_Name, ...], Field(max_length=_MAX_NAMES)]
 
 
@@ -54,8 +54,8 @@ class RoutingOptions:
     model: Annotated[
         str | None,
         Field(
-            max_length=MAX_NAME_LENGTH,
-            description=f"an adapter's name, or the base model's, of at most {MAX_NAME_LENGTH} characters",
+            max_length=_MAX_NAME_LENGTH,
+            description=f"an adapter's name, or the base model's, of at most {_MAX_NAME_LENGTH} characters",
         ),
     ] = None
 

@@ -209,6 +209,7 @@ class _Server:
                     }
                     for name in state.names
                 ],
+                "undescribed": dict(self._runtime.undescribed),
                 "rejected": {name: str(error) for name, error in rejected.items()},
             }
         )

@@ -78,6 +78,24 @@ def test_two_base_models_share_a_pool(mixed: AdapterPool) -> None:
     assert (mixed.version, len(mixed), dict(mixed.rejected)) == (version, 4, {})
 
 
+@pytest.mark.filterwarnings("ignore:refused")
+def test_an_adapter_without_samples_is_pinned_and_not_found(write_adapter: Callable[..., Path]) -> None:
+    """It runs where it is named, routing passes it by, and the model says what to do."""
+    pool = AdapterPool()
+    pool.add("found", write_adapter("found"), samples=["a question"])
+    pool.add("plain", write_adapter("plain"))
+    pool.add("wide", write_adapter("wide", size=16))
+    llm = model(pool, 8)
+    assert names_of(llm) == {"found"}
+    assert llm.invoke(TEXTS[0], adapters=["plain"]).response_metadata["adapters"][0]["name"] == "plain"
+    assert set(llm.undescribed) == {"plain"}
+    assert "samples.jsonl" in llm.undescribed["plain"]
+    assert set(llm.rejected) == {"wide"}
+    pool.update("plain", samples=["another question"])
+    assert names_of(llm) == {"found", "plain"}
+    assert not llm.undescribed
+
+
 @pytest.mark.filterwarnings("ignore:refused", "ignore:not found")
 def test_two_encoders_share_a_pool(write_adapter: Callable[..., Path]) -> None:
     """An adapter that came with an embedding is found by the encoder it fits, and may be pinned with the other."""

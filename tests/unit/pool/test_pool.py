@@ -118,13 +118,28 @@ def test_an_adapter_without_samples_is_there(folder, checkpoints, caplog):
     pool = AdapterPool(folder)
     assert pool.names == ("dates", "sql")
     assert not pool.rejected
-    assert "neither samples nor an embedding" in caplog.text
-    assert ": sql." in caplog.text
-    assert not pool.state["sql"].is_described
+    assert "'sql' has neither samples nor an embedding" in caplog.text
+    assert set(pool.undescribed) == {"sql"}
+    assert "pool.update('sql', samples=[...])" in pool.undescribed["sql"]
     pool.add("units", checkpoints["units"])
     pool.update("sql", samples=["a question"])
     again = AdapterPool(folder)
-    assert [again.state[name].is_described for name in again.names] == [True, True, False]
+    assert set(again.undescribed) == set(pool.undescribed) == {"units"}
+    assert not again.state["units"].is_described
+
+
+def test_many_adapters_without_samples_are_one_line(folder, caplog):
+    """The log names the first of them and counts the rest; at INFO it says what was read."""
+    caplog.set_level("INFO")
+    for index in range(12):
+        shutil.copytree(folder / "sql", folder / f"plain{index:02}")
+        (folder / f"plain{index:02}" / "samples.jsonl").unlink()
+    AdapterPool(folder)
+    told, warned = (record.getMessage() for record in caplog.records)
+    assert "14 adapters read in" in told
+    assert "12 of them undescribed; 0 refused" in told
+    assert "12 adapters have neither samples nor an embedding" in warned
+    assert "plain09 and 2 more." in warned
 
 
 def test_samples_may_hold_line_separators(folder):
@@ -245,8 +260,11 @@ def test_bad_routing_leaves_the_pool_alone(folder, checkpoints, given):
 def test_unknown_names_are_answered_with_near_ones(folder):
     """An unknown name says what was probably meant."""
     pool = AdapterPool(folder)
-    with pytest.raises(UnknownAdapterError, match="'dates'"):
-        pool["date"]
+    for meant in ("date", "DATES", "dates_and_times", "dat"):
+        with pytest.raises(UnknownAdapterError, match=r"Near names: 'dates'\.$"):
+            pool[meant]
+    with pytest.raises(UnknownAdapterError, match=r"It has 'dates', 'sql'\.$"):
+        pool["weather"]
     for call in (pool.samples, pool.embedding, pool.remove, pool.update):
         with pytest.raises(UnknownAdapterError):
             call("nothing")
