@@ -71,12 +71,30 @@ def add(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of the PEFT checkpoint.")],
     *,
     samples: SamplesOption = None,
+    convert: Annotated[
+        bool,
+        typer.Option("--convert", help="Where the weights are a pickle, convert it first, as `pool convert` does."),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Add an adapter; the checkpoint is copied into the pool."""
     pool = _open(folder, create=True)
-    pool.add(name, checkpoint, samples=_read(samples))
+    pool.add(name, checkpoint, samples=_read(samples), convert=convert)
     _confirm(f"Added {name!r}: {len(pool)} adapters.", {"added": name, "num_adapters": len(pool)}, as_json=as_json)
+
+
+@commands.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a PEFT checkpoint with an adapter_model.bin.")],
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a pickle's tensors beside it as safetensors; it is read in a process that can do nothing else."""
+    from langchain_lora_retriever.pool.conversion import convert_pickle  # noqa: PLC0415 - loads torch
+
+    written = convert_pickle(checkpoint, checkpoint.resolve().name)
+    text = f"{checkpoint} has its weights as safetensors already." if written is None else f"Wrote {written}."
+    _confirm(text, {"written": None if written is None else str(written)}, as_json=as_json)
 
 
 @commands.command()

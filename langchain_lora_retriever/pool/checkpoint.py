@@ -44,10 +44,18 @@ if TYPE_CHECKING:
 
     from langchain_lora_retriever.pool.regular_files import AdapterFolder, RegularFile
 
-__all__ = ["CONFIG_FILE", "MAX_CONFIG_BYTES", "WEIGHTS_FILE", "adapter_of", "read_adapter", "renamed"]
+__all__ = [
+    "CONFIG_FILE",
+    "MAX_CONFIG_BYTES",
+    "PICKLE_FILE",
+    "WEIGHTS_FILE",
+    "adapter_of",
+    "read_adapter",
+    "renamed",
+]
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-_PICKLE_FILE = "adapter_model.bin"
+PICKLE_FILE = "adapter_model.bin"
 _PREFIX = "base_model.model."
 _COMPILED = re.compile(r"(?:(?<=\.)|^)_orig_mod\.")
 _KEY = re.compile(r"base_model\.model\.([^\x00-\x1f\x7f\ud800-\udfff]{1,512})\.(lora_[AB])(?:\.default)?\.weight")
@@ -140,10 +148,11 @@ def _read_config(folder: AdapterFolder, where: str) -> object:
 
 def _open_weights(folder: AdapterFolder, where: str) -> RegularFile:
     file = folder.open(WEIGHTS_FILE, MAX_WEIGHTS_BYTES)
-    if file is None and folder.has(_PICKLE_FILE):
+    if file is None and folder.has(PICKLE_FILE):
         raise UnsupportedAdapterError(
-            f"{where} has its weights in {_PICKLE_FILE}, a pickle, which can run code when it is read. "
-            "Load it where you trust it and save it again with save_pretrained(safe_serialization=True)."
+            f"{where} has its weights in {PICKLE_FILE}, a pickle, which can run code when it is read, and is not "
+            "opened here. Convert it, in a process that may do nothing else: lora-retriever pool convert "
+            f"{folder.path}, or pool.add(..., convert=True)."
         )
     if file is None:
         raise InvalidAdapterError(f"{where} has no {WEIGHTS_FILE}.")

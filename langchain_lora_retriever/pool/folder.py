@@ -29,7 +29,13 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from langchain_lora_retriever.errors import InvalidAdapterError, InvalidSamplesError, PoolError
-from langchain_lora_retriever.pool.checkpoint import CONFIG_FILE, MAX_CONFIG_BYTES, WEIGHTS_FILE, adapter_of
+from langchain_lora_retriever.pool.checkpoint import (
+    CONFIG_FILE,
+    MAX_CONFIG_BYTES,
+    PICKLE_FILE,
+    WEIGHTS_FILE,
+    adapter_of,
+)
 from langchain_lora_retriever.pool.file_weights import MAX_WEIGHTS_BYTES
 from langchain_lora_retriever.pool.regular_files import (
     AdapterFolder,
@@ -283,7 +289,7 @@ def list_folders(root: Path) -> list[Path]:
 def _is_adapter(folder: Path) -> bool:
     """Whether there is a part of an adapter in a folder; also if nobody may look."""
     try:
-        return any((folder / part).exists() for part in (CONFIG_FILE, WEIGHTS_FILE, SAMPLES_FILE, "adapter_model.bin"))
+        return any((folder / part).exists() for part in (CONFIG_FILE, WEIGHTS_FILE, SAMPLES_FILE, PICKLE_FILE))
     except PermissionError:
         return True
     except OSError:

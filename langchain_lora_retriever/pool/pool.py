@@ -30,6 +30,7 @@ from langchain_lora_retriever.errors import (
     UnknownAdapterError,
 )
 from langchain_lora_retriever.pool.checkpoint import CONFIG_FILE, renamed
+from langchain_lora_retriever.pool.conversion import convert_pickle
 from langchain_lora_retriever.pool.file_weights import FileWeights
 from langchain_lora_retriever.pool.folder import (
     FingerprintCache,
@@ -258,6 +259,7 @@ class AdapterPool:
         samples: Sequence[str | Mapping[str, Any]] | None = None,
         embedding: ArrayLike | None = None,
         encoder: str | None = None,
+        convert: bool = False,
     ) -> Adapter:
         """Add an adapter. A pool on disk copies the checkpoint; a pool in memory reads it where it lies.
 
@@ -269,6 +271,9 @@ class AdapterPool:
                 runs where it is pinned.
             embedding: Its embedding `[d]`, in place of samples.
             encoder: Name of the encoder that made `embedding`.
+            convert: Where the weights are a pickle alone (`adapter_model.bin`), read it in a process of its own and
+                write `adapter_model.safetensors` beside it, as `lora-retriever pool convert` does. Without, a pickle
+                is refused unopened.
 
         Raises:
             DuplicateAdapterError: If the pool has that name, or another process has put it into the pool's folder.
@@ -278,6 +283,8 @@ class AdapterPool:
         source = _as_path(path, name)
         with self._lock, self._writers():
             self._check_free(name)
+            if convert:
+                convert_pickle(source, name)
             found = read_entry(source, name, base_model=self._base_model)
             return self._put(_with_routing(found, samples, embedding, encoder), source=source)
 

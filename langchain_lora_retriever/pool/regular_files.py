@@ -15,7 +15,7 @@ from langchain_lora_retriever.errors import AdapterError, InvalidAdapterError
 from langchain_lora_retriever.support.shown import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
     from types import TracebackType
 
@@ -122,6 +122,16 @@ class RegularFile:
         data = bytearray(max(0, num_bytes))
         self.read_into(memoryview(data), offset)
         return bytes(data)
+
+    @contextlib.contextmanager
+    def as_stdin(self) -> Iterator[int]:
+        """A descriptor for another process to read it by, from its beginning."""
+        descriptor = os.dup(self._descriptor)
+        try:
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
     def current_identity(self) -> FileIdentity:
         """What it is now."""

@@ -88,6 +88,21 @@ def test_pool_add_inspect_remove(run, folder: Path, write_adapter, tmp_path: Pat
     assert "weather" not in AdapterPool(folder)
 
 
+def test_pool_convert_writes_safetensors(run, folder: Path, write_adapter) -> None:
+    """Beside the pickle; `pool add --convert` does the same on the way."""
+    import torch
+    from safetensors.torch import load_file
+
+    for name in ("one", "two"):
+        weights = write_adapter(name) / "adapter_model.safetensors"
+        torch.save(load_file(weights), weights.with_name("adapter_model.bin"))
+        weights.unlink()
+    one = weights.parent.parent / "one"
+    assert json.loads(run("pool", "convert", one, "--json"))["written"].endswith("safetensors")
+    assert "already" in run("pool", "convert", one)
+    assert "4 adapters" in run("pool", "add", folder, "two", one.parent / "two", "--convert")
+
+
 def test_pool_update_replaces_what_is_given(run, folder: Path, write_adapter, tmp_path: Path) -> None:
     """New samples leave the weights alone, a new checkpoint changes them."""
     before = AdapterPool(folder)["sql"].fingerprint
