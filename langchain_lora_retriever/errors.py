@@ -4,7 +4,7 @@
 
     LoraRetrieverError
     ├── AdapterError (ValueError)          one adapter cannot be used; names it
-    │   ├── UnsupportedAdapterError        valid PEFT that asks for what is not honoured here (DoRA, bias)
+    │   ├── UnsupportedAdapterError        valid PEFT that asks for what is not honoured here (bias, IA3)
     │   ├── InvalidAdapterError            corrupt, truncated, NaN, or shapes that do not fit the base model
     │   └── InvalidSamplesError            samples.jsonl is not JSON lines with an "input"
     ├── PoolError (ValueError)             the pool as a whole cannot be used (empty, unreadable)

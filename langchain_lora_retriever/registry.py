@@ -23,12 +23,13 @@ from langchain_lora_retriever.support.forking import after_fork
 from langchain_lora_retriever.support.openmp_thread import run_aside
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Mapping
+    from collections.abc import Hashable, Mapping, Sequence
 
     from langchain_lora_retriever.engine import EngineClient, ModelSource
     from langchain_lora_retriever.pool.pool import AdapterPool
     from langchain_lora_retriever.retrieval.encoder import Encoder
     from langchain_lora_retriever.runtime import EngineSource
+    from langchain_lora_retriever.types import Adapter
 
 __all__ = [
     "SharedEngine",
@@ -59,9 +60,18 @@ class SharedEngine:
         source: A hub name, a folder, or `(model, tokenizer)`.
         model_kwargs: For `from_pretrained`.
         config: The engine's limits.
+        pool: Whose adapters it is started for, if it is started here: for their kinds it takes memory and captures
+            graphs, where `config` does not say for which.
     """
 
-    def __init__(self, source: ModelSource, model_kwargs: Mapping[str, Any], config: EngineConfig) -> None:
+    def __init__(
+        self,
+        source: ModelSource,
+        model_kwargs: Mapping[str, Any],
+        config: EngineConfig,
+        pool: AdapterPool | None = None,
+    ) -> None:
+        self._pool = pool
         self._source = source
         self._model_kwargs = dict(model_kwargs)
         self._config = config
@@ -89,7 +99,10 @@ class SharedEngine:
                 engine.check_process()
                 _logger.warning("The engine of %s has stopped; starting a new one.", engine.info.name)
                 engine.close()  # returns once it has given back the model and its memory
-            _engines[self.key] = engine = run_aside(_start_engine, self._source, self._model_kwargs, self._config)
+            entries = self._pool.state.entries.values() if self._pool is not None else ()
+            adapters = [entry.adapter for entry in entries]
+            engine = run_aside(_start_engine, self._source, self._model_kwargs, self._config, adapters)
+            _engines[self.key] = engine
             return engine
 
     def close(self) -> None:
@@ -152,13 +165,15 @@ def close_engines() -> None:
             engine.close()
 
 
-def _start_engine(source: ModelSource, model_kwargs: Mapping[str, Any], config: EngineConfig) -> EngineWorker:
+def _start_engine(
+    source: ModelSource, model_kwargs: Mapping[str, Any], config: EngineConfig, adapters: Sequence[Adapter]
+) -> EngineWorker:
     # A model is a million objects: the collector would visit all of the process again and again while they are made.
     with frozen_heap(is_wanted=config.freeze_heap, collects=False):
         base = load_base_model(source, **model_kwargs)
         # llguidance holds the interpreter while it reads a vocabulary: here, and not in somebody's first call.
         compiler_of(base.tokenizer).prepare()
-        return EngineWorker(base, config)
+        return EngineWorker(base, config, expected=adapters)
 
 
 def _source_key(source: ModelSource) -> Hashable:

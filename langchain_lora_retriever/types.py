@@ -37,17 +37,25 @@ MAX_STOP_TOKEN_IDS = 1024
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraWeights:
-    """The low-rank update of one linear module: `y += scaling * (x @ lora_A.T) @ lora_B.T`.
+    """The low-rank update of one module: `y += scaling * (x @ lora_A.T) @ lora_B.T`.
+
+    An embedding is a linear module whose input is the token, one-hot: its `in_features` are the vocabulary.
 
     Attributes:
         lora_A: `[r, in_features]`, any float dtype, on the CPU.
         lora_B: `[out_features, r]`, same dtype.
         scaling: `lora_alpha / r`, or `lora_alpha / sqrt(r)` for rsLoRA.
+        magnitude: DoRA's magnitude of each output `[out_features]`: with `W` the base weight and
+            `g = magnitude / norm(W + scaling * lora_B @ lora_A, dim=1)` the update is
+            `y += (g - 1) * (W x) + g * scaling * lora_B @ lora_A @ x`. None is plain LoRA.
+
+    Source: Liu et al., DoRA, arXiv:2402.09353.
     """
 
     lora_A: torch.Tensor
     lora_B: torch.Tensor
     scaling: float
+    magnitude: torch.Tensor | None = None
 
     @property
     def r(self) -> int:
@@ -70,6 +78,8 @@ class Adapter:
         is_target: Whether its configuration targets a module of the base model, by module path; None if unknown.
         members: Of a fusion, the adapters it averages, with their weights. Its own weights are computed when they are
             asked for.
+        invocation_tokens: Of an activated LoRA, the token ids from whose last occurrence in a prompt on it is active;
+            empty for one that is active from the first token on.
     """
 
     name: str = field(compare=False)
@@ -79,7 +89,9 @@ class Adapter:
     path: Path | None = field(default=None, compare=False)
     is_target: Callable[[str], bool] | None = field(default=None, compare=False, repr=False)
     members: tuple[tuple[Adapter, float], ...] = field(default=(), compare=False, repr=False)
+    invocation_tokens: tuple[int, ...] = field(default=(), compare=False, repr=False)
     _rank: int = field(default=0, init=False, compare=False, repr=False)
+    _is_dora: bool | None = field(default=None, init=False, compare=False, repr=False)
 
     @property
     def shapes(self) -> Mapping[str, LoraWeights]:
@@ -96,9 +108,37 @@ class Adapter:
         return self._rank
 
     @property
+    def is_dora(self) -> bool:
+        """Whether any of its modules has a magnitude."""
+        if self._is_dora is None:
+            known = (
+                False if self.members else getattr(self.weights, "is_dora", None)
+            )  # a file's is known without looking
+            if known is None:
+                known = any(w.magnitude is not None for w in self.weights.values())
+            object.__setattr__(self, "_is_dora", known)
+        return bool(self._is_dora)
+
+    @property
+    def num_rows(self) -> int:
+        """Rank rows it takes in device memory: its rank, and one for DoRA's magnitudes."""
+        return self.rank + self.is_dora
+
+    @property
     def num_parameters(self) -> int:
-        """Number of weights in all `lora_A` and `lora_B`."""
-        return sum(w.lora_A.numel() + w.lora_B.numel() for w in self.shapes.values())
+        """Number of weights in all `lora_A`, `lora_B` and magnitudes."""
+        shapes = self.shapes.values()
+        num_magnitudes = sum(0 if w.magnitude is None else w.magnitude.numel() for w in shapes)
+        return sum(w.lora_A.numel() + w.lora_B.numel() for w in shapes) + num_magnitudes
+
+    @property
+    def base_weights(self) -> Mapping[str, torch.Tensor]:
+        """Weights of the base model's own that its file repeats, by module path; read when they are asked for.
+
+        PEFT saves an embedding or an output layer that an adapter targets along with the adapter.
+        """
+        weights: Mapping[str, torch.Tensor] = getattr(self.weights, "base_weights", {})
+        return weights
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,32 +82,53 @@ def make_adapter(
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     scaling: float = 2.0,
     seed: int | None = None,
+    is_dora: bool = False,
+    invocation_tokens: tuple[int, ...] = (),
 ) -> Adapter:
-    """A random adapter strong enough to change greedy answers."""
+    """A random adapter strong enough to change greedy answers; of the embedding too if `targets` names it."""
     generator = torch.Generator().manual_seed(
         seed if seed is not None else int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)
     )
     weights = {}
     for path, module in model.named_modules():
-        if path.rsplit(".", 1)[-1] in targets and isinstance(module, torch.nn.Linear):
-            weights[path] = LoraWeights(
-                torch.randn(r, module.in_features, generator=generator) * module.in_features**-0.5,
-                torch.randn(module.out_features, r, generator=generator) * 0.3,
-                scaling,
-            )
-    digest = hashlib.sha256(f"{name}{r}{targets}{scaling}{seed}".encode()).hexdigest()
-    return Adapter(name=name, fingerprint=digest, weights=weights)
+        if path.rsplit(".", 1)[-1] not in targets or not isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            continue
+        weight = module.weight.t() if isinstance(module, torch.nn.Embedding) else module.weight
+        out_features, in_features = weight.shape
+        is_embedding = isinstance(module, torch.nn.Embedding)
+        weights[path] = LoraWeights(
+            torch.randn(r, in_features, generator=generator) * (0.3 if is_embedding else in_features**-0.5),
+            torch.randn(out_features, r, generator=generator) * 0.3,
+            scaling,
+            weight.norm(dim=1).cpu() * (1 + 0.3 * torch.randn(out_features, generator=generator)) if is_dora else None,
+        )
+    digest = hashlib.sha256(f"{name}{r}{targets}{scaling}{seed}{is_dora}{invocation_tokens}".encode()).hexdigest()
+    return Adapter(name=name, fingerprint=digest, weights=weights, invocation_tokens=invocation_tokens)
 
 
 def merge_adapters(model: Any, adapters: Any) -> None:
-    """Add `sum_j w_j s_j B_j A_j` to the model's weights, in place: the reference for a mixture."""
-    for adapter, weight in adapters:
+    """Add to the model's weights, in place, the weighted sum of what each adapter changes: the reference for a mixture.
+
+    A weight that two layers share is parted first: an adapter of one does not change the other.
+    """
+    changes: dict[str, torch.Tensor] = {}
+    for adapter, share in adapters:
         for path, w in adapter.weights.items():
             module = model.get_submodule(path)
-            module.weight.data += weight * w.scaling * (w.lora_B.float() @ w.lora_A.float())
+            weight = module.weight.t() if isinstance(module, torch.nn.Embedding) else module.weight
+            updated = weight + w.scaling * (w.lora_B.float() @ w.lora_A.float()).to(weight.device)
+            if w.magnitude is not None:
+                updated = updated * (w.magnitude.to(weight.device) / updated.norm(dim=1))[:, None]
+            changes[path] = changes.get(path, 0) + share * (updated - weight)
+    for path, change in changes.items():
+        module = model.get_submodule(path)
+        changed = module.weight.data + (change.t() if isinstance(module, torch.nn.Embedding) else change)
+        module.weight = torch.nn.Parameter(changed, requires_grad=False)
 
 
-def make_checkpoint(folder: Any, *, seed: int = 0, model: Any = None, **lora: Any) -> Any:
+def make_checkpoint(
+    folder: Any, *, seed: int = 0, model: Any = None, std: float = 0.1, saves_base: bool | str = False, **lora: Any
+) -> Any:
     """Write a random PEFT checkpoint for the tiny model, or for `model`, into `folder`."""
     from peft import LoraConfig, get_peft_model
 
@@ -116,9 +137,11 @@ def make_checkpoint(folder: Any, *, seed: int = 0, model: Any = None, **lora: An
     wrapped.peft_config["default"].base_model_name_or_path = "org/tiny-llama"
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in wrapped.named_parameters():
-        if ".lora_" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
-    wrapped.save_pretrained(folder, save_embedding_layers=False)
+        if ".lora_magnitude_vector" in name:
+            parameter.data = parameter.data * (1 + 0.3 * torch.randn(parameter.shape, generator=generator))
+        elif ".lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * std
+    wrapped.save_pretrained(folder, save_embedding_layers=saves_base)
     if model is not None:
         wrapped.unload()
     return folder

@@ -212,7 +212,7 @@ class ChatSettings(ConcurrentChatModel):
         given["model_name"] = self._name()
         given["retriever"] = retriever = self._own_retriever()
         given |= {"pool": retriever.pool, "encoder": retriever.encoder, "instruction": retriever.instruction}
-        self._runtime = shared_runtime(self._engine_or_source(), retriever, self.model_name)
+        self._runtime = shared_runtime(self._engine_or_source(retriever.pool), retriever, self.model_name)
         return self
 
     def _check_engine(self) -> None:
@@ -227,11 +227,11 @@ class ChatSettings(ConcurrentChatModel):
             if getattr(self, name) != default:
                 raise InvalidRequestError(f"An engine has its own {name}: pass one of the two.")
 
-    def _engine_or_source(self) -> SharedEngine | EngineClient:
+    def _engine_or_source(self, pool: AdapterPool) -> SharedEngine | EngineClient:
         if self.engine is not None:
             return self.engine
         assert self.base_model is not None
-        return SharedEngine(self.base_model, self.model_kwargs, self.engine_config)
+        return SharedEngine(self.base_model, self.model_kwargs, self.engine_config, pool)
 
     def _own_retriever(self) -> LoraRetriever:
         """The retriever that was given, or the process's for what was given in its place.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from langchain_lora_retriever.engine.api import Registration
 from langchain_lora_retriever.errors import (
@@ -13,7 +13,9 @@ from langchain_lora_retriever.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
+
+    import torch
 
     from langchain_lora_retriever.types import Adapter
 
@@ -32,6 +34,10 @@ class AdapterFit:
         max_rank: Largest rank the kernels run.
         num_rows: Rank rows of device memory for adapters.
         max_loras: Most distinct adapters in device memory.
+        vocabulary: The paths of the embedding and of the output layer, and which of their two widths is the vocabulary:
+            0 or 1. An adapter may target those that `module_shapes` has too.
+        is_base_weight: Whether a tensor is the base model's own weight of one of these two, given its path; None of
+            another module.
     """
 
     def __init__(
@@ -42,8 +48,12 @@ class AdapterFit:
         max_rank: int,
         num_rows: int,
         max_loras: int,
+        vocabulary: Mapping[str, int] | None = None,
+        is_base_weight: Callable[[str, torch.Tensor], bool | None] = lambda *_: None,
     ) -> None:
         self._base_model = base_model
+        self._vocabulary = vocabulary or {}
+        self._is_base_weight = is_base_weight
         self._module_shapes = module_shapes
         self._max_rank = max_rank
         self._num_rows = num_rows
@@ -63,6 +73,7 @@ class AdapterFit:
             self.check(member)
         if not adapter.members:
             self._check_modules(adapter)
+            self._check_base_weights(adapter)
         self._check_rank(adapter)
         if len(self._fitting) >= _NUM_REMEMBERED:
             self._fitting.clear()
@@ -94,7 +105,7 @@ class AdapterFit:
             except AdapterError as error:
                 raise InvalidRequestError(str(error)) from error
         distinct = {adapter.fingerprint: adapter for adapter in adapters}.values()
-        num_rows = sum(adapter.rank for adapter in distinct)
+        num_rows = sum(adapter.num_rows for adapter in distinct)
         if len(distinct) > self._max_loras or num_rows > self._num_rows:
             names = ", ".join(repr(adapter.name) for adapter in distinct)
             raise InvalidRequestError(
@@ -108,6 +119,14 @@ class AdapterFit:
         for name, weights in adapter.shapes.items():
             met = (weights.lora_A.shape[1], weights.lora_B.shape[0])
             allowed = self._module_shapes.get(name)
+            if allowed is None and name in self._vocabulary:
+                raise UnsupportedAdapterError(
+                    f"{where} adapts {name!r}, which knows the vocabulary, and the engine has no memory for it: start "
+                    'it with EngineConfig(adapter_kinds=("vocabulary",)), or with a pool that has such an '
+                    "adapter."
+                )
+            if allowed is not None and name in self._vocabulary and met != allowed:
+                self._refuse_vocabulary(adapter, name, met, allowed)
             if allowed is None:
                 raise InvalidAdapterError(
                     f"{where} adapts {name!r}, which is no linear module of the base model {self._base_model!r} that "
@@ -120,6 +139,38 @@ class AdapterFit:
                     f"{self._base_model!r} {allowed}{self._made_for(adapter)}. It is for another base model."
                 )
 
+    def _refuse_vocabulary(
+        self, adapter: Adapter, name: str, met: tuple[int, int], allowed: tuple[int, int]
+    ) -> NoReturn:
+        """Say whether it is the vocabulary that is of another size, or the model."""
+        side = self._vocabulary[name]
+        if met[1 - side] != allowed[1 - side]:
+            why = f"it is {met[1 - side]:,} wide, the base model {allowed[1 - side]:,}"
+        else:
+            why = f"it is for a vocabulary of {met[side]:,} tokens, the base model has {allowed[side]:,}"
+        raise InvalidAdapterError(
+            f"adapter {adapter.name!r} ({adapter.path}) does not fit {name!r}: {why} ({self._base_model!r}"
+            f"{self._made_for(adapter)}). It is for another base model, or for one whose vocabulary was resized: serve "
+            "that, or merge the adapter into it."
+        )
+
+    def _check_base_weights(self, adapter: Adapter) -> None:
+        """Weights of the base's own that a file repeats must be the base's: they are not served."""
+        where = f"adapter {adapter.name!r} ({adapter.path})"
+        for name, theirs in adapter.base_weights.items():
+            is_ours = self._is_base_weight(name, theirs)
+            if is_ours is None:
+                raise UnsupportedAdapterError(
+                    f"{where} brings a whole weight of the base model's ({name!r}), which is not honoured here. Save "
+                    "it again without, or merge it into the base model (merge_and_unload) and serve that."
+                )
+            if not is_ours:
+                raise UnsupportedAdapterError(
+                    f"{where} brings a weight of {name!r} {list(theirs.shape)} that is not the base model's: it was "
+                    "trained on a base whose vocabulary was resized or changed. Load that base model, or merge the "
+                    "adapter into it and serve the result."
+                )
+
     def _check_rank(self, adapter: Adapter) -> None:
         where = f"adapter {adapter.name!r} ({adapter.path})"
         if adapter.rank > self._max_rank:
@@ -127,9 +178,9 @@ class AdapterFit:
                 f"{where} has rank {adapter.rank}; the kernels go up to {self._max_rank}. Train it with a smaller "
                 "rank, or merge it into the base model."
             )
-        if adapter.rank > self._num_rows:
+        if adapter.num_rows > self._num_rows:
             raise UnsupportedAdapterError(
-                f"{where} has rank {adapter.rank}, but the device memory for adapters holds {self._num_rows} ranks: "
+                f"{where} takes {adapter.num_rows} rank rows; the device memory for adapters holds {self._num_rows}: "
                 "raise EngineConfig.lora_cache_bytes."
             )
 

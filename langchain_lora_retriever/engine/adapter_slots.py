@@ -2,7 +2,8 @@
 
 Device memory for adapters is a range of *rank rows*: one row is one rank index through every adapted module of the
 model (a row of each `lora_A`, a column of each `lora_B`). An adapter of rank r takes r adjacent rows, so ranks are
-stored true. A slot is an index into the tables that say where an adapter's rows start.
+stored true; DoRA takes one more, for what it multiplies outputs by. A slot is an index into the tables that say where
+an adapter's rows start.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class SlotStore(Protocol):
         """Whether these adapters, which are not resident, could be loaded without waiting for a copy to the device."""
 
     def load(self, slot: int, start: int, adapter: Adapter) -> None:
-        """Copy an adapter into rows `start : start + adapter.rank` and point `slot` at them."""
+        """Copy an adapter into rows `start : start + adapter.num_rows` and point `slot` at them."""
 
 
 @dataclass(slots=True)
@@ -84,7 +85,7 @@ class AdapterSlots:
         """
         by_fingerprint = {adapter.fingerprint: adapter for adapter in adapters}
         placement = self._rows.put_all(
-            {fingerprint: adapter.rank for fingerprint, adapter in by_fingerprint.items()}, self._may_move
+            {fingerprint: adapter.num_rows for fingerprint, adapter in by_fingerprint.items()}, self._may_move
         )
         if placement is None:
             return None

@@ -26,7 +26,7 @@ class AdapterSink(Protocol):
     """Where an adapter's tensors go in the end; `LoraLayers` in the engine."""
 
     def load(self, slot: int, start: int, adapter: Adapter) -> None:
-        """Copy an adapter into rows `start : start + adapter.rank` and point `slot` at them."""
+        """Copy an adapter into rows `start : start + adapter.num_rows` and point `slot` at them."""
 
 
 class _Staged(NamedTuple):
@@ -119,7 +119,7 @@ class StagedStore:
             event = staged.copy.result()
             if event is not None:
                 torch.cuda.current_stream(self._packing.device).wait_event(event)
-            self._packing.load(slot, start, adapter, self._view(staged.start, adapter.rank))
+            self._packing.load(slot, start, adapter, self._view(staged.start, adapter))
             if event is not None:
                 read = torch.cuda.Event()
                 read.record(torch.cuda.current_stream(self._packing.device))
@@ -145,7 +145,7 @@ class StagedStore:
 
     def _stage_now(self, adapter: Adapter) -> _Staged | None:
         """Find an adapter staged, or stage it where others are; None if staging memory could never hold it."""
-        if self._packing is None or adapter.rank > self._num_rows:
+        if self._packing is None or adapter.num_rows > self._num_rows:
             return None
         while True:
             with self._lock:
@@ -166,7 +166,7 @@ class StagedStore:
         def is_droppable(fingerprint: str) -> bool:
             return may_drop and fingerprint not in wanted and self._staged[fingerprint].copy.done()
 
-        found = self._ranges.put(adapter.fingerprint, adapter.rank, is_droppable)
+        found = self._ranges.put(adapter.fingerprint, adapter.num_rows, is_droppable)
         if found is None:
             return None
         start, dropped = found
@@ -180,7 +180,7 @@ class StagedStore:
         """On the copying thread: pack, launch the copy, and mark its end in the stream."""
         with torch.inference_mode():
             flat = self._pinned.get(adapter)
-            target = self._view(start, adapter.rank)
+            target = self._view(start, adapter)
             if self._stream is None:
                 target.copy_(flat)
                 return None
@@ -193,10 +193,10 @@ class StagedStore:
             self._pinned.last_copy = event
             return event
 
-    def _view(self, start: int, rank: int) -> torch.Tensor:
+    def _view(self, start: int, adapter: Adapter) -> torch.Tensor:
         assert self._packing is not None
-        size = self._packing.row_size
-        return self._memory[start * size : (start + rank) * size]
+        first = start * self._packing.row_size
+        return self._memory[first : first + self._packing.size(adapter)]
 
 
 class _PinnedAdapters:
@@ -220,8 +220,8 @@ class _PinnedAdapters:
         self.last_copy: torch.cuda.Event | None = None
 
     def get(self, adapter: Adapter) -> torch.Tensor:
-        """The packed adapter, `[rank * row_size]`; in ordinary memory if it is too large to be kept."""
-        key, size = id(adapter.weights), adapter.rank * self._packing.row_size
+        """The packed adapter, `[packing.size(adapter)]`; in ordinary memory if it is too large to be kept."""
+        key, size = id(adapter.weights), self._packing.size(adapter)
         start = self._ranges.get(key)
         if start is not None:
             return self._view(start, size)

@@ -22,6 +22,7 @@ _BytesOrNone = Annotated[
 ]
 _NumAdapters = Annotated[int, Field(ge=0, le=8)]
 _Rank = Annotated[int, Field(ge=1, le=256)]
+_AdapterKind = Literal["vocabulary", "dora"]
 
 
 @settings(slots=True)
@@ -56,6 +57,11 @@ class EngineConfig:
         captured_ranks: Ranks up to which adapters find graphs, which are captured when the engine starts: a step takes
             the smallest that none of its adapters exceeds. Beyond the largest, steps run without graphs. The first has
             graphs for steps of up to 2,048 tokens, the others for those of up to 512. Fewer make the start shorter.
+        adapter_kinds: Kinds of adapters to be ready for when the engine starts, beside LoRA between embedding and
+            output layer. "vocabulary": LoRA on these two, for which every rank takes memory as wide as the vocabulary;
+            without, such adapters are refused. "dora": DoRA runs in any case, but on a GPU without this not in CUDA
+            graphs. Either doubles the graphs of steps with adapters. None is what the pool has that the engine is
+            started with.
         enable_fused_layers: Run decoder layers of a known shape with fused kernels, where the Triton backend runs; the
             result is checked against the model's own layers when the engine starts.
         enable_async_scheduling: Launch a step before the tokens of the last one are known here; None does on a GPU.
@@ -86,11 +92,16 @@ class EngineConfig:
     captured_ranks: Annotated[
         tuple[_Rank, ...] | list[_Rank], Field(min_length=1, description="a tuple of one or more ranks of 1 to 256")
     ] = (16, 64, 256)
+    adapter_kinds: Annotated[
+        tuple[_AdapterKind, ...] | list[_AdapterKind] | None,
+        Field(description='a tuple of "vocabulary" and "dora", or None'),
+    ] = None
     enable_fused_layers: bool = True
     enable_async_scheduling: Annotated[bool | None, Field(description="True, False or None")] = None
     freeze_heap: bool = True
 
     def __post_init__(self) -> None:
         """Keep lists, as files of settings have them, as tuples: a configuration is a key."""
-        for name in ("captured_num_adapters", "captured_ranks"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("captured_num_adapters", "captured_ranks", "adapter_kinds"):
+            values = getattr(self, name)
+            object.__setattr__(self, name, values if values is None else tuple(values))

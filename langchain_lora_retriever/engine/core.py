@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from array import array
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -18,7 +20,7 @@ from langchain_lora_retriever.engine.logits_rules import LogitsRules
 from langchain_lora_retriever.engine.model.generation_defaults import GenerationDefaults
 from langchain_lora_retriever.engine.model.lora_layers import MAX_RANK
 from langchain_lora_retriever.engine.model.runner import ModelRunner
-from langchain_lora_retriever.engine.request import Request, failure
+from langchain_lora_retriever.engine.request import Request, failure, first_active
 from langchain_lora_retriever.engine.sampler import ChosenToken
 from langchain_lora_retriever.engine.scheduler import Scheduler
 from langchain_lora_retriever.engine.stats import EngineStats, StatsRecorder
@@ -26,7 +28,7 @@ from langchain_lora_retriever.errors import EngineError, InvalidRequestError, Pr
 from langchain_lora_retriever.support.shown import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from langchain_lora_retriever.engine.config import EngineConfig
     from langchain_lora_retriever.engine.generation import FinishReason
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from langchain_lora_retriever.types import Adapter, SamplingParams
 
 __all__ = ["Engine", "StepFailedError", "StepOutput"]
+
+_logger = logging.getLogger(__name__)
 
 _NUM_LOOKED_AHEAD = 8  # waiting requests whose adapters travel to the device
 _MAX_WEIGHT = torch.finfo(torch.float32).max  # of an adapter
@@ -87,13 +91,14 @@ class Engine:
     Args:
         base: The loaded model; it belongs to the engine until `close`.
         config: Limits.
+        expected: Adapters for whose kinds it prepares, where `config` does not say for which.
     """
 
-    def __init__(self, base: BaseModel, config: EngineConfig) -> None:
+    def __init__(self, base: BaseModel, config: EngineConfig, expected: Sequence[Adapter] = ()) -> None:
         self.config = config
         self._defaults = GenerationDefaults.of(base)
         self.tokenizer = base.tokenizer
-        self.runner = ModelRunner(base, config)
+        self.runner = ModelRunner(base, config, expected)
         try:
             self._make_rest(base, config)
         except BaseException:
@@ -104,7 +109,7 @@ class Engine:
         """Make what stands around the runner; the model is given back if that fails."""
         self.device = self.runner.device
         memory = self.runner.memory
-        self.module_shapes = self.runner.probe.module_shapes
+        self.module_shapes = self.runner.module_shapes
         self.max_model_len = memory.max_model_len
         self.max_num_seqs = memory.max_num_seqs
         self.store = self.runner.make_store()
@@ -114,6 +119,8 @@ class Engine:
             max_rank=MAX_RANK,
             num_rows=memory.num_lora_rows,
             max_loras=config.max_loras,
+            vocabulary=self.runner.probe.vocabulary.sides,
+            is_base_weight=self.runner.lora_layers.is_base_weight,
         )
         self.slots = AdapterSlots(self.store, max_loras=config.max_loras, num_rows=memory.num_lora_rows)
         self.kv_cache = KVCacheManager(
@@ -132,6 +139,7 @@ class Engine:
         self._ids = itertools.count()
         self._is_async = self.runner.is_async
         self._pending: PendingStep | None = None
+        self._dormant: set[str] = set()  # fingerprints of activated LoRAs that a prompt did not invoke
 
     @property
     def has_unfinished_requests(self) -> bool:
@@ -179,11 +187,14 @@ class Engine:
             [adapter for adapter, _ in adapters if not adapter.members and not self.slots.is_resident(adapter)]
         )
         ordered = sorted(adapters, key=lambda pair: pair[0].fingerprint)  # one sum, whatever order it was asked in
+        activations = tuple(first_active(adapter.invocation_tokens, token_ids) for adapter, _ in ordered)
+        self._tell_dormant([a for (a, _), first in zip(ordered, activations, strict=True) if first is None])
         return Request(
             request_id=next(self._ids),
             prompt_token_ids=token_ids,
             sampling=sampling,
             adapters=tuple(ordered),
+            activations=activations,
             detokenizer=Detokenizer(
                 self.tokenizer,
                 sampling.stop,
@@ -195,9 +206,30 @@ class Engine:
             max_num_tokens=max_num_tokens,
         )
 
-    def to_average(self, request: Request) -> list[Adapter]:
-        """The request's fusions that are not in device memory: they are averaged before others wait for them."""
-        return [adapter for adapter, _ in request.adapters if adapter.members and not self.slots.is_resident(adapter)]
+    def preparations(self, request: Request) -> list[Callable[[], object]]:
+        """What is to be computed of the request's adapters before others wait for it; the results are to be held.
+
+        Of those that are not in device memory: fusions are averaged, and DoRA's gains worked out.
+        """
+        layers = self.runner.lora_layers
+        missing = [adapter for adapter, _ in request.adapters if not self.slots.is_resident(adapter)]
+        return [
+            *(partial(dict, adapter.weights) for adapter in missing if adapter.members),
+            *(partial(layers.prepare, adapter) for adapter in missing if not layers.is_prepared(adapter)),
+        ]
+
+    def _tell_dormant(self, adapters: Sequence[Adapter]) -> None:
+        """Say once of an activated LoRA that a prompt does not invoke it."""
+        for adapter in adapters:
+            if adapter.fingerprint not in self._dormant:
+                self._dormant.add(adapter.fingerprint)
+                _logger.warning(
+                    "adapter %r is an activated LoRA, and its invocation tokens %s do not occur in a prompt it was "
+                    "chosen for: the base model answers, as with PEFT. Put %r where it is to be active.",
+                    adapter.name,
+                    list(adapter.invocation_tokens),
+                    self.tokenizer.decode(list(adapter.invocation_tokens)),
+                )
 
     def add(self, request: Request) -> None:
         """Queue a request made by `make_request`."""

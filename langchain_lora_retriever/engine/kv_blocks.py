@@ -1,7 +1,9 @@
 """Bookkeeping of the paged KV cache: which block holds which tokens, and for whom.
 
 No tensors live here; `attention.py` holds them. A full block is known by a hash chain over its tokens that starts
-from the request's composition salt, so a prefix is shared only between requests that run the same adapters.
+from the salt of the adapters that run for the first token, and takes in another where other adapters begin to run. So a
+prefix is shared only between requests that run the same adapters for each of its tokens, and what comes before the
+invocation of an activated LoRA is the base model's.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ class KVCacheManager:
         """
         assert not request.block_ids
         num_matchable = (request.num_tokens - 1) // self.block_size if self._enable_prefix_caching else 0
-        parent = request.salt
+        parent = request.salts[0]
         for index in range(num_matchable):
             parent = self._hash(parent, request, index)
             block = self._block_by_hash.get(parent)
@@ -80,7 +82,7 @@ class KVCacheManager:
             return
         num_known = min(request.num_computed_tokens, request.num_known_tokens)
         for index in range(len(request.block_hashes), num_known // self.block_size):
-            parent = request.block_hashes[-1] if request.block_hashes else request.salt
+            parent = request.block_hashes[-1] if request.block_hashes else request.salts[0]
             block_hash = self._hash(parent, request, index)
             request.block_hashes.append(block_hash)
             block = request.block_ids[index]
@@ -118,5 +120,10 @@ class KVCacheManager:
         assert {b: h for h, b in self._block_by_hash.items()} == self._hash_by_block, "hash tables disagree"
 
     def _hash(self, parent: bytes, request: Request, index: int) -> bytes:
-        tokens = request.tokens_between(index * self.block_size, (index + 1) * self.block_size)
-        return hashlib.blake2b(parent + array("q", tokens).tobytes(), digest_size=16).digest()
+        begin, end = index * self.block_size, (index + 1) * self.block_size
+        digest = hashlib.blake2b(parent + array("q", request.tokens_between(begin, end)).tobytes(), digest_size=16)
+        if len(request.salts) > 1:
+            for first, salt in request.salts.items():
+                if first and begin <= first < end:
+                    digest.update((first - begin).to_bytes(4, "little") + salt)
+        return digest.digest()

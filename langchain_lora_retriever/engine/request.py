@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from langchain_lora_retriever.engine.logits_rules import LogitsRules
     from langchain_lora_retriever.types import Adapter, SamplingParams
 
-__all__ = ["Constraint", "Request", "composition_salt", "failure"]
+__all__ = ["Constraint", "Request", "composition_salt", "failure", "first_active"]
 
 
 class Constraint(Protocol):
@@ -66,6 +66,27 @@ def composition_salt(adapters: Sequence[tuple[Adapter, float]]) -> bytes:
     return digest.digest()
 
 
+def first_active(invocation_tokens: Sequence[int], prompt_token_ids: Sequence[int]) -> int | None:
+    """The first token of a prompt that runs an adapter: where its invocation begins for the last time.
+
+    Args:
+        invocation_tokens: The adapter's; none if it is active from the beginning.
+        prompt_token_ids: The prompt. What is generated behind it changes nothing.
+
+    Returns:
+        An index; None if the prompt does not invoke the adapter, so that no token of the request runs it.
+
+    Source: `peft.tuners.lora.variants.calculate_alora_offsets`.
+    """
+    wanted, num = list(invocation_tokens), len(invocation_tokens)
+    if not wanted:
+        return 0
+    for first in range(len(prompt_token_ids) - num, -1, -1):
+        if prompt_token_ids[first] == wanted[0] and list(prompt_token_ids[first : first + num]) == wanted:
+            return first
+    return None
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """A generation on its way through the engine. Only the engine's thread touches it after submission.
@@ -75,11 +96,13 @@ class Request:
         prompt_token_ids: The prompt, at least one token.
         sampling: How tokens are chosen and when to stop.
         adapters: `(adapter, weight)` pairs; empty runs the base model.
+        activations: The first token that runs each of them, by `first_active`; all from the first one on by default.
         constraint: Grammar of the answer, if any.
         rules: Penalties and bans, if there are any.
         end_token_ids: Tokens that end it.
         seed: Seed of its random choices.
-        salt: Root of its prefix-cache hash chain.
+        states: From which token on which of its adapters run: `(first token, indices of adapters)`, ascending from 0.
+        salts: What identifies each of these states where KV is computed, by its first token.
         output_token_ids: Tokens generated so far.
         max_num_tokens: Prompt and answer together end here at the latest.
         num_computed_tokens: Leading tokens whose KV is in the cache, or will be once the launched steps are done.
@@ -99,12 +122,14 @@ class Request:
     sampling: SamplingParams
     adapters: tuple[tuple[Adapter, float], ...]
     detokenizer: Detokenizer
+    activations: tuple[int | None, ...] = ()
     constraint: Constraint | None = None
     rules: LogitsRules | None = None
     end_token_ids: frozenset[int] = frozenset()
     max_num_tokens: int = sys.maxsize
     seed: int = 0
-    salt: bytes = b""
+    states: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    salts: dict[int, bytes] = field(default_factory=dict)
     output_token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     num_computed_tokens: int = 0
@@ -119,9 +144,15 @@ class Request:
     arrival: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        """Fix the seed and the salt for its whole life."""
+        """Fix the seed, and what its adapters do to which tokens, for its whole life."""
         self.seed = secrets.randbits(62) if self.sampling.seed is None else self.sampling.seed
-        self.salt = composition_salt(self.adapters)
+        firsts = self.activations or (0,) * len(self.adapters)
+        changes = sorted({0, *(first for first in firsts if first is not None)})
+        self.states = tuple(
+            (change, tuple(i for i, first in enumerate(firsts) if first is not None and first <= change))
+            for change in changes
+        )
+        self.salts = {change: composition_salt([self.adapters[i] for i in active]) for change, active in self.states}
 
     @property
     def num_tokens(self) -> int:

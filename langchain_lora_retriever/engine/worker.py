@@ -58,16 +58,23 @@ class EngineWorker:
         base: The loaded model; it belongs to the engine until `close`.
         config: Limits.
         compiler: Compiles grammars; by default the tokenizer's, which others share.
+        expected: Adapters that it is likely to run: it prepares for their kinds, where `config.adapter_kinds` does not
+            say for which. Others may come and these may not.
 
     Raises:
         EngineError: If the architecture or the memory does not allow serving.
     """
 
     def __init__(
-        self, base: BaseModel, config: EngineConfig | None = None, *, compiler: GrammarCompiler | None = None
+        self,
+        base: BaseModel,
+        config: EngineConfig | None = None,
+        *,
+        compiler: GrammarCompiler | None = None,
+        expected: Sequence[Adapter] = (),
     ) -> None:
         self.config = config or EngineConfig()
-        self.core = Engine(base, self.config)
+        self.core = Engine(base, self.config, expected)
         self._compiler = compiler or compiler_of(base.tokenizer)
         names = {base.name, str(base.model.config.name_or_path or "")}
         self.info = EngineInfo(
@@ -82,7 +89,7 @@ class EngineWorker:
         self._inbox: deque[Callable[[], None]] = deque()
         self._news = threading.Condition()
         self._arriving: set[Generation] = set()  # submitted, and not with the scheduler yet
-        self._averager = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lora-averager")
+        self._preparer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lora-preparer")
         self._num_failed_steps = 0  # one after the other
         self._is_closing = False
         self._is_exiting = False
@@ -132,16 +139,16 @@ class EngineWorker:
         self._submitted.add(generation)
         try:
             compiled = None if grammar is None else self._compiler.start(grammar)
-            averages = [self._averager.submit(dict, a.weights) for a in self.core.to_average(request)]
+            prepared = [self._preparer.submit(prepare) for prepare in self.core.preparations(request)]
         except BaseException as error:
             with self._news:
                 self._arriving.discard(generation)
-            if isinstance(error, RuntimeError) and self._is_closing:  # the averager has just been shut down
+            if isinstance(error, RuntimeError) and self._is_closing:  # the preparer has just been shut down
                 raise self._dead() from error
             raise
         _when_done(
-            [*averages, *([compiled] if compiled else [])],
-            lambda: self._arrive(request, generation, averages, compiled),
+            [*prepared, *([compiled] if compiled else [])],
+            lambda: self._arrive(request, generation, prepared, compiled),
         )
         return generation
 
@@ -253,16 +260,16 @@ class EngineWorker:
         self,
         request: Request,
         generation: Generation,
-        averages: Sequence[Future[Any]],
+        prepared: Sequence[Future[Any]],
         compiled: Future[CompiledGrammar] | None,
     ) -> None:
         """Give a request to the scheduler, all that it waited for being done; called by whatever thread did the last.
 
-        It holds the averages until then, so that they are still kept where the adapter is packed.
+        It holds what was prepared until then, so that it is still kept where the adapter is packed.
         """
         try:
-            for average in averages:
-                average.result()
+            for result in prepared:
+                result.result()
             if compiled is not None:
                 limit = request.max_num_tokens - len(request.prompt_token_ids)
                 request.constraint = compiled.result().constraint(fit=limit)
@@ -376,7 +383,7 @@ class EngineWorker:
             self._arriving.clear()
         for generation in generations:
             generation.fail(error)
-        self._averager.shutdown(wait=False, cancel_futures=True)
+        self._preparer.shutdown(wait=False, cancel_futures=True)
 
 
 def _when_done(futures: Sequence[Future[Any]], action: Callable[[], None]) -> None:

@@ -26,6 +26,7 @@ from langchain_lora_retriever.pool.file_weights import (
     MAX_WEIGHTS_BYTES,
     FileWeights,
     Layout,
+    ModuleLayout,
     TensorSpec,
     hash_of,
     parse_header,
@@ -44,21 +45,19 @@ if TYPE_CHECKING:
 
     from langchain_lora_retriever.pool.regular_files import AdapterFolder, RegularFile
 
-__all__ = [
-    "CONFIG_FILE",
-    "MAX_CONFIG_BYTES",
-    "PICKLE_FILE",
-    "WEIGHTS_FILE",
-    "adapter_of",
-    "read_adapter",
-    "renamed",
-]
+__all__ = ["CONFIG_FILE", "MAX_CONFIG_BYTES", "PICKLE_FILE", "WEIGHTS_FILE", "adapter_of", "read_adapter", "renamed"]
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 _PREFIX = "base_model.model."
 _COMPILED = re.compile(r"(?:(?<=\.)|^)_orig_mod\.")
-_KEY = re.compile(r"base_model\.model\.([^\x00-\x1f\x7f\ud800-\udfff]{1,512})\.(lora_[AB])(?:\.default)?\.weight")
+_KEY = re.compile(
+    r"base_model\.model\.([^\x00-\x1f\x7f\ud800-\udfff]{1,512})\."
+    r"(?:(lora_[AB])(?:\.default)?\.weight|(lora_embedding_[AB])(?:\.default)?"
+    r"|(lora_magnitude_vector)(?:\.default)?(?:\.weight)?|(base_layer)\.weight)"
+)
+_BASE_WEIGHT = "base_layer"
+_MAGNITUDE = "lora_magnitude_vector"
 _ADVICE = "An adapter is a folder that PEFT's save_pretrained() writes."
 _MAX_CONTAINERS = 10_000
 MAX_CONFIG_BYTES = 4 << 20
@@ -86,7 +85,7 @@ def read_adapter(
         The adapter, its weights in the file.
 
     Raises:
-        UnsupportedAdapterError: If it needs what is not honoured here (DoRA, modules_to_save, bias, pickle).
+        UnsupportedAdapterError: If it needs what is not honoured here (modules_to_save, bias, pickle).
         InvalidAdapterError: If files are missing or corrupt, tensors disagree, or the base model is another.
     """
     path = Path(path)
@@ -126,6 +125,7 @@ def adapter_of(
         base_model=made_for,
         path=folder.path,
         is_target=partial(layout.config.is_target, where=where),
+        invocation_tokens=layout.config.invocation_tokens,
     )
 
 
@@ -178,49 +178,69 @@ def _layout_of(file: RegularFile, config: AdapterConfig, where: str) -> Layout:
 
 
 def _make_layout(tensors: Mapping[str, TensorSpec], layout: Layout, where: str) -> Layout:
-    """Pair the tensors of the file, and check them against the configuration and against each other."""
-    pairs: dict[str, dict[str, TensorSpec]] = {}
+    """Gather the tensors of each module, and check them against the configuration and against each other."""
+    modules: dict[str, dict[str, TensorSpec]] = {}
     for key, spec in tensors.items():
-        module, side = _split_key(key, where)
-        _check_tensor(key, spec, where)
-        if side in pairs.setdefault(module, {}):
-            raise InvalidAdapterError(f"{where}: {WEIGHTS_FILE} holds two {side} of {module!r}.")
-        pairs[module][side] = spec
-    if not pairs:
+        module, part = _split_key(key, where)
+        _check_tensor(key, spec, 1 if part == _MAGNITUDE else 2, where)
+        if part in modules.setdefault(module, {}):
+            raise InvalidAdapterError(f"{where}: {WEIGHTS_FILE} holds two {part} of {module!r}.")
+        modules[module][part] = spec
+    if not modules:
         raise InvalidAdapterError(f"{where}: {WEIGHTS_FILE} holds no tensors.")
-    for module, sides in pairs.items():
-        if len(sides) != 2:
-            met, missing = ("lora_A", "lora_B") if "lora_A" in sides else ("lora_B", "lora_A")
-            raise InvalidAdapterError(f"{where}: {module!r} has a {met} but no {missing}.")
-        lora_A, lora_B = sides["lora_A"], sides["lora_B"]
-        r, scaling = layout.config.rank_and_scaling(module, where)
-        if lora_A.shape[0] != r or lora_B.shape[1] != r:
-            raise InvalidAdapterError(
-                f"{where}: {module!r} has lora_A {list(lora_A.shape)} and lora_B {list(lora_B.shape)}, but the "
-                f"configuration gives it rank {r}: allowed are [{r}, in_features] and [out_features, {r}]."
-            )
-        if lora_A.dtype != lora_B.dtype:
-            raise InvalidAdapterError(f"{where}: {module!r} has lora_A in {lora_A.dtype} but lora_B in {lora_B.dtype}.")
-        layout[module] = (lora_A, lora_B, scaling)
+    for module, parts in modules.items():
+        base_weight = parts.pop(_BASE_WEIGHT, None)
+        if base_weight is not None:
+            layout.base_weights[module] = base_weight
+        layout[module] = _module_layout(module, parts, layout.config, where)
     return layout
 
 
+def _module_layout(module: str, parts: Mapping[str, TensorSpec], config: AdapterConfig, where: str) -> ModuleLayout:
+    sides = ("lora_embedding_A", "lora_embedding_B") if "lora_embedding_A" in parts else ("lora_A", "lora_B")
+    missing = [side for side in sides if side not in parts]
+    strange = parts.keys() - {*sides, _MAGNITUDE}
+    if missing or strange:
+        met = min(strange) if strange else next(iter(parts), _BASE_WEIGHT)
+        raise InvalidAdapterError(f"{where}: {module!r} has a {met} but no {(missing or ['lora_embedding_A'])[0]}.")
+    lora_A, lora_B = (parts[side] for side in sides)
+    magnitude = parts.get(_MAGNITUDE)
+    r, scaling = config.rank_and_scaling(module, where)
+    if lora_A.shape[0] != r or lora_B.shape[1] != r:
+        raise InvalidAdapterError(
+            f"{where}: {module!r} has lora_A {list(lora_A.shape)} and lora_B {list(lora_B.shape)}, but the "
+            f"configuration gives it rank {r}: allowed are [{r}, in_features] and [out_features, {r}]."
+        )
+    if lora_A.dtype != lora_B.dtype:
+        raise InvalidAdapterError(f"{where}: {module!r} has lora_A in {lora_A.dtype} but lora_B in {lora_B.dtype}.")
+    if config.is_dora and (magnitude is None or magnitude.shape != (lora_B.shape[0],)):
+        met = "has none" if magnitude is None else f"has {list(magnitude.shape)}"
+        raise InvalidAdapterError(
+            f"{where} is a DoRA adapter (use_dora), so {module!r} needs a {_MAGNITUDE} [{lora_B.shape[0]}], but {met}. "
+            "Save it again with save_pretrained()."
+        )
+    if magnitude is not None and not config.is_dora:
+        raise InvalidAdapterError(
+            f"{where}: {module!r} has a {_MAGNITUDE}, but the configuration does not say use_dora; PEFT would ignore "
+            "it. Set use_dora to true if it was trained as DoRA."
+        )
+    return ModuleLayout(lora_A, lora_B, scaling, magnitude)
+
+
 def _split_key(key: str, where: str) -> tuple[str, str]:
-    """`base_model.model.<module>.lora_A.weight` -> (`<module>`, `lora_A`).
+    """`base_model.model.<module>.lora_A.weight` -> (`<module>`, `lora_A`); of an embedding `.lora_embedding_A` too.
 
     A model that was compiled leaves `_orig_mod.` in its modules' names, a state dict saved by hand the adapter's name.
     """
     match = _KEY.fullmatch(_COMPILED.sub("", key))
     if match is not None:
-        return match[1], match[2]
-    if ".lora_embedding_" in key:
-        raise UnsupportedAdapterError(f"{where} adapts an embedding ({shown(key)}); only linear modules can be.")
-    if ".lora_magnitude_vector" in key:
-        raise UnsupportedAdapterError(f"{where} is a DoRA adapter ({shown(key)}), which is not honoured here.")
+        module, *parts = match.groups()
+        return module, next(filter(None, parts))
     if key.startswith(_PREFIX) and ".lora_" not in key:
         raise UnsupportedAdapterError(
             f"{where} brings whole weights of the base model ({shown(key)}), which is not honoured here. "
-            "Train without modules_to_save, bias and resized embeddings."
+            "Train without modules_to_save, bias and resized embeddings, or merge it into the base model "
+            "(merge_and_unload) and serve that."
         )
     raise InvalidAdapterError(
         f"{where}: {WEIGHTS_FILE} holds {shown(key)}; allowed are {_PREFIX}<module>.lora_A.weight and "
@@ -228,15 +248,15 @@ def _split_key(key: str, where: str) -> tuple[str, str]:
     )
 
 
-def _check_tensor(key: str, spec: TensorSpec, where: str) -> None:
+def _check_tensor(key: str, spec: TensorSpec, num_dims: int, where: str) -> None:
     if spec.dtype not in DTYPES:
         raise UnsupportedAdapterError(f"{where}: {shown(key)} is {spec.dtype}; allowed are {', '.join(DTYPES)}.")
     if 0 in spec.shape:
         raise InvalidAdapterError(f"{where}: {shown(key)} has shape {shown(list(spec.shape))}, which holds no numbers.")
-    if len(spec.shape) != 2:
+    if len(spec.shape) != num_dims:
         raise UnsupportedAdapterError(
-            f"{where}: {shown(key)} has shape {shown(list(spec.shape))} (a convolution?); only linear modules can be "
-            "adapted."
+            f"{where}: {shown(key)} has shape {shown(list(spec.shape))} (a convolution?); only linear modules and "
+            "embeddings can be adapted."
         )
 
 
@@ -245,12 +265,13 @@ def _checked_hash(file: RegularFile, layout: Layout, where: str) -> str:
 
     The file is read piece by piece, in the order in which tensors lie.
     """
-    sides = [(spec, module, side) for module, (*pair, _) in layout.items() for side, spec in enumerate(pair)]
-    largest: dict[str, list[float]] = {module: [0.0, 0.0] for module in layout}
+    parts = [(spec, module, name) for module, of_module in layout.items() for name, spec in of_module.tensors.items()]
+    parts += [(spec, module, _BASE_WEIGHT) for module, spec in layout.base_weights.items()]
+    largest: dict[str, dict[str, float]] = {module: {} for module in layout}
     start = file.identity.num_bytes - layout.num_bytes
 
     def pieces() -> Iterator[NDArray[np.uint8]]:
-        for spec, module, side in sorted(sides, key=lambda item: item[0].offset):
+        for spec, module, name in sorted(parts, key=lambda item: item[0].offset):
             dtype = DTYPES[spec.dtype]
             stop = spec.offset + math.prod(spec.shape) * dtype.itemsize
             for offset in range(spec.offset, stop, CHUNK_BYTES):
@@ -258,20 +279,24 @@ def _checked_hash(file: RegularFile, layout: Layout, where: str) -> str:
                 file.read_into(piece.data, start + offset)
                 met = _largest(torch.from_numpy(piece).view(dtype))
                 if not math.isfinite(met):
-                    name = ("lora_A", "lora_B")[side]
                     raise InvalidAdapterError(f"{where}: {name} of {module!r} holds NaN or infinite values.")
-                largest[module][side] = max(largest[module][side], met)
+                largest[module][name] = max(largest[module].get(name, 0.0), met)
                 yield piece
 
     fingerprint = hash_of(layout, pieces())
     limit = math.sqrt(torch.finfo(torch.float32).max)
-    for module, (largest_A, largest_B) in largest.items():
-        scaling = layout[module][2]
-        if abs(scaling) > limit or largest_A * largest_B * abs(scaling) > limit:
+    for module, met in largest.items():
+        scaling = layout[module].scaling
+        if abs(scaling) > limit or met["lora_A"] * met["lora_B"] * abs(scaling) > limit:
             raise InvalidAdapterError(
-                f"{where}: {module!r} overflows: the largest of lora_A is {largest_A:.3g}, of lora_B {largest_B:.3g}, "
-                f"and the scaling is {scaling:.3g}. Neither it nor their product may exceed {limit:.3g}, whose "
-                "square float32 holds. Train it anew, with a smaller lora_alpha or learning rate."
+                f"{where}: {module!r} overflows: the largest of lora_A is {met['lora_A']:.3g}, of lora_B "
+                f"{met['lora_B']:.3g}, and the scaling is {scaling:.3g}. Neither it nor their product may exceed "
+                f"{limit:.3g}, whose square float32 holds. Train it anew, with a smaller lora_alpha or learning rate."
+            )
+        if met.get(_MAGNITUDE, 0.0) > limit:
+            raise InvalidAdapterError(
+                f"{where}: {module!r} overflows: the largest of {_MAGNITUDE} is {met[_MAGNITUDE]:.3g}; allowed is "
+                f"{limit:.3g}, whose square float32 holds. Train it anew."
             )
     return fingerprint
 

@@ -12,6 +12,7 @@ import math
 import sys
 import weakref
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from langchain_lora_retriever.support.shown import shown
 from langchain_lora_retriever.types import LoraWeights
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -35,6 +37,7 @@ __all__ = [
     "MAX_WEIGHTS_BYTES",
     "FileWeights",
     "Layout",
+    "ModuleLayout",
     "TensorSpec",
     "hash_of",
     "parse_header",
@@ -115,18 +118,42 @@ def _tensor_spec(name: str, entry: Any) -> tuple[TensorSpec, int]:
     return TensorSpec(begin, tuple(shape), dtype), end
 
 
-class Layout(dict[str, tuple[TensorSpec, TensorSpec, float]]):
-    """Where each module's `lora_A` and `lora_B` lie, and its scaling; can be weakly referenced.
+class ModuleLayout(NamedTuple):
+    """Where a module's tensors lie, and its scaling; `magnitude` is DoRA's."""
+
+    lora_A: TensorSpec
+    lora_B: TensorSpec
+    scaling: float
+    magnitude: TensorSpec | None = None
+
+    @property
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Its tensors by what they are."""
+        tensors = {"lora_A": self.lora_A, "lora_B": self.lora_B, "lora_magnitude_vector": self.magnitude}
+        return {name: spec for name, spec in tensors.items() if spec is not None}
+
+    def view(self, look: Callable[[TensorSpec], torch.Tensor]) -> LoraWeights:
+        """The module's weights, each tensor as `look` sees it."""
+        magnitude = None if self.magnitude is None else look(self.magnitude)
+        return LoraWeights(look(self.lora_A), look(self.lora_B), self.scaling, magnitude)
+
+
+class Layout(dict[str, ModuleLayout]):
+    """Where each module's tensors lie; can be weakly referenced.
 
     Args:
         num_bytes: Size of the data section.
         config: The configuration that it was checked against.
+
+    Attributes:
+        base_weights: Where weights of the base model's own lie, by module.
     """
 
     def __init__(self, num_bytes: int, config: AdapterConfig) -> None:
         super().__init__()
         self.num_bytes = num_bytes
         self.config = config
+        self.base_weights: dict[str, TensorSpec] = {}
 
 
 class _Shapes(Mapping[str, LoraWeights]):
@@ -136,8 +163,7 @@ class _Shapes(Mapping[str, LoraWeights]):
         self._layout = layout
 
     def __getitem__(self, module: str) -> LoraWeights:
-        lora_A, lora_B, scaling = self._layout[module]
-        return LoraWeights(_meta(lora_A), _meta(lora_B), scaling)
+        return self._layout[module].view(_meta)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layout)
@@ -207,9 +233,25 @@ class FileWeights(Mapping[str, LoraWeights]):
             KeyError: If the adapter does not adapt it.
             InvalidAdapterError: If the file is not the one that was read any more.
         """
-        lora_A, lora_B, scaling = self._layout[module]
+        layout = self._layout[module]
+        return layout.view(partial(_view, torch.from_numpy(self._read())))
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether each module has a magnitude."""
+        return self._layout.config.is_dora
+
+    @property
+    def base_weights(self) -> Mapping[str, torch.Tensor]:
+        """See `Adapter.base_weights`.
+
+        Raises:
+            InvalidAdapterError: If the file is not the one that was read any more.
+        """
+        if not self._layout.base_weights:
+            return {}
         data = torch.from_numpy(self._read())
-        return LoraWeights(_view(data, lora_A), _view(data, lora_B), scaling)
+        return {module: _view(data, spec) for module, spec in self._layout.base_weights.items()}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layout)
@@ -262,14 +304,19 @@ class FileWeights(Mapping[str, LoraWeights]):
 
 
 def hash_of(layout: Layout, pieces: Any) -> str:
-    """Sha256 of layout, scalings and every byte of the data section, which comes in pieces."""
-    plain = sorted(
-        (module, (tuple(lora_A), tuple(lora_B), scaling)) for module, (lora_A, lora_B, scaling) in layout.items()
-    )
+    """Sha256 of layout, scalings, invocation and every byte of the data section, which comes in pieces."""
+    plain: list[Any] = sorted((module, _plain(of_module)) for module, of_module in layout.items())
+    if layout.config.invocation_tokens:
+        plain.append(layout.config.invocation_tokens)
     digest = hashlib.sha256(repr(plain).encode())
     for piece in pieces:
         digest.update(piece)
     return digest.hexdigest()
+
+
+def _plain(module: ModuleLayout) -> tuple[Any, ...]:
+    magnitude = () if module.magnitude is None else (tuple(module.magnitude),)
+    return (tuple(module.lora_A), tuple(module.lora_B), module.scaling, *magnitude)
 
 
 def _view(data: torch.Tensor, spec: TensorSpec) -> torch.Tensor:

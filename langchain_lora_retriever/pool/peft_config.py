@@ -30,31 +30,37 @@ _LARGEST_RANK = 1 << 20
 
 # Fields that may hold any value: they are honoured here, or have done their work once training is over.
 _FREE_FIELDS = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config",
+    "alora_invocation_tokens", "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config",
     "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
     "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type",
     "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules",
-    "task_type", "use_rslora",
+    "task_type", "use_dora", "use_rslora",
 }  # fmt: skip
 _KNOWN_AS = {
-    "use_dora": "DoRA",
     "use_qalora": "QALoRA",
     "use_bdlora": "block-diagonal LoRA",
-    "alora_invocation_tokens": "aLoRA",
     "fan_in_fan_out": "transposed (Conv1D) weights",
     "kasa_config": "KaSA",
     "monteclora_config": "MonteCLoRA",
     "velora_config": "VeLoRA",
     "arrow_config": "Arrow routing",
     "modules_to_save": "fully trained modules",
+    "bias": "trained biases",
+    "lora_bias": "a bias of lora_B",
+    "trainable_token_indices": "fully trained tokens",
+    "target_parameters": "LoRA on parameters that are no modules, as a mixture's experts are",
+    "layer_replication": "repeated layers",
 }
+_MERGE = "merge it into the base model (PeftModel.merge_and_unload) and serve that"
+_LARGEST_TOKEN_ID = 1 << 31
+_MAX_INVOCATION_TOKENS = 1024
 # These initialisations change the base model's weights, so the adapter is only right on the changed base.
 _REBASING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 # What is read of a configuration, and handed to PEFT to be checked.
 _USED_FIELDS = (
     "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
-    "rank_pattern", "alpha_pattern", "base_model_name_or_path",
+    "rank_pattern", "alpha_pattern", "base_model_name_or_path", "use_dora", "alora_invocation_tokens",
 )  # fmt: skip
 _NUMBERS = ("r", "lora_alpha")
 
@@ -68,6 +74,8 @@ class AdapterConfig:
 
     Attributes:
         base_model: The base model it names, if any.
+        is_dora: Whether each of its modules has a magnitude.
+        invocation_tokens: Token ids from whose last occurrence on it is active; empty: from the first token on.
         recipe: Json of all that it says; the order of `target_modules` and `exclude_modules` alone does not count.
 
     Raises:
@@ -82,10 +90,12 @@ class AdapterConfig:
         given = {key: raw[key] for key in _USED_FIELDS if key in raw and (raw[key] is not None or key in _NUMBERS)}
         _check_kinds(given, where)
         try:
-            config = LoraConfig(**given)
+            config = LoraConfig(**{key: value for key, value in given.items() if key != "alora_invocation_tokens"})
         except Exception as error:  # whatever it is, it is PEFT's word on this configuration
             raise InvalidAdapterError(f"{where}: PEFT refuses {CONFIG_FILE}: {shown(error)}") from error
         self.base_model: str | None = given.get("base_model_name_or_path") or None
+        self.is_dora: bool = given.get("use_dora", False)
+        self.invocation_tokens: tuple[int, ...] = tuple(given.get("alora_invocation_tokens", ()))
         unordered = ("target_modules", "exclude_modules")
         self.recipe = json.dumps(
             {key: sorted(v) if key in unordered and isinstance(v, list) else v for key, v in raw.items()}
@@ -181,10 +191,6 @@ class AdapterConfig:
         return match is not None and int(match["idx"]) in _as_list(layers)
 
 
-def _unmatched(error: PatternError, where: str) -> InvalidAdapterError:
-    return InvalidAdapterError(f"{where}: {CONFIG_FILE} has a pattern that cannot be matched: {error}.")
-
-
 class _Lookup:
     """`rank_pattern` or `alpha_pattern`: the value of the first key that matches a module, as PEFT has it."""
 
@@ -242,14 +248,17 @@ def _is_finite(value: object) -> bool:
 
 def _refuse_unsupported(raw: Mapping[str, Any], where: str) -> None:
     if raw.get("peft_type") != "LORA":
-        raise UnsupportedAdapterError(f"{where}: peft_type is {shown(raw.get('peft_type'))}, only 'LORA' is honoured.")
+        raise UnsupportedAdapterError(
+            f"{where}: peft_type is {shown(raw.get('peft_type'))}; only 'LORA' is honoured. Train LoRA, turn it into "
+            f"LoRA where PEFT can (peft.save_as_lora), or {_MERGE}."
+        )
     fields = {field.name: field for field in dataclasses.fields(LoraConfig)}
     for key, value in raw.items():
-        if key not in _FREE_FIELDS and value not in (_default(fields.get(key)), None, False, "", [], {}):
+        if key not in _FREE_FIELDS and value != _default(fields.get(key)) and not _says_nothing(key, value, fields):
             also = f" ({_KNOWN_AS[key]})" if key in _KNOWN_AS else ""
             raise UnsupportedAdapterError(
                 f"{where} needs {shown(key)[1:-1]}={shown(value)}{also}, which is not honoured here. "
-                "Train it without, or merge it into the base model."
+                f"Train it without, or {_MERGE}."
             )
     init = str(shown(raw.get("init_lora_weights", True))).lower().strip("'")
     if init.startswith(_REBASING_INITS):
@@ -257,6 +266,14 @@ def _refuse_unsupported(raw: Mapping[str, Any], where: str) -> None:
             f"{where} has init_lora_weights={init!r}, which changes the base model's weights. Save it again "
             "with save_pretrained(..., path_initial_model_for_weight_conversion=...), which makes it plain LoRA."
         )
+
+
+def _says_nothing(key: str, value: object, fields: Mapping[str, Any]) -> bool:
+    """Whether a field is empty or off; of one that PEFT does not know yet, whether all of its own fields are."""
+    nothing: tuple[object, ...] = (None, False, "", [], {})
+    if key not in fields and isinstance(value, dict):
+        return all(part in nothing for part in value.values())
+    return value in nothing
 
 
 def _default(field: dataclasses.Field[Any] | None) -> Any:
@@ -286,6 +303,15 @@ def _check_kinds(given: Mapping[str, Any], where: str) -> None:
         "rank_pattern": (lambda value: isinstance(value, dict), "an object"),
         "alpha_pattern": (lambda value: isinstance(value, dict), "an object"),
         "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
+        "use_dora": (lambda value: isinstance(value, bool), "true or false"),
+        "alora_invocation_tokens": (
+            lambda value: (
+                isinstance(value, list)
+                and len(value) <= _MAX_INVOCATION_TOKENS
+                and all(is_layer(token) and 0 <= token < _LARGEST_TOKEN_ID for token in value)
+            ),
+            f"a list of up to {_MAX_INVOCATION_TOKENS} token ids",
+        ),
         "base_model_name_or_path": (
             lambda value: is_name(value) and len(value) <= _MAX_BASE_MODEL_LENGTH and value.isprintable(),
             f"a string of up to {_MAX_BASE_MODEL_LENGTH} printable characters",

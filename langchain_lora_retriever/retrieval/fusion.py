@@ -95,6 +95,9 @@ class FusionCache:
         """`fuse`, or what it returned for adapters of the same content and weights."""
         if not adapters:
             raise InvalidRequestError("adapters=[] is not allowed: pass at least one adapter to fuse.")
+        if len(adapters) == 1 and adapters[0][0].is_dora and adapters[0][1] == 1:
+            return adapters[0][0]
+        invocation_tokens = _check_kinds([adapter for adapter, _ in adapters])
         members = tuple(
             sorted(adapters, key=lambda pair: (pair[0].fingerprint, pair[1]))
         )  # sums do not depend on order
@@ -108,6 +111,7 @@ class FusionCache:
                     weights=FusedWeights(key, members, self),
                     base_model=members[0][0].base_model,
                     members=members,
+                    invocation_tokens=invocation_tokens,
                 )
             self._recipes.move_to_end(key)
             while len(self._recipes) > _MAX_RECIPES:
@@ -160,7 +164,8 @@ def fuse(adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
 
     Semantics:
         lora_A = sum_j w_j A_j,  lora_B = sum_j w_j s_j B_j,  scaling = 1, in every module that any of them adapts.
-        Where an adapter lacks a module it contributes zeros; smaller ranks are padded with zeros.
+        Where an adapter lacks a module it contributes zeros; smaller ranks are padded with zeros. Activated LoRAs can
+        be averaged if the same tokens invoke them; DoRA cannot be, but for one alone with weight 1, which is itself.
 
     Nothing is computed yet: the numbers are made when `weights` are first asked for, by whoever asks, and kept while
     there is room. What is wrong with a member is told then.
@@ -172,9 +177,29 @@ def fuse(adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
         An adapter in float32 whose fingerprint follows from the members' fingerprints and weights.
 
     Raises:
-        InvalidRequestError: If there is no adapter.
+        InvalidRequestError: If there is no adapter, one of several is DoRA, or they are invoked by different tokens.
     """
     return _FUSIONS.fuse(adapters)
+
+
+def _check_kinds(adapters: Sequence[Adapter]) -> tuple[int, ...]:
+    """The tokens that invoke adapters which can be averaged; none if they are active from the first token on."""
+    dora = [adapter.name for adapter in adapters if adapter.is_dora]
+    if dora:
+        raise InvalidRequestError(
+            f"{dora[0]!r} is DoRA and cannot be fused: its magnitudes belong to the direction that its own factors "
+            'give the base weight, and an average has another. Use composition="mixture", which adds what each adapter '
+            "changes, or leave it out (exclude_adapters)."
+        )
+    invocations = {adapter.invocation_tokens for adapter in adapters}
+    if len(invocations) > 1:
+        names = ", ".join(repr(adapter.name) for adapter in adapters)
+        raise InvalidRequestError(
+            f"The adapters {names} cannot be fused: they are invoked by different tokens "
+            f"({', '.join(str(list(tokens)) for tokens in sorted(invocations))}; [] is active from the beginning), "
+            'and an average is active everywhere or nowhere. Use composition="mixture".'
+        )
+    return invocations.pop()
 
 
 def _are_same(known: Members, members: Members) -> bool:

@@ -26,6 +26,7 @@ import transformers
 from engine_gpu.bench import DEVICE, Bench
 from engine_gpu.chat import chat
 from engine_gpu.correctness import logits, storm, tokens
+from engine_gpu.kinds import activated, kinds
 from engine_gpu.peers import peers
 from engine_gpu.registry import registry
 from engine_gpu.speed import alone, long_prompt, products, throughput
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 GATES: tuple[Callable[[Bench], None], ...] = (tokens, storm, logits)
 SECTIONS: tuple[Callable[[Bench], None], ...] = (
-    *GATES, peers, products, throughput, alone, long_prompt, timeline, registry, chat,
+    *GATES, peers, products, throughput, alone, long_prompt, kinds, activated, timeline, registry, chat,
 )  # fmt: skip
 
 

@@ -107,6 +107,87 @@ def test_graphs_change_no_token(architecture: str) -> None:
             worker.check_integrity()
 
 
+def make_kinds(model: Any) -> list[Pairs]:
+    """DoRA, the vocabulary's layers and activated LoRA, alone, mixed with one another and with plain adapters."""
+    dora = [make_adapter(model, f"dora {i}", r=2 + 7 * i, is_dora=True) for i in range(3)]
+    both = make_adapter(model, "both", r=3, targets=("embed_tokens", "lm_head", "q_proj"))
+    all_of = make_adapter(model, "all", r=5, targets=("embed_tokens", "lm_head", "down_proj"), is_dora=True)
+    plain = make_adapter(model, "plain", r=6)
+    return [
+        [(dora[0], 1.0)], [(dora[0], 0.5), (dora[1], 0.3), (dora[2], 0.2)], [], [(both, 1.0)], [(plain, 1.0)],
+        [(both, 0.6), (dora[1], 0.4)], [(all_of, 0.5), (both, 0.25), (plain, 0.25)], [(all_of, 1.0)],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3_text"])
+def test_kinds_of_adapters_change_no_token(architecture: str) -> None:
+    """With graphs captured for them and without, fused and not: the tokens of merged weights, also of tied layers."""
+    model = make_tiny_model(architecture, tie_word_embeddings=architecture == "gemma3_text").to(DEVICE)
+    kinds = make_kinds(model.cpu())
+    model.to(DEVICE)
+    cases = [(make_prompt(3 + 11 * i, i), pairs) for i, pairs in enumerate([*kinds, *kinds])]
+    expected = [generate(model, *case) for case in cases]
+    for settings in (
+        {},
+        {"enable_cuda_graphs": False},
+        {"enable_fused_layers": False, "enable_async_scheduling": False},
+        {"attention_backend": "torch"},
+    ):
+        ready = {"adapter_kinds": ("vocabulary", "dora"), "lora_cache_bytes": 16 << 20}
+        with make_worker(copy.deepcopy(model), **ready, **settings) as worker:
+            captured = set(worker.core.runner.executor.graphs)
+            for _ in range(2):
+                running = [worker.submit(prompt, greedy(), adapters) for prompt, adapters in cases]
+                assert [list(g.result(120).token_ids) for g in running] == expected
+            assert worker.core.runner.executor.graphs == captured
+            worker.check_integrity()
+
+
+def test_kinds_of_adapters_come_and_go(llama: Any) -> None:
+    """Loaded again and again over one another's rows, through page-locked memory and the device's staging."""
+    kinds = make_kinds(llama.cpu())
+    llama.to(DEVICE)
+    cases = [(make_prompt(5 + i, i), pairs) for i, pairs in enumerate(kinds)]
+    expected = [generate(llama, *case) for case in cases]
+    adapted = [m for n, m in llama.named_modules() if n.endswith(("_proj", "head", "tokens"))]
+    row_bytes = 4 * sum(sum(module.weight.shape) for module in adapted)
+    settings = {"adapter_kinds": ("vocabulary", "dora"), "lora_cache_bytes": 300 * row_bytes, "max_loras": 3}
+    with make_worker(llama, **settings) as worker:
+        order = random.Random(0).choices(range(len(cases)), k=60)
+        running = [worker.submit(cases[i][0], greedy(), cases[i][1]) for i in order]
+        assert [list(g.result(120).token_ids) for g in running] == [expected[i] for i in order]
+        assert worker.stats().num_adapter_loads > len(kinds) * 2
+        worker.check_integrity()
+
+
+def test_dora_that_was_not_foreseen_runs_without_graphs(llama: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """And is told once how to have them; plain adapters keep theirs."""
+    adapter = make_adapter(llama.cpu(), "dora", is_dora=True)
+    expected = generate(llama, make_prompt(7), [(adapter, 1.0)])
+    with make_worker(llama.to(DEVICE)) as worker:
+        for _ in range(2):
+            running = worker.submit(make_prompt(7), greedy(), [(adapter, 1.0)])
+            assert list(running.result(120).token_ids) == expected
+        assert caplog.text.count("Steps with DoRA adapters run without CUDA graphs") == 1
+
+
+def test_activated_adapters_share_the_prompt_before_them(llama: Any) -> None:
+    """Each prefills what follows its invocation, and answers as the PyTorch backend does."""
+    adapters = [make_adapter(llama.cpu(), f"a{i}", invocation_tokens=(260 + i, 280)) for i in range(6)]
+    prompts = [[*make_prompt(100), 260 + i, 280, 5, 6] for i in range(6)]
+    answers = []
+    for backend in ("torch", "auto"):
+        with make_worker(copy.deepcopy(llama).to(DEVICE), attention_backend=backend) as worker:
+            base = worker.submit(make_prompt(100), greedy()).result(120)
+            running = [worker.submit(p, greedy(), [(a, 1.0)]) for p, a in zip(prompts, adapters, strict=True)]
+            done = [generation.result(120) for generation in running]
+            assert [completion.usage.num_cached_tokens for completion in done] == [96] * 6
+            answers.append([base.token_ids, *(completion.token_ids for completion in done)])
+            worker.check_integrity()
+    assert answers[0] == answers[1]
+    assert len(set(answers[0])) > 3
+
+
 def test_serving_captures_nothing_and_takes_no_memory(llama: Any) -> None:
     """Prompts beside streams, one adapter and mixtures, many sizes: all of it was made at the start."""
     cases = make_cases(llama, 40)

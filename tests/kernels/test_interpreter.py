@@ -11,7 +11,13 @@ import pytest
 import torch
 
 TESTS = Path(__file__).parents[1]
-FILES = ("kernels/test_decoder_kernels.py", "kernels/test_paged_attention.py", "integration/test_engine_paged.py")
+FILES = (
+    "kernels/test_decoder_kernels.py",
+    "kernels/test_lora_kinds.py",
+    "kernels/test_paged_attention.py",
+    "integration/test_engine_paged.py",
+    "integration/test_engine_kinds.py",
+)
 
 
 @pytest.mark.skipif(

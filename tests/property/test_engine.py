@@ -16,8 +16,9 @@ from makers import make_adapter, make_tiny_model, make_tokenizer
 if TYPE_CHECKING:
     from langchain_lora_retriever.engine.request import Request
 
-NUM_PROMPTS, NUM_ADAPTERS = 6, 4
-NUM_RANK_ROWS = 15  # as many as the three largest adapters take
+NUM_PROMPTS, NUM_ADAPTERS = 6, 7
+NUM_RANK_ROWS = 18  # as many as the three largest adapters take
+INVOCATION = 261  # a token that prompts may have
 
 # An arrival is a prompt and a composition; a step or an abort of the n-th live request may come between any two.
 arrivals = st.tuples(
@@ -32,24 +33,33 @@ actions = st.lists(
 def engine() -> Engine:
     """An engine so small that requests wait, are preempted, and evict each other's adapters."""
     model = make_tiny_model()
-    linear = [module for name, module in model.named_modules() if name.endswith("_proj")]
-    row_bytes = sum((module.in_features + module.out_features) * module.weight.itemsize for module in linear)
+    adapted = [module for name, module in model.named_modules() if name.endswith(("_proj", "lm_head", "embed_tokens"))]
+    row_bytes = sum(sum(module.weight.shape) * module.weight.itemsize for module in adapted)
     config = EngineConfig(
         max_num_seqs=4, max_num_batched_tokens=24, block_size=4, kv_cache_bytes=24 * 4 * 512, max_loras=4,
-        lora_cache_bytes=NUM_RANK_ROWS * row_bytes,
+        lora_cache_bytes=NUM_RANK_ROWS * row_bytes, adapter_kinds=("vocabulary", "dora"),
     )  # fmt: skip
     return Engine(BaseModel(model, make_tokenizer(), "tiny"), config)
 
 
 @cache
 def adapters() -> tuple[Adapter, ...]:
-    """Adapters of different ranks."""
-    return tuple(make_adapter(make_tiny_model(), f"a{i}", r=2 * i + 1) for i in range(NUM_ADAPTERS))
+    """Adapters of different ranks and kinds."""
+    model = make_tiny_model()
+    return (
+        *(make_adapter(model, f"a{i}", r=2 * i + 1) for i in range(3)),
+        make_adapter(model, "dora", r=6, is_dora=True),
+        make_adapter(model, "vocabulary", r=3, targets=("embed_tokens", "lm_head", "q_proj")),
+        make_adapter(model, "all", r=4, targets=("embed_tokens", "lm_head", "down_proj"), is_dora=True),
+        make_adapter(model, "activated", r=2, invocation_tokens=(INVOCATION,)),
+    )
 
 
 def make_request(prompt: int, members: list[int]) -> Request:
     """One of a few prompts with a uniform mixture of some adapters."""
     tokens = torch.randint(3, 259, (5 + 7 * prompt,), generator=torch.Generator().manual_seed(prompt)).tolist()
+    if prompt % 3:  # as a last page, and within one
+        tokens[-2 - 3 * (prompt % 2)] = INVOCATION
     pairs = [(adapters()[i], 1 / len(members)) for i in members]
     return engine().make_request(tokens, SamplingParams(max_tokens=8, ignore_eos=True), pairs)
 

@@ -62,7 +62,7 @@ def engine(tokenizer: PreTrainedTokenizerFast) -> FakeEngine:
 def loads_engine(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Have `engine` loaded for whatever base model is named."""
     monkeypatch.setattr(registry, "load_base_model", lambda source, **_: SimpleNamespace(tokenizer=engine.tokenizer))
-    monkeypatch.setattr(registry, "EngineWorker", lambda base, config: engine)
+    monkeypatch.setattr(registry, "EngineWorker", lambda base, config, **_: engine)
     yield
     registry.close_engines()
 

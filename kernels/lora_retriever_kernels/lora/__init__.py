@@ -14,6 +14,8 @@
 Semantics:
     y[t, slice i] += sum_j w[t, j] * (x[t] @ A[m[t, j], i].T) @ B[m[t, j], i].T
 
+    Inputs may be one-hot (an embedding's tokens), and an adapter may multiply the outputs themselves (DoRA's gains).
+
 Triton runs it on a GPU; without Triton, or on a CPU, PyTorch does. `add_lora_reference` defines the result.
 """
 
@@ -22,12 +24,13 @@ from lora_retriever_kernels.lora.ops import add_lora, lora_expand, lora_mix, lor
 from lora_retriever_kernels.lora.packing import LoraPacking
 from lora_retriever_kernels.lora.reference import add_lora_reference
 from lora_retriever_kernels.lora.rows import LoraRows
-from lora_retriever_kernels.lora.stack import LoraStack
+from lora_retriever_kernels.lora.stack import LoraSlice, LoraStack
 
 __all__ = [
     "LoraBatch",
     "LoraPacking",
     "LoraRows",
+    "LoraSlice",
     "LoraStack",
     "add_lora",
     "add_lora_reference",

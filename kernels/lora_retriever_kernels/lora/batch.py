@@ -35,6 +35,7 @@ class LoraBatch:
         num_tokens: Tokens of the last `update`.
         rank_bound: First part of the last `update`'s `launch_shape`.
         block_m: The second.
+        has_gains: Whether the last `update` may name adapters with gains.
 
     Raises:
         ValueError: If a size is out of range or the backend is unknown.
@@ -58,6 +59,7 @@ class LoraBatch:
         self.k = 1
         self.rank_bound = rows.rank_bound
         self.block_m = 1
+        self.has_gains = False
         self.token_lora_mapping = torch.full((max_num_tokens, max_k), -1, dtype=torch.int32, device=rows.device)
         self.token_lora_weights = torch.zeros(max_num_tokens, max_k, dtype=torch.float32, device=rows.device)
         self.dense = DensePlan((), None, ())
@@ -92,6 +94,7 @@ class LoraBatch:
         token_lora_weights: torch.Tensor,
         num_active: int | None = None,
         rank_bound: int | None = None,
+        has_gains: bool | None = None,
     ) -> None:
         """Group the tokens of a step by adapter.
 
@@ -103,6 +106,8 @@ class LoraBatch:
                 changes no result beyond rounding. By default all that are loaded.
             rank_bound: For which ranks launches are made, a result of `LoraRows.bound`; no adapter that the step names
                 may have a higher one (not checked). By default `LoraRows.rank_bound`.
+            has_gains: Whether the step may name adapters with gains, if the host knows it: without, none may be named
+                (not checked). By default whether any that is loaded has some.
 
         Raises:
             ValueError: If shapes, dtypes or devices do not fit.
@@ -131,10 +136,17 @@ class LoraBatch:
             if highest >= self.rows.max_loras:
                 raise ValueError(f"slots must be below max_loras {self.rows.max_loras}, got {highest}")
         self.num_tokens, self.k = shape
+        self.has_gains = self.rows.have_gains() if has_gains is None else has_gains
         num_active = self.rows.num_used if num_active is None else num_active
         self.rank_bound, self.block_m = self.launch_shape(*shape, num_active, rank_bound)
         if self.backend == "torch":
-            self.dense = plan_dense(token_lora_mapping, token_lora_weights, self.rows.counts, self.dense.slots)
+            self.dense = plan_dense(
+                token_lora_mapping,
+                token_lora_weights,
+                self.rows.counts,
+                self.dense.slots,
+                self.rows.gains if self.has_gains else None,
+            )
             self._step = (token_lora_mapping, token_lora_weights)
             return
         from lora_retriever_kernels.lora.group import group_tokens  # noqa: PLC0415 - Triton is optional

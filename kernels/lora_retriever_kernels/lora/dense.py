@@ -48,6 +48,21 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Gains:
+    """Which tokens have their outputs multiplied, and by what.
+
+    Attributes:
+        tokens: Their indices `[n]`, int64.
+        rows: The rows of `b` that hold the gains less one of the adapters in use `[m]`, int64.
+        weights: What each token gives to each of these adapters `[n, m]`, fp32.
+    """
+
+    tokens: torch.Tensor
+    rows: torch.Tensor
+    weights: torch.Tensor
+
+
+@dataclass(frozen=True)
 class DensePlan:
     """One step's grouping for the PyTorch path.
 
@@ -56,12 +71,51 @@ class DensePlan:
         row_weights: `[num_tokens, sum of their rows]`, fp32; None when `segments` is to be used.
         unused: Where these are 0, `[num_tokens, 1, sum of their rows]`; None if nowhere.
         segments: One per adapter; empty when `row_weights` is to be used.
+        gains: Of the adapters that have some; None if none has.
     """
 
     slots: tuple[int, ...]
     row_weights: torch.Tensor | None
     segments: tuple[Segment, ...]
     unused: torch.Tensor | None = None
+    gains: Gains | None = None
+
+
+def plan_gains(mapping: torch.Tensor, weights: torch.Tensor, gain_rows: torch.Tensor) -> Gains | None:
+    """Find the tokens whose adapters have gains.
+
+    Args:
+        mapping: Slot per token `[num_tokens, k]`; -1 = none.
+        weights: `[num_tokens, k]`, fp32.
+        gain_rows: The row of each slot's gains `[max_loras]`; -1 = it has none.
+    """
+    slots = mapping.unique()
+    slots = slots[slots >= 0]
+    rows = gain_rows.index_select(0, slots.long())
+    slots, rows = slots[rows >= 0], rows[rows >= 0].long()
+    if not slots.numel():
+        return None
+    per_slot = ((mapping.unsqueeze(2) == slots) * weights.unsqueeze(2)).sum(dim=1)
+    tokens = per_slot.any(dim=1).nonzero().squeeze(1)
+    return Gains(tokens, rows, per_slot.index_select(0, tokens))
+
+
+def apply_gains(y: torch.Tensor, b: torch.Tensor, gains: Gains, bias: torch.Tensor | None) -> None:
+    """Multiply the outputs of tokens by their adapters' gains in place, the bias left out.
+
+    Semantics:
+        y[t] += (sum_j w[t, j] * (g[m[t, j]] - 1)) * (y[t] - bias)
+    """
+    base = y.index_select(0, gains.tokens)
+    if bias is not None:
+        base -= bias
+    factor = torch.mm(gains.weights.to(y.dtype), b.index_select(0, gains.rows))
+    y.index_add_(0, gains.tokens, factor * base)
+
+
+def plan_segments(mapping: torch.Tensor, weights: torch.Tensor) -> tuple[Segment, ...]:
+    """The tokens of each adapter that a step names."""
+    return tuple(_segment(mapping, weights, slot) for slot in mapping.unique().tolist() if slot >= 0)
 
 
 def _segment(mapping: torch.Tensor, weights: torch.Tensor, slot: int) -> Segment:
@@ -80,6 +134,7 @@ def plan_dense(
     weights: torch.Tensor,
     counts: torch.Tensor,
     previous: tuple[int, ...] = (),
+    gain_rows: torch.Tensor | None = None,
 ) -> DensePlan:
     """Group a step's tokens by adapter.
 
@@ -89,10 +144,12 @@ def plan_dense(
         counts: Rows per slot `[max_loras]`.
         previous: The slots of the step before: kept while they cover this step's and are at most twice as many, so
             that a request that ends does not cause a new gathering.
+        gain_rows: The row of each slot's gains `[max_loras]`, -1 for none; None if no slot has any.
 
     Returns:
         A plan with `row_weights` or with `segments`, whichever costs fewer operations.
     """
+    gains = None if gain_rows is None else plan_gains(mapping, weights, gain_rows)
     active = tuple(s for s in mapping.unique().tolist() if s >= 0)
     row_counts = counts.tolist()
     num_rows = sum(row_counts[s] for s in active)
@@ -102,7 +159,7 @@ def plan_dense(
         segments = tuple(_segment(mapping, weights, s) for s in active)
         cost = sum(s.weights.shape[0] * (row_counts[s.slot] + _TOKEN_COST) + _SEGMENT_COST for s in segments)
         if cost < dense_cost:
-            return DensePlan(active, None, segments)
+            return DensePlan(active, None, segments, gains=gains)
     if set(active) <= set(previous) and len(previous) <= 2 * len(active):
         active = previous
     slots = torch.tensor(active, dtype=mapping.dtype, device=mapping.device)
@@ -110,7 +167,7 @@ def plan_dense(
     repeats = torch.tensor([row_counts[s] for s in active], dtype=torch.int64, device=mapping.device)
     row_weights = per_slot.repeat_interleave(repeats, dim=1)
     unused = row_weights == 0
-    return DensePlan(active, row_weights, (), unused[:, None] if unused.any() else None)
+    return DensePlan(active, row_weights, (), unused[:, None] if unused.any() else None, gains)
 
 
 def gather(
@@ -184,7 +241,10 @@ def add_segments(
     out_features: Sequence[int],
     segments: Sequence[Segment],
 ) -> None:
-    """Add the adapters' outputs to `y` in place, adapter by adapter."""
+    """Add the adapters' outputs to `y` in place, adapter by adapter.
+
+    Inputs `[num_tokens]` of integers are one-hot: each names the input feature that is 1.
+    """
     first, rank = starts.tolist(), ranks.tolist()
     for segment in segments:
         end = segment.begin + segment.weights.shape[0]
@@ -194,7 +254,8 @@ def add_segments(
         for i, width in enumerate(out_features):
             hi = lo + rank[segment.slot][i]
             if hi > lo:
-                v = (torch.mm(x_part, a[i, lo:hi].t()) * segment.weights).to(y.dtype)
+                v = torch.mm(x_part, a[i, lo:hi].t()) if x.dim() == 2 else a[i, lo:hi].index_select(1, x_part).t()
+                v = (v * segment.weights).to(y.dtype)
                 b_part = b[lo:hi, offset : offset + width]
                 out = y[:, offset : offset + width]
                 if segment.tokens is None:

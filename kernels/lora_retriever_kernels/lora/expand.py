@@ -50,6 +50,8 @@ def _expand_token_kernel(
     starts,
     mapping,
     weights,
+    gains,
+    bias,
     stride_y,
     stride_b,
     stride_split,
@@ -62,6 +64,8 @@ def _expand_token_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ALIGN: tl.constexpr,
+    GAINS: tl.constexpr,
+    BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One token, one column block: the k adapters' rows form one list, and y is touched once."""
@@ -97,6 +101,16 @@ def _expand_token_kernel(
         acc += tl.sum((v_part * weight)[:, None] * b_part.to(tl.float32), 0)
     y_ptr = y + token.to(tl.int64) * stride_y + n
     old = tl.load(y_ptr, mask=n < end, other=0.0).to(tl.float32)
+    if GAINS:
+        base = old
+        if BIAS:
+            base -= tl.load(bias + n, mask=n < end, other=0.0).to(tl.float32)
+        for c in tl.static_range(K):
+            named = tl.load(mapping + token * K + c)
+            row = tl.load(gains + named, mask=named >= 0, other=-1) + tl.zeros([BLOCK_N], tl.int32)
+            gain = tl.load(b + row.to(tl.int64) * stride_b + n, mask=(n < end) & (row >= 0), other=0.0)
+            added = tl.load(weights + token * K + c) * gain.to(tl.float32) * base
+            acc += tl.where(row >= 0, added, 0.0)  # not by a gain of 0: another adapter's outputs may be infinite
     tl.store(y_ptr, (old + acc).to(y.dtype.element_ty), mask=n < end)
 
 
@@ -177,6 +191,10 @@ def _expand_tile_kernel(
     b,
     order,
     num_items,
+    mapping,
+    weights,
+    gains,
+    bias,
     num_tokens,
     max_rows,
     stride_y,
@@ -188,6 +206,9 @@ def _expand_tile_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     ALIGN: tl.constexpr,
+    K: tl.constexpr,
+    GAINS: tl.constexpr,
+    BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A tile of tokens, one column block: a product over the rows of all adapters in the tile, y touched once."""
@@ -215,6 +236,18 @@ def _expand_tile_kernel(
         b_mask = (row >= 0)[:, None] & (n < end)[None, :]
         b_part = tl.load(b + row.to(tl.int64)[:, None] * stride_b + n[None, :], mask=b_mask, other=0.0)
         acc = tl.dot(tl.load(mixed_ptr + first), b_part, acc, input_precision="ieee")
+    if GAINS:
+        base = old.to(tl.float32)
+        if BIAS:
+            base -= tl.load(bias + n, mask=n < end, other=0.0).to(tl.float32)[None, :]
+        for c in tl.static_range(K):
+            named = tl.load(mapping + token * K + c, mask=token >= 0, other=-1)
+            gain_row = tl.load(gains + named, mask=named >= 0, other=-1)
+            has_gain = (gain_row >= 0)[:, None]
+            gain_ptr = b + gain_row.to(tl.int64)[:, None] * stride_b + n[None, :]
+            gain = tl.load(gain_ptr, mask=has_gain & (n < end)[None, :], other=0.0)
+            weight = tl.load(weights + token * K + c, mask=token >= 0, other=0.0)
+            acc += tl.where(has_gain, weight[:, None] * gain.to(tl.float32) * base, 0.0)
     tl.store(y_ptr, (old.to(tl.float32) + acc).to(y.dtype.element_ty), mask=y_mask)
 
 
@@ -228,21 +261,35 @@ def expand(
     block_m: int,
     mixed: list[torch.Tensor],
     batch: list[torch.Tensor],
+    gains: torch.Tensor | None,
+    bias: torch.Tensor | None,
 ) -> None:
     """Add `v`'s products with B to `y` in place; see `ops.lora_expand`."""
     _, num_tokens, k, _, max_rank = v.shape
     p = plan.plan_expand(block_m, num_tokens, k, max_rank, out_features)
     if block_m == 1:
-        _expand_tokens(y, v, b, ranks, starts, out_features, batch, p)
+        _expand_tokens(y, v, b, ranks, starts, out_features, batch, p, gains, bias)
     else:
         mixed = mixed or mix(v, b, ranks, starts, out_features, block_m, batch)
-        _expand_tiles(y, mixed, b, out_features, batch, p)
+        _expand_tiles(y, mixed, b, out_features, batch, p, gains, bias, k)
 
 
-def _column_options(y: torch.Tensor, out_features: Sequence[int], p: plan.ExpandPlan) -> tuple[int, dict[str, object]]:
-    """Number of column blocks, and what the kernels over columns have in common."""
+def _column_options(
+    y: torch.Tensor,
+    b: torch.Tensor,
+    out_features: Sequence[int],
+    p: plan.ExpandPlan,
+    gains: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> tuple[int, dict[str, object]]:
+    """Number of column blocks, and what the kernels over columns have in common; what is not read is any tensor."""
     blocks = sum(plan.cdiv(width, p.block_n) for width in out_features)
+    has_gains = gains is not None
     return blocks, {
+        "gains": b if gains is None else gains,
+        "bias": b if bias is None else bias,
+        "GAINS": has_gains,
+        "BIAS": has_gains and bias is not None,
         "OUT": tuple(out_features),
         "BLOCK_N": p.block_n,
         "ALIGN": math.gcd(16, *out_features),
@@ -261,10 +308,12 @@ def _expand_tokens(
     out_features: Sequence[int],
     batch: list[torch.Tensor],
     p: plan.ExpandPlan,
+    gains: torch.Tensor | None,
+    bias: torch.Tensor | None,
 ) -> None:
     """Each token on its own."""
     num_splits, num_tokens, k, num_slices, max_rank = v.shape
-    blocks, options = _column_options(y, out_features, p)
+    blocks, options = _column_options(y, b, out_features, p, gains, bias)
     _expand_token_kernel[(num_tokens, blocks)](
         y,
         v,
@@ -273,9 +322,9 @@ def _expand_tokens(
         starts,
         batch[0],
         batch[1],
-        y.stride(0),
-        b.stride(0),
-        v.stride(0),
+        stride_y=y.stride(0),
+        stride_b=b.stride(0),
+        stride_split=v.stride(0),
         K=k,
         K_PADDED=plan.power_of_2(k),
         NUM_SPLITS=num_splits,
@@ -361,9 +410,12 @@ def _expand_tiles(
     out_features: Sequence[int],
     batch: list[torch.Tensor],
     p: plan.ExpandPlan,
+    gains: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    k: int,
 ) -> None:
     """A tile of tokens by a tile of columns."""
-    blocks, options = _column_options(y, out_features, p)
+    blocks, options = _column_options(y, b, out_features, p, gains, bias)
     tiles, num_slices, block_m, max_rows = mixed[0].shape
     _expand_tile_kernel[(blocks, tiles)](
         y,
@@ -371,10 +423,13 @@ def _expand_tiles(
         b,
         batch[4],
         batch[6],
-        y.shape[0],
-        max_rows,
-        y.stride(0),
-        b.stride(0),
+        batch[0],
+        batch[1],
+        num_tokens=y.shape[0],
+        max_rows=max_rows,
+        stride_y=y.stride(0),
+        stride_b=b.stride(0),
+        K=1 if gains is None else k,
         NUM_SLICES=num_slices,
         ITEM_ROWS=plan.ITEM_ROWS,
         BLOCK_M=block_m,

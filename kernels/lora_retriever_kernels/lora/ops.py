@@ -27,6 +27,31 @@ def _check(name: str, tensor: torch.Tensor, shape: tuple[int, int], stack: LoraS
         raise ValueError(f"{name} must have contiguous rows (stride 1), got strides {tensor.stride()}")
 
 
+def _check_x(x: torch.Tensor, stack: LoraStack, batch: LoraBatch) -> None:
+    """Raise unless `x` is the inputs of the batch's tokens, or which input feature of each is 1."""
+    if x.dim() != 1:
+        _check("x", x, (batch.num_tokens, stack.in_features), stack)
+    elif x.dtype != torch.int64 or x.shape[0] != batch.num_tokens or x.device != stack.a.device or x.stride(0) != 1:
+        raise ValueError(
+            f"one-hot x must be contiguous int64 [{batch.num_tokens}] on {stack.a.device}, got {x.dtype} "
+            f"{list(x.shape)} on {x.device}"
+        )
+
+
+def _check_bias(bias: torch.Tensor | None, stack: LoraStack, batch: LoraBatch) -> None:
+    """Raise unless `bias` is one for all outputs of the stack, where it is looked at."""
+    if not batch.has_gains:
+        return
+    shape = (stack.b.shape[1],)
+    if bias is not None and (
+        tuple(bias.shape) != shape or bias.dtype != stack.b.dtype or bias.device != stack.b.device
+    ):
+        raise ValueError(
+            f"bias must be {stack.b.dtype} {list(shape)} on {stack.b.device}, got {bias.dtype} {list(bias.shape)} on "
+            f"{bias.device}"
+        )
+
+
 def _check_batch(stack: LoraStack, batch: LoraBatch) -> None:
     """Raise unless the batch and the stack share their row map."""
     if batch.rows is not stack.rows:
@@ -43,29 +68,37 @@ def _check_v(v: torch.Tensor, stack: LoraStack, batch: LoraBatch) -> None:
         )
 
 
-def add_lora(y: torch.Tensor, x: torch.Tensor, stack: LoraStack, batch: LoraBatch) -> None:
+def add_lora(
+    y: torch.Tensor, x: torch.Tensor, stack: LoraStack, batch: LoraBatch, bias: torch.Tensor | None = None
+) -> None:
     """Add each token's weighted adapter outputs to `y` in place.
 
     Semantics:
         y[t, slice i] += sum_j w[t, j] * (x[t] @ A[m[t, j], i].T) @ B[m[t, j], i].T
 
+        Where an adapter has gains `g` (DoRA), which are folded into its B, it adds
+        `w[t, j] * (g[m[t, j], i] - 1) * (y[t, slice i] - bias)` as well, with `y` as it was before.
+
     Args:
         y: Outputs `[num_tokens, sum(out_features)]`, the stack's dtype, unit stride in a row, any row stride; mutated.
             A token whose slots are all -1 is left untouched.
-        x: Inputs `[num_tokens, in_features]`, same dtype, unit stride in a row.
+        x: Inputs `[num_tokens, in_features]`, same dtype, unit stride in a row; or `[num_tokens]`, int64: inputs that
+            are one-hot, as an embedding's are, each named by the input feature that is 1.
         stack: The adapters' tensors.
         batch: The step's assignment; `update` must have been called for `num_tokens` tokens.
+        bias: What `y` holds beside the base product `[sum(out_features)]`; looked at for gains alone.
 
     Raises:
         ValueError: If shapes, dtypes, devices or strides disagree.
 
-    Source: LoraRetriever, arXiv:2402.09997 (mixture); Punica, arXiv:2310.18547 (segments).
+    Source: LoraRetriever, arXiv:2402.09997 (mixture); Punica, arXiv:2310.18547 (segments); DoRA, arXiv:2402.09353.
     """
     _check_batch(stack, batch)
-    _check("x", x, (batch.num_tokens, stack.in_features), stack)
+    _check_x(x, stack, batch)
+    _check_bias(bias, stack, batch)
     _check("y", y, (batch.num_tokens, stack.b.shape[1]), stack)
     if batch.backend == "torch" and not torch.compiler.is_compiling():
-        _add_torch(y, x, stack, batch)
+        _add_torch(y, x, stack, batch, bias)
         return
     rows = stack.rows
     _add_lora(
@@ -80,13 +113,27 @@ def add_lora(y: torch.Tensor, x: torch.Tensor, stack: LoraStack, batch: LoraBatc
         batch.rank_bound,
         batch.block_m,
         batch.tensors(),
+        *_gain_arguments(stack, batch, bias),
     )
 
 
-def _add_torch(y: torch.Tensor, x: torch.Tensor, stack: LoraStack, batch: LoraBatch) -> None:
+def _gain_arguments(
+    stack: LoraStack, batch: LoraBatch, bias: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The rows of the gains and the bias; both None for a step without gains."""
+    return (stack.rows.gains, bias) if batch.has_gains else (None, None)
+
+
+def _add_torch(y: torch.Tensor, x: torch.Tensor, stack: LoraStack, batch: LoraBatch, bias: torch.Tensor | None) -> None:
     """Run the PyTorch path with the gathered rows of the step before, where they still fit."""
     step = batch.dense
     if not step.slots:
+        return
+    if step.gains is not None:
+        dense.apply_gains(y, stack.b, step.gains, bias)
+    if x.dim() == 1:
+        segments = dense.plan_segments(*batch.tensors())
+        dense.add_segments(y, x, stack.a, stack.b, stack.ranks, stack.rows.starts, stack.out_features, segments)
         return
     if step.row_weights is None:
         dense.add_segments(y, x, stack.a, stack.b, stack.ranks, stack.rows.starts, stack.out_features, step.segments)
@@ -108,19 +155,26 @@ def _add_lora(
     max_rank: int,
     block_m: int,
     batch: list[torch.Tensor],
+    gains: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> None:
     if x.shape[0] == 0:
         return
     if len(batch) == 2:
-        step = dense.plan_dense(batch[0], batch[1], counts)
-        if step.row_weights is None:
+        step = dense.plan_dense(batch[0], batch[1], counts, gain_rows=gains)
+        if step.gains is not None:
+            dense.apply_gains(y, b, step.gains, bias)
+        if x.dim() == 1:
+            segments = dense.plan_segments(batch[0], batch[1])
+            dense.add_segments(y, x, a, b, ranks, starts, out_features, segments)
+        elif step.row_weights is None:
             dense.add_segments(y, x, a, b, ranks, starts, out_features, step.segments)
         elif step.slots:
             gathered = dense.gather(a, b, ranks, starts, counts, out_features, step.slots)
             dense.add_dense(y, x, *gathered, out_features, step.row_weights, step.unused)
         return
     v = _lora_shrink(x, a, ranks, starts, max_rank, block_m, batch)
-    _lora_expand(y, v, b, ranks, starts, out_features, block_m, [], batch)
+    _lora_expand(y, v, b, ranks, starts, out_features, block_m, [], batch, gains, bias)
 
 
 @_add_lora.register_fake
@@ -135,7 +189,7 @@ def lora_shrink(x: torch.Tensor, stack: LoraStack, batch: LoraBatch) -> torch.Te
         v.sum(0)[t, j, i, :r] = x[t] @ A[m[t, j], i].T, with r the rank of slice i; what lies beyond is undefined.
 
     Args:
-        x: Inputs `[num_tokens, in_features]`, the stack's dtype, unit stride in a row.
+        x: Inputs `[num_tokens, in_features]`, the stack's dtype, unit stride in a row; or one-hot, as in `add_lora`.
         stack: The adapters' tensors.
         batch: The step's assignment.
 
@@ -147,7 +201,7 @@ def lora_shrink(x: torch.Tensor, stack: LoraStack, batch: LoraBatch) -> torch.Te
         ValueError: If shapes, dtypes, devices or strides disagree.
     """
     _check_batch(stack, batch)
-    _check("x", x, (batch.num_tokens, stack.in_features), stack)
+    _check_x(x, stack, batch)
     rows = stack.rows
     v: torch.Tensor = _lora_shrink(
         x, stack.a, stack.ranks, rows.starts, batch.rank_bound, batch.block_m, batch.tensors()
@@ -159,7 +213,7 @@ def _empty_v(x: torch.Tensor, a: torch.Tensor, max_rank: int, block_m: int, batc
     """Allocate the partial sums."""
     num_tokens, k = batch[0].shape
     splits = 1
-    if len(batch) > 2:
+    if len(batch) > 2 and x.dim() == 2:
         splits = plan.plan_shrink(num_tokens, k, max_rank, x.shape[1], a.shape[0], x.element_size(), block_m).num_splits
     return torch.empty(splits, num_tokens, k, a.shape[0], max_rank, dtype=torch.float32, device=x.device)
 
@@ -181,11 +235,15 @@ def _lora_shrink(
         for slot in batch[0].unique().tolist():
             lo, hits = int(starts[slot]), (batch[0] == slot).unsqueeze(2)
             for i, rank in enumerate(ranks[slot].tolist() if slot >= 0 else ()):
-                product = x.float() @ a[i, lo : lo + rank].float().t()
+                part = a[i, lo : lo + rank].float().t()
+                product = x.float() @ part if x.dim() == 2 else part.index_select(0, x)
                 v[0, :, :, i, :rank] = torch.where(hits, product.unsqueeze(1), v[0, :, :, i, :rank])
         return v
-    from lora_retriever_kernels.lora.shrink import shrink  # noqa: PLC0415 - Triton is optional
+    from lora_retriever_kernels.lora.shrink import look_up, shrink  # noqa: PLC0415 - Triton is optional
 
+    if x.dim() == 1:
+        look_up(v, x, a, ranks, starts, batch)
+        return v
     shrink(v, x, a, ranks, starts, block_m, batch)
     return v
 
@@ -265,11 +323,12 @@ def lora_expand(
     stack: LoraStack,
     batch: LoraBatch,
     mixed: Sequence[torch.Tensor] = (),
+    bias: torch.Tensor | None = None,
 ) -> None:
     """Add the weighted products of `lora_shrink`'s result with B to `y` in place.
 
     Semantics:
-        y[t, slice i] += sum_j w[t, j] * v.sum(0)[t, j, i, :r] @ B[m[t, j], i].T
+        y[t, slice i] += sum_j w[t, j] * v.sum(0)[t, j, i, :r] @ B[m[t, j], i].T, and what gains add as in `add_lora`.
 
     Args:
         y: Outputs `[num_tokens, sum(out_features)]`, the stack's dtype, unit stride in a row, any row stride; mutated.
@@ -277,6 +336,7 @@ def lora_expand(
         stack: The adapters' tensors.
         batch: The step's assignment.
         mixed: What `lora_mix` returned for them, if it was called.
+        bias: As in `add_lora`.
 
     Raises:
         ValueError: If shapes, dtypes, devices or strides disagree.
@@ -284,6 +344,7 @@ def lora_expand(
     _check_batch(stack, batch)
     _check("y", y, (batch.num_tokens, stack.b.shape[1]), stack)
     _check_v(v, stack, batch)
+    _check_bias(bias, stack, batch)
     rows = stack.rows
     _lora_expand(
         y,
@@ -295,6 +356,7 @@ def lora_expand(
         batch.block_m,
         list(mixed),
         batch.tensors(),
+        *_gain_arguments(stack, batch, bias),
     )
 
 
@@ -309,15 +371,20 @@ def _lora_expand(
     block_m: int,
     mixed: list[torch.Tensor],
     batch: list[torch.Tensor],
+    gains: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> None:
     if v.numel() == 0:
         return
     if len(batch) > 2:
         from lora_retriever_kernels.lora.expand import expand  # noqa: PLC0415 - Triton is optional
 
-        expand(y, v, b, ranks, starts, out_features, block_m, mixed, batch)
+        expand(y, v, b, ranks, starts, out_features, block_m, mixed, batch, gains, bias)
         return
     mapping, weights = batch
+    step_gains = None if gains is None else dense.plan_gains(mapping, weights, gains)
+    if step_gains is not None:
+        dense.apply_gains(y, b, step_gains, bias)
     total = v.sum(0)
     for slot in mapping.unique().tolist():
         if slot < 0:

@@ -25,6 +25,7 @@ class LoraRows:
     Attributes:
         starts: First row of each slot, `[max_loras]`, int32.
         counts: Rows of each slot, `[max_loras]`, int32; 0 = the slot is empty.
+        gains: The row of `LoraStack.b` that holds each slot's gains less one, `[max_loras]`, int32; -1 = it has none.
         version: Grows with every change, so that what was derived from a slot's weights can be told stale.
 
     Raises:
@@ -41,8 +42,10 @@ class LoraRows:
         self.device = torch.device(device)
         self.starts = torch.zeros(max_loras, dtype=torch.int32, device=device)
         self.counts = torch.zeros(max_loras, dtype=torch.int32, device=device)
+        self.gains = torch.full((max_loras,), -1, dtype=torch.int32, device=device)
         self.version = 0
         self._host_counts: dict[int, int] = {}
+        self._gained: set[int] = set()  # slots that have gains
 
     @property
     def num_used(self) -> int:
@@ -62,13 +65,18 @@ class LoraRows:
         """Most rows of any of these slots; 1 if there are none."""
         return max((self._host_counts.get(slot, 1) for slot in slots), default=1)
 
-    def assign(self, slot: int, start: int, count: int) -> None:
+    def have_gains(self, slots: Iterable[int] | None = None) -> bool:
+        """Whether any of these slots has gains; by default whether any has."""
+        return bool(self._gained) if slots is None else not self._gained.isdisjoint(slots)
+
+    def assign(self, slot: int, start: int, count: int, gain: int = -1) -> None:
         """Give `slot` the rows `start : start + count`. Call it whenever the slot's weights change.
 
         Args:
             slot: Adapter slot.
             start: First row.
             count: Number of rows, 0 to `max_rank`; 0 empties the slot.
+            gain: The row of its gains, outside of these; -1 = none.
 
         Raises:
             ValueError: If an argument is out of range.
@@ -81,7 +89,11 @@ class LoraRows:
             raise ValueError(f"count must lie in 0..{self.max_rank} (max_rank), got {count}")
         self.starts[slot].fill_(start)  # an assignment would copy from the host, and wait for the device
         self.counts[slot].fill_(count)
+        self.gains[slot].fill_(gain)
         self._host_counts.pop(slot, None)
+        self._gained.discard(slot)
+        if gain >= 0:
+            self._gained.add(slot)
         if count:
             self._host_counts[slot] = count
         self.version += 1

@@ -132,3 +132,64 @@ def shrink(
         num_stages=stages_that_fit(x.device, p.num_stages, stage_bytes),
         **pdl_options(x.device),
     )
+
+
+@triton.jit
+def _look_up_kernel(
+    v,
+    x,
+    a,
+    ranks,
+    starts,
+    mapping,
+    stride_slice,
+    in_features,
+    K: tl.constexpr,
+    NUM_SLICES: tl.constexpr,
+    MAX_RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """v[pair, slice, r] = a[slice, start(slot) + r, x[token(pair)]], one program per pair and slice."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    pair = tl.program_id(0)
+    index = tl.program_id(1)
+    slot = tl.load(mapping + pair)
+    if slot < 0:
+        return
+    r = tl.arange(0, BLOCK_R)
+    has_row = r < tl.load(ranks + slot * NUM_SLICES + index)
+    feature = tl.load(x + pair // K)
+    row = (tl.load(starts + slot) + r).to(tl.int64)
+    found = tl.load(a + index.to(tl.int64) * stride_slice + row * in_features + feature, mask=has_row, other=0.0)
+    tl.store(v + (pair.to(tl.int64) * NUM_SLICES + index) * MAX_RANK + r, found.to(tl.float32), mask=has_row)
+
+
+def look_up(
+    v: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    ranks: torch.Tensor,
+    starts: torch.Tensor,
+    batch: list[torch.Tensor],
+) -> None:
+    """Fill `v [1, num_tokens, k, num_slices, max_rank]` for one-hot inputs `x [num_tokens]`: with columns of A."""
+    _, num_tokens, k, num_slices, max_rank = v.shape
+    _look_up_kernel[(num_tokens * k, num_slices)](
+        v,
+        x,
+        a,
+        ranks,
+        starts,
+        batch[0],
+        a.stride(0),
+        a.shape[2],
+        K=k,
+        NUM_SLICES=num_slices,
+        MAX_RANK=max_rank,
+        BLOCK_R=plan.power_of_2(max_rank),
+        num_warps=1,
+        **pdl_options(x.device),
+    )

@@ -2,33 +2,58 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from lora_retriever_kernels.lora.dense import gather
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
+    from typing import TypeAlias
 
     from lora_retriever_kernels.lora.rows import LoraRows
 
+    Slice: TypeAlias = "LoraSlice | tuple[torch.Tensor, torch.Tensor, float]"
 
-def check_finite(index: int, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float, dtype: torch.dtype) -> None:
+
+class LoraSlice(NamedTuple):
+    """One adapter's weights of one projection; a plain tuple of the first three will do.
+
+    Attributes:
+        lora_a: `[r, in_features]`, any float dtype and device.
+        lora_b: `[out_features, r]`, likewise.
+        scaling: What `lora_b` is multiplied with.
+        gain: What the outputs themselves are multiplied with, `[out_features]`: of DoRA, whose scaled `lora_b` it
+            multiplies too. None leaves them as they are.
+    """
+
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    scaling: float
+    gain: torch.Tensor | None = None
+
+    def scaled_b(self, device: torch.device | None = None) -> torch.Tensor:
+        """`lora_b` times scaling and gain, `[out_features, r]`, fp32, where it is or on another device."""
+        scaled = self.lora_b.to(device=device, dtype=torch.float32) * self.scaling
+        return scaled if self.gain is None else scaled * self.gain.to(scaled)[:, None]
+
+
+def check_finite(index: int, entry: LoraSlice, dtype: torch.dtype) -> None:
     """Refuse weights that would not be finite as rows: the tokens of a tile multiply each other's rows by 0.
 
     Args:
         index: Slice, for the error's text.
-        lora_a: `[r, in_features]`.
-        lora_b: `[out_features, r]`.
-        scaling: What `lora_b` is multiplied with, in fp32.
+        entry: The weights.
         dtype: Of the rows.
 
     Raises:
-        ValueError: If one of them, or `lora_b` times `scaling`, is NaN or beyond the largest number of `dtype`.
+        ValueError: If one of them, or `lora_b` times scaling and gain, is NaN or beyond the largest number of `dtype`.
     """
     limit, widest = torch.finfo(dtype).max, torch.finfo(torch.float32).max
-    largest_a, largest_b = (max(map(abs, (float(x) for x in torch.aminmax(t)))) for t in (lora_a, lora_b))
+    scaling = entry.scaling
+    largest_a, largest_b = (_largest(t) for t in (entry.lora_a, entry.lora_b))
     # Written so that NaN fails.
     if not (
         largest_a <= limit and largest_b <= widest and abs(scaling) <= widest and largest_b * abs(scaling) <= limit
@@ -37,6 +62,19 @@ def check_finite(index: int, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling
             f"slice {index}: the largest of lora_A is {largest_a:.3g}, of lora_B {largest_b:.3g}, which times the "
             f"scaling {scaling:.3g} is {largest_b * abs(scaling):.3g}; {dtype} goes up to {limit:.3g}"
         )
+    if entry.gain is not None:
+        gain, gained = _largest(entry.gain), _largest(entry.scaled_b())
+        if not (gain + 1 <= limit and gained <= limit):
+            raise ValueError(
+                f"slice {index}: the largest gain is {gain:.3g}, and times lora_B and scaling {gained:.3g}; {dtype} "
+                f"goes up to {limit:.3g}"
+            )
+
+
+def _largest(tensor: torch.Tensor) -> float:
+    """The largest absolute value; infinite if one is NaN."""
+    low, high = (float(x) for x in torch.aminmax(tensor))
+    return max(-low, high) if math.isfinite(low) and math.isfinite(high) else math.inf
 
 
 class LoraStack:
@@ -45,7 +83,9 @@ class LoraStack:
     Semantics:
         Slice `i` of the adapter in slot `s`, with `lo = rows.starts[s]` and `r = ranks[s, i]`, has
         `A = a[i, lo : lo + r]` (`[r, in_features]`) and `B.T = b[lo : lo + r, slice i]` (`[r, out_features[i]]`,
-        the scaling already folded in). The slices' outputs lie side by side in `b` and in `y`.
+        the scaling already folded in). The slices' outputs lie side by side in `b` and in `y`. Where
+        `rows.gains[s] >= 0`, that row of `b` holds `g - 1`, the gains less one, and zeros where the adapter lacks the
+        module; the gains are folded into B.
 
     Args:
         rows: The row map that all stacks of a model share.
@@ -83,6 +123,7 @@ class LoraStack:
         self.a = torch.zeros(len(self.out_features), num_rows, in_features, dtype=dtype, device=rows.device)
         self.b = torch.zeros(num_rows, sum(self.out_features), dtype=dtype, device=rows.device)
         self.ranks = torch.zeros(rows.max_loras, len(self.out_features), dtype=torch.int32, device=rows.device)
+        self._users: set[int] = set()
         self._gathered: tuple[tuple[object, ...], torch.Tensor, torch.Tensor] | None = None
 
     @property
@@ -95,56 +136,74 @@ class LoraStack:
         """Width of the shared input."""
         return self.a.shape[2]
 
-    def load(
-        self,
-        slot: int,
-        start: int,
-        weights: Sequence[tuple[torch.Tensor, torch.Tensor, float] | None],
-    ) -> None:
+    def load(self, slot: int, start: int, weights: Sequence[Slice | None], gain: int = -1) -> None:
         """Copy one adapter's tensors into rows `start : start + rank`.
 
-        `rows.assign(slot, start, ...)` must be called as well, before or after, once for all stacks. What is written is
-        finite; so are all rows of a pool that begins with zeros, whoever had them.
+        `rows.assign(slot, start, ..., gain)` must be called as well, before or after, once for all stacks. What is
+        written is finite; so are all rows of a pool that begins with zeros, whoever had them.
 
         Args:
             slot: Adapter slot.
             start: First row, the same as in `rows.assign`.
-            weights: For each slice `(lora_A [r, in_features], lora_B [out_features, r], scaling)`, any float
-                dtype and device; None where the adapter lacks the module.
+            weights: For each slice `LoraSlice` or a tuple of its first fields; None where the adapter lacks the module.
+            gain: The row of the gains, the same as in `rows.assign`; -1 where no slice of any stack has them.
 
         Raises:
             ValueError: If the number of slices or a shape does not fit, or weights are not finite in the stack's dtype.
         """
         if len(weights) != self.num_slices:
             raise ValueError(f"expected weights for {self.num_slices} slices, got {len(weights)}")
+        entries = [None if entry is None else LoraSlice(*entry) for entry in weights]
         ranks = [0] * self.num_slices
+        if gain >= 0:
+            self.b[gain] = 0
         offset = 0
-        for i, (width, entry) in enumerate(zip(self.out_features, weights, strict=True)):
+        for i, (width, entry) in enumerate(zip(self.out_features, entries, strict=True)):
             if entry is not None:
-                lora_a, lora_b, scaling = entry
-                rank = lora_a.shape[0]
-                if tuple(lora_a.shape) != (rank, self.in_features) or tuple(lora_b.shape) != (width, rank):
-                    raise ValueError(
-                        f"slice {i}: expected lora_A [r, {self.in_features}] and lora_B [{width}, r], got "
-                        f"{list(lora_a.shape)} and {list(lora_b.shape)}"
-                    )
-                if rank > self.rows.max_rank or start + rank > self.a.shape[1]:
-                    raise ValueError(
-                        f"slice {i}: rank {rank} at row {start} exceeds max_rank {self.rows.max_rank} or the pool of "
-                        f"{self.a.shape[1]} rows"
-                    )
-                check_finite(i, lora_a, lora_b, scaling, self.a.dtype)
+                rank = self._check(i, start, width, entry, gain)
+                self.a[i, start : start + rank].copy_(entry.lora_a)
                 # Scaled in fp32, rounded once.
-                scaled = lora_b.to(device=self.b.device, dtype=torch.float32) * scaling
-                self.a[i, start : start + rank].copy_(lora_a)
-                self.b[start : start + rank, offset : offset + width].copy_(scaled.t())
+                self.b[start : start + rank, offset : offset + width].copy_(entry.scaled_b(self.b.device).t())
+                if entry.gain is not None:
+                    self.b[gain, offset : offset + width].copy_(entry.gain.float() - 1)
                 ranks[i] = rank
             offset += width
         self.ranks[slot] = torch.tensor(ranks, dtype=torch.int32)
+        self.note_user(slot, is_one=any(ranks))
+
+    def _check(self, i: int, start: int, width: int, entry: LoraSlice, gain: int) -> int:
+        """The rank of a slice whose shapes and numbers fit."""
+        lora_a, lora_b = entry.lora_a, entry.lora_b
+        rank = lora_a.shape[0]
+        if tuple(lora_a.shape) != (rank, self.in_features) or tuple(lora_b.shape) != (width, rank):
+            raise ValueError(
+                f"slice {i}: expected lora_A [r, {self.in_features}] and lora_B [{width}, r], got "
+                f"{list(lora_a.shape)} and {list(lora_b.shape)}"
+            )
+        if rank > self.rows.max_rank or start + rank > self.a.shape[1]:
+            raise ValueError(
+                f"slice {i}: rank {rank} at row {start} exceeds max_rank {self.rows.max_rank} or the pool of "
+                f"{self.a.shape[1]} rows"
+            )
+        if entry.gain is not None and (gain < 0 or tuple(entry.gain.shape) != (width,)):
+            raise ValueError(
+                f"slice {i}: expected a gain [{width}] and a row for it, got {list(entry.gain.shape)} and row {gain}"
+            )
+        check_finite(i, entry, self.a.dtype)
+        return rank
+
+    def is_used_by(self, slots: Iterable[int]) -> bool:
+        """Whether the adapter in any of these slots has a module of this group, as far as the host knows."""
+        return not self._users.isdisjoint(slots)
+
+    def note_user(self, slot: int, *, is_one: bool) -> None:
+        """Say whether the adapter in `slot` has a module of this group; for those who write `ranks` themselves."""
+        (self._users.add if is_one else self._users.discard)(slot)
 
     def unload(self, slot: int) -> None:
         """Forget the adapter in `slot`; its rows' content stays until overwritten and is never read."""
         self.ranks[slot] = 0
+        self.note_user(slot, is_one=False)
 
     def gather(self, key: tuple[object, ...], slots: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Copy the rows of `slots` side by side, once per `key` (see `dense.gather`)."""

@@ -58,6 +58,20 @@ def _unpack_kernel(
         tl.store(ranks + slot * tl.load(row + 6), r)
 
 
+@triton.jit(do_not_specialize=["start", "rank"])
+def _unpack_gains_kernel(flat, table, values, start, rank, BLOCK: tl.constexpr):
+    """One program copies a piece of one slice's gains less one; zeros where there are none."""
+    entry = tl.program_id(1)
+    row = table + entry * 8
+    num_out = tl.load(row + 4)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b = tl.load(row + 1).to(tl.pointer_type(flat.dtype.element_ty)) + start * tl.load(row + 5)
+    source = flat + tl.load(row + 7) * rank + rank * tl.load(row + 3) + (rank - 1) * num_out
+    num_gains = num_out * tl.load(values + 2 * tl.num_programs(1) + entry).to(tl.int64)
+    gain = tl.load(source + column, mask=column < num_gains, other=0.0)
+    tl.store(b + column, gain, mask=column < num_out)
+
+
 def unpack(
     flat: torch.Tensor,
     table: torch.Tensor,
@@ -67,6 +81,8 @@ def unpack(
     rank: int,
     max_in_features: int,
     max_out_features: int,
+    *,
+    gain: int,
 ) -> None:
     """Write the rows and the ranks of one adapter.
 
@@ -74,13 +90,18 @@ def unpack(
         flat: The packed adapter, see `LoraPacking`.
         table: For each slice, int64: the addresses of its A, of its B and of its first rank, its in_features,
             out_features, the row strides of B and of the ranks, and its place in `flat` per rank row.
-        values: For each slice its rank, then for each its scale, `[2, num_slices]`, fp32.
+        values: For each slice its rank, for each its scale, and for each whether it has gains, `[3, num_slices]`, fp32.
         slot: Adapter slot.
-        start: First row.
-        rank: Rows.
+        start: First row of A and B.
+        rank: Rows there is room for in `flat`.
         max_in_features: Of any slice.
         max_out_features: Of any slice.
+        gain: The row of the gains; -1 = there are none.
     """
+    if gain >= 0:
+        _unpack_gains_kernel[(plan.cdiv(max_out_features, _B_ELEMENTS), table.shape[0])](
+            flat, table, values, gain, rank, BLOCK=_B_ELEMENTS, num_warps=8
+        )
     padded = plan.power_of_2(rank)
     b_block = max(16, _B_ELEMENTS // padded)
     num_a_blocks = plan.cdiv(rank * max_in_features, _A_BLOCK)

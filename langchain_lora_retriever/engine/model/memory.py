@@ -93,10 +93,15 @@ def longest_sequence(model: PreTrainedModel, config: EngineConfig) -> int:
 def plan_memory(base: BaseModel, probe: ModelProbe, config: EngineConfig) -> MemoryPlan:
     """Choose the sizes that `config` leaves open from what is free after loading.
 
+    A rank row goes through the embedding and the output layer as well where `config` names that kind of adapters.
+
     Raises:
         EngineError: If not even one request of reasonable length would fit.
     """
-    devices = {g.device for g in probe.attention.values()} | {g.device for g in probe.linear_groups}
+    adapted = [*probe.linear_groups]
+    if "vocabulary" in (config.adapter_kinds or ()):
+        adapted += [group for group in probe.vocabulary if group is not None]
+    devices = {g.device for g in probe.attention.values()} | {g.device for g in adapted}
     gpus = {device for device in devices if device.type == "cuda"}
     on_gpu = bool(gpus)
     max_num_seqs = config.max_num_seqs or (128 if on_gpu else 16)
@@ -106,7 +111,7 @@ def plan_memory(base: BaseModel, probe: ModelProbe, config: EngineConfig) -> Mem
     max_model_len = longest_sequence(base.model, config)
 
     row_bytes = _bytes_by_device(
-        (g.device, (len(g.names) * g.in_features + sum(g.out_features)) * g.dtype.itemsize) for g in probe.linear_groups
+        (g.device, (len(g.names) * g.in_features + sum(g.out_features)) * g.dtype.itemsize) for g in adapted
     )
     num_lora_rows = _num_lora_rows(config, row_bytes)
     lora_bytes = num_lora_rows * sum(row_bytes.values())

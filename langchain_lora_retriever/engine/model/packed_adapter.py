@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from lora_retriever_kernels.lora import LoraPacking
 
@@ -11,10 +11,20 @@ if TYPE_CHECKING:
 
     import torch
 
-    from langchain_lora_retriever.types import Adapter, LoraWeights
-    from lora_retriever_kernels.lora import LoraStack
+    from langchain_lora_retriever.types import Adapter
+    from lora_retriever_kernels.lora import LoraSlice, LoraStack
 
-__all__ = ["AdapterPacking"]
+__all__ = ["AdapterPacking", "AdapterSlices"]
+
+
+class AdapterSlices(Protocol):
+    """How adapters' weights are held in rows; `LoraLayers` in the engine."""
+
+    def slices(self, adapter: Adapter) -> dict[str, LoraSlice]:
+        """An adapter's weights by module; its file is read."""
+
+    def slice_shapes(self, adapter: Adapter) -> dict[str, LoraSlice]:
+        """The same for shapes, dtypes and scalings alone; nothing is read."""
 
 
 class AdapterPacking:
@@ -22,6 +32,7 @@ class AdapterPacking:
 
     Args:
         stacks: Names of the modules of every stack, and the stack; all of one dtype and device.
+        layers: Whose stacks they are.
 
     Attributes:
         row_size: Elements of one rank.
@@ -29,27 +40,32 @@ class AdapterPacking:
         device: Of the stacks.
     """
 
-    def __init__(self, stacks: Sequence[tuple[tuple[str, ...], LoraStack]]) -> None:
+    def __init__(self, stacks: Sequence[tuple[tuple[str, ...], LoraStack]], layers: AdapterSlices) -> None:
         self._names = [name for names, _ in stacks for name in names]
+        self._layers = layers
         self._packing = LoraPacking([stack for _, stack in stacks])
         self.row_size = self._packing.row_size
         self.dtype = self._packing.dtype
         self.device = self._packing.device
 
     @classmethod
-    def of(cls, stacks: Sequence[tuple[tuple[str, ...], LoraStack]]) -> AdapterPacking | None:
+    def of(cls, stacks: Sequence[tuple[tuple[str, ...], LoraStack]], layers: AdapterSlices) -> AdapterPacking | None:
         """The packing of `stacks`; None if they differ in dtype or device, so that one copy could not serve all."""
         if len({(stack.b.dtype, stack.b.device) for _, stack in stacks}) != 1:
             return None
-        return cls(stacks)
+        return cls(stacks, layers)
+
+    def size(self, adapter: Adapter) -> int:
+        """Elements of an adapter, packed: at most `adapter.num_rows * row_size`."""
+        return self._packing.size(adapter.num_rows, self._by_name(self._layers.slice_shapes(adapter)))
 
     def pack(self, adapter: Adapter, flat: torch.Tensor) -> None:
-        """Write an adapter that `AdapterFit` has let pass into `flat` `[rank * row_size]` on the host.
+        """Write an adapter that `AdapterFit` has let pass into `flat` `[size(adapter)]` on the host.
 
         Raises:
             AdapterError: If its file is not the one that was read any more.
         """
-        self._packing.pack(adapter.rank, self._by_slice(adapter.weights), flat)
+        self._packing.pack(adapter.num_rows, self._by_name(self._layers.slices(adapter)), flat)
 
     def load(self, slot: int, start: int, adapter: Adapter, flat: torch.Tensor) -> None:
         """Give an adapter that was packed, and is on the device, its rows; in the order of the current stream.
@@ -60,8 +76,8 @@ class AdapterPacking:
             adapter: The adapter.
             flat: What `pack` wrote, on the stacks' device.
         """
-        self._packing.load(slot, start, adapter.rank, self._by_slice(adapter.shapes), flat)
+        shapes = self._by_name(self._layers.slice_shapes(adapter))
+        self._packing.load(slot, start, adapter.num_rows, shapes, flat)
 
-    def _by_slice(self, weights: Mapping[str, LoraWeights]) -> list[tuple[torch.Tensor, torch.Tensor, float] | None]:
-        found = (weights.get(name) for name in self._names)
-        return [None if w is None else (w.lora_A, w.lora_B, w.scaling) for w in found]
+    def _by_name(self, slices: Mapping[str, LoraSlice]) -> list[LoraSlice | None]:
+        return [slices.get(name) for name in self._names]

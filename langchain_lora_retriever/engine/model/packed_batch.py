@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from langchain_lora_retriever.engine.request import Request
     from langchain_lora_retriever.engine.scheduler import ScheduledRequest
@@ -18,7 +18,7 @@ __all__ = ["LoraSpans", "PackedBatch"]
 
 @dataclass(frozen=True, slots=True)
 class LoraSpans:
-    """The adapters of a step's packed sequences.
+    """The adapters of a step's packed sequences. One within which an adapter becomes active counts as two.
 
     Attributes:
         counts: Tokens of each sequence.
@@ -36,15 +36,18 @@ class LoraSpans:
 
     @classmethod
     def of(cls, scheduled: Sequence[ScheduledRequest]) -> LoraSpans:
-        """The adapters that scheduled requests hold."""
-        slots = tuple(item.request.lora_slots or () for item in scheduled)
-        return cls(
-            tuple(item.num_new_tokens for item in scheduled),
-            slots,
-            tuple(tuple(weight for _, weight in item.request.adapters) for item in scheduled),
-            max(map(len, slots), default=0),
-            frozenset(slot for row in slots for slot in row),
-        )
+        """The adapters that scheduled requests hold, as far as they are active for the step's tokens."""
+        counts: list[int] = []
+        slots: list[tuple[int, ...]] = []
+        weights: list[tuple[float, ...]] = []
+        for request, num in scheduled:
+            held = request.lora_slots or ()
+            for count, active in _active(request, num):
+                counts.append(count)
+                slots.append(tuple(held[i] for i in active) if held else ())
+                weights.append(tuple(request.adapters[i][1] for i in active))
+        most = max(map(len, slots), default=0)
+        return cls(tuple(counts), tuple(slots), tuple(weights), most, frozenset(slot for row in slots for slot in row))
 
     def per_token(self, num_adapters: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Slots, int32, and weights, float32, of each token: `[num_tokens, k]`; where there are fewer, -1 and 0.
@@ -57,6 +60,17 @@ class LoraSpans:
         slots = torch.tensor([(*row, *[-1] * (k - len(row))) for row in self.slots], dtype=torch.int32)
         weights = torch.tensor([(*row, *[0.0] * (k - len(row))) for row in self.weights], dtype=torch.float32)
         return slots.repeat_interleave(counts, 0), weights.repeat_interleave(counts, 0)
+
+
+def _active(request: Request, num: int) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """How many of a request's next `num` tokens run which of its adapters, run by run."""
+    start = request.num_computed_tokens
+    end = start + num
+    nexts = [*(first for first, _ in request.states[1:]), end]
+    for (first, active), following in zip(request.states, nexts, strict=True):
+        count = min(following, end) - max(first, start)
+        if count > 0:
+            yield count, active
 
 
 class PackedBatch(NamedTuple):

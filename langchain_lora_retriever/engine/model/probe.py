@@ -30,6 +30,7 @@ __all__ = [
     "AttentionGeometry",
     "LinearGroup",
     "ModelProbe",
+    "Vocabulary",
     "input_device",
     "layer_name",
     "num_embeddings",
@@ -91,16 +92,39 @@ class LinearGroup(NamedTuple):
     device: torch.device
 
 
+class Vocabulary(NamedTuple):
+    """The layers that know the vocabulary; None where the model has none, or calls it in a way that is not known.
+
+    Attributes:
+        embedding: Its input is the token, one-hot: its `in_features` are the vocabulary.
+        output: Sees the tokens alone after which one is chosen. One that sees all is a linear group, and None here.
+    """
+
+    embedding: LinearGroup | None
+    output: LinearGroup | None
+
+    @property
+    def module_shapes(self) -> dict[str, tuple[int, int]]:
+        """`(in_features, out_features)` by module path."""
+        return {group.names[0]: (group.in_features, group.out_features[0]) for group in self if group is not None}
+
+    @property
+    def sides(self) -> dict[str, int]:
+        """Which of the two is the vocabulary, by module path."""
+        return {group.names[0]: side for side, group in enumerate(self) if group is not None}
+
+
 class ModelProbe(NamedTuple):
     """What the probe saw."""
 
     attention: dict[int, AttentionGeometry]
     calls: dict[int, AttentionCall]
     linear_groups: tuple[LinearGroup, ...]
+    vocabulary: Vocabulary = Vocabulary(None, None)
 
     @property
     def module_shapes(self) -> dict[str, tuple[int, int]]:
-        """`(in_features, out_features)` of every module that an adapter may target, by module path."""
+        """`(in_features, out_features)` of every linear module that sees every token, by module path."""
         return {
             name: (group.in_features, out_features)
             for group in self.linear_groups
@@ -193,8 +217,9 @@ def probe_model(model: PreTrainedModel, max_model_len: int) -> ModelProbe:
             "step cannot honour that. Where positions only matter from some length on (Llama 4: floor_scale), set "
             "max_model_len below it."
         )
-    names = [{call.name for call in calls} for _, calls in passes]
-    groups = tuple(_group([call for call in passes[0][1] if call.name in names[1] & names[2]]))
+    inner = [[call for call in calls if _is_inner(call, 2 * half)] for _, calls in passes]
+    names = [{call.name for call in calls} for calls in inner]
+    groups = tuple(_group([call for call in inner[0] if call.name in names[1] & names[2]]))
     if not groups:
         raise EngineError(
             f"{type(model).__name__} has no linear module that sees every token, so that no adapter could be run: its "
@@ -213,7 +238,7 @@ def probe_model(model: PreTrainedModel, max_model_len: int) -> ModelProbe:
                 "window, nor made of chunks: it is not supported."
             )
         geometry[layer_idx] = _geometry(call, pattern)
-    return ModelProbe(geometry, behind.calls, groups)
+    return ModelProbe(geometry, behind.calls, groups, _vocabulary(model, [calls for _, calls in passes], 2 * half))
 
 
 def _require_all_layers(model: PreTrainedModel, recorder: _Recorder) -> None:
@@ -261,7 +286,7 @@ def _run(
         kwargs = {"use_cache": True, "cache" if "cache" in parameters else "past_key_values": _PastCache(num_past)}
     before = use_attention(model, _PROBE_IMPLEMENTATION)
     try:
-        with _recording(model, calls, len(token_ids)):
+        with _recording(model, calls):
             model(
                 input_ids=torch.tensor([token_ids], device=device),
                 position_ids=torch.tensor([list(positions)], device=device),
@@ -317,24 +342,49 @@ def _geometry(call: AttentionCall, pattern: MaskPattern) -> AttentionGeometry:
 
 
 @contextmanager
-def _recording(model: PreTrainedModel, calls: list[_LinearCall], num_tokens: int) -> Iterator[None]:
+def _recording(model: PreTrainedModel, calls: list[_LinearCall]) -> Iterator[None]:
     def record(name: str) -> Any:
         def hook(_module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if args and isinstance(output, torch.Tensor) and output.shape[:-1].numel() == num_tokens:
+            if args and isinstance(args[0], torch.Tensor) and isinstance(output, torch.Tensor):
                 calls.append(_LinearCall(name, args[0], output))
 
         return hook
 
+    embedding = model.get_input_embeddings()
     handles = [
         module.register_forward_hook(record(name))
         for name, module in model.named_modules()
-        if hasattr(module, "in_features") and hasattr(module, "out_features")
+        if module is embedding or (hasattr(module, "in_features") and hasattr(module, "out_features"))
     ]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _is_inner(call: _LinearCall, num_tokens: int) -> bool:
+    """Whether a module is linear and saw every token."""
+    return call.input.is_floating_point() and call.output.shape[:-1].numel() == num_tokens
+
+
+def _vocabulary(model: PreTrainedModel, passes: Sequence[Sequence[_LinearCall]], num_tokens: int) -> Vocabulary:
+    """The embedding and the output layer, if they are called once: with all tokens, and with the chosen ones."""
+    names = {id(module): name for name, module in model.named_modules()}
+
+    def find(module: torch.nn.Module | None, num: int) -> LinearGroup | None:
+        name = names.get(id(module))
+        found = [[call for call in calls if call.name == name] for calls in passes]
+        call = found[0][0] if found[0] else None
+        if name is None or call is None or any(len(calls) != 1 for calls in found):
+            return None
+        if any(calls[0].output.shape[:-1].numel() != num for calls in found):
+            return None
+        in_features = num_embeddings(model) if num == num_tokens else call.input.shape[-1]
+        output = call.output
+        return LinearGroup((name,), in_features, (output.shape[-1],), output.dtype, output.device)
+
+    return Vocabulary(find(model.get_input_embeddings(), num_tokens), find(model.get_output_embeddings(), 1))
 
 
 def _group(calls: list[_LinearCall]) -> Iterator[LinearGroup]:

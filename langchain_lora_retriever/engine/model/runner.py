@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -31,10 +32,11 @@ if TYPE_CHECKING:
 
     from langchain_lora_retriever.engine.config import EngineConfig
     from langchain_lora_retriever.engine.model.load import BaseModel
-    from langchain_lora_retriever.engine.model.probe import AttentionGeometry
+    from langchain_lora_retriever.engine.model.probe import AttentionGeometry, Vocabulary
     from langchain_lora_retriever.engine.model.triton_executor import TritonExecutor
     from langchain_lora_retriever.engine.request import Request
     from langchain_lora_retriever.engine.scheduler import ScheduledRequest
+    from langchain_lora_retriever.types import Adapter
 
 __all__ = ["ModelRunner"]
 
@@ -47,6 +49,7 @@ class ModelRunner:
     Args:
         base: The loaded model. It belongs to the runner until `close`.
         config: Limits.
+        expected: Adapters for whose kinds it prepares, where `config` does not say for which.
 
     Attributes:
         device: Where token ids go and chosen tokens come from.
@@ -59,21 +62,21 @@ class ModelRunner:
         EngineError: If the architecture or the memory does not allow serving.
     """
 
-    def __init__(self, base: BaseModel, config: EngineConfig) -> None:
+    def __init__(self, base: BaseModel, config: EngineConfig, expected: Sequence[Adapter] = ()) -> None:
         self._model = base.model
         self.device = input_device(base.model)
         self._give_back = ExitStack()  # what `close` undoes, in reverse order
         self._caches: dict[int, PagedCache] = {}
         try:
             with on_device(self.device):
-                self._take(base, config)
+                self._take(base, config, expected)
         except BaseException:
             self.close()
             raise
         is_on_gpu = self.device.type == "cuda"
         self._is_async = is_on_gpu if config.enable_async_scheduling is None else config.enable_async_scheduling
 
-    def _take(self, base: BaseModel, config: EngineConfig) -> None:
+    def _take(self, base: BaseModel, config: EngineConfig, expected: Sequence[Adapter]) -> None:
         """Make everything, and note for each change of the model how it is undone."""
         self._give_back.callback(_modes(base.model))
         base.model.eval().requires_grad_(requires_grad=False)
@@ -81,7 +84,10 @@ class ModelRunner:
         self.probe = probe_model(base.model, longest)
         check_model(base.model, self.probe, longest)
         self.probe = self.probe._replace(calls={})  # they hold tensors
+        if config.adapter_kinds is None:
+            config = replace(config, adapter_kinds=_kinds_of(expected, self.probe.vocabulary))
         self.memory = plan_memory(base, self.probe, config)
+        self._adapts_vocabulary = "vocabulary" in (config.adapter_kinds or ())
         try:
             self.lora_layers = LoraLayers(
                 base.model,
@@ -90,6 +96,8 @@ class ModelRunner:
                 max_loras=config.max_loras,
                 max_num_tokens=self.memory.max_num_batched_tokens,
                 max_adapters_per_token=config.max_adapters_per_request,
+                vocabulary=self.probe.vocabulary if self._adapts_vocabulary else None,
+                max_num_sampled=self.memory.max_num_seqs,
             )
         except RuntimeError as error:  # whichever allocator it is
             raise EngineError(
@@ -119,11 +127,17 @@ class ModelRunner:
         """Numbers of tokens to which steps with prompts in them are padded, ascending; () if they are not padded."""
         return self.executor.step_sizes
 
+    @property
+    def module_shapes(self) -> dict[str, tuple[int, int]]:
+        """`(in_features, out_features)` of every module that an adapter may target, by module path."""
+        vocabulary = self.probe.vocabulary.module_shapes if self._adapts_vocabulary else {}
+        return {**self.probe.module_shapes, **vocabulary}
+
     def make_store(self) -> StagedStore:
         """Where adapters are loaded from; it must be closed before the runner is."""
         packing = None
         if self.memory.num_staging_rows:
-            packing = AdapterPacking.of(self.lora_layers.stacks)
+            packing = AdapterPacking.of(self.lora_layers.stacks, self.lora_layers)
         return StagedStore(
             self.lora_layers,
             packing,
@@ -194,6 +208,17 @@ class ModelRunner:
 
         parts = (self._caches, self.lora_layers, self.memory, config, self._chosen)
         return TritonExecutor(self._model, self.probe, *parts)
+
+
+def _kinds_of(adapters: Sequence[Adapter], vocabulary: Vocabulary) -> tuple[Literal["vocabulary", "dora"], ...]:
+    """The kinds among some adapters that an engine has to be ready for."""
+    layers = vocabulary.module_shapes.keys()
+    kinds: list[Literal["vocabulary", "dora"]] = []
+    if any(not layers.isdisjoint(adapter.weights) for adapter in adapters):
+        kinds.append("vocabulary")
+    if any(adapter.is_dora for adapter in adapters):
+        kinds.append("dora")
+    return tuple(kinds)
 
 
 def _modes(model: PreTrainedModel) -> Callable[[], None]:

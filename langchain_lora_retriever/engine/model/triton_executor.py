@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from langchain_lora_retriever.engine.model.block_tables import BlockTables
 from langchain_lora_retriever.engine.model.fused_check import check_fused
 from langchain_lora_retriever.engine.model.fused_layers import FusedLayers
+from langchain_lora_retriever.engine.model.lora_layers import StepKinds
 from langchain_lora_retriever.engine.model.paged_step import PagedStep, QueryTiles
 from langchain_lora_retriever.engine.model.step_graph import CaptureError, StepGraph, StepShapes
 from langchain_lora_retriever.engine.pinned_copy import upload
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from langchain_lora_retriever.engine.model.probe import ModelProbe
     from langchain_lora_retriever.engine.model.step_graph import StaticInputs, StepShape
 
-    _GraphKey = tuple[StepShape, tuple[int, int] | None]
+    _GraphKey = tuple[StepShape, tuple[int, int] | None, StepKinds]
     Adapters = list[tuple[int, Sequence[int], Sequence[float]]]  # for each sequence its tokens, slots and weights
 
 __all__ = ["TritonExecutor"]
@@ -79,13 +81,15 @@ class TritonExecutor:
         self._num_adapters = sorted(
             {0, *(num for num in config.captured_num_adapters if num <= config.max_adapters_per_request)}
         )
+        kinds = config.adapter_kinds or ()
+        self._kinds = StepKinds("dora" in kinds, "vocabulary" in kinds)
         self._shapes: StepShapes | None = None
         if config.enable_cuda_graphs:
             self._shapes = StepShapes(
                 memory.max_num_seqs, memory.max_num_batched_tokens, self._tile_size, self._num_adapters
             )
         self._graphs: dict[_GraphKey, StepGraph] = {}
-        self._told: set[tuple[int, int]] = set()
+        self._told: set[tuple[int, int, StepKinds]] = set()
         self._pool: Any = None
         self._logits = torch.empty(0)
         if self._device.type == "cuda":
@@ -123,7 +127,7 @@ class TritonExecutor:
         graph = self._find_graph(batch, rank_bound)
         if graph is not None:
             return graph.replay(batch, decode_tokens, prefill_tiles)
-        self._lora_layers.set_batch(batch.lora, rank_bound)
+        self._lora_layers.set_batch(batch.lora, batch.sampled_tokens, rank_bound)
         tokens = upload([batch.token_ids, batch.positions, batch.rows, batch.sources], torch.int64, self._device)
         tiles = QueryTiles(
             upload(decode_tokens, torch.int64, self._device),
@@ -148,28 +152,51 @@ class TritonExecutor:
         if self._shapes is None:
             return None
         num_adapters = batch.lora.num_adapters
+        kinds = self._captured_kinds(self._lora_layers.kinds_of(batch.lora.active))
         shape = self._shapes.find(len(batch.token_ids), num_adapters, is_decode=batch.is_decode)
-        graph = self._graphs.get(self._key(shape, len(batch.lora.active), rank_bound)) if shape is not None else None
-        if num_adapters > self._num_adapters[-1] or (num_adapters and rank_bound not in self._rank_bounds):
-            self._tell(num_adapters, rank_bound)
+        graph = None
+        if shape is not None and kinds is not None:
+            graph = self._graphs.get(self._key(shape, len(batch.lora.active), rank_bound, kinds))
+        if (
+            kinds is None
+            or num_adapters > self._num_adapters[-1]
+            or (num_adapters and rank_bound not in self._rank_bounds)
+        ):
+            self._tell(num_adapters, rank_bound, kinds)
         return graph
 
-    def _key(self, shape: StepShape, num_active: int, rank_bound: int) -> _GraphKey:
+    def _captured_kinds(self, kinds: StepKinds) -> StepKinds | None:
+        """Of which kinds the graphs that serve a step are: of none, or of all that were foreseen. None without any."""
+        if kinds == StepKinds():
+            return kinds
+        is_foreseen = all(captured or not wanted for captured, wanted in zip(self._kinds, kinds, strict=True))
+        return self._kinds if is_foreseen else None
+
+    def _key(self, shape: StepShape, num_active: int, rank_bound: int, kinds: StepKinds) -> _GraphKey:
         """Which graph serves steps of a shape; few adapters and many are told apart for the lowest ranks alone."""
         if not shape.num_adapters:
-            return shape, None
+            return shape, None, StepKinds()
         if rank_bound != self._rank_bounds[0]:
             num_active = self._max_loras
-        return shape, self._lora_layers.launch_shape(shape.num_tokens, shape.num_adapters, num_active, rank_bound)
+        launch = self._lora_layers.launch_shape(shape.num_tokens, shape.num_adapters, num_active, rank_bound)
+        return shape, launch, kinds
 
-    def _tell(self, num_adapters: int, rank_bound: int) -> None:
+    def _tell(self, num_adapters: int, rank_bound: int, kinds: StepKinds | None) -> None:
         """Say once what runs without graphs."""
-        if (num_adapters, rank_bound) not in self._told:
-            self._told.add((num_adapters, rank_bound))
+        key = (num_adapters, rank_bound, kinds or StepKinds())
+        if key in self._told:
+            return
+        self._told.add(key)
+        if kinds is None:
             _logger.warning(
-                "Steps with %d adapters of ranks up to %d run without CUDA graphs: name them in captured_num_adapters "
-                "%s and captured_ranks %s.", num_adapters, rank_bound, self._num_adapters, self._rank_bounds,
-            )  # fmt: skip
+                "Steps with DoRA adapters run without CUDA graphs: start the engine with "
+                'EngineConfig(adapter_kinds=("dora",)), or with a pool that has such an adapter.'
+            )
+            return
+        _logger.warning(
+            "Steps with %d adapters of ranks up to %d run without CUDA graphs: name them in captured_num_adapters "
+            "%s and captured_ranks %s.", num_adapters, rank_bound, self._num_adapters, self._rank_bounds,
+        )  # fmt: skip
 
     @torch.inference_mode()
     def _warm_up(self, memory: MemoryPlan) -> None:
@@ -178,7 +205,8 @@ class TritonExecutor:
         for num_tokens in {memory.max_num_batched_tokens, max(1, memory.max_num_batched_tokens - 1)}:
             for num_adapters in self._num_adapters:
                 for rank_bound in self._rank_bounds[: None if num_adapters else 1]:
-                    logits = self._run_padding(num_tokens, num_adapters, memory.max_num_seqs, rank_bound)
+                    for kinds in dict.fromkeys((StepKinds(), self._kinds if num_adapters else StepKinds())):
+                        logits = self._run_padding(num_tokens, num_adapters, memory.max_num_seqs, rank_bound, kinds)
         self._pool = torch.cuda.graph_pool_handle()
         self._logits = torch.empty(memory.max_num_seqs, logits.shape[1], dtype=logits.dtype, device=self._device)
 
@@ -191,40 +219,49 @@ class TritonExecutor:
                 for rank_bound in self._rank_bounds[: None if shape.num_adapters else 1]:
                     is_lowest = rank_bound == self._rank_bounds[0]
                     if is_lowest or shape.num_tokens <= _MAX_TOKENS_OF_HIGH_RANKS:
-                        for num_active in (1, self._max_loras):
-                            self._capture(shape, num_active, rank_bound)
+                        for num_active, kinds in product(
+                            (1, self._max_loras), dict.fromkeys((StepKinds(), self._kinds))
+                        ):
+                            self._capture(shape, num_active, rank_bound, kinds)
         except CaptureError as error:
             self._give_up_graphs(error)
             return
         _logger.info("%d graphs captured in %.1f s", len(self._graphs), time.perf_counter() - start)
 
-    def _capture(self, shape: StepShape, num_active: int, rank_bound: int) -> None:
-        key = self._key(shape, num_active, rank_bound)
+    def _capture(self, shape: StepShape, num_active: int, rank_bound: int, kinds: StepKinds) -> None:
+        key = self._key(shape, num_active, rank_bound, kinds)
         if key not in self._graphs:
-            forward = partial(self._run_static, shape, num_active, rank_bound)
+            forward = partial(self._run_static, shape, num_active, rank_bound, key[2])
             self._graphs[key] = StepGraph(forward, shape, self._device, self._pool)
 
-    def _run_padding(self, num_tokens: int, num_adapters: int, num_sampled: int, rank_bound: int) -> torch.Tensor:
+    def _run_padding(
+        self, num_tokens: int, num_adapters: int, num_sampled: int, rank_bound: int, kinds: StepKinds
+    ) -> torch.Tensor:
         """A step of padding alone, without a graph."""
         slots = weights = None
         if num_adapters:
             slots = torch.full((num_tokens, num_adapters), -1, dtype=torch.int32, device=self._device)
             weights = torch.zeros(num_tokens, num_adapters, device=self._device)
-        self._lora_layers.set_device_batch(slots, weights, rank_bound=rank_bound)
         tokens = torch.zeros(4, num_tokens, dtype=torch.int64, device=self._device)
         tokens[2:] = -1
         zeros = tokens[0]
+        sampled = zeros[: min(num_sampled, num_tokens)]
+        self._lora_layers.set_device_batch(slots, weights, rank_bound=rank_bound, kinds=kinds, sampled=sampled)
         tiles = QueryTiles(zeros[:1] - 1, zeros[:2].view(1, 2), 1)
-        return self._run(tokens, tiles, zeros[: min(num_sampled, num_tokens)])
+        return self._run(tokens, tiles, sampled)
 
     def _give_up_graphs(self, error: CaptureError) -> None:
         _logger.warning("%s runs without CUDA graphs: %s", type(self._model).__name__, error.__cause__)
         self._shapes = None
         self._graphs.clear()
 
-    def _run_static(self, shape: StepShape, num_active: int, rank_bound: int, inputs: StaticInputs) -> torch.Tensor:
+    def _run_static(
+        self, shape: StepShape, num_active: int, rank_bound: int, kinds: StepKinds, inputs: StaticInputs
+    ) -> torch.Tensor:
         """A step that reads nothing from the host."""
-        self._lora_layers.set_device_batch(inputs.lora_slots, inputs.lora_weights, num_active, rank_bound)
+        sampled = None if shape.is_decode else inputs.sampled  # a decode step's are its tokens, in order
+        adapters = (inputs.lora_slots, inputs.lora_weights)
+        self._lora_layers.set_device_batch(*adapters, num_active, rank_bound, kinds, sampled)
         num_sequences = shape.num_decodes if shape.is_decode else min(shape.num_decodes, _USUAL_NUM_STREAMS)
         tiles = QueryTiles(inputs.decode_tokens, inputs.prefill_tiles, num_sequences)
         logits = self._run(inputs.tokens, tiles, inputs.sampled)

@@ -36,7 +36,7 @@ def make_fit(num_rows: int = 12, max_loras: int = 3) -> AdapterFit:
             r"'layers.0.q': it has .* = \(4, 5\), the base model 'org/base' \(4, 6\)",
         ),
         (make_adapter("a", 17), r"rank 17; the kernels go up to 16"),
-        (make_adapter("a", 13), r"rank 13, but .* holds 12 ranks: raise EngineConfig.lora_cache_bytes"),
+        (make_adapter("a", 13), r"takes 13 rank rows; .* holds 12: raise EngineConfig.lora_cache_bytes"),
     ],
     ids=["module", "shape", "kernels", "memory"],
 )

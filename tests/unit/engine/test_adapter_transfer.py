@@ -20,7 +20,7 @@ from langchain_lora_retriever.engine.model.packed_adapter import AdapterPacking
 from langchain_lora_retriever.errors import InvalidAdapterError
 from langchain_lora_retriever.pool.checkpoint import read_adapter
 from langchain_lora_retriever.types import Adapter, LoraWeights, SamplingParams
-from lora_retriever_kernels.lora import LoraRows, LoraStack
+from lora_retriever_kernels.lora import LoraRows, LoraSlice, LoraStack
 from makers import make_adapter, make_tiny_model, make_tokenizer, wait_until
 
 if TYPE_CHECKING:
@@ -42,13 +42,21 @@ class Stacks:
         ]
         self.num_loads = 0
 
+    def slices(self, adapter: Adapter) -> dict[str, LoraSlice]:
+        """Its weights as they are."""
+        return {name: LoraSlice(w.lora_A, w.lora_B, w.scaling) for name, w in dict(adapter.weights).items()}
+
+    def slice_shapes(self, adapter: Adapter) -> dict[str, LoraSlice]:
+        """Without reading a file."""
+        return {name: LoraSlice(w.lora_A, w.lora_B, w.scaling) for name, w in adapter.shapes.items()}
+
     def load(self, slot: int, start: int, adapter: Adapter) -> None:
         """Load as `LoraLayers` does."""
         self.num_loads += 1
         self.rows.assign(slot, start, adapter.rank)
+        slices = self.slices(adapter)
         for names, stack in self.stacks:
-            found = (adapter.weights.get(name) for name in names)
-            stack.load(slot, start, [None if w is None else (w.lora_A, w.lora_B, w.scaling) for w in found])
+            stack.load(slot, start, [slices.get(name) for name in names])
 
     def same_as(self, other: Stacks, slot: int, start: int, adapter: Adapter) -> bool:
         """Whether an adapter's rows are equal, as far as its ranks reach."""
@@ -83,7 +91,9 @@ def make(name: str, **ranks: int) -> Adapter:
 def make_store(num_rows: int = 12, pinned_bytes: int = 4096) -> tuple[StagedStore, Stacks]:
     """A store over fresh stacks. One rank takes 38 numbers."""
     stacks = Stacks()
-    return StagedStore(stacks, AdapterPacking(stacks.stacks), num_rows=num_rows, pinned_bytes=pinned_bytes), stacks
+    return StagedStore(
+        stacks, AdapterPacking(stacks.stacks, stacks), num_rows=num_rows, pinned_bytes=pinned_bytes
+    ), stacks
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -94,11 +104,11 @@ def test_a_packed_adapter_is_what_the_stacks_load(dtype: torch.dtype, ranks: dic
     """Bit for bit, with modules of other ranks and without some of them, over what lay there before."""
     adapter, old = make("new", **ranks), make("old", q=6, k=6, o=6)
     packed, direct = Stacks(dtype), Stacks(dtype)
-    packing = AdapterPacking(packed.stacks)
+    packing = AdapterPacking(packed.stacks, packed)
     for stacks in (packed, direct):
         stacks.load(1, 3, old)
     direct.load(1, 3, adapter)
-    flat = torch.full((adapter.rank * packing.row_size,), torch.nan, dtype=dtype)
+    flat = torch.full((packing.size(adapter),), torch.nan, dtype=dtype)
     packing.pack(adapter, flat)
     packing.load(1, 3, adapter, flat)
     assert packed.same_as(direct, 1, 3, adapter)
@@ -107,7 +117,7 @@ def test_a_packed_adapter_is_what_the_stacks_load(dtype: torch.dtype, ranks: dic
 def test_stacks_of_two_dtypes_are_not_packed() -> None:
     """One copy could not serve both."""
     stacks = Stacks().stacks[:1] + Stacks(torch.bfloat16).stacks[1:]
-    assert AdapterPacking.of(stacks) is None
+    assert AdapterPacking.of(stacks, Stacks()) is None
 
 
 def write(adapter: Adapter, folder: Path) -> Adapter:
@@ -130,8 +140,8 @@ def test_an_adapter_in_a_file_is_read_to_be_packed_and_no_more(tmp_path: Path) -
     adapter = write(make("a", q=2, o=5), tmp_path / "a")
     packed, direct = Stacks(), Stacks()
     direct.load(1, 3, adapter)
-    packing = AdapterPacking(packed.stacks)
-    flat = torch.full((adapter.rank * packing.row_size,), torch.nan)
+    packing = AdapterPacking(packed.stacks, packed)
+    flat = torch.full((packing.size(adapter),), torch.nan)
     packing.pack(adapter, flat)
     kept = dataclasses.replace(adapter, weights=dict(adapter.weights))
     (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"")

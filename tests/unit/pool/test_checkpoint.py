@@ -85,21 +85,21 @@ def test_layers_to_transform_leaves_others_out(tmp_path, make_checkpoint):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"use_dora": True}, "DoRA"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"bias": "all"}, "bias='all'"),
         ({"lora_bias": True}, "lora_bias"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ({"target_parameters": ["mlp.experts"]}, "target_parameters"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
-        ({"alora_invocation_tokens": [5]}, "aLoRA"),
         ({"use_qalora": True}, "QALoRA"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"megatron_config": {"x": 1}}, "megatron_config"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
         ({"init_lora_weights": "olora"}, "olora"),
         ({"from_a_later_peft": True}, "from_a_later_peft"),
-        ({"peft_type": "IA3"}, "IA3"),
+        ({"ensure_weight_tying": 2}, "ensure_weight_tying"),
+        ({"from_a_later_peft": {"rate": 0.5}}, "from_a_later_peft"),
+        *(({"peft_type": kind}, kind) for kind in ("IA3", "VERA", "LOHA", "LOKR", "ADALORA", "OFT", "PROMPT_TUNING")),
         ({"peft_type": None}, "peft_type"),
     ],
 )
@@ -109,19 +109,123 @@ def test_refuses_what_is_not_honoured(checkpoint, changes, named):
     with pytest.raises(UnsupportedAdapterError, match="adapter 'plain'") as caught:
         read_adapter(checkpoint)
     assert named in str(caught.value)
+    assert "merge it into the base model" in str(caught.value) or "path_initial_model" in str(caught.value)
 
 
-@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal"])
+@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal", "mica"])
 def test_initialisation_that_is_over_does_not_matter(checkpoint, init):
     """How a finished adapter's matrices were initialised is no reason to refuse it."""
     edit_config(checkpoint, init_lora_weights=init)
     assert read_adapter(checkpoint).rank == 4
 
 
-def test_refuses_real_dora(tmp_path, make_checkpoint):
-    """A DoRA checkpoint as PEFT writes it is refused."""
-    with pytest.raises(UnsupportedAdapterError, match="DoRA"):
-        read_adapter(make_checkpoint(tmp_path / "a", use_dora=True))
+def test_reads_dora(tmp_path, make_checkpoint):
+    """Magnitudes as PEFT writes them, also under the names of a state dict; they are part of what it is."""
+    folder = make_checkpoint(tmp_path / "a", use_dora=True)
+    adapter = read_adapter(folder)
+    assert adapter.is_dora
+    assert (adapter.rank, adapter.num_rows) == (4, 5)
+    magnitude = load_file(folder / WEIGHTS_FILE)[f"base_model.model.{Q0}.lora_magnitude_vector"]
+    assert torch.equal(adapter.weights[Q0].magnitude, magnitude)
+    assert adapter.shapes[Q0].magnitude.shape == magnitude.shape
+    plain = read_adapter(make_checkpoint(tmp_path / "b"))
+    assert adapter.num_parameters > plain.num_parameters
+    assert (plain.is_dora, plain.num_rows) == (False, 4)
+    edit_weights(folder, rename_key("magnitude_vector", "magnitude_vector.default.weight"))
+    assert read_adapter(folder).fingerprint == adapter.fingerprint
+    edit_weights(folder, lambda t: {k: v * 2 if "magnitude" in k else v for k, v in t.items()})
+    assert read_adapter(folder).fingerprint != adapter.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda t: {k: v for k, v in t.items() if "magnitude" not in k}, "needs a lora_magnitude_vector [64], but has"),
+        (lambda t: {k: v[:-1] if "magnitude" in k else v for k, v in t.items()}, "[64], but has [63]"),
+        (lambda t: {k: v * math.nan if "magnitude" in k else v for k, v in t.items()}, "lora_magnitude_vector of"),
+        (lambda t: {k: v * 1e30 if "magnitude" in k else v for k, v in t.items()}, "overflows"),
+    ],
+)
+def test_refuses_dora_with_other_magnitudes(tmp_path, make_checkpoint, change, named):
+    """None, of another size, or no numbers."""
+    folder = make_checkpoint(tmp_path / "a", use_dora=True)
+    edit_weights(folder, change)
+    with pytest.raises(InvalidAdapterError, match="adapter 'a'") as caught:
+        read_adapter(folder)
+    assert named in str(caught.value)
+
+
+def test_refuses_magnitudes_that_the_configuration_does_not_know(tmp_path, make_checkpoint):
+    """PEFT would leave them out without a word."""
+    folder = make_checkpoint(tmp_path / "a", use_dora=True)
+    edit_config(folder, use_dora=False)
+    with pytest.raises(InvalidAdapterError, match="does not say use_dora"):
+        read_adapter(folder)
+
+
+def test_reads_adapted_embeddings(tmp_path, make_checkpoint):
+    """Their factors are a linear module's over one-hot inputs; what the base model has itself is kept apart."""
+    lora = {"target_modules": ["embed_tokens", "lm_head"]}
+    folder = make_checkpoint(tmp_path / "a", saves_base="auto", **lora)
+    adapter = read_adapter(folder)
+    tensors = load_file(folder / WEIGHTS_FILE)
+    prefix = "base_model.model.model.embed_tokens"
+    assert torch.equal(adapter.weights["model.embed_tokens"].lora_A, tensors[f"{prefix}.lora_embedding_A"])
+    assert torch.equal(adapter.weights["model.embed_tokens"].lora_B, tensors[f"{prefix}.lora_embedding_B"])
+    assert tuple(adapter.weights["lm_head"].lora_B.shape) == (320, 4)
+    assert set(adapter.base_weights) == {"model.embed_tokens", "lm_head"}
+    assert torch.equal(adapter.base_weights["model.embed_tokens"], tensors[f"{prefix}.base_layer.weight"])
+    assert read_adapter(make_checkpoint(tmp_path / "b", **lora)).base_weights == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda t: {k: v for k, v in t.items() if "embedding_B" not in k}, "lora_embedding_A but no lora_embedding_B"),
+        (lambda t: {k: v for k, v in t.items() if "embedding_A" not in k}, "lora_embedding_B but no lora_A"),
+        (
+            lambda t: {k.replace("embedding_B", "B.weight"): v for k, v in t.items()},
+            "has a lora_B but no lora_embedding_B",
+        ),
+        (lambda t: {k: v for k, v in t.items() if "lora_" not in k}, "has a base_layer but no lora_A"),
+    ],
+)
+def test_refuses_halves_of_embeddings(tmp_path, make_checkpoint, change, named):
+    """A factor without the other, or with one of another kind."""
+    folder = make_checkpoint(tmp_path / "a", saves_base="auto", target_modules=["embed_tokens"])
+    edit_weights(folder, change)
+    with pytest.raises(InvalidAdapterError, match="adapter 'a'") as caught:
+        read_adapter(folder)
+    assert named in str(caught.value)
+
+
+def test_reads_what_invokes_an_activated_lora(tmp_path, make_checkpoint):
+    """The tokens are part of what it is; an empty list is plain LoRA, as in PEFT."""
+    folder = make_checkpoint(tmp_path / "a", alora_invocation_tokens=[7, 8])
+    adapter = read_adapter(folder)
+    assert adapter.invocation_tokens == (7, 8)
+    edit_config(folder, alora_invocation_tokens=[7, 9])
+    assert read_adapter(folder).fingerprint != adapter.fingerprint
+    edit_config(folder, alora_invocation_tokens=[])
+    plain = read_adapter(folder)
+    assert plain.invocation_tokens == ()
+    edit_config(folder, alora_invocation_tokens=None)
+    assert read_adapter(folder).fingerprint == plain.fingerprint
+
+
+@pytest.mark.parametrize("tokens", ["x", [7.5], [-1], [True], [1 << 40], [5] * 2000, {"a": 1}, 5])
+def test_refuses_invocations_that_are_none(checkpoint, tokens):
+    """What invokes an activated LoRA is a list of token ids."""
+    edit_config(checkpoint, alora_invocation_tokens=tokens)
+    with pytest.raises(InvalidAdapterError, match="list of up to 1024 token ids"):
+        read_adapter(checkpoint)
+
+
+def test_a_configuration_of_a_later_peft_is_taken(checkpoint):
+    """Fields that are not known here are taken while they are off, whatever object they are kept in."""
+    later = {"use_next": False, "next_config": None, "next_modules": [], "next": {"use_it": False, "modules": None}}
+    edit_config(checkpoint, peft_version="9.0.0", qalora_group_size=16, **later)
+    assert read_adapter(checkpoint).rank == 4
 
 
 def test_refuses_pickle(checkpoint):
@@ -165,7 +269,8 @@ def poison(value):
             "two lora_",
         ),
         (rename_key("q_proj.lora_A.weight", "q_proj.weight"), UnsupportedAdapterError, "whole weights"),
-        (rename_key("lora_A.weight", "lora_embedding_A"), UnsupportedAdapterError, "embedding"),
+        (rename_key("lora_A.weight", "lora_embedding_A"), InvalidAdapterError, "lora_B but no lora_embedding_B"),
+        (rename_key("q_proj.lora_A.weight", "q_proj.lora_E"), InvalidAdapterError, "q_proj.lora_E"),
         (rename_key("q_proj", "o_proj"), InvalidAdapterError, "target_modules"),
         (lambda t: {k: v[:3] if "lora_A" in k else v for k, v in t.items()}, InvalidAdapterError, "rank 4"),
         (lambda t: {k: v.half() if "lora_A" in k else v for k, v in t.items()}, InvalidAdapterError, "lora_A in F16"),

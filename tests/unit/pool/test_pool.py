@@ -74,13 +74,13 @@ def test_a_bad_adapter_is_refused_and_the_rest_loads(folder, checkpoints):
     """A bad adapter is named in one warning and in `rejected`; the others load."""
     shutil.copytree(checkpoints["units"], folder / "units")
     config = json.loads((folder / "units" / CONFIG_FILE).read_text())
-    (folder / "units" / CONFIG_FILE).write_text(json.dumps(config | {"use_dora": True}))
+    (folder / "units" / CONFIG_FILE).write_text(json.dumps(config | {"modules_to_save": ["lm_head"]}))
     with pytest.warns(UserWarning, match="adapter 'units'") as warned:
         pool = AdapterPool(folder)
     assert len([w for w in warned if w.category is UserWarning]) == 1
     assert pool.names == ("dates", "sql")
     assert isinstance(pool.rejected["units"], UnsupportedAdapterError)
-    with pytest.raises(UnknownAdapterError, match=r"was refused.*DoRA"):
+    with pytest.raises(UnknownAdapterError, match=r"was refused.*modules_to_save"):
         pool["units"]
     pool.remove("units")
     assert not pool.rejected

@@ -1,0 +1,174 @@
+"""Linear modules that share an input, wrapped so that adapters' outputs are added to theirs.
+
+Modules are changed in place: their `forward` is replaced, their names and accelerate hooks stay, so any Linear-like
+module works, quantised or offloaded. Plain `nn.Linear` modules that share an input are computed as one product: until
+`release` gives them memory of their own again, their weights are views of one tensor.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from langchain_lora_retriever.engine.model.dora import BaseModule, base_tensor
+from lora_retriever_kernels.lora import LoraBatch, LoraRows, LoraStack
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from transformers import PreTrainedModel
+
+    from langchain_lora_retriever.engine.model.lora_layers import LoraLayers
+    from langchain_lora_retriever.engine.model.probe import LinearGroup
+
+__all__ = ["LoraGroup", "split_group"]
+
+
+class LoraGroup:
+    """Linear modules that share an input: computed together when the first of them is called."""
+
+    def __init__(
+        self,
+        layers: LoraLayers,
+        modules: Sequence[nn.Module],
+        group: LinearGroup,
+        num_rows: int,
+        rows: LoraRows,
+        batch: LoraBatch,
+        uses: Mapping[int, int],
+    ) -> None:
+        self.names = group.names
+        self._layers = layers
+        self._modules = modules
+        self._out_features = group.out_features
+        self._batch = batch
+        self.stack = LoraStack(rows, num_rows, group.in_features, group.out_features, group.dtype)
+        self._fused: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self._originals: list[nn.Parameter] = []
+        if all(_is_plain(module) for module in modules):
+            self._fused, self._originals = _fuse(modules, uses)
+        self._bias: torch.Tensor | None = None
+        self._input: torch.Tensor | None = None
+        self._outputs: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the modules are computed as one product."""
+        return self._fused is not None
+
+    def bases(self) -> dict[str, BaseModule]:
+        """The modules as the base model has them, by name; to be called while they are not wrapped."""
+        dtype, device = self.stack.b.dtype, self.stack.b.device
+        return {
+            name: BaseModule(module, module.forward, dtype, device)
+            for name, module in zip(self.names, self._modules, strict=True)
+        }
+
+    def attach(self) -> None:
+        """Wrap the modules."""
+        for index, module in enumerate(self._modules):
+            if self._fused is None:
+                module.forward = partial(self._forward_single, module.forward)
+            else:
+                module.forward = partial(self._forward_slice, index)
+
+    def detach(self) -> None:
+        """Give the modules their own forwards back."""
+        for module in self._modules:
+            forward: Callable[..., torch.Tensor] = module.forward
+            del module.forward
+            if isinstance(forward, partial) and forward.func == self._forward_single:
+                hooked = forward.args[0]
+                if getattr(hooked, "__func__", None) is not type(module).forward:
+                    module.forward = hooked  # accelerate's own wrapper, an attribute of the instance too
+
+    def release(self) -> None:
+        """Give the modules weights of their own again."""
+        for module, original in zip(self._modules, self._originals, strict=False):
+            if module.weight is original:
+                original.data = original.data.clone(memory_format=torch.contiguous_format)
+            else:  # others use it too, and it was left as it was
+                module.weight = original
+        self._originals, self._fused = [], None
+
+    def _forward_single(self, forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        y = forward(x)
+        flat = y.view(-1, y.shape[-1])
+        bias = self._own_bias() if self._batch.has_gains else None
+        self._layers.add(flat, x.to(y.device).reshape(flat.shape[0], -1), self.stack, self._batch, bias)
+        return y
+
+    def _own_bias(self) -> torch.Tensor | None:
+        """The bias of the one module of a group that is not fused."""
+        bias = base_tensor(self._modules[0], "bias")
+        if bias is not None and self._bias is None:
+            self._bias = bias.to(self.stack.b)
+        return self._bias
+
+    def _forward_slice(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        if self._input is not x:
+            self._outputs = self._forward_fused(x)
+            self._input = x
+        output = self._outputs[index]
+        if index == len(self._modules) - 1:
+            self._input, self._outputs = None, ()
+        return output
+
+    def _forward_fused(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = self.compute(x.reshape(-1, x.shape[-1]))
+        parts: tuple[torch.Tensor, ...] = y.view(*x.shape[:-1], -1).split(self._out_features, -1)
+        return parts
+
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        """The product of packed inputs with modules that are fused, adapters included."""
+        assert self._fused is not None
+        return self._layers.add_to_product(x, *self._fused, self.stack, self._batch)
+
+
+def split_group(model: PreTrainedModel, group: LinearGroup) -> Iterator[tuple[LinearGroup, list[nn.Module]]]:
+    """The group as it is if its modules can be computed as one; else a group for each of them."""
+    modules = [model.get_submodule(name) for name in group.names]
+    is_biased = {getattr(module, "bias", None) is not None for module in modules}
+    if len(is_biased) == 1 and all(_is_plain(module) for module in modules):
+        yield group, modules
+    else:
+        for name, out_features, module in zip(group.names, group.out_features, modules, strict=True):
+            yield group._replace(names=(name,), out_features=(out_features,)), [module]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether its weight is simply there: not quantised, not moved around by accelerate."""
+    return type(module) is nn.Linear and not hasattr(module, "_hf_hook")
+
+
+def _fuse(
+    modules: Sequence[nn.Module], uses: Mapping[int, int]
+) -> tuple[tuple[torch.Tensor, torch.Tensor | None], list[nn.Parameter]]:
+    """Lay the weights side by side and let each module's weight be a view of its part; biases likewise.
+
+    On a CPU they lie transposed, `[in_features, sum(out_features)]`: a decode step's product of few rows runs up to
+    twice as fast over that layout, a prefill's as fast.
+
+    Args:
+        modules: The linear modules.
+        uses: In how many places a parameter is used, by identity. One that others use too (tied embeddings) is left to
+            them, and the module gets another.
+
+    Returns:
+        The joint weight and bias, and the modules' own parameters.
+    """
+    linears = [module for module in modules if isinstance(module, nn.Linear)]
+    originals: list[Any] = [module.weight for module in linears]
+    weight = torch.cat([parameter.detach() for parameter in originals])
+    if weight.device.type == "cpu":
+        weight = weight.t().contiguous().t()
+    for module, part in zip(linears, weight.split([m.out_features for m in linears]), strict=True):
+        if uses[id(module.weight)] > 1:
+            module.weight = nn.Parameter(part, requires_grad=False)
+        else:
+            module.weight.data = part
+    bias = None if linears[0].bias is None else torch.cat([module.bias.detach() for module in linears])
+    return (weight, bias), originals
