@@ -21,17 +21,20 @@ def plain(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> t
 
 
 @pytest.mark.parametrize("width", [64, 133])
+@pytest.mark.parametrize("has_delta", [False, True])
 @pytest.mark.parametrize("has_inner", [False, True])
-def test_norms_and_additions(width: int, has_inner: bool) -> None:
-    """With and without a norm of the addend, over rows that lie apart."""
+def test_norms_and_additions(width: int, has_inner: bool, has_delta: bool) -> None:
+    """With and without a norm of the addend and a part of it that comes apart, over rows that lie apart."""
     from lora_retriever_kernels.decoder import RmsNorm, add_rms_norm, rms_norm
 
     x = torch.randn(5, 2 * width, device=DEVICE)[:, :width]
     residual, weight, inner_weight = (torch.randn(*s, device=DEVICE) for s in ((5, width), (width,), (width,)))
     norm, inner = RmsNorm(weight, 1e-5, 1.0), RmsNorm(inner_weight, 1e-6, 0.0)
-    torch.testing.assert_close(rms_norm(x, norm), plain(x, weight, 1e-5, 1.0))
-    expected = residual + (plain(x, inner_weight, 1e-6, 0.0) if has_inner else x)
-    total, out = add_rms_norm(x, residual, norm, inner if has_inner else None)
+    delta = torch.randn(5, width, device=DEVICE) if has_delta else None
+    whole = x if delta is None else x + delta
+    torch.testing.assert_close(rms_norm(x, norm, delta), plain(whole, weight, 1e-5, 1.0))
+    expected = residual + (plain(whole, inner_weight, 1e-6, 0.0) if has_inner else whole)
+    total, out = add_rms_norm(x, residual, norm, inner if has_inner else None, delta)
     torch.testing.assert_close(total, expected)
     torch.testing.assert_close(out, plain(expected, weight, 1e-5, 1.0))
 
@@ -49,3 +52,6 @@ def test_gated_activation(name: str, width: int) -> None:
         "gelu_pytorch_tanh": lambda gate: functional.gelu(gate, approximate="tanh"),
     }[name]
     torch.testing.assert_close(gated_activation(x, name), activation(x[:, :width]) * x[:, width:])
+    delta = torch.randn(3, 2 * width, device=DEVICE)
+    whole = x + delta
+    torch.testing.assert_close(gated_activation(x, name, delta), activation(whole[:, :width]) * whole[:, width:])

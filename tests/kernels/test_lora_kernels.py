@@ -20,6 +20,7 @@ from lora_retriever_kernels.lora import (
     LoraStack,
     add_lora,
     add_lora_reference,
+    lora_delta,
     lora_expand,
     lora_mix,
     lora_shrink,
@@ -107,7 +108,12 @@ def error_of(model: Model, mapping: torch.Tensor, weights: torch.Tensor, *, in_t
     model.batch.update(mapping.to(device), weights.to(device))
     if in_two:
         v = lora_shrink(x, stack, model.batch)
-        lora_expand(y, v, stack, model.batch, lora_mix(v, stack, model.batch))
+        mixed = lora_mix(v, stack, model.batch)
+        lora_expand(y, v, stack, model.batch, mixed)
+        delta = lora_delta(v, stack, model.batch, mixed)
+        assert (delta[(mapping < 0).all(1).to(device)] == 0).all()
+        apart = untouched.double() + delta.double() - want
+        assert num_tokens == 0 or apart.abs().max() / want.abs().max() < TOLERANCE[stack.a.dtype]
     else:
         add_lora(y, x, stack, model.batch)
     assert wide[:, width:].isnan().all()
@@ -408,6 +414,11 @@ def test_torch_compile_and_opcheck(backend):
     torch.library.opcheck(
         torch.ops.lora_retriever_kernels.lora_expand.default,
         (y.clone(), v, stack.b, *common, out, batch.block_m, [], batch.tensors()),
+        test_utils=checks,
+    )
+    torch.library.opcheck(
+        torch.ops.lora_retriever_kernels.lora_delta.default,
+        (v, stack.b, *common, out, batch.block_m, [], batch.tensors()),
         test_utils=checks,
     )
     if batch.block_m > 1:

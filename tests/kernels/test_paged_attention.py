@@ -165,10 +165,11 @@ def test_prefill(
     assert (out[-1] == 0).all()
 
 
+@pytest.mark.parametrize("has_delta", [False, True])
 @pytest.mark.parametrize("has_norm", [False, True])
 @pytest.mark.parametrize(("dim", "rotary_dim"), [(16, 16), (24, 24), (20, 12)])
-def test_write_normalises_and_rotates(dim: int, rotary_dim: int, has_norm: bool) -> None:
-    """Queries change in place inside a wider buffer, keys on their way to the cache, values not at all."""
+def test_write_normalises_and_rotates(dim: int, rotary_dim: int, has_norm: bool, has_delta: bool) -> None:
+    """Queries change in place inside a wider buffer, keys on their way to the cache, values by what comes apart."""
     from lora_retriever_kernels.attention import QueryKeyNorm, Rotary, write_kv
 
     step = make_step([(2, 2), (1, 9)], 10, 3, dim, torch.float32)
@@ -185,10 +186,15 @@ def test_write_normalises_and_rotates(dim: int, rotary_dim: int, has_norm: bool)
         turned = torch.cat([-second, first], -1)
         return torch.cat([x[..., :rotary_dim] * cos[:, None] + turned * sin[:, None], x[..., rotary_dim:]], -1)
 
-    expected_query, expected_key = expect(step.query, weights[0]), expect(step.key, weights[1])
-    write_kv(query, key, value, step.keys, step.values, step.pages, Rotary(cos, sin), norm)
+    delta = torch.randn_like(packed) if has_delta else torch.zeros_like(packed)
+    parts = (packed + delta).split([10, 3, 3], 1)
+    expected_query, expected_key = expect(parts[0], weights[0]), expect(parts[1], weights[1])
+    write_kv(
+        query, key, value, step.keys, step.values, step.pages, Rotary(cos, sin), norm,
+        delta.flatten(1) if has_delta else None,
+    )  # fmt: skip
     torch.testing.assert_close(query[:3], expected_query[:3])
     for token, (row, position) in enumerate([(0, 0), (0, 1), (1, 8)]):
         block = int(step.pages.tables[row, position // PAGE])
         torch.testing.assert_close(step.keys[block, position % PAGE], expected_key[token])
-        assert torch.equal(step.values[block, position % PAGE], step.value[token])
+        assert torch.equal(step.values[block, position % PAGE], parts[2][token])

@@ -36,9 +36,9 @@ class QueryKeyNorm(NamedTuple):
 
 @triton.jit
 def _prepare_heads(
-    source, target, weight, cos, sin, eps, offset, heads, num_heads, source_stride, target_stride,
-    HAS_ROTARY: tl.constexpr, HAS_NORM: tl.constexpr, DIM: tl.constexpr, ROTARY_DIM: tl.constexpr,
-    BLOCK_HALF: tl.constexpr, BLOCK_TAIL: tl.constexpr,
+    source, delta, target, weight, cos, sin, eps, offset, heads, num_heads, source_stride, target_stride,
+    HAS_DELTA: tl.constexpr, HAS_ROTARY: tl.constexpr, HAS_NORM: tl.constexpr, DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_TAIL: tl.constexpr,
 ):  # fmt: skip
     """Normalise and rotate some heads of a token. A thread holds both members of a pair, so this may be in place."""
     HALF: tl.constexpr = ROTARY_DIM // 2
@@ -50,6 +50,12 @@ def _prepare_heads(
         t = ROTARY_DIM + tl.arange(0, BLOCK_TAIL)
         tail_ok = (heads < num_heads)[:, None] & (t < DIM)[None, :]
         tail = tl.load(source + heads[:, None] * source_stride + t[None, :], mask=tail_ok, other=0.0).to(tl.float32)
+    if HAS_DELTA:
+        delta += heads[:, None] * DIM
+        first += tl.load(delta + d[None, :], mask=ok, other=0.0).to(tl.float32)
+        second += tl.load(delta + HALF + d[None, :], mask=ok, other=0.0).to(tl.float32)
+        if ROTARY_DIM < DIM:
+            tail += tl.load(delta + t[None, :], mask=tail_ok, other=0.0).to(tl.float32)
     if HAS_NORM:
         total = tl.sum(first * first, 1) + tl.sum(second * second, 1)
         if ROTARY_DIM < DIM:
@@ -78,12 +84,12 @@ def _prepare_heads(
 
 @triton.jit(do_not_specialize_on_alignment=["rows", "positions"])
 def _write_kernel(
-    query, key, value, keys, values, tables, rows, positions, query_weight, key_weight, cos, sin, eps, offset,
+    query, key, value, delta, keys, values, tables, rows, positions, query_weight, key_weight, cos, sin, eps, offset,
     query_stride, query_head_stride, key_stride, key_head_stride, value_stride, value_head_stride, table_stride,
     rotary_stride, num_heads, num_kv_heads,
-    HAS_ROTARY: tl.constexpr, HAS_NORM: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    ROTARY_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_TAIL: tl.constexpr,
-    BLOCK_VALUE: tl.constexpr,
+    HAS_DELTA: tl.constexpr, HAS_ROTARY: tl.constexpr, HAS_NORM: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr, BLOCK_VALUE: tl.constexpr,
 ):  # fmt: skip
     """One program per token and group of heads: first the groups of key heads, then those of query heads."""
     token = tl.program_id(0).to(tl.int64)
@@ -91,6 +97,7 @@ def _write_kernel(
     row = tl.load(rows + token)
     position = tl.load(positions + token)
     num_key_groups = tl.cdiv(num_kv_heads, BLOCK_HEADS)
+    delta += token * (num_heads * DIM + num_kv_heads * (DIM + VALUE_DIM))
     cos += token * rotary_stride
     sin += token * rotary_stride
     if group < num_key_groups:
@@ -99,19 +106,24 @@ def _write_kernel(
         page = tl.load(tables + row * table_stride + position // PAGE, mask=row >= 0, other=0).to(tl.int64)
         slot = (page * PAGE + position % PAGE) * num_kv_heads
         _prepare_heads(
-            key + token * key_stride, keys + slot * DIM, key_weight, cos, sin, eps, offset, heads,
-            num_stored, key_head_stride, DIM, HAS_ROTARY, HAS_NORM, DIM, ROTARY_DIM, BLOCK_HALF, BLOCK_TAIL,
+            key + token * key_stride, delta + num_heads * DIM, keys + slot * DIM, key_weight, cos, sin, eps, offset,
+            heads, num_stored, key_head_stride, DIM, HAS_DELTA, HAS_ROTARY, HAS_NORM, DIM, ROTARY_DIM, BLOCK_HALF,
+            BLOCK_TAIL,
         )  # fmt: skip
         d = tl.arange(0, BLOCK_VALUE)
         ok = (heads < num_stored)[:, None] & (d < VALUE_DIM)[None, :]
-        source = value + token * value_stride + heads[:, None] * value_head_stride + d[None, :]
-        tl.store(values + slot * VALUE_DIM + heads[:, None] * VALUE_DIM + d[None, :], tl.load(source, mask=ok), mask=ok)
-    elif HAS_ROTARY or HAS_NORM:
+        found = tl.load(value + token * value_stride + heads[:, None] * value_head_stride + d[None, :], mask=ok)
+        if HAS_DELTA:
+            apart = delta + (num_heads + num_kv_heads) * DIM + heads[:, None] * VALUE_DIM + d[None, :]
+            total = found.to(tl.float32) + tl.load(apart, mask=ok, other=0.0).to(tl.float32)
+            found = total.to(values.dtype.element_ty)
+        tl.store(values + slot * VALUE_DIM + heads[:, None] * VALUE_DIM + d[None, :], found, mask=ok)
+    elif HAS_ROTARY or HAS_NORM or HAS_DELTA:
         heads = (group - num_key_groups) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
         query += token * query_stride
         _prepare_heads(
-            query, query, query_weight, cos, sin, eps, offset, heads, num_heads, query_head_stride,
-            query_head_stride, HAS_ROTARY, HAS_NORM, DIM, ROTARY_DIM, BLOCK_HALF, BLOCK_TAIL,
+            query, delta, query, query_weight, cos, sin, eps, offset, heads, num_heads, query_head_stride,
+            query_head_stride, HAS_DELTA, HAS_ROTARY, HAS_NORM, DIM, ROTARY_DIM, BLOCK_HALF, BLOCK_TAIL,
         )  # fmt: skip
 
 
@@ -124,11 +136,13 @@ def write_kv(
     pages: Pages,
     rotary: Rotary | None = None,
     norm: QueryKeyNorm | None = None,
+    delta: torch.Tensor | None = None,
 ) -> None:
     """Normalise and rotate queries in place, and keys on their way to the cache; store keys and values.
 
     Args:
-        query: `[num_tokens, num_heads, head_dim]`, unit stride in a head; mutated where there is a norm or a rotation.
+        query: `[num_tokens, num_heads, head_dim]`, unit stride in a head; mutated where there is a norm, a rotation or
+            a `delta`.
         key: `[num_tokens, num_kv_heads, head_dim]`, unit stride in a head.
         value: `[num_tokens, num_kv_heads, value_dim]`, unit stride in a head.
         keys: Cache `[num_blocks, block_size, num_kv_heads, head_dim]`, contiguous; mutated.
@@ -136,6 +150,8 @@ def write_kv(
         pages: Where the tokens live.
         rotary: Rotation of the pairs `(i, i + rotary_dim / 2)`; dimensions past `rotary_dim` stay.
         norm: Norm of each head before the rotation.
+        delta: What belongs to queries, keys and values and was computed apart, side by side `[num_tokens, ...]`,
+            contiguous; added before all else. None for nothing.
     """
     num_tokens, num_heads, dim = query.shape
     num_kv_heads, value_dim = value.shape[1:]
@@ -143,12 +159,13 @@ def write_kv(
     block_half = triton.next_power_of_2(rotary_dim // 2)
     block_heads = max(1, min(8, _MAX_TILE // block_half, triton.next_power_of_2(num_kv_heads)))
     num_groups = triton.cdiv(num_kv_heads, block_heads)
-    if rotary is not None or norm is not None:
+    if rotary is not None or norm is not None or delta is not None:
         num_groups += triton.cdiv(num_heads, block_heads)
     _write_kernel[(num_tokens, num_groups)](
         query,
         key,
         value,
+        delta if delta is not None else query,
         keys,
         values,
         pages.tables,
@@ -170,6 +187,7 @@ def write_kv(
         rotary.cos.stride(0) if rotary is not None else 0,
         num_heads,
         num_kv_heads,
+        HAS_DELTA=delta is not None,
         HAS_ROTARY=rotary is not None,
         HAS_NORM=norm is not None,
         PAGE=keys.shape[1],

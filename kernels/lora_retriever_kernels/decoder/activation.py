@@ -14,13 +14,18 @@ ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "ge
 
 
 @triton.jit
-def _activation_kernel(out, x, width, x_stride, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def _activation_kernel(
+    out, x, delta, width, x_stride, HAS_DELTA: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr
+):
     """One program per token and block of columns."""
     token = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ok = d < width
     gate = tl.load(x + token * x_stride + d, mask=ok, other=0.0).to(tl.float32)
     up = tl.load(x + token * x_stride + width + d, mask=ok, other=0.0).to(tl.float32)
+    if HAS_DELTA:
+        gate += tl.load(delta + token * 2 * width + d, mask=ok, other=0.0).to(tl.float32)
+        up += tl.load(delta + token * 2 * width + width + d, mask=ok, other=0.0).to(tl.float32)
     if KIND == 0:
         gate = gate * tl.sigmoid(gate)
     elif KIND == 1:
@@ -30,12 +35,13 @@ def _activation_kernel(out, x, width, x_stride, KIND: tl.constexpr, BLOCK: tl.co
     tl.store(out + token * width + d, (gate * up).to(out.dtype.element_ty), mask=ok)
 
 
-def gated_activation(x: torch.Tensor, name: str) -> torch.Tensor:
+def gated_activation(x: torch.Tensor, name: str, delta: torch.Tensor | None = None) -> torch.Tensor:
     """Multiply the activation of the first half of each row with the second half.
 
     Args:
         x: `[num_tokens, 2 * width]`, unit stride in a row.
         name: One of `ACTIVATIONS`.
+        delta: What belongs to `x` and was computed apart, of its shape, contiguous; None for nothing.
 
     Returns:
         `[num_tokens, width]`.
@@ -45,6 +51,14 @@ def gated_activation(x: torch.Tensor, name: str) -> torch.Tensor:
     block = min(1024, triton.next_power_of_2(width))
     if num_tokens > 0:
         _activation_kernel[(num_tokens, triton.cdiv(width, block))](
-            out, x, width, x.stride(0), KIND=ACTIVATIONS[name], BLOCK=block, num_warps=max(1, block // 256)
+            out,
+            x,
+            delta if delta is not None else x,
+            width,
+            x.stride(0),
+            HAS_DELTA=delta is not None,
+            KIND=ACTIVATIONS[name],
+            BLOCK=block,
+            num_warps=max(1, block // 256),
         )
     return out

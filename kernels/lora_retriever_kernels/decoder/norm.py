@@ -22,14 +22,16 @@ class RmsNorm(NamedTuple):
 
 @triton.jit
 def _norm_kernel(
-    out, total, x, residual, weight, inner_weight, eps, offset, inner_eps, inner_offset, width, x_stride,
-    HAS_RESIDUAL: tl.constexpr, HAS_INNER: tl.constexpr, BLOCK: tl.constexpr,
+    out, total, x, delta, residual, weight, inner_weight, eps, offset, inner_eps, inner_offset, width, x_stride,
+    HAS_DELTA: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_INNER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per token."""
     token = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     ok = d < width
     y = tl.load(x + token * x_stride + d, mask=ok, other=0.0).to(tl.float32)
+    if HAS_DELTA:
+        y += tl.load(delta + token * width + d, mask=ok, other=0.0).to(tl.float32)
     if HAS_INNER:
         inner = tl.load(inner_weight + d, mask=ok, other=0.0).to(tl.float32) + inner_offset
         y = y * tl.rsqrt(tl.sum(y * y, 0) / width + inner_eps) * inner
@@ -44,33 +46,38 @@ def _norm_kernel(
     tl.store(out + token * width + d, y.to(out.dtype.element_ty), mask=ok)
 
 
-def rms_norm(x: torch.Tensor, norm: RmsNorm) -> torch.Tensor:
-    """Normalise each row of `x` `[num_tokens, width]`, unit stride in a row."""
+def rms_norm(x: torch.Tensor, norm: RmsNorm, delta: torch.Tensor | None = None) -> torch.Tensor:
+    """Normalise each row of `x` `[num_tokens, width]`, unit stride in a row, with `delta` added, if there is one."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch(out, out, x, None, norm, None)
+    _launch(out, out, x, None, norm, None, delta)
     return out
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, norm: RmsNorm, inner: RmsNorm | None = None
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    norm: RmsNorm,
+    inner: RmsNorm | None = None,
+    delta: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add a layer's output to the residual stream and normalise the sum.
 
     Semantics:
-        total = residual + inner(x); out = norm(total)
+        total = residual + inner(x + delta); out = norm(total)
 
     Args:
         x: `[num_tokens, width]`, unit stride in a row.
         residual: `[num_tokens, width]`, contiguous.
         norm: Norm of the sum.
         inner: Norm of `x` before the addition; None adds `x` as it is.
+        delta: What belongs to `x` and was computed apart, `[num_tokens, width]`, contiguous; None for nothing.
 
     Returns:
         `total` and `out`, both new.
     """
     total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     out = torch.empty_like(total)
-    _launch(out, total, x, residual, norm, inner)
+    _launch(out, total, x, residual, norm, inner, delta)
     return total, out
 
 
@@ -81,6 +88,7 @@ def _launch(
     residual: torch.Tensor | None,
     norm: RmsNorm,
     inner: RmsNorm | None,
+    delta: torch.Tensor | None,
 ) -> None:
     num_tokens, width = x.shape
     block = triton.next_power_of_2(width)
@@ -90,6 +98,7 @@ def _launch(
         out,
         total,
         x,
+        delta if delta is not None else x,
         residual if residual is not None else x,
         norm.weight,
         inner.weight if inner is not None else norm.weight,
@@ -99,6 +108,7 @@ def _launch(
         inner.offset if inner is not None else 0.0,
         width,
         x.stride(0),
+        HAS_DELTA=delta is not None,
         HAS_RESIDUAL=residual is not None,
         HAS_INNER=inner is not None,
         BLOCK=block,

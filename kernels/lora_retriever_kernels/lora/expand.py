@@ -42,7 +42,7 @@ def _locate(block, OUT: tl.constexpr, NUM_SLICES: tl.constexpr, BLOCK_N: tl.cons
 
 
 @triton.jit
-def _expand_token_kernel(
+def _expand_token_kernel(  # noqa: C901 - what is not asked for is not compiled
     y,
     v,
     b,
@@ -66,6 +66,7 @@ def _expand_token_kernel(
     ALIGN: tl.constexpr,
     GAINS: tl.constexpr,
     BIAS: tl.constexpr,
+    ADD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One token, one column block: the k adapters' rows form one list, and y is touched once."""
@@ -78,13 +79,16 @@ def _expand_token_kernel(
     start = tl.load(starts + slot, mask=slot >= 0, other=0)
     weight = tl.load(weights + token * K + j, mask=j < K, other=0.0)
     highest = tl.max(rank)
+    n = tl.multiple_of(column, ALIGN) + tl.arange(0, BLOCK_N)
+    y_ptr = y + token.to(tl.int64) * stride_y + n
+    acc = tl.zeros([BLOCK_N], tl.float32)
     if highest == 0:
         if PDL:
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
+        if not ADD:
+            tl.store(y_ptr, acc.to(y.dtype.element_ty), mask=n < end)
         return
-    n = tl.multiple_of(column, ALIGN) + tl.arange(0, BLOCK_N)
-    acc = tl.zeros([BLOCK_N], tl.float32)
     for r0 in range(0, highest, BLOCK_R):
         r = r0 + i % BLOCK_R
         has_row = r < rank
@@ -99,19 +103,20 @@ def _expand_token_kernel(
         for s in tl.static_range(NUM_SPLITS):
             v_part += tl.load(v_ptr + s * stride_split, mask=has_row, other=0.0)
         acc += tl.sum((v_part * weight)[:, None] * b_part.to(tl.float32), 0)
-    y_ptr = y + token.to(tl.int64) * stride_y + n
-    old = tl.load(y_ptr, mask=n < end, other=0.0).to(tl.float32)
-    if GAINS:
-        base = old
-        if BIAS:
-            base -= tl.load(bias + n, mask=n < end, other=0.0).to(tl.float32)
-        for c in tl.static_range(K):
-            named = tl.load(mapping + token * K + c)
-            row = tl.load(gains + named, mask=named >= 0, other=-1) + tl.zeros([BLOCK_N], tl.int32)
-            gain = tl.load(b + row.to(tl.int64) * stride_b + n, mask=(n < end) & (row >= 0), other=0.0)
-            added = tl.load(weights + token * K + c) * gain.to(tl.float32) * base
-            acc += tl.where(row >= 0, added, 0.0)  # not by a gain of 0: another adapter's outputs may be infinite
-    tl.store(y_ptr, (old + acc).to(y.dtype.element_ty), mask=n < end)
+    if ADD:
+        old = tl.load(y_ptr, mask=n < end, other=0.0).to(tl.float32)
+        if GAINS:
+            base = old
+            if BIAS:
+                base -= tl.load(bias + n, mask=n < end, other=0.0).to(tl.float32)
+            for c in tl.static_range(K):
+                named = tl.load(mapping + token * K + c)
+                row = tl.load(gains + named, mask=named >= 0, other=-1) + tl.zeros([BLOCK_N], tl.int32)
+                gain = tl.load(b + row.to(tl.int64) * stride_b + n, mask=(n < end) & (row >= 0), other=0.0)
+                added = tl.load(weights + token * K + c) * gain.to(tl.float32) * base
+                acc += tl.where(row >= 0, added, 0.0)  # not by a gain of 0: another adapter's outputs may be infinite
+        acc += old
+    tl.store(y_ptr, acc.to(y.dtype.element_ty), mask=n < end)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "max_items"])
@@ -209,6 +214,7 @@ def _expand_tile_kernel(
     K: tl.constexpr,
     GAINS: tl.constexpr,
     BIAS: tl.constexpr,
+    ADD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """A tile of tokens, one column block: a product over the rows of all adapters in the tile, y touched once."""
@@ -226,7 +232,8 @@ def _expand_tile_kernel(
     i = tl.arange(0, BLOCK_ROWS)
     y_ptr = y + token.to(tl.int64)[:, None] * stride_y + n[None, :]
     y_mask = (token >= 0)[:, None] & (n < end)[None, :]
-    old = tl.load(y_ptr, mask=y_mask, other=0.0)
+    if ADD:
+        old = tl.load(y_ptr, mask=y_mask, other=0.0)
     out = (tile * NUM_SLICES + index).to(tl.int64)
     row_ptr = rows + out * max_rows + i
     mixed_ptr = mixed + (out * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]) * max_rows + i[None, :]
@@ -248,7 +255,9 @@ def _expand_tile_kernel(
             gain = tl.load(gain_ptr, mask=has_gain & (n < end)[None, :], other=0.0)
             weight = tl.load(weights + token * K + c, mask=token >= 0, other=0.0)
             acc += tl.where(has_gain, weight[:, None] * gain.to(tl.float32) * base, 0.0)
-    tl.store(y_ptr, (old.to(tl.float32) + acc).to(y.dtype.element_ty), mask=y_mask)
+    if ADD:
+        acc += old.to(tl.float32)
+    tl.store(y_ptr, acc.to(y.dtype.element_ty), mask=y_mask)
 
 
 def expand(
@@ -261,17 +270,21 @@ def expand(
     block_m: int,
     mixed: list[torch.Tensor],
     batch: list[torch.Tensor],
-    gains: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    gains: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    *,
+    add: bool = True,
 ) -> None:
-    """Add `v`'s products with B to `y` in place; see `ops.lora_expand`."""
+    """Add `v`'s products with B to `y` in place, or write them there; see `ops.lora_expand` and `ops.lora_delta`."""
     _, num_tokens, k, _, max_rank = v.shape
     p = plan.plan_expand(block_m, num_tokens, k, max_rank, out_features)
     if block_m == 1:
-        _expand_tokens(y, v, b, ranks, starts, out_features, batch, p, gains, bias)
+        _expand_tokens(y, v, b, ranks, starts, out_features, batch, p, gains, bias, add=add)
     else:
+        if not add:
+            y.zero_()  # tiles hold the tokens that have adapters, and no others
         mixed = mixed or mix(v, b, ranks, starts, out_features, block_m, batch)
-        _expand_tiles(y, mixed, b, out_features, batch, p, gains, bias, k)
+        _expand_tiles(y, mixed, b, out_features, batch, p, gains, bias, k, add=add)
 
 
 def _column_options(
@@ -310,6 +323,8 @@ def _expand_tokens(
     p: plan.ExpandPlan,
     gains: torch.Tensor | None,
     bias: torch.Tensor | None,
+    *,
+    add: bool,
 ) -> None:
     """Each token on its own."""
     num_splits, num_tokens, k, num_slices, max_rank = v.shape
@@ -331,6 +346,7 @@ def _expand_tokens(
         NUM_SLICES=num_slices,
         MAX_RANK=max_rank,
         BLOCK_R=p.block_rows,
+        ADD=add,
         **options,
     )
 
@@ -413,6 +429,8 @@ def _expand_tiles(
     gains: torch.Tensor | None,
     bias: torch.Tensor | None,
     k: int,
+    *,
+    add: bool,
 ) -> None:
     """A tile of tokens by a tile of columns."""
     blocks, options = _column_options(y, b, out_features, p, gains, bias)
@@ -434,5 +452,6 @@ def _expand_tiles(
         ITEM_ROWS=plan.ITEM_ROWS,
         BLOCK_M=block_m,
         BLOCK_ROWS=p.block_rows,
+        ADD=add,
         **options,
     )

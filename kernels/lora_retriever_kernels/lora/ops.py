@@ -401,3 +401,69 @@ def _lora_expand(
 @_lora_expand.register_fake
 def _(*args: object) -> None:
     """Nothing to shape: `y` is mutated."""
+
+
+def lora_delta(v: torch.Tensor, stack: LoraStack, batch: LoraBatch, mixed: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+    """Do what `lora_expand` does, for whoever adds the result to the outputs: nothing of it waits for these.
+
+    Args:
+        v: What `lora_shrink` returned for the same stack and batch.
+        stack: The adapters' tensors.
+        batch: The step's assignment.
+        mixed: What `lora_mix` returned for them, if it was called.
+
+    Returns:
+        `[num_tokens, sum(out_features)]`, the stack's dtype; 0 for a token without adapters.
+
+    Raises:
+        ValueError: If shapes, dtypes, devices or strides disagree.
+    """
+    _check_batch(stack, batch)
+    _check_v(v, stack, batch)
+    delta: torch.Tensor = _lora_delta(
+        v,
+        stack.b,
+        stack.ranks,
+        stack.rows.starts,
+        list(stack.out_features),
+        batch.block_m,
+        list(mixed),
+        batch.tensors(),
+    )
+    return delta
+
+
+@torch.library.custom_op("lora_retriever_kernels::lora_delta", mutates_args=())
+def _lora_delta(
+    v: torch.Tensor,
+    b: torch.Tensor,
+    ranks: torch.Tensor,
+    starts: torch.Tensor,
+    out_features: list[int],
+    block_m: int,
+    mixed: list[torch.Tensor],
+    batch: list[torch.Tensor],
+) -> torch.Tensor:
+    if v.numel() == 0 or len(batch) == 2:
+        delta = b.new_zeros(v.shape[1], sum(out_features))
+        _lora_expand(delta, v, b, ranks, starts, out_features, block_m, mixed, batch)
+        return delta
+    from lora_retriever_kernels.lora.expand import expand  # noqa: PLC0415 - Triton is optional
+
+    delta = b.new_empty(v.shape[1], sum(out_features))
+    expand(delta, v, b, ranks, starts, out_features, block_m, mixed, batch, add=False)
+    return delta
+
+
+@_lora_delta.register_fake
+def _(
+    v: torch.Tensor,
+    b: torch.Tensor,
+    ranks: torch.Tensor,  # noqa: ARG001 - the schema's
+    starts: torch.Tensor,  # noqa: ARG001 - the schema's
+    out_features: list[int],
+    block_m: int,  # noqa: ARG001 - the schema's
+    mixed: list[torch.Tensor],  # noqa: ARG001 - the schema's
+    batch: list[torch.Tensor],  # noqa: ARG001 - the schema's
+) -> torch.Tensor:
+    return b.new_empty(v.shape[1], sum(out_features))

@@ -18,11 +18,11 @@ from lora_retriever_kernels.attention import QueryKeyNorm, Rotary
 from lora_retriever_kernels.decoder import ACTIVATIONS, RmsNorm, add_rms_norm, gated_activation, rms_norm
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     from transformers import PreTrainedModel
 
-    from langchain_lora_retriever.engine.model.lora_layers import LoraLayers
+    from langchain_lora_retriever.engine.model.lora_layers import LoraLayers, Product
     from langchain_lora_retriever.engine.model.paged_step import PagedStep
     from langchain_lora_retriever.engine.model.probe import AttentionGeometry
 
@@ -40,10 +40,10 @@ class _Layer(NamedTuple):
     module: nn.Module
     layer_idx: int
     geometry: AttentionGeometry
-    qkv: Callable[[torch.Tensor], torch.Tensor]
-    out: Callable[[torch.Tensor], torch.Tensor]
-    gate_up: Callable[[torch.Tensor], torch.Tensor]
-    down: Callable[[torch.Tensor], torch.Tensor]
+    qkv: Product
+    out: Product
+    gate_up: Product
+    down: Product
     activation: str
     head_norm: QueryKeyNorm | None
     norm_before_attention: RmsNorm
@@ -173,13 +173,18 @@ class FusedForward:
             assert position_embeddings is not None
             rotary = Rotary(position_embeddings[0][0], position_embeddings[1][0])
         x = self._stack.take(hidden_states, layer.norm_before_attention)
-        x = attention_step.attend_projected(layer.layer_idx, layer.qkv(x), layer.geometry, rotary, layer.head_norm)
-        residual, x = add_rms_norm(layer.out(x), residual, layer.norm_before_mlp, layer.norm_after_attention)
-        x = layer.down(gated_activation(layer.gate_up(x), layer.activation))
+        x, delta = layer.qkv(x)
+        x = attention_step.attend_projected(layer.layer_idx, x, delta, layer.geometry, rotary, layer.head_norm)
+        x, delta = layer.out(x)
+        residual, x = add_rms_norm(x, residual, layer.norm_before_mlp, layer.norm_after_attention, delta)
+        x, delta = layer.gate_up(x)
+        x, delta = layer.down(gated_activation(x, layer.activation, delta))
         if self._following is None:
-            x = x if layer.norm_after_mlp is None else rms_norm(x, layer.norm_after_mlp)
-            return (residual + x).view(hidden_states.shape)
-        residual, x = add_rms_norm(x, residual, self._following, layer.norm_after_mlp)
+            if layer.norm_after_mlp is not None:
+                x, delta = rms_norm(x, layer.norm_after_mlp, delta), None
+            residual = residual + x if delta is None else residual + (x + delta)
+            return residual.view(hidden_states.shape)
+        residual, x = add_rms_norm(x, residual, self._following, layer.norm_after_mlp, delta)
         out = residual.view(hidden_states.shape)
         self._stack.hand_on(out, x)
         return out

@@ -127,6 +127,11 @@ class LoraGroup:
         assert self._fused is not None
         return self._layers.add_to_product(x, *self._fused, self.stack, self._batch)
 
+    def compute_apart(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The product, and what is to be added to it for the adapters; see `LoraLayers.product_and_delta`."""
+        assert self._fused is not None
+        return self._layers.product_and_delta(x, *self._fused, self.stack, self._batch)
+
 
 def split_group(model: PreTrainedModel, group: LinearGroup) -> Iterator[tuple[LinearGroup, list[nn.Module]]]:
     """The group as it is if its modules can be computed as one; else a group for each of them."""

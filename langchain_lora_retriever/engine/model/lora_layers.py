@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch.nn.functional import linear
@@ -19,6 +19,7 @@ from lora_retriever_kernels.lora import (
     LoraSlice,
     LoraStack,
     add_lora,
+    lora_delta,
     lora_expand,
     lora_mix,
     lora_shrink,
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
     from langchain_lora_retriever.engine.model.probe import LinearGroup, Vocabulary
     from langchain_lora_retriever.types import Adapter, LoraWeights
 
-__all__ = ["MAX_RANK", "LoraLayers", "StepKinds"]
+__all__ = ["MAX_RANK", "LoraLayers", "Product", "StepKinds"]
+
+Product: TypeAlias = "Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]"
 
 MAX_RANK = 256  # of one adapter, by the kernels
 
@@ -238,13 +241,14 @@ class LoraLayers:
             if kinds.vocabulary and self._vocabulary is not None:
                 self._vocabulary.set_sampled(sampled, num_active, rank_bound)
 
-    def find_product(self, names: tuple[str, ...]) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    def find_product(self, names: tuple[str, ...]) -> Product | None:
         """The product of packed inputs `[num_tokens, in_features]` with the modules `names`, adapters included.
 
         Returns:
-            A function that gives the modules' outputs side by side; None if they are not computed as one.
+            A function that gives the modules' outputs side by side, and what is to be added to them, see
+            `product_and_delta`; None if they are not computed as one.
         """
-        return next((g.compute for g in self._groups if g.names == names and g.is_fused), None)
+        return next((g.compute_apart for g in self._groups if g.names == names and g.is_fused), None)
 
     def attach(self) -> None:
         """Wrap the modules."""
@@ -280,6 +284,34 @@ class LoraLayers:
             with on_device(y.device):  # Triton launches on the current device
                 add_lora(y, x, stack, batch, bias)
 
+    def _side_to_capture(self) -> torch.cuda.Stream | None:
+        """The second stream, where a step with adapters is being captured; None elsewhere."""
+        is_captured = self._is_active and self._side is not None and torch.cuda.is_current_stream_capturing()
+        return self._side if is_captured else None
+
+    def product_and_delta(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stack: LoraStack, batch: LoraBatch
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`linear(x, weight, bias)` for packed inputs `x`, and what is still to be added to it for the adapters.
+
+        In a captured step they are computed side by side: the base's product of few tokens mostly waits for memory, and
+        of many it leaves memory alone.
+
+        Returns:
+            Both `[num_tokens, sum(out_features)]`; None where the adapters' outputs are in the product already.
+        """
+        side = self._side_to_capture()
+        if side is None or batch.has_gains:  # gains multiply the base's outputs
+            return self.add_to_product(x, weight, bias, stack, batch), None
+        main = torch.cuda.current_stream()
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            v = lora_shrink(x, stack, batch)
+            delta = lora_delta(v, stack, batch, lora_mix(v, stack, batch))
+        y = linear(x, weight, bias)
+        main.wait_stream(side)
+        return y, delta
+
     def add_to_product(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stack: LoraStack, batch: LoraBatch
     ) -> torch.Tensor:
@@ -287,16 +319,17 @@ class LoraLayers:
 
         In a captured decode step the adapters' first product runs beside the base's, which mostly waits for memory.
         """
-        if not self._is_active or self._side is None or not torch.cuda.is_current_stream_capturing():
+        side = self._side_to_capture()
+        if side is None:
             y = linear(x, weight, bias)
             self.add(y, x, stack, batch, bias)
             return y
         main = torch.cuda.current_stream()
-        self._side.wait_stream(main)
-        with torch.cuda.stream(self._side):
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
             v = lora_shrink(x, stack, batch)
             mixed = lora_mix(v, stack, batch)
         y = linear(x, weight, bias)
-        main.wait_stream(self._side)
+        main.wait_stream(side)
         lora_expand(y, v, stack, batch, mixed, bias)
         return y

@@ -66,6 +66,7 @@ class PagedStep:
         self,
         layer_idx: int,
         projected: torch.Tensor,
+        delta: torch.Tensor | None,
         geometry: AttentionGeometry,
         rotary: Rotary | None,
         norm: QueryKeyNorm | None,
@@ -75,6 +76,7 @@ class PagedStep:
         Args:
             layer_idx: Whose cache.
             projected: Queries, keys and values side by side `[num_tokens, ...]`; mutated.
+            delta: What is to be added to them, of the same shape, contiguous; None for nothing.
             geometry: The layer's.
             rotary: Rotation of the step's tokens; None leaves them as they are.
             norm: Norms of queries and keys, if the layer has them.
@@ -93,7 +95,7 @@ class PagedStep:
         key = key.unflatten(1, (geometry.num_kv_heads, geometry.head_dim))
         value = value.unflatten(1, (geometry.num_kv_heads, geometry.value_dim))
         cache = self._caches[layer_idx]
-        write_kv(query, key, value, cache.keys, cache.values, self._pages, rotary, norm)
+        write_kv(query, key, value, cache.keys, cache.values, self._pages, rotary, norm, delta)
         out = self._attend(cache, query, geometry.scaling, geometry.softcap)
         return out.view(num_tokens, -1)
 
