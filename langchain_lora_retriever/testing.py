@@ -22,15 +22,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from langchain_lora_retriever.engine.adapter_fit import AdapterFit
+from langchain_lora_retriever.engine.admission import Admission
 from langchain_lora_retriever.engine.api import Delta, EngineInfo, Grammar, Registration, TokenLogprob, Usage
 from langchain_lora_retriever.engine.generation import Generation
 from langchain_lora_retriever.engine.grammar import compiler_of
 from langchain_lora_retriever.engine.stats import EngineStats, Percentiles
-from langchain_lora_retriever.errors import (
-    EngineDeadError,
-    InvalidRequestError,
-    PromptTooLongError,
-)
+from langchain_lora_retriever.errors import EngineDeadError, InvalidRequestError
 from langchain_lora_retriever.support.shown import shown
 
 if TYPE_CHECKING:
@@ -96,6 +93,7 @@ class FakeEngine:
         delay: May be assigned, too.
         tokenizer: The tokenizer.
         info: What does not change while it runs.
+        admission: What it asks of requests before it takes them.
         requests: What it was asked, in order.
         most_running: Most requests that ran at once.
         num_aborted: Requests that their caller left.
@@ -125,8 +123,13 @@ class FakeEngine:
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
         )
-        self._fit = module_shapes and AdapterFit(
-            name, module_shapes, max_rank=_MAX_RANK, num_rows=_MANY, max_loras=_MANY
+        self.admission = Admission(
+            max_model_len=max_model_len,
+            vocab_size=len(self.tokenizer),
+            max_adapters_per_request=_MANY,
+            fit=AdapterFit(name, module_shapes, max_rank=_MAX_RANK, num_rows=_MANY, max_loras=_MANY)
+            if module_shapes
+            else None,
         )
         self._delta_length = delta_length
         self._places = itertools.count()
@@ -158,7 +161,8 @@ class FakeEngine:
 
     def register(self, adapters: Sequence[Adapter]) -> list[Registration]:
         """Say of each adapter whether it fits `module_shapes`."""
-        return [self._fit.register(adapter) if self._fit else Registration() for adapter in adapters]
+        fit = self.admission.fit
+        return [fit.register(adapter) if fit else Registration() for adapter in adapters]
 
     def submit(
         self,
@@ -167,17 +171,10 @@ class FakeEngine:
         adapters: Sequence[tuple[Adapter, float]] = (),
         *,
         grammar: Grammar | None = None,
+        output_token_ids: Sequence[int] = (),
     ) -> Generation:
         """Answer in a thread; see `EngineClient.submit`."""
-        if not prompt_token_ids:
-            raise InvalidRequestError("The prompt has no tokens: pass at least one.")
-        if len(prompt_token_ids) >= self.info.max_model_len:
-            raise PromptTooLongError(
-                f"The prompt has {len(prompt_token_ids)} tokens, but prompt and answer together may have at most "
-                f"{self.info.max_model_len}."
-            )
-        if self._fit:
-            self._fit.check_together([adapter for adapter, _ in adapters])
+        self.admission.check(prompt_token_ids, sampling, adapters, output_token_ids)
         prompt = str(self.tokenizer.decode(list(prompt_token_ids)))
         request = FakeRequest(prompt, tuple(prompt_token_ids), sampling, tuple(adapters), grammar)
         generation = Generation(on_abort=lambda: self._on_abort(generation))
@@ -188,7 +185,8 @@ class FakeEngine:
             self._num_prompt_tokens += len(prompt_token_ids)
             self.most_running = max(self.most_running, len(self._running))
         answer = self._accept(request) if grammar is None else None
-        threading.Thread(target=self._run, args=(request, generation, answer), daemon=True).start()
+        arguments = (request, generation, answer, len(output_token_ids))
+        threading.Thread(target=self._run, args=arguments, daemon=True).start()
         return generation
 
     def stats(self) -> EngineStats:
@@ -230,7 +228,11 @@ class FakeEngine:
         return answers if callable(answers) else lambda _, __: answers[place % len(answers)]
 
     def _run(
-        self, request: FakeRequest, generation: Generation, answer: Callable[[str, list[str]], str] | None
+        self,
+        request: FakeRequest,
+        generation: Generation,
+        answer: Callable[[str, list[str]], str] | None,
+        num_given: int,
     ) -> None:
         try:
             if request.grammar is not None:
@@ -238,6 +240,9 @@ class FakeEngine:
             answer = answer or self._accept(request)
             text = answer(request.prompt, request.names)
             for delta in self._deltas(request, text):
+                num_given -= len(delta.token_ids)
+                if num_given >= 0 and delta.finish_reason is None:
+                    continue  # an engine that was lost gave it
                 time.sleep(self.delay)
                 with self._lock:
                     if generation not in self._running:

@@ -106,6 +106,14 @@ def make_adapter(
     return Adapter(name=name, fingerprint=digest, weights=weights, invocation_tokens=invocation_tokens)
 
 
+def make_tiny_engine() -> Any:
+    """The engine over a tiny Llama, as processes of their own make it too."""
+    from langchain_lora_retriever.engine import BaseModel, EngineConfig, EngineWorker
+
+    config = EngineConfig(max_num_seqs=4, kv_cache_bytes=1 << 20, lora_cache_bytes=4 << 20, max_model_len=128)
+    return EngineWorker(BaseModel(make_tiny_model(), make_tokenizer(), "tiny"), config)
+
+
 def merge_adapters(model: Any, adapters: Any) -> None:
     """Add to the model's weights, in place, the weighted sum of what each adapter changes: the reference for a mixture.
 

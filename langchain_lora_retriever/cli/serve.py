@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path  # noqa: TC003 - typer reads the annotations
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -11,10 +11,10 @@ from rich.console import Console
 from langchain_lora_retriever.cli.options import BaseModelOption, EncoderOption, PoolOption, make_chat_model
 from langchain_lora_retriever.errors import MissingDependencyError
 
-__all__ = ["serve"]
+if TYPE_CHECKING:
+    from langchain_lora_retriever.serving.config import ServeConfig
 
-_MAX_WAITING = 256
-"""Requests that may wait beside those that run, where the configuration says nothing: a server has strangers."""
+__all__ = ["serve"]
 
 
 def serve(
@@ -31,13 +31,17 @@ def serve(
     api_key_file: Annotated[
         Path | None, typer.Option("--api-key-file", help="File of keys that may ask, one per line.", show_default=False)
     ] = None,
+    replicas: Annotated[
+        int | None,
+        typer.Option("--replicas", min=1, help="Run so many engines behind Ray Serve.", show_default=False),
+    ] = None,
     config: Annotated[
         Path | None, typer.Option("--config", help="YAML file of these settings and more.", show_default=False)
     ] = None,
 ) -> None:
     """Serve the model and its pool to OpenAI clients."""
     try:
-        from langchain_lora_retriever.serving.config import read_config  # noqa: PLC0415 - seconds to import
+        from langchain_lora_retriever.serving.config import MAX_WAITING, read_config  # noqa: PLC0415 - seconds to import
         from langchain_lora_retriever.serving.run import serve as run  # noqa: PLC0415 - the same
     except ImportError as error:
         raise MissingDependencyError(
@@ -45,12 +49,22 @@ def serve(
             'pip install "langchain-lora-retriever[serve]"'
         ) from error
     settings = read_config(
-        config, base_model=base_model, pool=pool, encoder=encoder, host=host, port=port, api_key_file=api_key_file
+        config,
+        base_model=base_model,
+        pool=pool,
+        encoder=encoder,
+        host=host,
+        port=port,
+        api_key_file=api_key_file,
+        replicas=replicas,
     )
+    console = Console(stderr=True)
+    if settings.replicas is not None:
+        _serve_cluster(settings, console)
+        return
     limits = settings.chat.setdefault("engine_config", {})
     if isinstance(limits, dict):
-        limits.setdefault("max_waiting", _MAX_WAITING)
-    console = Console(stderr=True)
+        limits.setdefault("max_waiting", MAX_WAITING)
     with console.status("Reading the pool"):
         llm = make_chat_model(settings.base_model, settings.pool, settings.encoder, **settings.chat)
     status = console.status(f"Loading {llm.model_name}")
@@ -62,5 +76,26 @@ def serve(
     status.start()
     try:
         run(llm, settings, on_ready=on_ready)
+    finally:
+        status.stop()
+
+
+def _serve_cluster(settings: ServeConfig, console: Console) -> None:
+    try:
+        from langchain_lora_retriever.serving.cluster import serve_cluster  # noqa: PLC0415 - seconds to import
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"Replicas need packages that are not installed ({error.name}): "
+            'pip install "langchain-lora-retriever[serve,ray]"'
+        ) from error
+    status = console.status(f"Starting {settings.replicas} engines")
+
+    def on_ready(address: str) -> None:
+        status.stop()
+        console.print(f"{settings.replicas} engines are served at {address}/v1", soft_wrap=True)
+
+    status.start()
+    try:
+        serve_cluster(settings, on_ready=on_ready)
     finally:
         status.stop()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from langchain_lora_retriever.engine.api import Registration
 from langchain_lora_retriever.errors import (
@@ -37,7 +37,8 @@ class AdapterFit:
         vocabulary: The paths of the embedding and of the output layer, and which of their two widths is the vocabulary:
             0 or 1. An adapter may target those that `module_shapes` has too.
         is_base_weight: Whether a tensor is the base model's own weight of one of these two, given its path; None of
-            another module.
+            another module. It stays behind when this is pickled: elsewhere such a weight passes, and is looked at by
+            the engine.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class AdapterFit:
         num_rows: int,
         max_loras: int,
         vocabulary: Mapping[str, int] | None = None,
-        is_base_weight: Callable[[str, torch.Tensor], bool | None] = lambda *_: None,
+        is_base_weight: Callable[[str, torch.Tensor], bool | None] | None = None,
     ) -> None:
         self._base_model = base_model
         self._vocabulary = vocabulary or {}
@@ -59,6 +60,10 @@ class AdapterFit:
         self._num_rows = num_rows
         self._max_loras = max_loras
         self._fitting: set[str] = set()  # fingerprints that were checked
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave behind what looks at the model's weights."""
+        return {**vars(self), "_is_base_weight": None}
 
     def check(self, adapter: Adapter) -> None:
         """Refuse an adapter that could never run. Contents are looked at once.
@@ -158,7 +163,9 @@ class AdapterFit:
         """Weights of the base's own that a file repeats must be the base's: they are not served."""
         where = f"adapter {adapter.name!r} ({adapter.path})"
         for name, theirs in adapter.base_weights.items():
-            is_ours = self._is_base_weight(name, theirs)
+            is_ours: bool | None = name in self._vocabulary or None
+            if self._is_base_weight is not None:
+                is_ours = self._is_base_weight(name, theirs)
             if is_ours is None:
                 raise UnsupportedAdapterError(
                     f"{where} brings a whole weight of the base model's ({name!r}), which is not honoured here. Save "

@@ -62,6 +62,11 @@ class AdapterSlots:
         """Adapters in device memory."""
         return len(self._residents)
 
+    @property
+    def resident_fingerprints(self) -> list[str]:
+        """The adapters in device memory now; any thread may ask."""
+        return list(self._residents)
+
     def is_resident(self, adapter: Adapter) -> bool:
         """Whether an adapter is in device memory now; any thread may ask."""
         return adapter.fingerprint in self._residents

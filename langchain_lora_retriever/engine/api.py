@@ -121,6 +121,7 @@ class EngineClient(Protocol):
         adapters: Sequence[tuple[Adapter, float]] = (),
         *,
         grammar: Grammar | None = None,
+        output_token_ids: Sequence[int] = (),
     ) -> Generation:
         """Queue a request, without waiting for anything.
 
@@ -132,11 +133,14 @@ class EngineClient(Protocol):
             sampling: How tokens are chosen and when to stop.
             adapters: `(adapter, weight)` pairs, weights finite; empty runs the base model.
             grammar: What the answer is constrained to.
+            output_token_ids: The answer's beginning, which an engine that was lost has given: this one goes on after
+                it. Deltas, text and log-probabilities are of what is new; usage counts all of it. A sampled answer
+                goes on as it would have with the same `seed`.
 
         Raises:
             PromptTooLongError: If the prompt leaves no room for a single token.
             InvalidRequestError: If the prompt is empty or not of this vocabulary, or an adapter or the composition can
-                never run here.
+                never run here, or `output_token_ids` is all of the answer.
             EngineDeadError: If the engine has stopped.
             EngineOverloadedError: If as many requests wait already as may.
         """

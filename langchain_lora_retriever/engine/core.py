@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-from array import array
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,6 +12,7 @@ import torch
 
 from langchain_lora_retriever.engine.adapter_fit import AdapterFit
 from langchain_lora_retriever.engine.adapter_slots import AdapterSlots
+from langchain_lora_retriever.engine.admission import Admission
 from langchain_lora_retriever.engine.detokenizer import Detokenizer, Vocabulary
 from langchain_lora_retriever.engine.generation import Delta, TokenLogprob
 from langchain_lora_retriever.engine.kv_blocks import KVCacheManager
@@ -24,8 +24,7 @@ from langchain_lora_retriever.engine.request import Request, failure, first_acti
 from langchain_lora_retriever.engine.sampler import ChosenToken
 from langchain_lora_retriever.engine.scheduler import Scheduler
 from langchain_lora_retriever.engine.stats import EngineStats, StatsRecorder
-from langchain_lora_retriever.errors import EngineError, InvalidRequestError, PromptTooLongError
-from langchain_lora_retriever.support.shown import shown
+from langchain_lora_retriever.errors import EngineError, InvalidRequestError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -43,7 +42,6 @@ __all__ = ["Engine", "StepFailedError", "StepOutput"]
 _logger = logging.getLogger(__name__)
 
 _NUM_LOOKED_AHEAD = 8  # waiting requests whose adapters travel to the device
-_MAX_WEIGHT = torch.finfo(torch.float32).max  # of an adapter
 _MAX_FORCED_TOKENS = 256
 """Forced tokens of a request taken in one step: others wait meanwhile. The grammar leaves the model no other choice."""
 
@@ -122,6 +120,12 @@ class Engine:
             vocabulary=self.runner.probe.vocabulary.sides,
             is_base_weight=self.runner.lora_layers.is_base_weight,
         )
+        self.admission = Admission(
+            max_model_len=memory.max_model_len,
+            vocab_size=self.runner.vocab_size,
+            max_adapters_per_request=config.max_adapters_per_request,
+            fit=self.fit,
+        )
         self.slots = AdapterSlots(self.store, max_loras=config.max_loras, num_rows=memory.num_lora_rows)
         self.kv_cache = KVCacheManager(
             memory.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
@@ -151,28 +155,17 @@ class Engine:
         prompt_token_ids: Sequence[int],
         sampling: SamplingParams,
         adapters: Sequence[tuple[Adapter, float]] = (),
+        output_token_ids: Sequence[int] = (),
     ) -> Request:
         """Check a request against the engine's limits. Any thread may call this; nothing is queued yet.
 
-        On a GPU its adapters begin to travel there, but for fusions, which are to be averaged first.
+        On a GPU its adapters begin to travel there, but for fusions, which are to be averaged first. One that has the
+        beginning of its answer already is as one that was preempted: its tokens are computed again, in one go.
 
         Raises:
-            PromptTooLongError: If the prompt leaves no room for a single token.
-            InvalidRequestError: If the prompt is empty or has a token that the model lacks, or `stop_token_ids` has
-                one, or an adapter is not for this model, or a weight is not a finite number, or the composition can
-                never be resident.
+            InvalidRequestError: As `Admission.check` does.
         """
-        token_ids = self._check_prompt(prompt_token_ids)
-        if len(adapters) > self.config.max_adapters_per_request:
-            raise InvalidRequestError(
-                f"The request composes {len(adapters)} adapters; the engine takes at most "
-                f"{self.config.max_adapters_per_request}: lower top_k or raise max_adapters_per_request."
-            )
-        for adapter, weight in adapters:
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not abs(weight) <= _MAX_WEIGHT:
-                raise InvalidRequestError(
-                    f"The weight of adapter {adapter.name!r} is {shown(weight)}: pass a finite number."
-                )
+        token_ids = self.admission.check(prompt_token_ids, sampling, adapters, output_token_ids)
         max_num_tokens = min(len(token_ids) + sampling.max_tokens, self.max_model_len)
         end_token_ids = self._end_token_ids(sampling)
         rules = LogitsRules(
@@ -182,14 +175,13 @@ class Engine:
             end_token_ids=end_token_ids,
             max_num_tokens=max_num_tokens,
         )
-        self.fit.check_together([adapter for adapter, _ in adapters])
         self.store.prefetch(
             [adapter for adapter, _ in adapters if not adapter.members and not self.slots.is_resident(adapter)]
         )
         ordered = sorted(adapters, key=lambda pair: pair[0].fingerprint)  # one sum, whatever order it was asked in
         activations = tuple(first_active(adapter.invocation_tokens, token_ids) for adapter, _ in ordered)
         self._tell_dormant([a for (a, _), first in zip(ordered, activations, strict=True) if first is None])
-        return Request(
+        request = Request(
             request_id=next(self._ids),
             prompt_token_ids=token_ids,
             sampling=sampling,
@@ -204,7 +196,12 @@ class Engine:
             rules=rules if rules.is_needed else None,
             end_token_ids=end_token_ids,
             max_num_tokens=max_num_tokens,
+            output_token_ids=list(output_token_ids),
+            num_delivered_tokens=len(output_token_ids),
         )
+        for token_id in request.output_token_ids:
+            request.detokenizer.push(token_id)  # its text was given where it was chosen
+        return request
 
     def preparations(self, request: Request) -> list[Callable[[], object]]:
         """What is to be computed of the request's adapters before others wait for it; the results are to be held.
@@ -342,41 +339,8 @@ class Engine:
                 outputs.append(StepOutput(request, error=error))
         return outputs
 
-    def _check_prompt(self, prompt_token_ids: Sequence[int]) -> list[int]:
-        """The prompt's tokens as plain integers, if the model has them and has room for an answer."""
-        token_ids = array("q")
-        try:
-            num_tokens = len(prompt_token_ids)
-            if num_tokens >= self.max_model_len:
-                raise PromptTooLongError(
-                    f"The prompt has {num_tokens} tokens, but prompt and answer together may have at most "
-                    f"{self.max_model_len}: shorten the prompt, or raise max_model_len or kv_cache_bytes."
-                )
-            token_ids.extend(iter(prompt_token_ids))
-        except (TypeError, OverflowError) as error:
-            raise InvalidRequestError(
-                f"A prompt is a sequence of token ids, integers from 0 to {self.runner.vocab_size - 1}; this one is a "
-                f"{type(prompt_token_ids).__name__} with {len(token_ids)} of them at its beginning: {error}."
-            ) from error
-        if not token_ids:
-            raise InvalidRequestError("The prompt has no tokens: pass at least one.")
-        if min(token_ids) < 0 or max(token_ids) >= self.runner.vocab_size:
-            place = next(i for i, token_id in enumerate(token_ids) if not 0 <= token_id < self.runner.vocab_size)
-            raise InvalidRequestError(
-                f"The prompt has the token {token_ids[place]} at place {place}, but the model's vocabulary has "
-                f"{self.runner.vocab_size} tokens, from 0: the tokenizer has more tokens than the model; use the "
-                "tokenizer that the model came with."
-            )
-        return token_ids.tolist()
-
     def _end_token_ids(self, sampling: SamplingParams) -> frozenset[int]:
         """The model's end-of-sequence tokens, unless these are ignored, and the request's own."""
-        unknown = [i for i in sampling.stop_token_ids if i >= self.runner.vocab_size]
-        if unknown:
-            raise InvalidRequestError(
-                f"stop_token_ids has {unknown[0]}, but the model's vocabulary has {self.runner.vocab_size} tokens, "
-                "from 0: pass ids of the tokenizer that the model came with."
-            )
         return (frozenset() if sampling.ignore_eos else self._defaults.eos_token_ids).union(sampling.stop_token_ids)
 
     def _prefetch(self) -> None:

@@ -88,6 +88,7 @@ class Generation:
         self._received: list[Delta] = []
         self._on_news: list[Wake] = []
         self._on_end: list[Wake] = []
+        self._sink: Callable[[Delta | Exception], object] | None = None
         self._future: Future[Completion] = Future()
 
     @property
@@ -175,6 +176,22 @@ class Generation:
             raise
         return self.result()
 
+    def hand_over(self, sink: Callable[[Delta | Exception], object]) -> None:
+        """Give what has come, and what comes, to a function, in order; no iterator gets anything then.
+
+        Args:
+            sink: Takes deltas, and the error that ends the request. Called by whoever delivers, the engine's thread
+                mostly: it must neither wait nor fail, nor ask this generation for anything.
+        """
+        with self._lock:
+            for delta in self._pending:
+                sink(delta)
+            self._pending.clear()
+            error = self._future.exception() if self._future.done() else None
+            if isinstance(error, Exception):
+                sink(error)
+            self._sink = sink
+
     def abort(self) -> None:
         """End the request and free its memory; nothing happens if it is done already."""
         if self.fail(RequestAbortedError("The request was aborted before it finished.")):
@@ -206,10 +223,13 @@ class Generation:
         with self._lock:
             if self._future.done():
                 return None
+            if self._sink is not None:
+                self._sink(news)
             if isinstance(news, Exception):
                 self._future.set_exception(news)
             else:
-                self._pending.append(news)
+                if self._sink is None:
+                    self._pending.append(news)
                 self._received.append(news)
                 if news.finish_reason is not None:
                     self._future.set_result(_join(self._received))

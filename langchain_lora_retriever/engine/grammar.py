@@ -24,7 +24,7 @@ from langchain_lora_retriever.errors import EngineError, InvalidRequestError, fr
 from langchain_lora_retriever.support.forking import after_fork
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
@@ -277,6 +277,23 @@ class GrammarConstraint:
             self._position = self._position.after(self._closing.tokens.decode_bytes([token_id]))
         if self._ending:
             self._ending = self._ending if self._ending.popleft() == token_id else None
+
+    def follow(self, token_ids: Sequence[int]) -> None:
+        """Advance by tokens that were chosen under this grammar elsewhere, to the state that it had there.
+
+        Raises:
+            EngineError: If the grammar does not allow them.
+        """
+        row = torch.zeros(-(-self._closing.vocab_size // 32), dtype=torch.int32)
+        rest = deque(token_ids)
+        while rest:
+            if self._limit is not None:
+                self.fill_bitmask(row)  # which decides when the answer must come to its end
+            self.accept(rest.popleft())
+            for forced in self.forced_tokens():
+                if not rest or rest[0] != forced:
+                    break
+                self.accept(rest.popleft())
 
     def forced_tokens(self) -> list[int]:
         """Return the tokens that must come next."""

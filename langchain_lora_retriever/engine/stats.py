@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from langchain_lora_retriever.engine.request import Request
 
-__all__ = ["EngineStats", "Percentiles", "StatsRecorder"]
+__all__ = ["EngineStats", "Percentiles", "StatsRecorder", "percentiles"]
 
 _WINDOW = 4096  # latencies kept for the percentiles
 _RATE_WINDOW_SECONDS = 10.0
@@ -89,12 +89,12 @@ class StatsRecorder:
     @property
     def time_to_first_token(self) -> Percentiles:
         """From submission to the first sampled token."""
-        return _percentiles(self._first_token)
+        return percentiles(self._first_token)
 
     @property
     def inter_token(self) -> Percentiles:
         """Between consecutive sampled tokens of a request."""
-        return _percentiles(self._inter_token)
+        return percentiles(self._inter_token)
 
     def on_added(self, request: Request) -> None:
         """A request was queued."""
@@ -124,7 +124,8 @@ class StatsRecorder:
         self._last_token.pop(request.request_id, None)
 
 
-def _percentiles(seconds: Iterable[float]) -> Percentiles:
+def percentiles(seconds: Iterable[float]) -> Percentiles:
+    """Percentiles of durations; NaN if there is none."""
     values = list(seconds)
     if not values:
         return Percentiles(float("nan"), float("nan"), float("nan"))

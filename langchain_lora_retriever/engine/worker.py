@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
+    from langchain_lora_retriever.engine.admission import Admission
     from langchain_lora_retriever.engine.api import Grammar, Registration
     from langchain_lora_retriever.engine.core import StepOutput
     from langchain_lora_retriever.engine.generation import Delta
@@ -111,6 +112,16 @@ class EngineWorker:
         return self.core.module_shapes
 
     @property
+    def admission(self) -> Admission:
+        """What it asks of requests before it takes them."""
+        return self.core.admission
+
+    @property
+    def resident_fingerprints(self) -> list[str]:
+        """The adapters in device memory."""
+        return self.core.slots.resident_fingerprints
+
+    @property
     def is_alive(self) -> bool:
         """Whether it still takes requests: it was neither closed, nor has its bookkeeping failed."""
         return not self._is_closing
@@ -126,11 +137,12 @@ class EngineWorker:
         adapters: Sequence[tuple[Adapter, float]] = (),
         *,
         grammar: Grammar | None = None,
+        output_token_ids: Sequence[int] = (),
     ) -> Generation:
         """Queue a request; see `EngineClient.submit`."""
         if self._is_closing:
             raise self._dead()
-        request = self.core.make_request(prompt_token_ids, sampling, adapters)
+        request = self.core.make_request(prompt_token_ids, sampling, adapters, output_token_ids)
         generation = Generation(on_abort=lambda: self._leave(request, generation))
         with self._news:
             self._check_alive()
@@ -272,7 +284,9 @@ class EngineWorker:
                 result.result()
             if compiled is not None:
                 limit = request.max_num_tokens - len(request.prompt_token_ids)
-                request.constraint = compiled.result().constraint(fit=limit)
+                request.constraint = constraint = compiled.result().constraint(fit=limit)
+                if request.output_token_ids:
+                    constraint.follow(request.output_token_ids)
             self._post(lambda: self._accept(request, generation))
         except BaseException as error:  # noqa: BLE001 - panics of native code too; it ends the request it came from
             with self._news:

@@ -146,6 +146,7 @@ class AdapterPool:
         self._base_model = base_model
         self._lock = threading.RLock()
         self._known: PoolState | None = PoolState(0, {}, {})
+        self._seen: object = None  # how the folder looked when it was read
         if self._path is not None:
             if create:
                 with _writing(self._path):
@@ -333,6 +334,34 @@ class AdapterPool:
                     uninstall(self._path, name)
             self._replace_state(_without(state.entries, name), _without(state.rejected, name))
 
+    def refresh(self) -> bool:
+        """Look whether other processes have changed the pool's folder, and read what they have.
+
+        What has stayed stays as it is; an adapter that has gone may be used on by those who hold it. Cheap where
+        nothing has changed: nothing is read then.
+
+        Returns:
+            Whether the pool is another now.
+
+        Raises:
+            PoolError: If the folder cannot be read any more. The pool is unchanged.
+        """
+        with self._lock:
+            if self._path is None or self._known is None:
+                return False
+            seen = _look(self._path)
+            if seen == self._seen:
+                return False
+            entries, rejected = self._found(self._path, allow_empty=True)
+            known = self._known
+            entries = {name: _unless_same(known.entries.get(name), entry) for name, entry in entries.items()}
+            self._seen = seen
+            is_same = all(entries.get(name) is entry for name, entry in known.entries.items())
+            if is_same and len(entries) == len(known.entries) and _said(rejected) == _said(known.rejected):
+                return False
+            self._replace_state(entries, rejected)
+            return True
+
     def save(self, path: str | Path) -> None:
         """Write the pool into a folder that `AdapterPool(path)` reads.
 
@@ -437,7 +466,19 @@ class AdapterPool:
                 self._load(self._path, allow_empty=False)
 
     def _load(self, root: Path, *, allow_empty: bool) -> None:
+        self._seen = _look(root)
         start = time.perf_counter()
+        entries, rejected = self._found(root, allow_empty=allow_empty)
+        self._replace_state(entries, rejected)
+        undescribed, seconds = self.state.undescribed, time.perf_counter() - start
+        _logger.info(
+            "pool %s: %d adapters read in %.1f s, %d of them undescribed; %d refused",
+            root, len(entries), seconds, len(undescribed), len(rejected),
+        )  # fmt: skip
+        _tell_undescribed(root, undescribed)
+
+    def _found(self, root: Path, *, allow_empty: bool) -> tuple[dict[str, PoolEntry], dict[str, AdapterError]]:
+        """What a folder holds: adapters, and why others were refused."""
         try:
             if not root.exists():
                 raise PoolError(
@@ -474,13 +515,34 @@ class AdapterPool:
         if not entries and not allow_empty:
             reasons = "\n".join(f"  {error}" for error in list(rejected.values())[:5])
             raise PoolError(f"no adapter of the pool {root} can be used; {len(rejected)} were refused:\n{reasons}")
-        self._replace_state(entries, rejected)
-        undescribed, seconds = self.state.undescribed, time.perf_counter() - start
-        _logger.info(
-            "pool %s: %d adapters read in %.1f s, %d of them undescribed; %d refused",
-            root, len(entries), seconds, len(undescribed), len(rejected),
-        )  # fmt: skip
-        _tell_undescribed(root, undescribed)
+        return entries, rejected
+
+
+def _look(root: Path) -> object:
+    """Tell a folder apart from itself after a change, by what the system says of the files two levels deep."""
+    try:
+        return [
+            (folder.name, sorted((file.name, *_changes(file.stat())) for file in os.scandir(folder)))
+            for folder in sorted(root.iterdir())
+            if not folder.name.startswith(".") and folder.is_dir()
+        ]
+    except OSError:
+        return None  # somebody is writing, or reading it will say what is wrong
+
+
+def _changes(stat: os.stat_result) -> tuple[int, int, int]:
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
+def _unless_same(known: PoolEntry | None, found: PoolEntry) -> PoolEntry:
+    """What was known, if it is the same still: those who hold its weights need not read them again."""
+    if known is None or known.adapter.fingerprint != found.adapter.fingerprint:
+        return found
+    return known if known.routing_hash == found.routing_hash else replace(found, adapter=known.adapter)
+
+
+def _said(rejected: Mapping[str, AdapterError]) -> dict[str, str]:
+    return {name: str(error) for name, error in rejected.items()}
 
 
 def _with_routing(

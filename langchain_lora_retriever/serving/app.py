@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from langchain_lora_retriever.chat.begin import LONG_CHAT, Begun, abegin, owned, text_to_route
 from langchain_lora_retriever.chat.call import CallOptions
-from langchain_lora_retriever.errors import InvalidRequestError, PoolError
+from langchain_lora_retriever.errors import InvalidRequestError, LoraRetrieverError, PoolError
 from langchain_lora_retriever.serving.config import ServeConfig, read_keys
 from langchain_lora_retriever.serving.errors import RefusedError, error_object, error_response, told
 from langchain_lora_retriever.serving.gate import Gate
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["create_app"]
 
+_logger = logging.getLogger(__name__)
 _CLIENT_CLOSED = 499
 
 
@@ -59,7 +61,9 @@ def create_app(llm: ChatLoraRetriever, config: ServeConfig | None = None) -> Fas
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await llm.runtime.aready()
+        follower = asyncio.create_task(server.follow_pool())
         yield
+        await _end(follower)
         await llm.runtime.aclose()
 
     app = FastAPI(title="lora-retriever", lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -244,6 +248,19 @@ class _Server:
         async with self._changing:
             await run_in_thread(lambda: self._runtime.pool.remove(name))
         return JSONResponse({"name": name, "deleted": True})
+
+    async def follow_pool(self) -> None:
+        """Look at the pool's folder now and then: another process may have changed it."""
+        if self._runtime.pool.path is None or not self._config.pool_seconds:
+            return
+        while True:
+            await asyncio.sleep(self._config.pool_seconds)
+            try:
+                async with self._changing:
+                    if await run_in_thread(self._runtime.pool.refresh):
+                        await self._runtime.aready()
+            except LoraRetrieverError:
+                _logger.exception("The pool's folder cannot be read; what is known of it is served on")
 
     async def health(self, _: Request) -> Response:
         """200 while the engine takes requests."""

@@ -12,8 +12,10 @@ from langchain_lora_retriever.errors import InvalidRequestError
 from langchain_lora_retriever.serving.errors import told
 from langchain_lora_retriever.support.shown import shown
 
-__all__ = ["ServeConfig", "read_config", "read_keys"]
+__all__ = ["MAX_WAITING", "ServeConfig", "read_config", "read_keys"]
 
+MAX_WAITING = 256
+"""Requests that may wait beside those that run, where the configuration says nothing: a server has strangers."""
 _LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
@@ -32,7 +34,13 @@ class ServeConfig(BaseModel):
         max_body_bytes: Largest request.
         max_n: Most answers of a request.
         timeout: Seconds a request may take.
+        pool_seconds: Seconds after which the pool's folder is looked at again, for what others have changed; 0 never
+            does.
         drain_seconds: Seconds that open requests have when the server is told to stop.
+        replicas: Engine replicas of a Ray Serve application; None serves from this process alone.
+        max_replicas: Most of them: Serve adds some while requests queue. None keeps `replicas`.
+        ingress_replicas: Processes that speak HTTP, encode and route, before the engine replicas.
+        gpus_per_replica: GPUs of an engine replica; 0 runs it on CPUs.
         chat: More settings of `ChatLoraRetriever`, which are the defaults of every request.
     """
 
@@ -49,7 +57,12 @@ class ServeConfig(BaseModel):
     max_body_bytes: int = Field(default=4 << 20, ge=1024)
     max_n: int = Field(default=8, ge=1, le=128)
     timeout: float = Field(default=600.0, gt=0)
+    pool_seconds: float = Field(default=1.0, ge=0)
     drain_seconds: int = Field(default=30, ge=0)
+    replicas: int | None = Field(default=None, ge=1)
+    max_replicas: int | None = Field(default=None, ge=1)
+    ingress_replicas: int = Field(default=1, ge=1)
+    gpus_per_replica: float = Field(default=0.0, ge=0)
     chat: dict[str, Any] = Field(default_factory=dict)
 
     @property

@@ -1,4 +1,4 @@
-"""What every `EngineClient` does alike: the engine in this process, and the one without a model.
+"""What every `EngineClient` does alike: the engine in this process, in another, behind Ray; the one without a model.
 
 A new implementation joins `CLIENTS` and must pass as it is.
 """
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from langchain_lora_retriever.engine import BaseModel, EngineClient, EngineConfig, EngineStats, EngineWorker, Grammar
+from langchain_lora_retriever.engine import EngineClient, EngineStats, Grammar
 from langchain_lora_retriever.errors import (
     AdapterError,
     EngineDeadError,
@@ -20,10 +20,11 @@ from langchain_lora_retriever.errors import (
     RequestAbortedError,
 )
 from langchain_lora_retriever.output.grammars import json_grammar, regex_grammar
+from langchain_lora_retriever.remote import ProcessEngine
 from langchain_lora_retriever.retrieval.fusion import fuse
 from langchain_lora_retriever.testing import FakeEngine
 from langchain_lora_retriever.types import SamplingParams
-from makers import make_adapter, make_tiny_model, make_tokenizer, wait_until
+from makers import make_adapter, make_tiny_engine, make_tiny_model, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -35,17 +36,18 @@ NOTHING = Grammar('start: "a" & "b"\n')
 """A grammar that no text satisfies."""
 
 
-def in_process() -> EngineClient:
-    """The engine over a tiny Llama."""
-    config = EngineConfig(max_num_seqs=4, kv_cache_bytes=1 << 20, lora_cache_bytes=4 << 20, max_model_len=128)
-    return EngineWorker(BaseModel(make_tiny_model(), make_tokenizer(), "tiny"), config)
-
-
 def without_model() -> EngineClient:
     """Scripted answers over the same modules."""
     shapes = in_process_shapes()
     answer = "The answer that a script gives, which takes its time. " * 2
     return FakeEngine([answer], module_shapes=shapes, max_model_len=128, delay=0.002)
+
+
+def behind_ray() -> EngineClient:
+    """Two replicas of the engine over a tiny Llama."""
+    from langchain_lora_retriever.remote import RemoteEngine
+
+    return RemoteEngine("tiny")
 
 
 def in_process_shapes() -> dict[str, tuple[int, int]]:
@@ -54,18 +56,37 @@ def in_process_shapes() -> dict[str, tuple[int, int]]:
     return {name: (w.lora_A.shape[1], w.lora_B.shape[0]) for name, w in adapter.shapes.items()}
 
 
-CLIENTS: dict[str, Callable[[], EngineClient]] = {"in process": in_process, "without model": without_model}
+CLIENTS: dict[str, Callable[[], EngineClient]] = {
+    "in process": make_tiny_engine,
+    "without model": without_model,
+    "in a process of its own": lambda: ProcessEngine(make_tiny_engine),
+    "behind Ray": behind_ray,
+}
+
+
+STARTED: dict[str, EngineClient] = {}
+"""What takes seconds to start is started once, and again after a test has closed it."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _stopped() -> Iterator[None]:
+    """Nothing stays behind."""
+    yield
+    while STARTED:
+        STARTED.popitem()[1].close()
 
 
 @pytest.fixture(params=CLIENTS)
 def client(request: Any) -> Iterator[EngineClient]:
     """One of the implementations, which must be idle at the end unless it was closed."""
-    client = CLIENTS[request.param]()
+    name = request.param
+    if name == "behind Ray":
+        request.getfixturevalue("ray_cluster")
+    client = STARTED.pop(name, None) or CLIENTS[name]()
     yield client
     if client.is_alive:
         wait_until(lambda: client.stats().num_running == client.stats().num_waiting == 0)
-    client.close()
-    assert not client.is_alive
+        STARTED[name] = client
 
 
 def test_it_is_a_client(client: EngineClient) -> None:
@@ -98,6 +119,38 @@ def test_log_probabilities_are_one_for_each_token(client: EngineClient) -> None:
     assert done.logprobs is not None
     assert [item.token_id for item in done.logprobs] == list(done.token_ids)
     assert client.submit(PROMPT, SHORT).result(60).logprobs is None
+
+
+@pytest.mark.parametrize("options", [{"logprobs": 1}, {"temperature": 1.0, "seed": 7}], ids=["greedy", "seeded"])
+def test_an_answer_goes_on_after_its_beginning(client: EngineClient, options: dict[str, Any]) -> None:
+    """As it would have where it began, greedy or seeded; only what is new is given, usage counts all."""
+    sampling = SamplingParams(max_tokens=120, ignore_eos=True, **options)
+    deltas = list(client.submit(PROMPT, sampling))
+    for place in (1, len(deltas) // 2, len(deltas) - 1):
+        given = [token for delta in deltas[:place] for token in delta.token_ids]
+        rest = client.submit(PROMPT, sampling, output_token_ids=given).result(60)
+        assert rest.text == "".join(delta.text for delta in deltas[place:])
+        assert list(rest.token_ids) == [token for delta in deltas[place:] for token in delta.token_ids]
+        assert rest.usage.num_output_tokens == deltas[-1].usage.num_output_tokens
+        assert rest.usage.num_prompt_tokens == len(PROMPT)
+        if sampling.logprobs is not None:
+            assert len(rest.logprobs) == len(rest.token_ids)
+    with pytest.raises(InvalidRequestError, match="cannot go on"):
+        client.submit(PROMPT, sampling, output_token_ids=[5] * 120)
+
+
+@pytest.mark.parametrize("client", ["in process", "behind Ray"], indirect=True)
+def test_a_constrained_answer_goes_on_after_its_beginning(client: EngineClient) -> None:
+    """Its grammar is where it was, also on the way to an end that the token limit forces."""
+    sampling = SamplingParams(max_tokens=60, temperature=1.0, seed=3)
+    grammar = json_grammar({"type": "array", "items": {"type": "string", "minLength": 12}, "minItems": 9})
+    deltas = list(client.submit(PROMPT, sampling, grammar=grammar))
+    assert deltas[-1].is_shortened
+    for place in range(1, len(deltas), 7):
+        given = [token for delta in deltas[:place] for token in delta.token_ids]
+        rest = client.submit(PROMPT, sampling, grammar=grammar, output_token_ids=given).result(60)
+        assert rest.text == "".join(delta.text for delta in deltas[place:])
+        assert rest.is_shortened
 
 
 async def test_it_is_awaited_without_blocking(client: EngineClient) -> None:
@@ -218,6 +271,7 @@ def test_close_in_mid_stream(client: EngineClient) -> None:
             generation.result(60)
     with pytest.raises(EngineDeadError):
         client.submit(PROMPT, SHORT)
+    assert not client.is_alive
 
 
 def test_any_thread_may_ask_anything(client: EngineClient) -> None:

@@ -27,7 +27,8 @@ FLOORS: dict[str, set[str]] = {
     "chat": GROUND | {"engine", "retrieval", "pool", "output", "runtime", "registry"},
     "testing": GROUND | {"engine"},
     "evaluation": GROUND | {"engine", "retrieval", "pool", "chat"},
-    "serving": GROUND | {"engine.api", "output", "chat", "runtime"},
+    "remote": GROUND | {"engine", "retrieval", "pool"},
+    "serving": GROUND | {"engine.api", "engine.config", "output", "chat", "runtime", "remote", "demo"},
     "demo": GROUND | {"engine", "retrieval", "pool", "chat", "registry", "evaluation"},
     "cli": GROUND | {"engine", "retrieval", "pool", "chat", "registry", "runtime", "evaluation", "demo", "serving"},
 }
@@ -36,6 +37,7 @@ OUTSIDE: dict[str, set[str]] = {
     "langchain_core": {"output", "chat", "serving", "demo", "cli"},
     "fastapi": {"serving"},
     "starlette": {"serving"},
+    "ray": {"remote.engine", "remote.replica", "remote.router", "serving.cluster"},
     "uvicorn": {"serving"},
     "prometheus_client": {"serving"},
     "faiss": {"retrieval"},

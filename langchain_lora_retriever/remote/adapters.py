@@ -1,0 +1,197 @@
+"""Adapters beside an engine in another process: by content hash, each read or received once."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from langchain_lora_retriever.errors import AdapterError, EngineError, fresh
+from langchain_lora_retriever.pool.checkpoint import read_adapter
+from langchain_lora_retriever.retrieval.fusion import fuse
+from langchain_lora_retriever.types import Adapter, LoraWeights
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from langchain_lora_retriever.remote.wire import AdapterRef
+
+__all__ = ["AdapterContents", "AdapterStore"]
+
+_logger = logging.getLogger(__name__)
+_MAX_ADAPTERS = 4096
+"""Adapters that are known at once. One that lies in a folder costs little."""
+
+
+class AdapterContents(NamedTuple):
+    """An adapter that has no folder which both sides see, as one piece.
+
+    Attributes:
+        name: Its name.
+        fingerprint: What it is.
+        base_model: What its configuration names.
+        modules: By module path the shapes of `lora_A` and `lora_B`, the dtype's name, and the scaling.
+        data: Their numbers, one after the other, uint8.
+    """
+
+    name: str
+    fingerprint: str
+    base_model: str | None
+    modules: dict[str, tuple[tuple[int, ...], tuple[int, ...], str, float]]
+    data: np.ndarray[Any, np.dtype[np.uint8]]
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> AdapterContents:
+        """Read an adapter.
+
+        Raises:
+            AdapterError: If its file is not the one that was read any more.
+        """
+        weights = dict(adapter.weights)
+        modules = {
+            path: (tuple(w.lora_A.shape), tuple(w.lora_B.shape), str(w.lora_A.dtype).removeprefix("torch."), w.scaling)
+            for path, w in weights.items()
+        }
+        parts = [_bytes_of(tensor) for w in weights.values() for tensor in (w.lora_A, w.lora_B)]
+        data = np.concatenate(parts) if parts else np.empty(0, np.uint8)
+        return cls(adapter.name, adapter.fingerprint, adapter.base_model, modules, data)
+
+    def to_adapter(self) -> Adapter:
+        """The adapter; its tensors share `data`."""
+        weights, offset = {}, 0
+        for path, (shape_a, shape_b, dtype, scaling) in self.modules.items():
+            lora_A, offset = self._tensor(offset, shape_a, dtype)
+            lora_B, offset = self._tensor(offset, shape_b, dtype)
+            weights[path] = LoraWeights(lora_A, lora_B, scaling)
+        return Adapter(name=self.name, fingerprint=self.fingerprint, weights=weights, base_model=self.base_model)
+
+    def _tensor(self, offset: int, shape: tuple[int, ...], dtype: str) -> tuple[torch.Tensor, int]:
+        kind: torch.dtype = getattr(torch, dtype)
+        end = offset + int(np.prod(shape)) * kind.itemsize
+        raw = torch.from_numpy(self.data[offset:end])
+        if raw.storage_offset() % kind.itemsize:  # a module of another dtype came before
+            raw = raw.clone()
+        return raw.view(kind).view(shape), end
+
+
+class AdapterStore:
+    """The adapters that an engine's process knows, by content. Any thread may ask.
+
+    The least recently used are forgotten beyond `max_bytes` of received ones; requests that run keep theirs. An adapter
+    that is forgotten, or removed from its pool, is another's matter only when it is asked for again.
+
+    Args:
+        max_bytes: Most bytes of adapters that were sent here. Those in a folder stay there.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._known: OrderedDict[str, Future[Adapter]] = OrderedDict()
+        self._num_bytes: dict[str, int] = {}  # of those that were received
+        self.num_read = self.num_received = 0
+
+    @property
+    def fingerprints(self) -> list[str]:
+        """What is known."""
+        with self._lock:
+            return list(self._known)
+
+    def holds(self, refs: Sequence[AdapterRef]) -> bool:
+        """Whether nobody would have to wait for any of them."""
+        with self._lock:
+            return all(_is_there(self._known.get(part.fingerprint)) for ref in refs for part in _parts(ref))
+
+    def get(self, ref: AdapterRef, fetch: Callable[[AdapterRef], AdapterContents]) -> Adapter:
+        """An adapter; whoever asks for the same meanwhile waits for it.
+
+        Args:
+            ref: Which.
+            fetch: Has it sent, if its folder is not to be seen here or holds another by now.
+
+        Raises:
+            AdapterError: If it cannot be read.
+            EngineError: If it cannot be had.
+        """
+        if ref.members:
+            fused = fuse([(self.get(member, fetch), weight) for member, weight in ref.members])
+            if fused.fingerprint != ref.fingerprint:
+                raise EngineError(
+                    f"The fusion {ref.name!r} is another here: caller and engine have different versions of "
+                    "langchain-lora-retriever. Install the same on both."
+                )
+            return fused
+        while True:
+            with self._lock:
+                future = self._known.get(ref.fingerprint)
+                is_mine = future is None
+                if future is None:
+                    future = self._known[ref.fingerprint] = Future()
+                self._known.move_to_end(ref.fingerprint)
+            if is_mine:
+                self._make(ref, fetch, future)
+            error = future.exception()
+            if error is None:
+                return future.result()
+            if is_mine:  # others try for themselves: it may be their callers that have it
+                raise fresh(error)
+
+    def _make(self, ref: AdapterRef, fetch: Callable[[AdapterRef], AdapterContents], future: Future[Adapter]) -> None:
+        try:
+            adapter = _read(ref)
+            num_bytes = 0
+            if adapter is None:
+                contents = fetch(ref)
+                adapter, num_bytes = contents.to_adapter(), contents.data.nbytes
+        except BaseException as error:  # noqa: BLE001 - whoever waits must hear of it; nothing is kept
+            with self._lock:
+                self._known.pop(ref.fingerprint, None)
+            future.set_exception(error)
+            return
+        future.set_result(adapter)
+        with self._lock:
+            self.num_read += not num_bytes
+            self.num_received += num_bytes > 0
+            self._num_bytes[ref.fingerprint] = num_bytes
+            self._forget()
+
+    def _forget(self) -> None:
+        """Drop the least recently used beyond the limits. Call under the lock."""
+        total = sum(self._num_bytes.values())
+        for fingerprint in list(self._known):
+            is_last = len(self._known) == 1
+            if is_last or (total <= self._max_bytes and len(self._known) <= _MAX_ADAPTERS):
+                return
+            if fingerprint in self._num_bytes:  # others are still on their way
+                total -= self._num_bytes.pop(fingerprint)
+                del self._known[fingerprint]
+
+
+def _parts(ref: AdapterRef) -> list[AdapterRef]:
+    return [part for member, _ in ref.members for part in _parts(member)] if ref.members else [ref]
+
+
+def _is_there(future: Future[Adapter] | None) -> bool:
+    return future is not None and future.done() and future.exception() is None
+
+
+def _read(ref: AdapterRef) -> Adapter | None:
+    """Read an adapter from its folder, if that is to be seen here and holds just this one."""
+    if ref.path is None:
+        return None
+    try:
+        adapter = read_adapter(ref.path, name=ref.name)
+    except AdapterError as error:
+        _logger.info("Adapter %r is not read from its folder here, and sent instead: %s", ref.name, error)
+        return None
+    return adapter if adapter.fingerprint == ref.fingerprint else None
+
+
+def _bytes_of(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    flat: np.ndarray[Any, np.dtype[np.uint8]] = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return flat

@@ -1,0 +1,640 @@
+"""Engines in other processes: how throughput grows with replicas, what a killed one costs, and what one process costs.
+
+    PYTHONPATH=.:kernels:tests:tests/benchmarks python tests/benchmarks/bench_replicas_gpu.py replicas --counts 1 2
+    ... bench_replicas_gpu.py stub --counts 1 2 4 8 --callers 1 4
+    ... bench_replicas_gpu.py one
+
+`replicas`: an 8B-shaped Llama of random weights in bf16, one replica for each GPU behind Ray Serve, reached through a
+`RemoteEngine`. Streams ask one request after the other, mixtures of three of adapters drawn zipf-wise. For each count
+of replicas tokens a second, time to first token and the share of adapters found resident; then every stream once
+undisturbed (twice, for what batching alone changes) and once with a replica killed in its middle. `stub`: the same
+without a model or a GPU: requests a second through several calling processes, and where they land. `one`: a single
+GPU: the engine alone, 64 and 256 streams through the HTTP server over it, and `abatch` of 64 with the engine in a
+process of its own. `--tiny` tries the script anywhere. Ray is needed by the first two, FastAPI and uvicorn by `one`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import random
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from engine_gpu.bench import DEVICE, RANK, TARGETS, Bench, free_memory
+
+from langchain_lora_retriever.engine.api import Delta, Usage
+from langchain_lora_retriever.engine.generation import Generation, deliver
+from langchain_lora_retriever.testing import FakeEngine
+from langchain_lora_retriever.types import Adapter, LoraWeights, SamplingParams
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from langchain_lora_retriever.engine.api import EngineClient
+
+Pairs = list[tuple[Adapter, float]]
+NUM_DISTINCT = 64  # sets of tensors; more adapters are these under other scalings
+
+
+class Row(NamedTuple):
+    """One request of a stream."""
+
+    prompt: list[int]
+    sampling: SamplingParams
+    adapters: Pairs
+
+
+class Timed(NamedTuple):
+    """One answer: its tokens, seconds to the first, the longest pause, and when it ended."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    first: float
+    pause: float
+    completion: Any
+
+
+# Engines
+
+
+def make_engine(*, is_tiny: bool, max_num_seqs: int = 128, lora_cache_bytes: int | None = None) -> Any:
+    """The engine of a replica."""
+    bench = Bench(None, is_tiny=is_tiny)
+    size = {} if lora_cache_bytes is None or is_tiny else {"lora_cache_bytes": lora_cache_bytes}
+    return bench.engine(max_num_seqs=8 if is_tiny else max_num_seqs, **size)
+
+
+class StubEngine(FakeEngine):
+    """Gives each running request a token a step, `rate` tokens a second in all; keeps the last adapters it ran.
+
+    Args:
+        rate: Most tokens a second.
+        num_steps: Steps a second.
+        num_resident: Adapters it keeps.
+    """
+
+    def __init__(self, rate: float = 10_000.0, num_steps: float = 150.0, num_resident: int = 160) -> None:
+        super().__init__(max_model_len=1 << 20, max_num_seqs=64)
+        self._per_step = max(1, int(rate / num_steps))
+        self._seconds = 1.0 / num_steps
+        self._left: OrderedDict[Generation, list[int]] = OrderedDict()
+        self._resident: OrderedDict[str, None] = OrderedDict()
+        self._max_resident = num_resident
+        self._counts = [0, 0, 0, 0]  # requests, of which all was resident; adapters, that were
+        threading.Thread(target=self._tick, daemon=True).start()
+
+    @property
+    def resident_fingerprints(self) -> list[str]:
+        """The adapters it keeps."""
+        return list(self._resident)
+
+    def stats(self) -> Any:
+        """Requests are counted as loads and hits of adapters."""
+        num_requests, num_whole, num_adapters, num_found = self._counts
+        return super().stats()._replace(
+            num_finished=num_requests, num_preemptions=num_whole, num_adapter_hits=num_found,
+            num_adapter_loads=num_adapters - num_found, num_running=len(self._left),
+        )  # fmt: skip
+
+    def submit(
+        self,
+        prompt_token_ids: Any,
+        sampling: Any,
+        adapters: Any = (),
+        *,
+        grammar: Any = None,
+        output_token_ids: Any = (),
+    ) -> Generation:
+        """Join the steps."""
+        generation = Generation(on_abort=lambda: self._left.pop(generation, None))
+        found = sum(adapter.fingerprint in self._resident for adapter, _ in adapters)
+        self._counts[0] += 1
+        self._counts[1] += found == len(adapters)
+        self._counts[2] += len(adapters)
+        self._counts[3] += found
+        for adapter, _ in adapters:
+            self._resident[adapter.fingerprint] = None
+            self._resident.move_to_end(adapter.fingerprint)
+        while len(self._resident) > self._max_resident:
+            self._resident.popitem(last=False)
+        self._left[generation] = [len(output_token_ids), sampling.max_tokens, len(prompt_token_ids)]
+        return generation
+
+    def _tick(self) -> None:
+        due = time.perf_counter()
+        while True:
+            due = max(due + self._seconds, time.perf_counter() - 0.1)
+            time.sleep(max(0.0, due - time.perf_counter()))
+            news: list[tuple[Generation, Delta | Exception]] = []
+            for generation in list(self._left)[: self._per_step]:
+                state = self._left.get(generation)
+                if state is None:
+                    continue
+                self._left.move_to_end(generation)
+                place, limit, num_prompt = state
+                state[0] += 1
+                usage = Usage(num_prompt, 0, limit) if place + 1 == limit else None
+                reason = None if usage is None else "length"
+                news.append((generation, Delta(f"w{place} ", (3 + place % 200,), None, reason, usage)))
+                if usage is not None:
+                    del self._left[generation]
+            deliver(news)
+
+
+# Adapters and requests
+
+
+def make_adapters(num: int, *, is_tiny: bool, folder: Path | None) -> list[Adapter]:
+    """Random adapters of rank 16 on all seven projections; number `i` is the same every time.
+
+    More than `NUM_DISTINCT` are these tensors under other scalings, which makes other contents of them. With a folder
+    they are PEFT checkpoints that share files of weights, and every replica reads them there.
+    """
+    bench = Bench(None, is_tiny=is_tiny)
+    with torch.device("meta"):  # shapes alone: the model is the replicas'
+        bench._model = bench_model_shapes(bench)
+    distinct = bench.make_adapters(min(num, NUM_DISTINCT))
+    if folder is None:
+        adapters = []
+        for i in range(num):
+            one = distinct[i % len(distinct)]
+            scaling = 2.0 + 1e-4 * (i // len(distinct))
+            weights = {path: LoraWeights(w.lora_A, w.lora_B, scaling) for path, w in one.weights.items()}
+            adapters.append(replace(one, name=f"n{i}", fingerprint=f"{i:04d}-bench", weights=weights))
+        return adapters
+    return _written(distinct, num, folder)
+
+
+def bench_model_shapes(bench: Bench) -> Any:
+    """The timed model without its weights."""
+    import transformers
+
+    config = transformers.LlamaConfig(**bench._shape, tie_word_embeddings=False)
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def _written(distinct: list[Adapter], num: int, folder: Path) -> list[Adapter]:
+    from safetensors.torch import save_file
+
+    from langchain_lora_retriever.pool.checkpoint import read_adapter
+
+    for i, adapter in enumerate(distinct):
+        tensors = {}
+        for path, w in adapter.weights.items():
+            tensors[f"base_model.model.{path}.lora_A.weight"] = w.lora_A.contiguous()
+            tensors[f"base_model.model.{path}.lora_B.weight"] = w.lora_B.contiguous()
+        (folder / f"weights{i}").mkdir(parents=True)
+        save_file(tensors, folder / f"weights{i}" / "adapter_model.safetensors")
+
+    def write(i: int) -> Adapter:
+        path = folder / f"n{i}"
+        path.mkdir()
+        alpha = RANK * (2.0 + 1e-4 * (i // len(distinct)))
+        config = {
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": alpha,
+            "target_modules": list(TARGETS), "base_model_name_or_path": "8b",
+        }  # fmt: skip
+        (path / "adapter_config.json").write_text(json.dumps(config))
+        source = folder / f"weights{i % len(distinct)}" / "adapter_model.safetensors"
+        os.link(source, path / "adapter_model.safetensors")
+        return read_adapter(path)
+
+    with ThreadPoolExecutor(16) as threads:
+        return list(threads.map(write, range(num)))
+
+
+def make_rows(
+    adapters: Sequence[Adapter], num: int, *, num_in: int, num_out: int, seed: int, is_tiny: bool, **sampling: Any
+) -> list[Row]:
+    """Requests: random prompts, mixtures of three adapters drawn zipf-wise."""
+    rng = random.Random(seed)
+    weights = [1 / rank for rank in range(1, len(adapters) + 1)]
+    rows = []
+    for _ in range(num):
+        members: dict[str, Adapter] = {}
+        while adapters and len(members) < 3:
+            (adapter,) = rng.choices(adapters, weights)
+            members[adapter.fingerprint] = adapter
+        prompt = [rng.randrange(3, 300 if is_tiny else 100_000) for _ in range(num_in)]
+        params = SamplingParams(max_tokens=num_out, ignore_eos=True, **sampling)
+        rows.append(Row(prompt, params, [(adapter, 1 / 3) for adapter in members.values()]))
+    return rows
+
+
+# Measuring
+
+
+async def stream(engine: EngineClient, row: Row) -> Timed:
+    """Run one request, token by token."""
+    start = last = time.perf_counter()
+    first = pause = 0.0
+    generation = engine.submit(row.prompt, row.sampling, row.adapters)
+    async for delta in generation:
+        now = time.perf_counter()
+        if first:
+            pause = max(pause, now - last)
+        else:
+            first = now - start
+        last = now
+        del delta
+    done = generation.result(0)
+    return Timed(done.token_ids, done.text, first, pause, done)
+
+
+async def closed_loop(engine: EngineClient, rows: Sequence[Row], num_streams: int) -> tuple[list[Timed], float]:
+    """Streams that ask one request after the other until all are answered; answers, and seconds in all."""
+    answers: dict[int, Timed] = {}
+    left = iter(enumerate(rows))
+
+    async def ask() -> None:
+        for index, row in left:
+            answers[index] = await stream(engine, row)
+
+    start = time.perf_counter()
+    await asyncio.gather(*(ask() for _ in range(num_streams)))
+    return [answers[i] for i in range(len(rows))], time.perf_counter() - start
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """A percentile."""
+    return sorted(values)[min(int(share * len(values)), len(values) - 1)]
+
+
+def counts(stats: Sequence[Any]) -> dict[str, int]:
+    """Sums over replicas."""
+    names = ("num_finished", "num_preemptions", "num_adapter_hits", "num_adapter_loads")
+    return {name: sum(getattr(each, name) for each in stats) for name in names}
+
+
+def start_ray(num_cpus: float) -> None:
+    """A cluster of this machine alone, without a dashboard."""
+    import ray
+    from ray import serve
+
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # what replicas see
+    ray.init(
+        address="local", num_cpus=num_cpus, include_dashboard=False, object_store_memory=512 << 20,
+        log_to_driver=bool(os.environ.get("BENCH_LOGS")),
+    )  # fmt: skip
+    serve.start(proxy_location="Disabled")
+
+
+def replicas(options: argparse.Namespace, put: Callable[[str, Any], None]) -> None:
+    """The engine of `make_engine` on 1, 2, 4, ... GPUs."""
+    import ray
+    from ray import serve
+
+    from langchain_lora_retriever.remote import RemoteEngine, engine_app
+
+    is_tiny, has_gpu = options.tiny, DEVICE.type == "cuda"
+    num_in, num_out = (16, 12) if is_tiny else (128, options.tokens)
+    start = time.perf_counter()
+    adapters = make_adapters(options.adapters, is_tiny=is_tiny, folder=options.folder)
+    put("adapters", f"{len(adapters)} in {options.folder or 'memory'}, {time.perf_counter() - start:.1f} s to make")
+    start_ray(num_cpus=64)
+    recipe = partial(make_engine, is_tiny=is_tiny, max_num_seqs=options.max_num_seqs,
+                     lora_cache_bytes=options.lora_cache_gb << 30)  # fmt: skip
+    baseline = 0.0
+    engine: Any = None
+    try:
+        for count in options.counts:
+            start = time.perf_counter()
+            app = engine_app(
+                recipe, num_replicas=count, max_ongoing_requests=2 * options.max_num_seqs,
+                max_adapter_bytes=64 << 30, ray_actor_options={"num_cpus": 1, "num_gpus": int(has_gpu)},
+                graceful_shutdown_timeout_s=5.0,
+            )  # fmt: skip
+            handle = serve.run(app, name="bench", route_prefix=None)
+            if engine is not None:
+                engine.close()
+            engine = RemoteEngine(handle)
+            put(f"{count} replicas: seconds to start", round(time.perf_counter() - start, 1))
+            num_streams = options.streams_each * count if options.streams_each else options.streams
+            make = partial(make_rows, adapters, num_in=num_in, num_out=num_out, is_tiny=is_tiny)
+            # Every adapter once or more, and the shapes of full batches.
+            asyncio.run(closed_loop(engine, make(2 * num_streams + len(adapters), seed=1), num_streams))
+            time.sleep(2.0)
+            rates = []
+            for round_ in range(options.rounds):
+                before = counts(engine.engine_stats())
+                rows = make(options.requests_each * num_streams, seed=10 + round_)
+                answers, seconds = asyncio.run(closed_loop(engine, rows, num_streams))
+                assert all(len(answer.token_ids) == num_out for answer in answers)
+                after = counts(engine.engine_stats())
+                hits, loads = (after[name] - before[name] for name in ("num_adapter_hits", "num_adapter_loads"))
+                rates.append(len(rows) * num_out / seconds)
+                put(f"{count} replicas, {num_streams} streams, round {round_}", {
+                    "tok/s": round(rates[-1]),
+                    "first token ms p50/p99": [round(1e3 * percentile([a.first for a in answers], q))
+                                               for q in (0.5, 0.99)],
+                    "adapters found resident": round(hits / max(hits + loads, 1), 3), "loads": loads,
+                })  # fmt: skip
+            rate = statistics.median(rates)
+            baseline = baseline or rate / count
+            put(f"{count} replicas: times one", round(rate / baseline, 3))
+        if options.kill and options.counts[-1] > 1:
+            kill(options, engine, make, num_streams, put)
+        engine.check_integrity()
+        put("integrity", "holds on all replicas")
+    finally:
+        if engine is not None:
+            engine.close()
+        serve.shutdown()
+        ray.shutdown()
+
+
+def kill(
+    options: argparse.Namespace, engine: Any, make: Callable[..., list[Row]], num_streams: int,
+    put: Callable[[str, Any], None],
+) -> None:  # fmt: skip
+    """All streams at once, greedy and seeded by turns; a replica is killed when half of the tokens have come."""
+    rows = make(num_streams, seed=99, logprobs=20)
+    rows = [row if i % 2 else row._replace(sampling=replace(row.sampling, temperature=0.7, seed=i)) for i, row in
+            enumerate(rows)]  # fmt: skip
+    runs = [asyncio.run(closed_loop(engine, rows, num_streams))[0] for _ in range(2)]
+    moved: set[int] = set()
+    on_moved = engine._next_key
+
+    def note(request: Any) -> None:
+        moved.add(id(request.generation))
+        on_moved(request)
+
+    engine._next_key = note
+    victim = max(engine.doors, key=lambda door: door.replica_id)
+    total = num_streams * rows[0].sampling.max_tokens
+    killed_at = []
+
+    async def disturbed() -> tuple[list[Timed], list[int]]:
+        generations: list[int] = []
+        submit, before = engine.submit, engine.stats().num_output_tokens
+
+        def noted(*arguments: Any, **more: Any) -> Generation:
+            generation = submit(*arguments, **more)
+            generations.append(id(generation))
+            keep.append(generation)
+            return generation
+
+        async def shoot() -> None:
+            while engine.stats().num_output_tokens - before < total // 2:  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(0.002)
+            os.kill(victim.pid, signal.SIGKILL)
+            killed_at.append(time.perf_counter())
+
+        keep: list[Generation] = []
+        engine.submit = noted
+        shot = asyncio.create_task(shoot())
+        try:
+            answers = await asyncio.gather(*(stream(engine, row) for row in rows))
+        finally:
+            del engine.submit
+            await shot
+        return list(answers), generations
+
+    answers, generations = asyncio.run(disturbed())
+    same = [a.text == b.text for a, b in zip(runs[0], answers, strict=True)]
+    undisturbed_same = [a.text == b.text for a, b in zip(*runs, strict=True)]
+    of_moved = [i for i, generation in enumerate(generations) if generation in moved]
+    prompts = [_first_difference(runs[0][i], answers[i]) for i in of_moved if not same[i]]
+    put("a replica killed in mid-stream", {
+        "streams": len(rows), "moved": len(of_moved), "complete": sum(len(a.token_ids) == rows[0].sampling.max_tokens
+                                                                      for a in answers),
+        "texts equal to the undisturbed run": sum(same),
+        "of the moved": sum(same[i] for i in of_moved),
+        "texts equal in two undisturbed runs": sum(undisturbed_same),
+        "first differences of moved streams, nats between the two tokens": prompts,
+        "longest pause ms of a moved stream": round(1e3 * max((answers[i].pause for i in of_moved), default=0.0)),
+        "median of the moved": round(1e3 * statistics.median([answers[i].pause for i in of_moved] or [0.0])),
+        "longest pause ms of the others": round(1e3 * max((a.pause for i, a in enumerate(answers) if i not in
+                                                           set(of_moved)), default=0.0)),
+        "longest pause ms undisturbed": round(1e3 * max(a.pause for a in runs[1])),
+    })  # fmt: skip
+    for i in of_moved:
+        logprobs = answers[i].completion.logprobs
+        assert [item.token_id for item in logprobs] == list(answers[i].token_ids), "a token came twice, or not at all"
+
+
+def _first_difference(one: Timed, other: Timed) -> list[float]:
+    """Place of the first token that differs, and how far apart the two are in the undisturbed run."""
+    at = next((i for i, (a, b) in enumerate(zip(one.token_ids, other.token_ids, strict=False)) if a != b), -1)
+    if at < 0:
+        return [-1, 0.0]
+    top = dict(one.completion.logprobs[at].top)
+    gap = top.get(one.token_ids[at], float("nan")) - top.get(other.token_ids[at], float("nan"))
+    return [at, round(gap, 4)]
+
+
+# Without a model
+
+
+def call_stub(app: str, seconds: float, num_streams: int, num_adapters: int, seed: int, num_out: int) -> dict[str, Any]:
+    """One calling process: requests and tokens a second that it gets through."""
+    from langchain_lora_retriever.remote import RemoteEngine
+
+    engine = RemoteEngine(app)
+    adapters = [Adapter(name=f"a{i}", fingerprint=f"{i:016d}", weights={}) for i in range(num_adapters)]
+    rng = random.Random(seed)
+    weights = [1 / rank for rank in range(1, num_adapters + 1)]
+    sampling = SamplingParams(max_tokens=num_out)
+    done = [0, 0]
+    firsts: list[float] = []
+
+    async def ask(end: float) -> None:
+        while time.perf_counter() < end:
+            (adapter,) = rng.choices(adapters, weights)
+            answer = await stream(engine, Row([5] * 64, sampling, [(adapter, 1.0)]))
+            done[0] += 1
+            done[1] += len(answer.token_ids)
+            firsts.append(answer.first)
+
+    async def all_of(seconds: float) -> float:
+        start = time.perf_counter()
+        await asyncio.gather(*(ask(start + seconds) for _ in range(num_streams)))
+        return time.perf_counter() - start
+
+    asyncio.run(all_of(2.0))
+    before = counts(engine.engine_stats())
+    done[:] = [0, 0]
+    firsts.clear()
+    took = asyncio.run(all_of(seconds))
+    after = counts(engine.engine_stats())
+    engine.close()
+    return {
+        "requests/s": done[0] / took,
+        "tok/s": done[1] / took,
+        "first ms": 1e3 * statistics.median(firsts),
+        "counts": {name: after[name] - before[name] for name in after},
+    }
+
+
+def stub(options: argparse.Namespace, put: Callable[[str, Any], None]) -> None:
+    """Requests a second, tokens a second, and where requests land, without a model."""
+    import ray
+    from ray import serve
+
+    from langchain_lora_retriever.remote import engine_app
+
+    start_ray(num_cpus=256)
+    try:
+        caller = ray.remote(num_cpus=0.1)(call_stub)
+        for count in options.counts:
+            app = engine_app(
+                partial(StubEngine, rate=options.rate), num_replicas=count, max_ongoing_requests=128,
+                ray_actor_options={"num_cpus": 0.1}, graceful_shutdown_timeout_s=1.0,
+            )  # fmt: skip
+            handle = serve.run(app, name="stub", route_prefix=None)
+            del handle
+            for num_callers in options.callers:
+                for what, num_out in (("short answers", 8), ("long answers", 400)):
+                    num_streams = max(1, options.streams_stub * count // num_callers)
+                    results = ray.get([
+                        caller.remote("stub", options.seconds, num_streams, options.adapters or 500, seed, num_out)
+                        for seed in range(num_callers)
+                    ])  # fmt: skip
+                    whole = max((r["counts"] for r in results), key=lambda each: each["num_finished"])
+                    put(f"{count} stubs, {num_callers} callers of {num_streams} streams, {what}", {
+                        "requests/s": round(sum(r["requests/s"] for r in results)),
+                        "tok/s": round(sum(r["tok/s"] for r in results)),
+                        "first token ms": round(statistics.median(r["first ms"] for r in results), 1),
+                        "requests that found their adapter": round(
+                            whole["num_preemptions"] / max(whole["num_finished"], 1), 3),
+                    })  # fmt: skip
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+# One GPU
+
+
+def one(options: argparse.Namespace, put: Callable[[str, Any], None]) -> None:
+    """HTTP streams and a process of its own, over the engine alone."""
+    from engine_gpu.serving import chat_model  # sentence-transformers; FastAPI and uvicorn later
+
+    from langchain_lora_retriever.remote import ProcessEngine
+
+    is_tiny = options.tiny
+    num_in, num_out = (16, 12) if is_tiny else (128, options.tokens)
+    adapters = make_adapters(min(options.adapters, NUM_DISTINCT), is_tiny=is_tiny, folder=None)
+    make = partial(make_rows, adapters, num_in=num_in, num_out=num_out, is_tiny=is_tiny)
+    sizes = (4, 8) if is_tiny else (64, 256)
+    alone = make_engine(is_tiny=is_tiny, max_num_seqs=256)
+    reference: dict[int, float] = {}
+    for size in sizes:
+        reference[size] = _rate_together(alone, make, size, num_out, options.rounds)
+        put(f"engine alone, {size} requests, tok/s", round(reference[size]))
+
+    def put_rate(name: str, size: int, rate: float) -> None:
+        put(f"{name}, {size}, tok/s", f"{rate:.0f} ({rate / reference[size]:.3f} of the engine alone)")
+
+    with chat_model(alone, adapters, num_out) as llm:
+        _serve_and_batch("in one process", llm, make, sizes, options.rounds, num_out, put_rate)
+    alone.check_integrity()
+    alone.close()
+    del alone, llm
+    free_memory()
+    apart = ProcessEngine(partial(make_engine, is_tiny=is_tiny, max_num_seqs=256))
+    try:
+        for size in sizes:
+            put_rate("process of its own, awaited", size, _rate_together(apart, make, size, num_out, options.rounds))
+            put_rate("process of its own, streams", size, _rate_streamed(apart, make, size, num_out, options.rounds))
+        with chat_model(apart, adapters, num_out) as llm:
+            _serve_and_batch("process of its own", llm, make, sizes, options.rounds, num_out, put_rate)
+        apart.check_integrity()
+    finally:
+        apart.close()
+
+
+def _serve_and_batch(
+    name: str, llm: Any, make: Callable[..., list[Row]], sizes: Sequence[int], rounds: int, num_out: int,
+    put_rate: Callable[[str, int, float], None],
+) -> None:  # fmt: skip
+    from engine_gpu.serving import abatch_seconds, http_rate
+
+    llm.runtime.ready()
+    for size in sizes:
+        rows = [make(size, seed=300 + round_) for round_ in range(rounds + 1)]
+        put_rate(f"{name}, HTTP streams", size, http_rate(llm, rows, num_out))
+        seconds = [asyncio.run(abatch_seconds(llm, make(size, seed=400 + round_)))[0] for round_ in range(rounds + 1)]
+        put_rate(f"{name}, abatch, routed", size, size * num_out / statistics.median(seconds[1:]))
+
+
+def _rate_together(engine: EngineClient, make: Callable[..., list[Row]], size: int, num_out: int, rounds: int) -> float:
+    """Tokens a second of requests submitted together, awaited whole."""
+    rates = []
+    for round_ in range(rounds + 1):
+        rows = make(size, seed=100 + round_)
+        start = time.perf_counter()
+        running = [engine.submit(row.prompt, row.sampling, row.adapters) for row in rows]
+        for generation in running:
+            assert len(generation.result(300).token_ids) == num_out
+        rates.append(size * num_out / (time.perf_counter() - start))
+    return statistics.median(rates[1:])
+
+
+def _rate_streamed(engine: EngineClient, make: Callable[..., list[Row]], size: int, num_out: int, rounds: int) -> float:
+    rates = []
+    for round_ in range(rounds + 1):
+        rows = make(size, seed=200 + round_)
+        _, seconds = asyncio.run(closed_loop(engine, rows, size))
+        rates.append(size * num_out / seconds)
+    return statistics.median(rates[1:])
+
+
+MODES = {"replicas": replicas, "stub": stub, "one": one}
+
+
+def main() -> None:
+    """Measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mode", choices=MODES)
+    parser.add_argument("--counts", type=int, nargs="*", default=[1, 2], help="numbers of replicas")
+    parser.add_argument("--streams", type=int, default=256, help="streams in all")
+    parser.add_argument("--streams-each", type=int, default=0, help="or streams for each replica")
+    parser.add_argument("--adapters", type=int, default=32)
+    parser.add_argument("--folder", type=Path, help="empty folder for adapters that all replicas read")
+    parser.add_argument("--tokens", type=int, default=64, help="of each answer")
+    parser.add_argument("--requests-each", type=int, default=4, help="requests that a stream asks in a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--max-num-seqs", type=int, default=128)
+    parser.add_argument("--lora-cache-gb", type=int, default=6)
+    parser.add_argument("--no-kill", dest="kill", action="store_false")
+    parser.add_argument("--callers", type=int, nargs="*", default=[1, 2], help="stub: calling processes")
+    parser.add_argument("--streams-stub", type=int, default=64, help="stub: streams for each replica")
+    parser.add_argument("--rate", type=float, default=10_000, help="stub: tokens a second of a replica")
+    parser.add_argument("--seconds", type=float, default=6.0, help="stub: of each measurement")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--out", type=Path, help="folder for bench_replicas.json")
+    options = parser.parse_args()
+    if options.tiny:
+        options.streams, options.max_num_seqs, options.rounds, options.adapters = 8, 8, 1, min(options.adapters, 6)
+    results: dict[str, Any] = {}
+
+    def put(name: str, value: Any) -> None:
+        results[name] = value
+        print(f"{name}: {value}", flush=True)
+        if options.out is not None:
+            (options.out / f"bench_replicas_{options.mode}.json").write_text(json.dumps(results, indent=1, default=str))
+
+    is_gpu = DEVICE.type == "cuda"
+    device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if is_gpu else platform.machine()
+    put("device", f"{device}, {os.cpu_count()} cores, torch {torch.__version__}")
+    MODES[options.mode](options, put)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""LangChain's standard tests through `ChatOpenAI` against the server, on the demo model."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pytest
+import uvicorn
+from langchain_openai import ChatOpenAI
+from langchain_tests.integration_tests import ChatModelIntegrationTests
+
+from langchain_lora_retriever.demo import demo_chat_model
+from langchain_lora_retriever.serving.app import create_app
+from makers import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from langchain_core.language_models import BaseChatModel
+    from langchain_core.messages import AIMessage
+
+pytestmark = pytest.mark.demo
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _server() -> Iterator[None]:
+    """The server, in a thread of this process."""
+    server = uvicorn.Server(uvicorn.Config(create_app(demo_chat_model()), port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    wait_until(lambda: server.started, 120)
+    TestServer.address = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
+    yield
+    server.should_exit = True
+    thread.join(60)
+
+
+class TestServer(ChatModelIntegrationTests):
+    """Answers, streams, tools and structured output."""
+
+    address: ClassVar[str]
+
+    @property
+    def chat_model_class(self) -> type[BaseChatModel]:
+        """OpenAI's client."""
+        return ChatOpenAI
+
+    @property
+    def chat_model_params(self) -> dict[str, Any]:
+        """The server in OpenAI's place."""
+        return {"base_url": self.address, "api_key": "none", "model": "auto", "stream_usage": True, "max_retries": 0}
+
+    @property
+    def supports_json_mode(self) -> bool:
+        """JSON mode is constrained decoding here."""
+        return True
+
+    @property
+    def model_override_value(self) -> str:
+        """`model` names an adapter."""
+        return "function_calling"
+
+    @property
+    def supported_usage_metadata_details(self) -> dict[str, list[str]]:
+        """Tokens found in the prefix cache are counted."""
+        return {"invoke": ["cache_read_input"], "stream": ["cache_read_input"]}
+
+    def invoke_with_cache_read_input(self, *, stream: bool = False) -> AIMessage:
+        """Ask the same twice; the second time the prompt is in the cache."""
+        model = ChatOpenAI(**self.chat_model_params, max_tokens=4)
+        prompt = "Repeat the word river. " * 8
+        model.invoke(prompt)
+        if not stream:
+            return model.invoke(prompt)
+        first, *rest = model.stream(prompt)
+        for chunk in rest:
+            first += chunk
+        return first
