@@ -72,6 +72,11 @@ class ProcessEngine(RemoteClient):
                 f"source={source!r} cannot be sent to another process ({error}): pass a name, a folder, an "
                 "EngineRecipe, or a function that a module has."
             ) from error
+        if b"__main__" in recipe:
+            raise InvalidRequestError(
+                f"source={source!r} is of this program's main file, which another process does not have: put it into a "
+                "module, or pass a name, a folder or an EngineRecipe."
+            )
         mine, other = Pipe()
         self._process = subprocess.Popen(  # noqa: S603 - this interpreter
             [sys.executable, "-c", _CODE, str(other.fileno())], pass_fds=[other.fileno()], stdin=subprocess.DEVNULL

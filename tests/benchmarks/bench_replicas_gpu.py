@@ -470,13 +470,16 @@ def call_stub(app: str, seconds: float, num_streams: int, num_adapters: int, see
     before = counts(engine.engine_stats())
     done[:] = [0, 0]
     firsts.clear()
+    cpu = time.process_time()
     took = asyncio.run(all_of(seconds))
+    cpu = time.process_time() - cpu
     after = counts(engine.engine_stats())
     engine.close()
     return {
         "requests/s": done[0] / took,
         "tok/s": done[1] / took,
         "first ms": 1e3 * statistics.median(firsts),
+        "cpu ms": 1e3 * cpu / max(done[0], 1),
         "counts": {name: after[name] - before[name] for name in after},
     }
 
@@ -502,7 +505,7 @@ def stub(options: argparse.Namespace, put: Callable[[str, Any], None]) -> None:
                 for what, num_out in (("short answers", 8), ("long answers", 400)):
                     num_streams = max(1, options.streams_stub * count // num_callers)
                     results = ray.get([
-                        caller.remote("stub", options.seconds, num_streams, options.adapters or 500, seed, num_out)
+                        caller.remote("stub", options.seconds, num_streams, options.adapters, seed, num_out)
                         for seed in range(num_callers)
                     ])  # fmt: skip
                     whole = max((r["counts"] for r in results), key=lambda each: each["num_finished"])
@@ -510,6 +513,7 @@ def stub(options: argparse.Namespace, put: Callable[[str, Any], None]) -> None:
                         "requests/s": round(sum(r["requests/s"] for r in results)),
                         "tok/s": round(sum(r["tok/s"] for r in results)),
                         "first token ms": round(statistics.median(r["first ms"] for r in results), 1),
+                        "CPU ms of a caller for a request": round(statistics.median(r["cpu ms"] for r in results), 2),
                         "requests that found their adapter": round(
                             whole["num_preemptions"] / max(whole["num_finished"], 1), 3),
                     })  # fmt: skip
@@ -547,7 +551,9 @@ def one(options: argparse.Namespace, put: Callable[[str, Any], None]) -> None:
     alone.close()
     del alone, llm
     free_memory()
-    apart = ProcessEngine(partial(make_engine, is_tiny=is_tiny, max_num_seqs=256))
+    from bench_replicas_gpu import make_engine as make_there  # of a module: this script is another's `__main__`
+
+    apart = ProcessEngine(partial(make_there, is_tiny=is_tiny, max_num_seqs=256))
     try:
         for size in sizes:
             put_rate("process of its own, awaited", size, _rate_together(apart, make, size, num_out, options.rounds))
@@ -605,7 +611,7 @@ def main() -> None:
     parser.add_argument("--counts", type=int, nargs="*", default=[1, 2], help="numbers of replicas")
     parser.add_argument("--streams", type=int, default=256, help="streams in all")
     parser.add_argument("--streams-each", type=int, default=0, help="or streams for each replica")
-    parser.add_argument("--adapters", type=int, default=32)
+    parser.add_argument("--adapters", type=int, help="32 by default, 500 for stubs")
     parser.add_argument("--folder", type=Path, help="empty folder for adapters that all replicas read")
     parser.add_argument("--tokens", type=int, default=64, help="of each answer")
     parser.add_argument("--requests-each", type=int, default=4, help="requests that a stream asks in a round")
@@ -620,8 +626,9 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path, help="folder for bench_replicas.json")
     options = parser.parse_args()
+    options.adapters = options.adapters or (500 if options.mode == "stub" else 32)
     if options.tiny:
-        options.streams, options.max_num_seqs, options.rounds, options.adapters = 8, 8, 1, min(options.adapters, 6)
+        options.streams, options.max_num_seqs, options.rounds, options.adapters = 8, 8, 1, min(options.adapters, 80)
     results: dict[str, Any] = {}
 
     def put(name: str, value: Any) -> None:

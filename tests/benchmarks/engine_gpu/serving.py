@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import statistics
 import subprocess
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from langchain_lora_retriever.engine.api import EngineClient
     from langchain_lora_retriever.types import Adapter
 
-_CLIENT = "import engine_gpu.serving as s; s.client()"
+_CLIENT = "from engine_gpu.http_client import main; main()"
 
 
 @contextmanager
@@ -72,7 +71,7 @@ def http_rate(llm: ChatLoraRetriever, rounds: Sequence[Sequence[Any]], num_out: 
             bodies = [
                 {
                     "messages": [{"role": "user", "content": " ".join(f"t{token}" for token in row.prompt)}],
-                    "stream": True, "max_tokens": num_out,
+                    "stream": True, "stream_options": {"include_usage": True}, "max_tokens": num_out,
                     "lora_retriever": {"adapters": [a.name for a, _ in row.adapters], "composition": "mixture"},
                 }
                 for row in rows
@@ -88,42 +87,6 @@ def http_rate(llm: ChatLoraRetriever, rounds: Sequence[Sequence[Any]], num_out: 
         server.should_exit = True
         thread.join()
     return statistics.median(rates[1:])
-
-
-def client() -> None:
-    """Stream what is asked for on a line of the input, all at once, and say how long it took. Little but sockets."""
-    port = int(sys.argv[1])
-
-    async def stream(body: bytes) -> bytes:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        head = (
-            f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-        )
-        writer.write(head.encode() + body)
-        parts = []
-        while part := await reader.read(1 << 16):
-            parts.append(part)
-        writer.close()
-        return b"".join(parts)
-
-    async def all_of(bodies: list[bytes]) -> tuple[list[bytes], float]:
-        start = time.perf_counter()
-        answers = await asyncio.gather(*map(stream, bodies))
-        return list(answers), time.perf_counter() - start
-
-    for line in sys.stdin:
-        answers, seconds = asyncio.run(all_of([json.dumps(body).encode() for body in json.loads(line)]))
-        # Every token of the bench's tokenizer is a word.
-        texts = [
-            "".join(
-                choice["delta"].get("content") or ""
-                for event in answer.decode().splitlines()
-                if event.startswith("data: {")
-                for choice in json.loads(event[6:]).get("choices", ())
-            )
-            for answer in answers
-        ]
-        print(json.dumps({"seconds": seconds, "tokens": [len(text.split()) for text in texts]}), flush=True)
 
 
 async def abatch_seconds(llm: ChatLoraRetriever, rows: Sequence[Any]) -> tuple[float, list[str]]:
