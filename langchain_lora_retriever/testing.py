@@ -87,6 +87,8 @@ class FakeEngine:
             fit.
         delay: Seconds before each delta.
         delta_length: Characters of a delta.
+        prompt_logprob: The log-probability of every prompt token that is asked for, of `(prompt, adapter names)`; by
+            default 0.
 
     Attributes:
         answers: May be assigned; counts for requests from then on.
@@ -110,6 +112,7 @@ class FakeEngine:
         module_shapes: Mapping[str, tuple[int, int]] | None = None,
         delay: float = 0.0,
         delta_length: int = 3,
+        prompt_logprob: Callable[[str, list[str]], float] = lambda _, __: 0.0,
     ) -> None:
         self.answers = answers
         self.delay = delay
@@ -132,6 +135,7 @@ class FakeEngine:
             else None,
         )
         self._delta_length = delta_length
+        self._prompt_logprob = prompt_logprob
         self._places = itertools.count()
         self._lock = threading.Lock()
         self._running: set[Generation] = set()
@@ -268,7 +272,13 @@ class FakeEngine:
                 logprobs = tuple(TokenLogprob(i, 0.0, ((i, 0.0),)[:top]) for i in token_ids)
             deltas.append(Delta(piece, token_ids, logprobs, None, None))
         usage = Usage(len(request.prompt_token_ids), 0, num_tokens)
-        return [*deltas, Delta("", (), None if request.sampling.logprobs is None else (), "stop", usage)]
+        deltas.append(Delta("", (), None if request.sampling.logprobs is None else (), "stop", usage))
+        start = request.sampling.prompt_logprobs_from
+        if start is not None:
+            logprob = self._prompt_logprob(request.prompt, request.names)
+            num_scored = len(request.prompt_token_ids) - max(start, 1)
+            deltas[0] = deltas[0]._replace(prompt_logprobs=(logprob,) * num_scored)
+        return deltas
 
     def _finish(self, generation: Generation) -> None:
         if generation in self._running:

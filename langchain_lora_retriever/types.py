@@ -244,6 +244,8 @@ class SamplingParams:
             ones; from 0.01 to 100, and 1 does nothing. None takes what the model's `generation_config` says.
         ignore_eos: Generate on past the end-of-sequence token (for benchmarks).
         logprobs: None for none; n >= 0 for the chosen token's and the n likeliest ones', before any penalty.
+        prompt_logprobs_from: None for none; else the place of the first prompt token whose log-probability, given those
+            before it, is reported, up to the prompt's last one. 0 counts as 1: nothing comes before the first token.
         skip_special_tokens: Leave special tokens out of the text.
 
     Raises:
@@ -260,4 +262,7 @@ class SamplingParams:
     repetition_penalty: RepetitionPenalty = None
     ignore_eos: bool = False
     logprobs: Annotated[int | None, Field(ge=0, le=20, description="an integer from 0 to 20, or None")] = None
+    prompt_logprobs_from: Annotated[
+        int | None, Field(ge=0, description="the place of a prompt token, an integer >= 0, or None")
+    ] = None
     skip_special_tokens: bool = True

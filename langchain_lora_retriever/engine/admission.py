@@ -52,10 +52,12 @@ class Admission:
         Raises:
             PromptTooLongError: If the prompt leaves no room for a single token.
             InvalidRequestError: If the prompt is empty or has a token that the model lacks, or `stop_token_ids` has
-                one, or the answer's beginning is all of it, or an adapter is not for this model, or a weight is not a
-                finite number, or the composition can never be in device memory.
+                one, or `prompt_logprobs_from` is beyond its last, or the answer's beginning is all of it, or an adapter
+                is not for this model, or a weight is not a finite number, or the composition can never be in device
+                memory.
         """
         token_ids = self._check_prompt(prompt_token_ids)
+        _check_scored(sampling, len(token_ids))
         limit = min(sampling.max_tokens, self.max_model_len - len(token_ids))
         if len(output_token_ids) >= limit:
             raise InvalidRequestError(
@@ -114,3 +116,13 @@ class Admission:
                 )
         if self.fit is not None:
             self.fit.check_together([adapter for adapter, _ in adapters])
+
+
+def _check_scored(sampling: SamplingParams, num_tokens: int) -> None:
+    """Refuse to score a prompt from a place on where it has no token with one before it."""
+    start = sampling.prompt_logprobs_from
+    if start is not None and max(start, 1) >= num_tokens:
+        allowed = f"a place from 0 to {num_tokens - 1}" if num_tokens > 1 else "a prompt of two tokens or more"
+        raise InvalidRequestError(
+            f"prompt_logprobs_from={start} is not allowed for a prompt of {num_tokens} tokens: pass {allowed}, or None."
+        )

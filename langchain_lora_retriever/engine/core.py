@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,7 +22,7 @@ from langchain_lora_retriever.engine.model.generation_defaults import Generation
 from langchain_lora_retriever.engine.model.lora_layers import MAX_RANK
 from langchain_lora_retriever.engine.model.runner import ModelRunner
 from langchain_lora_retriever.engine.request import Request, failure, first_active
-from langchain_lora_retriever.engine.sampler import ChosenToken
+from langchain_lora_retriever.engine.sampler import ChosenToken, not_finite
 from langchain_lora_retriever.engine.scheduler import Scheduler
 from langchain_lora_retriever.engine.stats import EngineStats, StatsRecorder
 from langchain_lora_retriever.errors import EngineError, InvalidRequestError
@@ -365,6 +366,8 @@ class Engine:
         return [output for output in outputs if output.delta is not None or output.error is not None]
 
     def _deliver(self, request: Request, outcome: Outcome) -> StepOutput:
+        if isinstance(outcome, ChosenToken) and not all(map(math.isfinite, request.prompt_logprobs.values())):
+            outcome = not_finite(request)
         if not isinstance(outcome, ChosenToken):
             self.kv_cache.forget(request)  # what it has computed may be as wrong as its logits
             self.abort(request)
@@ -395,10 +398,11 @@ class Engine:
         logprobs = None
         if request.sampling.logprobs is not None:
             logprobs, request.logprobs = tuple(request.logprobs), []
+        prompt_logprobs = request.take_prompt_logprobs()
         if finish_reason is None:
-            return Delta(text, token_ids, logprobs, None, None)
+            return Delta(text, token_ids, logprobs, None, None, prompt_logprobs=prompt_logprobs)
         is_shortened = request.constraint is not None and request.constraint.is_shortened
-        return Delta(text, token_ids, logprobs, finish_reason, request.usage, is_shortened)
+        return Delta(text, token_ids, logprobs, finish_reason, request.usage, is_shortened, prompt_logprobs)
 
     def _follow(self, request: Request, constraint: Constraint, token_id: int) -> tuple[str, FinishReason | None]:
         """Advance the grammar by a token, and append those it forces next, as many as a step may take."""

@@ -47,6 +47,8 @@ class Delta(NamedTuple):
             limit; None before the end.
         usage: Token counts of the whole request.
         is_shortened: Whether a grammar made the answer end early, to fit the token limit.
+        prompt_logprobs: In the first delta, if they were asked for: the log-probabilities of the prompt's tokens from
+            `SamplingParams.prompt_logprobs_from` on.
     """
 
     text: str
@@ -55,6 +57,7 @@ class Delta(NamedTuple):
     finish_reason: FinishReason | None
     usage: Usage | None
     is_shortened: bool = False
+    prompt_logprobs: tuple[float, ...] | None = None
 
 
 class Completion(NamedTuple):
@@ -66,6 +69,7 @@ class Completion(NamedTuple):
     finish_reason: FinishReason
     usage: Usage
     is_shortened: bool = False
+    prompt_logprobs: tuple[float, ...] | None = None
 
 
 Wake: TypeAlias = "tuple[asyncio.AbstractEventLoop | None, Callable[[], object]]"
@@ -291,4 +295,5 @@ def _join(deltas: list[Delta]) -> Completion:
         last.finish_reason,
         last.usage,
         last.is_shortened,
+        deltas[0].prompt_logprobs,
     )

@@ -45,11 +45,12 @@ class KVCacheManager:
     def match_prefix(self, request: Request) -> None:
         """Give a request without blocks the cached blocks of its longest known prefix.
 
-        At least one token is left to compute, since its logits are needed.
+        At least one token is left to compute, since its logits are needed, and all after which others' are wanted.
         Mutates `block_ids`, `block_hashes` and `num_computed_tokens`.
         """
         assert not request.block_ids
-        num_matchable = (request.num_tokens - 1) // self.block_size if self._enable_prefix_caching else 0
+        num_reusable = min(request.num_tokens - 1, request.first_scored_place)
+        num_matchable = num_reusable // self.block_size if self._enable_prefix_caching else 0
         parent = request.salts[0]
         for index in range(num_matchable):
             parent = self._hash(parent, request, index)

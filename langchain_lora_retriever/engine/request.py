@@ -104,6 +104,7 @@ class Request:
         states: From which token on which of its adapters run: `(first token, indices of adapters)`, ascending from 0.
         salts: What identifies each of these states where KV is computed, by its first token.
         output_token_ids: Tokens generated so far.
+        prompt_logprobs: Log-probabilities of prompt tokens that were asked for and are known, by the token's place.
         max_num_tokens: Prompt and answer together end here at the latest.
         num_computed_tokens: Leading tokens whose KV is in the cache, or will be once the launched steps are done.
         num_pending_tokens: Last tokens that launched steps choose and that are not known here yet: one between two
@@ -132,6 +133,7 @@ class Request:
     salts: dict[int, bytes] = field(default_factory=dict)
     output_token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: dict[int, float] = field(default_factory=dict)
     num_computed_tokens: int = 0
     num_pending_tokens: int = 0
     num_cached_tokens: int | None = None
@@ -178,6 +180,23 @@ class Request:
     def needs_known_tokens(self) -> bool:
         """Whether its last token must be known here before the next one can be chosen."""
         return self.constraint is not None or (self.rules is not None and self.rules.needs_known_tokens)
+
+    @property
+    def first_scored_place(self) -> int:
+        """The first place of the prompt after which logits are wanted to tell how likely its next token is."""
+        start = self.sampling.prompt_logprobs_from
+        return sys.maxsize if start is None else max(start, 1) - 1
+
+    def scored_places(self, start: int, end: int) -> range:
+        """Those of the places from `start` to before `end` after which logits are wanted for that."""
+        return range(max(start, self.first_scored_place), min(end, len(self.prompt_token_ids) - 1))
+
+    def take_prompt_logprobs(self) -> tuple[float, ...] | None:
+        """The prompt's log-probabilities that were asked for, in order, once; None from then on, or if none were."""
+        if not self.prompt_logprobs:
+            return None
+        taken, self.prompt_logprobs = self.prompt_logprobs, {}
+        return tuple(taken[place] for place in sorted(taken))
 
     @property
     def token_ids(self) -> list[int]:

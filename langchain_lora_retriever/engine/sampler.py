@@ -35,7 +35,12 @@ __all__ = [
     "choose",
     "gumbel_noise",
     "is_plain_greedy",
+    "not_finite",
+    "score",
 ]
+
+_ROWS_SCORED_AT_ONCE = 32
+"""Rows of a step's logits that are turned to float32 together for the tokens of prompts."""
 
 
 class ChosenToken(NamedTuple):
@@ -77,7 +82,7 @@ class Choice(NamedTuple):
         allowed_peaks = peaks if self.allowed_peaks is None else self.allowed_peaks.tolist()
         for row, (peak, allowed_peak) in enumerate(zip(peaks, allowed_peaks, strict=True)):
             if not math.isfinite(peak):
-                outcomes[row] = _not_finite(requests[row])
+                outcomes[row] = not_finite(requests[row])
             elif not math.isfinite(allowed_peak):
                 outcomes[row] = _nothing_allowed()
         for row, error in (self.failures or {}).items():
@@ -98,6 +103,18 @@ class Choice(NamedTuple):
                 top = tuple(zip(ids[row][:num], values[row][:num], strict=True))
                 results.append(TokenLogprob(token_ids[row], chosen[row], top))
         return results
+
+
+def score(logits: torch.Tensor, token_ids: Sequence[int]) -> torch.Tensor:
+    """The log-probability `[n]` float32 of one token after each row, without waiting for the device.
+
+    Args:
+        logits: `[n, vocab_size]`, any float dtype.
+        token_ids: The tokens.
+    """
+    wanted = upload(token_ids, torch.int64, logits.device)[:, None]
+    pieces = zip(logits.split(_ROWS_SCORED_AT_ONCE), wanted.split(_ROWS_SCORED_AT_ONCE), strict=True)
+    return torch.cat([rows.float().log_softmax(-1).gather(1, ids)[:, 0] for rows, ids in pieces])
 
 
 def is_plain_greedy(request: Request) -> bool:
@@ -226,7 +243,8 @@ def _fill_bitmask(requests: Sequence[Request], num_tokens: int) -> tuple[torch.T
     return bitmask, failures
 
 
-def _not_finite(request: Request) -> EngineError:
+def not_finite(request: Request) -> EngineError:
+    """What ends a request whose numbers overflowed on their way through the model."""
     names = ", ".join(repr(adapter.name) for adapter, _ in request.adapters)
     if names:
         return EngineError(

@@ -21,6 +21,9 @@ __all__ = ["ScheduledRequest", "Scheduler"]
 
 _MIN_TOKENS_TO_TRIM = 512
 """Tokens of the smallest step whose time grows with its padding; smaller ones take as long as reading the weights."""
+_MAX_SCORED_PLACES = 256
+"""Places of prompts in a step whose logits are wanted for the tokens that follow there: each takes a row of the
+vocabulary's length."""
 _MIN_PROMPTS = 2
 """Prompts in a step of which one may get its first token a step later for the others' sake."""
 _MIN_PADDING_SAVED_PER_TOKEN = 2
@@ -37,6 +40,12 @@ class ScheduledRequest(NamedTuple):
     def is_sampled(self) -> bool:
         """Whether the step reaches the request's last token, so that the next one is chosen."""
         return self.request.num_computed_tokens + self.num_new_tokens == self.request.num_tokens
+
+    @property
+    def scored_places(self) -> range:
+        """The places in its prompt whose next tokens' log-probabilities the step is to tell."""
+        start = self.request.num_computed_tokens
+        return self.request.scored_places(start, start + self.num_new_tokens)
 
 
 class Scheduler:
@@ -85,15 +94,14 @@ class Scheduler:
         loaded) leaves the queue for `take_refused`. Empty only if nothing is waiting or running, or what runs has
         pending tokens to be collected first.
         """
-        budget = self._max_num_batched_tokens
+        budget, scores = self._max_num_batched_tokens, _MAX_SCORED_PLACES
         prompt_limit = self._prompt_limit()
         scheduled: list[ScheduledRequest] = []
         index = 0
         while index < len(self.running) and budget > 0:
             request = self.running[index]
-            num_missing = request.num_tokens - request.num_computed_tokens
-            num_new_tokens = min(num_missing, budget, prompt_limit)
-            if request.is_exhausted:
+            num_new_tokens = _num_next(request, min(budget, prompt_limit), scores)
+            if request.is_exhausted or not num_new_tokens:
                 index += 1
                 continue
             while not self._kv_cache.allocate(request, request.num_computed_tokens + num_new_tokens):
@@ -103,10 +111,11 @@ class Scheduler:
             else:
                 scheduled.append(ScheduledRequest(request, num_new_tokens))
                 budget -= num_new_tokens
+                scores -= len(scheduled[-1].scored_places)
                 index += 1
         while self.waiting and budget > 0 and len(self.running) < self._max_num_seqs:
             try:
-                admitted = self._admit(self.waiting[0], min(budget, prompt_limit))
+                admitted = self._admit(self.waiting[0], min(budget, prompt_limit), scores)
             except Exception as error:  # noqa: BLE001 - loading an adapter reads somebody's file; it ends its request
                 self._release(self.waiting[0])
                 self._refused.append((self.waiting.popleft(), error))
@@ -117,6 +126,7 @@ class Scheduler:
             self.running.append(admitted.request)
             scheduled.append(admitted)
             budget -= admitted.num_new_tokens
+            scores -= len(admitted.scored_places)
         return self._without_surplus(scheduled)
 
     def take_refused(self) -> list[tuple[Request, Exception]]:
@@ -141,7 +151,7 @@ class Scheduler:
         rows = sorted(self._free_rows + [r.row for r in self.running])
         assert rows == list(range(self._max_num_seqs)), "rows were lost"
 
-    def _admit(self, request: Request, budget: int) -> ScheduledRequest | None:
+    def _admit(self, request: Request, budget: int, scores: int) -> ScheduledRequest | None:
         if request.num_pending_tokens:  # preempted a moment ago; its last token is not known yet
             return None
         adapters = [adapter for adapter, _ in request.adapters]
@@ -152,8 +162,9 @@ class Scheduler:
             return None
         request.lora_slots = slots
         self._kv_cache.match_prefix(request)
-        num_new_tokens = min(request.num_tokens - request.num_computed_tokens, budget)
-        if not self._kv_cache.allocate(request, request.num_computed_tokens + num_new_tokens):
+        num_new_tokens = _num_next(request, budget, scores)
+        num_tokens = request.num_computed_tokens + num_new_tokens
+        if not num_new_tokens or not self._kv_cache.allocate(request, num_tokens):
             self._release(request)
             return None
         if request.num_cached_tokens is None:  # a preempted request keeps what its first admission found
@@ -206,3 +217,11 @@ class Scheduler:
         if request.lora_slots is not None:
             self._slots.release(request.lora_slots)
             request.lora_slots = None
+
+
+def _num_next(request: Request, budget: int, scores: int) -> int:
+    """Tokens of a request that a step computes, if it may compute `budget` and tell `scores` log-probabilities."""
+    start = request.num_computed_tokens
+    num_tokens = min(request.num_tokens - start, budget)
+    places = request.scored_places(start, start + num_tokens)
+    return num_tokens if len(places) <= scores else places[0] + scores - start

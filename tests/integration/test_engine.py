@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from langchain_lora_retriever.engine import BaseModel, EngineConfig, EngineWorker, load_base_model
+from langchain_lora_retriever.engine import BaseModel, EngineConfig, EngineWorker, load_base_model, scheduler
 from langchain_lora_retriever.errors import EngineDeadError, EngineError, InvalidRequestError, PromptTooLongError
 from langchain_lora_retriever.types import Adapter, SamplingParams
 from makers import ScriptedCompiler, make_adapter, make_tiny_model, make_tokenizer, merge_adapters
@@ -371,3 +371,41 @@ def test_an_error_in_one_constraint_fails_that_request_alone(worker: EngineWorke
     with pytest.raises(EngineError, match="broken grammar"):
         bad.result(60)
     assert good.result(60).usage.num_output_tokens == 5
+
+
+def score_prompt(model: Any, prompt: list[int], adapters: Pairs) -> list[float]:
+    """The log-probability of each token after the first, by transformers with the adapters merged."""
+    merged = copy.deepcopy(model)
+    merge_adapters(merged, adapters)
+    logprobs = merged(torch.tensor([prompt])).logits[0].log_softmax(-1)
+    return [float(logprobs[place, token]) for place, token in enumerate(prompt[1:])]
+
+
+@pytest.mark.parametrize("max_scored", [256, 7])
+def test_log_probabilities_of_prompts_are_the_models(
+    llama: Any, byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, max_scored: int
+) -> None:
+    """In chunks, in batches of other adapters, after a cached prefix, and of requests that were sent back."""
+    monkeypatch.setattr(scheduler, "_MAX_SCORED_PLACES", max_scored)
+    config = EngineConfig(
+        max_num_seqs=6, max_num_batched_tokens=40, kv_cache_bytes=9 * 16 * 2 * 2 * 16 * 2 * 4, lora_cache_bytes=4 << 20
+    )
+    compositions = make_compositions(make_adapters(llama), 6)
+    prompts = make_prompts(60, 75, 2, 33, 60, 48)
+    starts = (0, 50, 1, 20, 32, 47)
+    sampling = [SamplingParams(max_tokens=9, ignore_eos=True, prompt_logprobs_from=start) for start in starts]
+    calls = list(zip(prompts, starts, compositions, strict=True))
+    right = [score_prompt(llama, prompt, pairs)[max(start, 1) - 1 :] for prompt, start, pairs in calls]
+    answers = [generate(llama, prompt, pairs, 9) for prompt, _, pairs in calls]
+    with EngineWorker(BaseModel(llama, byte_tokenizer, "tiny"), config) as worker:
+        for _ in range(2):
+            running = [worker.submit(*call) for call in zip(prompts, sampling, compositions, strict=True)]
+            for generation, logprobs, answer in zip(running, right, answers, strict=True):
+                done = generation.result(60)
+                assert done.prompt_logprobs == pytest.approx(logprobs, abs=2e-3)
+                assert list(done.token_ids) == answer
+        assert worker.stats().num_preemptions > 0
+        again = [worker.submit(prompts[1], sampling[1], compositions[1]).result(60) for _ in range(2)][1]
+        assert again.usage.num_cached_tokens == 48  # the pages before the first place that is scored
+        assert again.prompt_logprobs == pytest.approx(right[1], abs=2e-3)
+        worker.check_integrity()

@@ -6,6 +6,7 @@ A new implementation joins `CLIENTS` and must pass as it is.
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -151,6 +152,27 @@ def test_a_constrained_answer_goes_on_after_its_beginning(client: EngineClient) 
         rest = client.submit(PROMPT, sampling, grammar=grammar, output_token_ids=given).result(60)
         assert rest.text == "".join(delta.text for delta in deltas[place:])
         assert rest.is_shortened
+
+
+def test_log_probabilities_of_a_prompt_come_with_the_first_delta(client: EngineClient) -> None:
+    """One for each of its tokens from a place on, whatever runs beside it; none if they are not asked for."""
+    prompt = [5 + i % 90 for i in range(70)]
+    asked = [SamplingParams(max_tokens=4, prompt_logprobs_from=start) for start in (0, 1, 40, 69)]
+    running = [client.submit(prompt, sampling) for sampling in asked] + [client.submit(prompt, LONG)]
+    scores = [generation.result(60).prompt_logprobs for generation in running]
+    assert scores[0] is not None
+    for score, start in zip(scores[1:4], (0, 39, 68), strict=True):
+        assert score == pytest.approx(scores[0][start:], abs=1e-4)
+    assert scores[4] is None
+    assert len(scores[0]) == 69
+    assert all(math.isfinite(logprob) and logprob <= 0 for logprob in scores[0])
+    deltas = list(client.submit(prompt, SamplingParams(max_tokens=40, ignore_eos=True, prompt_logprobs_from=60)))
+    assert [delta.prompt_logprobs is not None for delta in deltas] == [True] + [False] * (len(deltas) - 1)
+    for start in (70, 1000):
+        with pytest.raises(InvalidRequestError, match=f"prompt_logprobs_from={start} .*from 0 to 69"):
+            client.submit(prompt, SamplingParams(prompt_logprobs_from=start))
+    with pytest.raises(InvalidRequestError, match="prompt of two tokens"):
+        client.submit([5], SamplingParams(prompt_logprobs_from=0))
 
 
 async def test_it_is_awaited_without_blocking(client: EngineClient) -> None:

@@ -85,6 +85,8 @@ class PackedBatch(NamedTuple):
         sampled_tokens: Indices of the tokens after which one is chosen.
         sampled_requests: Their requests.
         lora: The sequences' adapters.
+        scored_tokens: Indices of the tokens after which the logits are wanted for the prompt's next one.
+        scored_requests: Their requests, and the place of that next one.
     """
 
     scheduled: Sequence[ScheduledRequest]
@@ -95,6 +97,8 @@ class PackedBatch(NamedTuple):
     sampled_tokens: list[int]
     sampled_requests: list[Request]
     lora: LoraSpans
+    scored_tokens: list[int]
+    scored_requests: list[tuple[Request, int]]
 
     @classmethod
     def pack(cls, scheduled: Sequence[ScheduledRequest], last_choice: Mapping[Request, int]) -> PackedBatch:
@@ -104,9 +108,12 @@ class PackedBatch(NamedTuple):
             scheduled: The sequences and how many tokens of each.
             last_choice: Place of each request among those the last step chose a token for.
         """
-        batch = cls(scheduled, [], [], [], [], [], [], LoraSpans.of(scheduled))
+        batch = cls(scheduled, [], [], [], [], [], [], LoraSpans.of(scheduled), [], [])
         for item in scheduled:
             request, start, num = item.request, item.request.num_computed_tokens, item.num_new_tokens
+            for place in item.scored_places:
+                batch.scored_tokens.append(len(batch.token_ids) + place - start)
+                batch.scored_requests.append((request, place + 1))
             known = request.tokens_between(start, start + num)
             batch.token_ids.extend(known)
             batch.sources.extend([-1] * len(known))
@@ -119,6 +126,11 @@ class PackedBatch(NamedTuple):
                 batch.sampled_tokens.append(len(batch.token_ids) - 1)
                 batch.sampled_requests.append(request)
         return batch
+
+    @property
+    def tokens_with_logits(self) -> list[int]:
+        """Indices of the tokens after which logits are wanted: the sampled ones, then the scored ones."""
+        return self.sampled_tokens + self.scored_tokens
 
     @property
     def is_decode(self) -> bool:

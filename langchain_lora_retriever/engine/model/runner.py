@@ -22,7 +22,7 @@ from langchain_lora_retriever.engine.model.selfcheck import check_model
 from langchain_lora_retriever.engine.model.torch_executor import TorchExecutor
 from langchain_lora_retriever.engine.pending_step import PendingStep
 from langchain_lora_retriever.engine.pinned_copy import on_device
-from langchain_lora_retriever.engine.sampler import choose
+from langchain_lora_retriever.engine.sampler import choose, score
 from langchain_lora_retriever.errors import EngineError
 
 if TYPE_CHECKING:
@@ -151,14 +151,18 @@ class ModelRunner:
         On a GPU this returns before the device is done. A pending token must have been chosen by the launch before.
         """
         batch = PackedBatch.pack(scheduled, self._last_choice)
-        logits = self.executor.forward(batch)
+        logits = self.executor.forward(batch)[:, : self.vocab_size]
         requests = batch.sampled_requests
+        chosen_logits, scored_logits = logits.split([len(requests), len(batch.scored_tokens)])
+        scores = None
+        if batch.scored_tokens:
+            scores = score(scored_logits, [request.prompt_token_ids[place] for request, place in batch.scored_requests])
         # A token that is chosen is embedded in the next step, before anybody could look at it.
         pending = PendingTokens(self._chosen, [batch.sources[token] for token in batch.sampled_tokens])
-        choice = choose(logits[:, : self.vocab_size], requests, num_known=self._num_known, pending=pending)
+        choice = choose(chosen_logits, requests, num_known=self._num_known, pending=pending)
         self._chosen[: len(requests)] = choice.token_ids
         self._last_choice = {request: place for place, request in enumerate(requests)}
-        return PendingStep(requests, choice)
+        return PendingStep(requests, choice, batch.scored_requests, scores)
 
     def close(self) -> None:
         """Give the model back as it was and drop the device memory."""

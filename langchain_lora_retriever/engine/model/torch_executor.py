@@ -54,13 +54,14 @@ class TorchExecutor:
         self._is_on_one_device = len(set(map(str, getattr(model, "hf_device_map", {}).values()))) <= 1
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
-        """Logits `[num_sampled, vocab_size]` of a step, in order of `batch.sampled_requests`."""
+        """Logits `[n, vocab_size]` of a step, in order of `batch.tokens_with_logits`."""
         device = self._chosen.device
         self._lora_layers.set_batch(batch.lora, batch.sampled_tokens)
         token_ids = upload(batch.token_ids, torch.int64, device)
         if max(batch.sources) >= 0:
             sources = upload(batch.sources, torch.int64, device)
             token_ids = torch.where(sources >= 0, self._chosen[sources.clamp_min(0)], token_ids)
+        wanted = batch.tokens_with_logits
         spans = [
             QuerySpan(num, request.num_computed_tokens + num, request.block_ids) for request, num in batch.scheduled
         ]
@@ -70,9 +71,7 @@ class TorchExecutor:
             use_cache=False,
             # The last hidden states may lie on another device than the inputs, where accelerate moves every tensor: a
             # list of places serves on any.
-            logits_to_keep=(
-                upload(batch.sampled_tokens, torch.int64, device) if self._is_on_one_device else batch.sampled_tokens
-            ),
+            logits_to_keep=upload(wanted, torch.int64, device) if self._is_on_one_device else wanted,
             attention_step=GatheringStep(spans, self._caches),
         )
         logits: torch.Tensor = output.logits[0]

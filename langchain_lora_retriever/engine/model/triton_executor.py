@@ -120,7 +120,7 @@ class TritonExecutor:
         return self._shapes.prompt_sizes if self._shapes is not None else ()
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
-        """Logits `[num_sampled, vocab_size]` of a step, in order of `batch.sampled_requests`."""
+        """Logits `[n, vocab_size]` of a step, in order of `batch.tokens_with_logits`."""
         self._tables.sync(item.request for item in batch.scheduled)
         decode_tokens, prefill_tiles = self._tiles(batch)
         rank_bound = self._rank_bound(batch.lora.active)
@@ -134,7 +134,7 @@ class TritonExecutor:
             upload(prefill_tiles, torch.int64, self._device).view(-1, 2),
             len(decode_tokens),
         )
-        return self._run(tokens, tiles, upload(batch.sampled_tokens, torch.int64, self._device))
+        return self._run(tokens, tiles, upload(batch.tokens_with_logits, torch.int64, self._device))
 
     def close(self) -> None:
         """Give the model's layers their own forwards back, and drop the graphs."""
@@ -149,7 +149,7 @@ class TritonExecutor:
 
     def _find_graph(self, batch: PackedBatch, rank_bound: int) -> StepGraph | None:
         """The graph that serves a step; None if the step runs without. Nothing is captured while serving."""
-        if self._shapes is None:
+        if self._shapes is None or batch.scored_tokens:  # a graph has room for the sampled tokens' logits alone
             return None
         num_adapters = batch.lora.num_adapters
         kinds = self._captured_kinds(self._lora_layers.kinds_of(batch.lora.active))

@@ -122,6 +122,21 @@ def test_a_request_waits_for_its_adapters_only_beside_others() -> None:
     assert run_step(scheduler) == [(0, 1, True), (50, 2, True)]
 
 
+def test_a_step_tells_so_many_log_probabilities_of_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What of a prompt is beyond them waits for the next step; who asks for none goes on."""
+    monkeypatch.setattr("langchain_lora_retriever.engine.scheduler._MAX_SCORED_PLACES", 3)
+    scheduler = make_scheduler()
+    first, second, third = make_request(8, 0), make_request(6, 100), make_request(2, 200)
+    first.sampling = SamplingParams(prompt_logprobs_from=4)
+    second.sampling = SamplingParams(prompt_logprobs_from=0)
+    for request in (first, second):
+        scheduler.add(request)
+    assert run_step(scheduler) == [(0, 6, False)]
+    scheduler.add(third)
+    assert run_step(scheduler) == [(0, 2, True), (100, 2, False), (200, 2, True)]
+    assert run_step(scheduler) == [(0, 1, True), (100, 4, True), (200, 1, True)]
+
+
 def test_a_waiting_request_can_be_forgotten() -> None:
     """Finishing a request that never ran takes it from the queue."""
     scheduler = make_scheduler()
