@@ -526,7 +526,7 @@ def _look(root: Path) -> object:
             for folder in sorted(root.iterdir())
             if not folder.name.startswith(".") and folder.is_dir()
         ]
-    except OSError:
+    except (OSError, ValueError):
         return None  # somebody is writing, or reading it will say what is wrong
 
 
