@@ -146,9 +146,9 @@ def make_checkpoint(
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in wrapped.named_parameters():
         if ".lora_magnitude_vector" in name:
-            parameter.data = parameter.data * (1 + 0.3 * torch.randn(parameter.shape, generator=generator))
+            parameter.data.mul_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
         elif ".lora_" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * std
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * std)  # tied ones stay tied
     wrapped.save_pretrained(folder, save_embedding_layers=saves_base)
     if model is not None:
         wrapped.unload()

@@ -30,9 +30,9 @@ _LARGEST_RANK = 1 << 20
 
 # Fields that may hold any value: they are honoured here, or have done their work once training is over.
 _FREE_FIELDS = {
-    "alora_invocation_tokens", "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config",
-    "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
-    "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type",
+    "alora_invocation_tokens", "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config",
+    "ensure_weight_tying", "eva_config", "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern",
+    "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core", "peft_type",
     "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules",
     "task_type", "use_dora", "use_rslora",
 }  # fmt: skip
@@ -61,8 +61,13 @@ _REBASING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _USED_FIELDS = (
     "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     "rank_pattern", "alpha_pattern", "base_model_name_or_path", "use_dora", "alora_invocation_tokens",
+    "ensure_weight_tying",
 )  # fmt: skip
 _NUMBERS = ("r", "lora_alpha")
+_OWN_FIELDS = (
+    "alora_invocation_tokens",
+    "ensure_weight_tying",
+)  # of which PEFT has nothing to say, or not every version
 
 
 class AdapterConfig:
@@ -90,7 +95,7 @@ class AdapterConfig:
         given = {key: raw[key] for key in _USED_FIELDS if key in raw and (raw[key] is not None or key in _NUMBERS)}
         _check_kinds(given, where)
         try:
-            config = LoraConfig(**{key: value for key, value in given.items() if key != "alora_invocation_tokens"})
+            config = LoraConfig(**{key: value for key, value in given.items() if key not in _OWN_FIELDS})
         except Exception as error:  # whatever it is, it is PEFT's word on this configuration
             raise InvalidAdapterError(f"{where}: PEFT refuses {CONFIG_FILE}: {shown(error)}") from error
         self.base_model: str | None = given.get("base_model_name_or_path") or None
@@ -101,6 +106,7 @@ class AdapterConfig:
             {key: sorted(v) if key in unordered and isinstance(v, list) else v for key, v in raw.items()}
         )
         self._config = config
+        self._ties_weights: bool = given.get("ensure_weight_tying", False)
         self._layers_pattern: list[str] = _as_list(config.layers_pattern)
         self._budget = StepBudget(_MAX_STEPS)
         self._known_targets: dict[str, bool] = {}
@@ -149,7 +155,8 @@ class AdapterConfig:
 
         Source: `peft.tuners.lora.LoraModel._create_and_replace` and `LoraLayer.update_layer`.
         """
-        if self.names_targets and not self.is_target(module, where):
+        # A layer that is tied to a target is adapted by the same factors, and saved with it.
+        if self.names_targets and not self._ties_weights and not self.is_target(module, where):
             raise InvalidAdapterError(
                 f"{where}: the file adapts {module!r}, which target_modules={shown(self._config.target_modules)} does "
                 "not name; PEFT would ignore it."
@@ -304,6 +311,7 @@ def _check_kinds(given: Mapping[str, Any], where: str) -> None:
         "alpha_pattern": (lambda value: isinstance(value, dict), "an object"),
         "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
         "use_dora": (lambda value: isinstance(value, bool), "true or false"),
+        "ensure_weight_tying": (lambda value: isinstance(value, bool), "true or false"),
         "alora_invocation_tokens": (
             lambda value: (
                 isinstance(value, list)

@@ -53,6 +53,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "activated": {"target_modules": LINEAR, "alora_invocation_tokens": INVOCATION, "std": 0.2},
     "never activated": {"target_modules": LINEAR, "alora_invocation_tokens": [200, 201], "std": 0.2},
 }
+TIED = {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True, "saves_base": "auto", "std": 0.2}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "tied": ("llama", {"tie_word_embeddings": True}),
@@ -93,11 +94,12 @@ def sampling(**settings: Any) -> SamplingParams:
     return SamplingParams(**{"max_tokens": NUM_TOKENS, "ignore_eos": True, "logprobs": 0, **settings})
 
 
-def write_all(root: Path, model: Any, names: Any) -> dict[str, Path]:
+def write_all(root: Path, model: Any) -> dict[str, Path]:
     """A checkpoint of each recipe, written by PEFT."""
+    recipes = {**RECIPES, "tied": TIED} if model.config.tie_word_embeddings else RECIPES
     return {
-        name: make_checkpoint(root / name, seed=i, model=copy.deepcopy(model), **RECIPES[name])
-        for i, name in enumerate(names)
+        name: make_checkpoint(root / name, seed=i, model=copy.deepcopy(model), **recipe)
+        for i, (name, recipe) in enumerate(recipes.items())
     }
 
 
@@ -106,17 +108,19 @@ def test_each_kind_is_pefts_alone_and_in_company(which: str, tmp_path: Path, byt
     """Prompts in chunks, one adapter after the other and then all in the same steps, with the base model among them."""
     architecture, overrides = MODELS[which]
     model = make_tiny_model(architecture, **overrides)
-    folders = write_all(tmp_path, model, RECIPES)
+    folders = write_all(tmp_path, model)
     expected = {name: by_peft(model, folder, PROMPT) for name, folder in folders.items()}
     adapters = {name: read_adapter(folder) for name, folder in folders.items()}
-    assert len({tuple(tokens) for tokens, _ in expected.values()}) > len(expected) // 2  # they do change answers
     config = EngineConfig(max_num_batched_tokens=12, block_size=4, **SMALL)
     with EngineWorker(BaseModel(model, byte_tokenizer, "tiny"), config, expected=list(adapters.values())) as worker:
         assert [r.error for r in worker.register(list(adapters.values()))] == [None] * len(adapters)
         base = answer_of(worker.submit(PROMPT, sampling()))
         for name, adapter in adapters.items():
             assert_same(answer_of(worker.submit(PROMPT, sampling(), [(adapter, 1.0)])), expected[name], name)
-        assert_same(base, expected["never activated"], "never activated")
+        assert_same(base, expected.pop("never activated"), "never activated")
+        for name, (_, logprobs) in expected.items():
+            assert logprobs != pytest.approx(base[1], abs=1e-2), name  # it does change answers
+        del adapters["never activated"]
         running = {name: worker.submit(PROMPT, sampling(), [(a, 1.0)]) for name, a in adapters.items()}
         beside = worker.submit(PROMPT, sampling())
         for name, generation in running.items():
@@ -321,6 +325,22 @@ def test_a_base_weight_that_is_not_the_base_s_is_refused(worker: EngineWorker, t
     (error,) = (r.error for r in worker.register([read_adapter(folder)]))
     assert isinstance(error, UnsupportedAdapterError)
     assert "not the base model's" in str(error)
+
+
+def test_every_kind_over_an_offloaded_base(byte_tokenizer: Any) -> None:
+    """Weights that accelerate keeps elsewhere are read where they lie, the embedding's and biases among them."""
+    from accelerate import cpu_offload
+
+    model = make_tiny_model("qwen2")
+    mixtures = make_mixtures(model)
+    expected = [by_merging(model, mixture, PROMPT) for mixture in mixtures]
+    config = EngineConfig(adapter_kinds=KINDS, **SMALL)
+    offloaded = cpu_offload(model.cpu(), execution_device=torch.device(DEVICE))
+    with EngineWorker(BaseModel(offloaded, byte_tokenizer, "tiny"), config) as worker:
+        running = [worker.submit(PROMPT, sampling(), mixture) for mixture in mixtures]
+        assert [answer_of(generation)[0] for generation in running] == expected
+        worker.check_integrity()
+    assert torch.is_tensor(offloaded(torch.tensor([PROMPT])).logits)  # the model was given back as it was
 
 
 def test_an_engine_without_room_for_the_vocabulary_says_how_to_have_it(byte_tokenizer: Any) -> None:

@@ -47,10 +47,17 @@ def generate(model: Any, prompt: list[int], adapters: list[tuple[Adapter, float]
 
     def hook_for(path: str) -> Any:
         def hook(_: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            base, total = output, output
             for adapter, share in adapters:
                 w = adapter.weights[path]
-                output = output + share * w.scaling * (inputs[0] @ w.lora_A.to(DEVICE).T) @ w.lora_B.to(DEVICE).T
-            return output
+                added = w.scaling * (inputs[0] @ w.lora_A.to(DEVICE).T) @ w.lora_B.to(DEVICE).T
+                if w.magnitude is not None:
+                    module = model.get_submodule(path)
+                    updated = module.qweight * module.scales + w.scaling * (w.lora_B @ w.lora_A).to(DEVICE)
+                    gain = w.magnitude.to(DEVICE) / updated.norm(dim=1)
+                    added = (gain - 1) * base + gain * added
+                total = total + share * added
+            return total
 
         return hook
 
@@ -79,6 +86,13 @@ def test_weights_that_are_no_linear_modules() -> None:
     """Modules with `in_features`, `out_features` and a forward of their own, on whichever device there is."""
     model = make_tiny_model("llama")
     adapters = [make_adapter(model, f"q{i}") for i in range(2)]
+    check(quantise(model, Int8Linear), adapters)
+
+
+def test_dora_over_weights_that_are_no_linear_modules() -> None:
+    """Its norms are those of the weights that the modules multiply by, which are read through their own forward."""
+    model = make_tiny_model("llama")
+    adapters = [make_adapter(model, "dora", is_dora=True), make_adapter(model, "plain")]
     check(quantise(model, Int8Linear), adapters)
 
 

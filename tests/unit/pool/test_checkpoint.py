@@ -97,7 +97,6 @@ def test_layers_to_transform_leaves_others_out(tmp_path, make_checkpoint):
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
         ({"init_lora_weights": "olora"}, "olora"),
         ({"from_a_later_peft": True}, "from_a_later_peft"),
-        ({"ensure_weight_tying": 2}, "ensure_weight_tying"),
         ({"from_a_later_peft": {"rate": 0.5}}, "from_a_later_peft"),
         *(({"peft_type": kind}, kind) for kind in ("IA3", "VERA", "LOHA", "LOKR", "ADALORA", "OFT", "PROMPT_TUNING")),
         ({"peft_type": None}, "peft_type"),
