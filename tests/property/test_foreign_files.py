@@ -213,10 +213,8 @@ def mutate(rng, folder):
                 rng.choice(MUTATIONS)(rng, folder)
 
 
-@pytest.fixture(scope="module")
-def good(tmp_path_factory, make_checkpoint):
-    """A folder with all files that an adapter may have."""
-    folder = make_checkpoint(tmp_path_factory.mktemp("good") / "good")
+def add_rest(folder):
+    """Write the other files that an adapter may have."""
     (folder / "README.md").unlink(missing_ok=True)
     (folder / SAMPLES).write_text("".join(json.dumps({"input": f"question {i}"}) + "\n" for i in range(5)))
     np.save(folder / EMBEDDING, np.ones(8, np.float32))
@@ -224,7 +222,20 @@ def good(tmp_path_factory, make_checkpoint):
     return folder
 
 
-def test_whatever_lies_in_a_folder_the_others_serve(good, tmp_path, caplog):
+@pytest.fixture(scope="module")
+def good(tmp_path_factory, make_checkpoint):
+    """A folder with all files that an adapter may have."""
+    return add_rest(make_checkpoint(tmp_path_factory.mktemp("good") / "good"))
+
+
+@pytest.fixture(scope="module")
+def rich(tmp_path_factory, make_checkpoint):
+    """One with all kinds of tensors: magnitudes, an embedding's factors, and the base's own weight of it."""
+    lora = {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True, "saves_base": "auto"}
+    return add_rest(make_checkpoint(tmp_path_factory.mktemp("rich") / "rich", **lora))
+
+
+def test_whatever_lies_in_a_folder_the_others_serve(good, rich, tmp_path, caplog):
     """Thousands of folders, each changed at random: none is unhandled, none hangs, the good ones are what they were."""
     rng = random.Random(SEED)
     caplog.set_level(logging.CRITICAL)
@@ -234,7 +245,7 @@ def test_whatever_lies_in_a_folder_the_others_serve(good, tmp_path, caplog):
         root = tmp_path / "pool"
         names = [f"bad-{i}" for i in range(min(NUM_IN_POOL, NUM_FOLDERS - num_loaded - num_refused))]
         for name in ("good-a", *names, "good-z"):
-            shutil.copytree(good, root / name)
+            shutil.copytree(rich if name.startswith("bad") and rng.random() < 0.3 else good, root / name)
         for name in names:
             mutate(rng, root / name)
         start = time.perf_counter()
@@ -247,7 +258,9 @@ def test_whatever_lies_in_a_folder_the_others_serve(good, tmp_path, caplog):
         for name in names:
             if name in pool:
                 weights = dict(pool[name].weights)
-                assert all(torch.isfinite(w.lora_A).all() and torch.isfinite(w.lora_B).all() for w in weights.values())
+                tensors = [t for w in weights.values() for t in (w.lora_A, w.lora_B, w.magnitude) if t is not None]
+                assert all(torch.isfinite(tensor).all() for tensor in tensors)
+                assert all(torch.isfinite(tensor).all() for tensor in pool[name].base_weights.values())
                 num_loaded += 1
             else:
                 error = pool.rejected[name]
