@@ -316,7 +316,6 @@ class Engine:
             pending = self.runner.launch(scheduled)
             for item in scheduled:
                 item.request.num_computed_tokens += item.num_new_tokens
-                self.kv_cache.commit(item.request)
             for request in pending.requests:
                 request.num_pending_tokens += 1
         return pending
@@ -334,6 +333,7 @@ class Engine:
         outputs = []
         for request in requests:
             if not request.is_finished:
+                self.kv_cache.forget(request)  # others may find what it was to compute
                 self.abort(request)
                 error = EngineError(f"The step that served this request failed: {cause!r}")
                 error.__cause__ = cause

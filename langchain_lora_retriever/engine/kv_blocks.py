@@ -26,6 +26,9 @@ class KVCacheManager:
         num_blocks: Blocks in the cache.
         block_size: Tokens per block.
         enable_prefix_caching: Whether freed blocks stay findable by their content until they are reused.
+
+    Attributes:
+        has_lent: Whether a request of this step has found blocks that another request of it is to compute.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
@@ -36,6 +39,8 @@ class KVCacheManager:
         self._free: OrderedDict[int, None] = OrderedDict((block, None) for block in range(num_blocks))
         self._block_by_hash: dict[bytes, int] = {}
         self._hash_by_block: dict[int, bytes] = {}
+        self._fresh: set[bytes] = set()  # committed in this step, and to be computed by it
+        self.has_lent = False
 
     @property
     def num_free_blocks(self) -> int:
@@ -49,19 +54,44 @@ class KVCacheManager:
         Mutates `block_ids`, `block_hashes` and `num_computed_tokens`.
         """
         assert not request.block_ids
-        num_reusable = min(request.num_tokens - 1, request.first_scored_place)
-        num_matchable = num_reusable // self.block_size if self._enable_prefix_caching else 0
-        parent = request.salts[0]
-        for index in range(num_matchable):
-            parent = self._hash(parent, request, index)
-            block = self._block_by_hash.get(parent)
-            if block is None:
+        num_matchable = self._num_matchable(request)
+        for _ in range(num_matchable):
+            if not self._take_next(request):
                 break
-            self._free.pop(block, None)
-            self._ref_counts[block] += 1
-            request.block_ids.append(block)
-            request.block_hashes.append(parent)
         request.num_computed_tokens = len(request.block_ids) * self.block_size
+
+    def extend_prefix(self, request: Request) -> None:
+        """Give a running request the blocks behind what it has computed that others have computed meanwhile.
+
+        At least one token is left to compute. Mutates what `match_prefix` does, and `num_cached_tokens`.
+        """
+        num_matchable = self._num_matchable(request)
+        begin = request.num_computed_tokens
+        num_full = begin // self.block_size
+        if begin % self.block_size or not num_full == len(request.block_ids) == len(request.block_hashes):
+            return
+        while len(request.block_ids) < num_matchable and self._take_next(request):
+            request.num_computed_tokens += self.block_size
+        request.num_cached_tokens = (request.num_cached_tokens or 0) + request.num_computed_tokens - begin
+
+    def _num_matchable(self, request: Request) -> int:
+        """Full blocks that a request may have of others: before its last token, and before the places it scores."""
+        num_tokens = min(request.num_tokens - 1, request.num_known_tokens, request.first_scored_place)
+        return num_tokens // self.block_size if self._enable_prefix_caching else 0
+
+    def _take_next(self, request: Request) -> bool:
+        """Append the next full block of a request's tokens to its blocks, if anybody knows it."""
+        parent = request.block_hashes[-1] if request.block_hashes else request.salts[0]
+        block_hash = self._hash(parent, request, len(request.block_ids))
+        block = self._block_by_hash.get(block_hash)
+        if block is None:
+            return False
+        self.has_lent |= block_hash in self._fresh
+        self._free.pop(block, None)
+        self._ref_counts[block] += 1
+        request.block_ids.append(block)
+        request.block_hashes.append(block_hash)
+        return True
 
     def allocate(self, request: Request, num_tokens: int) -> bool:
         """Make room for the request's first `num_tokens` tokens; False, and nothing changed, if there is none."""
@@ -77,11 +107,19 @@ class KVCacheManager:
             request.block_ids.append(block)
         return True
 
-    def commit(self, request: Request) -> None:
-        """Make the request's newly filled blocks findable. Call after `num_computed_tokens` grew."""
+    def begin_step(self) -> None:
+        """Forget which blocks the last step was to compute: it has been launched."""
+        self._fresh.clear()
+        self.has_lent = False
+
+    def commit(self, request: Request, num_tokens: int) -> None:
+        """Make the full blocks of a request's first `num_tokens` tokens findable, which the step is to compute.
+
+        Others may have them at once: in every layer of a step all keys and values are written before any are read.
+        """
         if not self._enable_prefix_caching:
             return
-        num_known = min(request.num_computed_tokens, request.num_known_tokens)
+        num_known = min(num_tokens, request.num_known_tokens)
         for index in range(len(request.block_hashes), num_known // self.block_size):
             parent = request.block_hashes[-1] if request.block_hashes else request.salts[0]
             block_hash = self._hash(parent, request, index)
@@ -90,6 +128,15 @@ class KVCacheManager:
             if block_hash not in self._block_by_hash:  # the first of two equal blocks is the one that is shared
                 self._block_by_hash[block_hash] = block
                 self._hash_by_block[block] = block_hash
+                self._fresh.add(block_hash)
+
+    def retract(self, request: Request, num_tokens: int) -> None:
+        """Take back what `commit` made findable beyond the first `num_tokens` tokens; nobody may have found it."""
+        num_full = num_tokens // self.block_size
+        for block, block_hash in list(zip(request.block_ids, request.block_hashes, strict=False))[num_full:]:
+            if self._hash_by_block.get(block) == block_hash:  # and not of another request, which was first
+                del self._hash_by_block[block], self._block_by_hash[block_hash]
+        del request.block_hashes[num_full:]
 
     def free(self, request: Request) -> None:
         """Take all blocks back. Tail blocks are reused first: a prefix outlives what followed it."""

@@ -109,7 +109,7 @@ class Request:
         num_computed_tokens: Leading tokens whose KV is in the cache, or will be once the launched steps are done.
         num_pending_tokens: Last tokens that launched steps choose and that are not known here yet: one between two
             steps, two while one step is launched before the other's are read.
-        num_cached_tokens: Prompt tokens found in the prefix cache at first admission.
+        num_cached_tokens: Prompt tokens found in the prefix cache at first admission, or computed by others meanwhile.
         block_ids: Its pages of the KV cache, in order.
         block_hashes: Hash chain over its full pages.
         lora_slots: Slots its adapters are pinned to while it runs.

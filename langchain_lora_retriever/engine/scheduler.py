@@ -94,12 +94,15 @@ class Scheduler:
         loaded) leaves the queue for `take_refused`. Empty only if nothing is waiting or running, or what runs has
         pending tokens to be collected first.
         """
+        self._kv_cache.begin_step()
         budget, scores = self._max_num_batched_tokens, _MAX_SCORED_PLACES
         prompt_limit = self._prompt_limit()
         scheduled: list[ScheduledRequest] = []
         index = 0
         while index < len(self.running) and budget > 0:
             request = self.running[index]
+            if request.num_tokens - request.num_computed_tokens > 1:
+                self._kv_cache.extend_prefix(request)
             num_new_tokens = _num_next(request, min(budget, prompt_limit), scores)
             if request.is_exhausted or not num_new_tokens:
                 index += 1
@@ -109,7 +112,7 @@ class Scheduler:
                 if index >= len(self.running):
                     break  # the request itself was the last one
             else:
-                scheduled.append(ScheduledRequest(request, num_new_tokens))
+                self._schedule(scheduled, ScheduledRequest(request, num_new_tokens))
                 budget -= num_new_tokens
                 scores -= len(scheduled[-1].scored_places)
                 index += 1
@@ -124,10 +127,15 @@ class Scheduler:
                 break
             self.waiting.popleft()
             self.running.append(admitted.request)
-            scheduled.append(admitted)
+            self._schedule(scheduled, admitted)
             budget -= admitted.num_new_tokens
             scores -= len(admitted.scored_places)
         return self._without_surplus(scheduled)
+
+    def _schedule(self, scheduled: list[ScheduledRequest], item: ScheduledRequest) -> None:
+        """Add to the step; whoever comes next may have the blocks that it fills."""
+        scheduled.append(item)
+        self._kv_cache.commit(item.request, item.request.num_computed_tokens + item.num_new_tokens)
 
     def take_refused(self) -> list[tuple[Request, Exception]]:
         """The requests that could not be admitted since this was asked last, and why."""
@@ -179,7 +187,7 @@ class Scheduler:
         """
         num_tokens = sum(item.num_new_tokens for item in scheduled)
         index = bisect.bisect_right(self._step_sizes, num_tokens)
-        if num_tokens < _MIN_TOKENS_TO_TRIM or not 0 < index < len(self._step_sizes):
+        if num_tokens < _MIN_TOKENS_TO_TRIM or not 0 < index < len(self._step_sizes) or self._kv_cache.has_lent:
             return scheduled
         num_surplus = num_tokens - self._step_sizes[index - 1]
         num_padding = self._step_sizes[index] - num_tokens
@@ -188,7 +196,8 @@ class Scheduler:
             return scheduled
         last = scheduled[prompts[-1]]
         if last.num_new_tokens > num_surplus:
-            scheduled[prompts[-1]] = last._replace(num_new_tokens=last.num_new_tokens - num_surplus)
+            scheduled[prompts[-1]] = last = last._replace(num_new_tokens=last.num_new_tokens - num_surplus)
+            self._kv_cache.retract(last.request, last.request.num_computed_tokens + last.num_new_tokens)
         return scheduled
 
     def _prompt_limit(self) -> int:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from langchain_lora_retriever.engine import BaseModel, EngineConfig, EngineWorker
+from langchain_lora_retriever.engine import BaseModel, Engine, EngineConfig, EngineWorker
 from langchain_lora_retriever.errors import InvalidAdapterError, InvalidRequestError, UnsupportedAdapterError
 from langchain_lora_retriever.pool.checkpoint import WEIGHTS_FILE, read_adapter
 from langchain_lora_retriever.retrieval.fusion import fuse
@@ -234,6 +234,34 @@ def test_a_document_before_activated_adapters_is_computed_once(worker: EngineWor
     assert again.usage.num_cached_tokens == 160  # its own page behind the invocation was not full
     plain = make_adapter(make_tiny_model(), "plain")
     assert worker.submit(prompts[0], sampling(), [(plain, 1.0)]).result(60).usage.num_cached_tokens == 0
+
+
+def test_a_document_is_computed_once_also_for_those_who_come_together(byte_tokenizer: Any) -> None:
+    """Ten activated adapters in one step: the pages that the first is about to fill are everybody's, and right."""
+    document = torch.randint(3, 200, (160,), generator=torch.Generator().manual_seed(0)).tolist()
+    adapters = [activated(f"activated {i}", 210 + 2 * i) for i in range(10)]
+    prompts = [[*document, *adapter.invocation_tokens, 7, 8] for adapter in adapters]
+    config = EngineConfig(max_num_batched_tokens=96, block_size=8, **{**SMALL, "max_num_seqs": 10})
+    engine = Engine(BaseModel(make_tiny_model(), byte_tokenizer, "tiny"), config)
+    try:
+        requests = [engine.make_request(p, sampling(), [(a, 1.0)]) for p, a in zip(prompts, adapters, strict=True)]
+        for request in requests:
+            engine.add(request)
+        while engine.has_unfinished_requests:
+            assert [output.error for output in engine.step() if output.error is not None] == []
+        engine.check_integrity()
+        num_computed = sum(len(r.prompt_token_ids) - (r.num_cached_tokens or 0) for r in requests)
+        assert num_computed == len(document) + 10 * 4
+        for request, adapter in zip(requests, adapters, strict=True):
+            alone = engine.make_request(request.prompt_token_ids, sampling(), [(adapter, 1.0)])
+            alone.salts = {first: salt + adapter.name.encode() for first, salt in alone.salts.items()}
+            engine.add(alone)
+            while engine.has_unfinished_requests:
+                engine.step()
+            assert alone.num_cached_tokens == 0
+            assert alone.output_token_ids == request.output_token_ids
+    finally:
+        engine.close()
 
 
 def test_pages_with_an_invocation_are_their_adapter_s(worker: EngineWorker) -> None:

@@ -21,7 +21,7 @@ def compute(cache: KVCacheManager, request: Request) -> None:
     """Pretend that all of a request's tokens were computed."""
     assert cache.allocate(request, request.num_tokens)
     request.num_computed_tokens = request.num_tokens
-    cache.commit(request)
+    cache.commit(request, request.num_computed_tokens)
 
 
 @pytest.fixture

@@ -91,7 +91,7 @@ def test_the_youngest_is_preempted_and_comes_back_first() -> None:
     assert list(scheduler.waiting) == [young]
     assert young.output_token_ids == [7]
     scheduler.finish(old)
-    assert run_step(scheduler) == [(100, 8, True)]
+    assert run_step(scheduler) == [(100, 4, True)]  # its first block is still known
 
 
 def test_a_request_waits_while_its_adapters_do_not_fit() -> None:
@@ -271,3 +271,45 @@ def test_a_request_whose_adapters_cannot_be_loaded_leaves_the_queue(monkeypatch:
     assert run_step(scheduler) == [(0, 4, True), (2, 4, True)]
     assert scheduler.take_refused() == [(requests[1], broken)]
     assert not scheduler.waiting
+
+
+def total(scheduler: Scheduler, requests: Sequence[Request]) -> int:
+    """Tokens computed until each request has its first token; blocks and slots are checked in every step."""
+    num = 0
+    while any(not request.output_token_ids for request in requests):
+        rows = run_step(scheduler)
+        assert rows
+        num += sum(tokens for _, tokens, is_sampled in rows if not is_sampled or tokens > 1)
+        for request in requests:
+            if request.output_token_ids and not request.is_finished:
+                scheduler.finish(request)
+    return num
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_num_prefill_tokens": 4}], ids=["whole", "in pieces"])
+def test_what_requests_have_in_common_is_computed_once(limits: dict[str, Any]) -> None:
+    """Also if they come together: whoever is admitted, or goes on, has the blocks that another fills in the step."""
+    scheduler = make_scheduler(40, max_num_seqs=6, max_num_batched_tokens=16, **limits)
+    scheduler.add(make_request(3, 900))
+    run_step(scheduler)  # a stream, so that prompts come in pieces
+    common = list(range(100, 124))
+    requests = [make_request(1, i) for i in range(5)]
+    for i, request in enumerate(requests):
+        request.prompt_token_ids = [*common, 500 + i, 600 + i]
+        scheduler.add(request)
+    assert total(scheduler, requests) == len(common) + 2 * len(requests)
+    assert sum(request.num_cached_tokens or 0 for request in requests) == 4 * len(common)
+
+
+def test_what_is_left_to_the_next_step_is_nobody_s_yet() -> None:
+    """A prompt whose last tokens are not computed in this step after all does not say that they are."""
+    scheduler = make_scheduler(2000, max_num_seqs=8, max_num_batched_tokens=2048, step_sizes=(512, 768))
+    first, second = make_request(400), make_request(120, 1000)
+    scheduler.add(first)
+    scheduler.add(second)
+    assert run_step(scheduler) == [(0, 400, True), (1000, 112, False)]
+    assert len(second.block_hashes) == 112 // 4
+    twin = make_request(120, 1000)
+    scheduler.add(twin)
+    run_step(scheduler)
+    assert twin.num_cached_tokens == 116
