@@ -160,8 +160,8 @@ class Engine:
     ) -> Request:
         """Check a request against the engine's limits. Any thread may call this; nothing is queued yet.
 
-        On a GPU its adapters begin to travel there, but for fusions, which are to be averaged first. One that has the
-        beginning of its answer already is as one that was preempted: its tokens are computed again, in one go.
+        On a GPU its adapters begin to travel there, but for those of which something is to be computed first. One that
+        has the beginning of its answer already is as one that was preempted: its tokens are computed again, in one go.
 
         Raises:
             InvalidRequestError: As `Admission.check` does.
@@ -176,8 +176,9 @@ class Engine:
             end_token_ids=end_token_ids,
             max_num_tokens=max_num_tokens,
         )
+        layers = self.runner.lora_layers
         self.store.prefetch(
-            [adapter for adapter, _ in adapters if not adapter.members and not self.slots.is_resident(adapter)]
+            [a for a, _ in adapters if not a.members and layers.is_prepared(a) and not self.slots.is_resident(a)]
         )
         ordered = sorted(adapters, key=lambda pair: pair[0].fingerprint)  # one sum, whatever order it was asked in
         activations = tuple(first_active(adapter.invocation_tokens, token_ids) for adapter, _ in ordered)

@@ -64,7 +64,6 @@ class LoraLayers:
         max_num_tokens: Most tokens of a step.
         max_adapters_per_token: Longest composition.
         vocabulary: The embedding and the output layer, if adapters may target them.
-        max_num_sampled: Most tokens of a step after which one is chosen.
     """
 
     def __init__(
@@ -77,7 +76,6 @@ class LoraLayers:
         max_num_tokens: int,
         max_adapters_per_token: int,
         vocabulary: Vocabulary | None = None,
-        max_num_sampled: int = 1,
     ) -> None:
         max_rank = min(num_rows, MAX_RANK)
         self._max_adapters_per_token = max_adapters_per_token
@@ -91,13 +89,13 @@ class LoraLayers:
         self._side = torch.cuda.Stream(*self._devices) if is_on_one_gpu else None
         uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())  # noqa: SLF001 - parameters() names a shared one once
         self._groups: list[LoraGroup] = []
+        self._vocabulary: VocabularyLayers | None = None
         try:
             for shared in groups:
                 for group, modules in split_group(model, shared):
                     self._groups.append(LoraGroup(self, modules, group, num_rows, *self._devices[group.device], uses))
-            self._vocabulary: VocabularyLayers | None = None
             if vocabulary is not None:
-                self._vocabulary = VocabularyLayers(model, vocabulary, self._devices, num_rows, max_num_sampled)
+                self._vocabulary = VocabularyLayers(model, vocabulary, self._devices, num_rows)
             modules_by_name = {name: module for group in self._groups for name, module in group.bases().items()}
             self._gains = DoraGains(modules_by_name | (self._vocabulary.modules if self._vocabulary else {}))
         except BaseException:
@@ -188,7 +186,7 @@ class LoraLayers:
 
         Args:
             spans: The packed sequences' adapters.
-            sampled: The tokens after which one is chosen.
+            sampled: The tokens after which logits are wanted.
             rank_bound: For which ranks launches are made; None takes the resident adapters'.
         """
         self._is_active = spans.num_adapters > 0
@@ -231,7 +229,7 @@ class LoraLayers:
             num_active: How many adapters the step names, if that is known.
             rank_bound: As in `set_batch`.
             kinds: What the step's adapters may need; what is not named here, none of them may.
-            sampled: The tokens after which one is chosen; None for all of them, in order.
+            sampled: The tokens after which logits are wanted; None for all of them, in order.
         """
         self._is_active = mapping is not None
         self._set_kinds(kinds if self._is_active else StepKinds())
@@ -265,6 +263,7 @@ class LoraLayers:
         for group in self._groups:
             group.release()
         self._groups = []
+        self._vocabulary = None
 
     def add(
         self, y: torch.Tensor, x: torch.Tensor, stack: LoraStack, batch: LoraBatch, bias: torch.Tensor | None = None

@@ -97,7 +97,6 @@ class ModelRunner:
                 max_num_tokens=self.memory.max_num_batched_tokens,
                 max_adapters_per_token=config.max_adapters_per_request,
                 vocabulary=self.probe.vocabulary if self._adapts_vocabulary else None,
-                max_num_sampled=self.memory.max_num_seqs,
             )
         except RuntimeError as error:  # whichever allocator it is
             raise EngineError(

@@ -56,7 +56,7 @@ class TorchExecutor:
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """Logits `[n, vocab_size]` of a step, in order of `batch.tokens_with_logits`."""
         device = self._chosen.device
-        self._lora_layers.set_batch(batch.lora, batch.sampled_tokens)
+        self._lora_layers.set_batch(batch.lora, batch.tokens_with_logits)
         token_ids = upload(batch.token_ids, torch.int64, device)
         if max(batch.sources) >= 0:
             sources = upload(batch.sources, torch.int64, device)

@@ -127,7 +127,7 @@ class TritonExecutor:
         graph = self._find_graph(batch, rank_bound)
         if graph is not None:
             return graph.replay(batch, decode_tokens, prefill_tiles)
-        self._lora_layers.set_batch(batch.lora, batch.sampled_tokens, rank_bound)
+        self._lora_layers.set_batch(batch.lora, batch.tokens_with_logits, rank_bound)
         tokens = upload([batch.token_ids, batch.positions, batch.rows, batch.sources], torch.int64, self._device)
         tiles = QueryTiles(
             upload(decode_tokens, torch.int64, self._device),

@@ -1,7 +1,7 @@
 """LoRA on the two layers that know the vocabulary: the embedding, and the output layer.
 
 They differ from the linear modules between them. An embedding's input is the token itself, one-hot, so that A is looked
-up and not multiplied; the output layer sees the tokens alone after which one is chosen. A row of theirs is as wide as
+up and not multiplied; the output layer sees the tokens alone after which logits are wanted. A row of theirs is as wide as
 the vocabulary, and so only an engine that is told to (`EngineConfig.adapter_kinds`) has rows for them.
 
 Where the two share one weight, an adapter of one of them does not change the other, as in PEFT.
@@ -42,7 +42,6 @@ class VocabularyLayers:
         vocabulary: The two, as the probe saw them; either may be missing.
         devices: Row map and batch of every device.
         num_rows: Rank rows of device memory.
-        max_num_sampled: Most tokens of a step after which one is chosen.
 
     Attributes:
         is_active: Whether the next forward pass has adapters of these layers.
@@ -55,7 +54,6 @@ class VocabularyLayers:
         vocabulary: Vocabulary,
         devices: Mapping[torch.device, tuple[LoraRows, LoraBatch]],
         num_rows: int,
-        max_num_sampled: int,
     ) -> None:
         self.is_active = False
         self.output_scale: dict[str, float] = {}
@@ -68,7 +66,7 @@ class VocabularyLayers:
         if vocabulary.output is not None:
             rows, batch = devices[vocabulary.output.device]
             self._output = _Layer(model, vocabulary.output, rows, batch, num_rows)
-            self._sampled = LoraBatch(rows, max_num_sampled, batch.max_k)
+            self._sampled = LoraBatch(rows, batch.max_num_tokens, batch.max_k)
             self._every = batch
 
     @property
@@ -101,7 +99,7 @@ class VocabularyLayers:
         return any(layer.stack.is_used_by(slots) for layer in self._layers())
 
     def set_sampled(self, sampled: torch.Tensor | None, num_active: int | None, rank_bound: int | None) -> None:
-        """Say after which tokens of the batch, which is set, one is chosen: the output layer sees these alone.
+        """Say after which tokens of the batch, which is set, logits are wanted: the output layer sees these alone.
 
         Args:
             sampled: Their indices `[n]`, int64; None if they are all tokens, in order.

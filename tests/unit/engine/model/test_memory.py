@@ -46,6 +46,8 @@ def test_a_size_that_is_no_size_is_refused(name: str, value: Any) -> None:
         {"captured_ranks": (0,)},
         {"captured_ranks": (16, 257)},
         {"captured_ranks": None},
+        {"adapter_kinds": ("dora", "vera")},
+        {"adapter_kinds": "dora"},
     ],
     ids=str,
 )
