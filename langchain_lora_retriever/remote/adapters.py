@@ -6,7 +6,7 @@ import logging
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -23,9 +23,35 @@ if TYPE_CHECKING:
 
 __all__ = ["AdapterContents", "AdapterStore"]
 
+_Kind: TypeAlias = tuple[tuple[int, ...], str]
+"""A tensor's shape, and its dtype's name."""
 _logger = logging.getLogger(__name__)
 _MAX_ADAPTERS = 4096
 """Adapters that are known at once. One that lies in a folder costs little."""
+
+
+class _Module(NamedTuple):
+    """Shapes and dtypes of one module's tensors, of which the last two may be missing, and its scaling.
+
+    Attributes:
+        lora_A: `[r, in_features]`.
+        lora_B: `[out_features, r]`.
+        scaling: As in `LoraWeights`.
+        magnitude: Of DoRA.
+        base_weight: The base model's own, see `Adapter.base_weights`.
+    """
+
+    lora_A: _Kind
+    lora_B: _Kind
+    scaling: float
+    magnitude: _Kind | None
+    base_weight: _Kind | None
+
+
+class _Received(dict[str, LoraWeights]):
+    """An adapter's weights by module, and those of the base model's own that came with them."""
+
+    base_weights: dict[str, torch.Tensor]
 
 
 class AdapterContents(NamedTuple):
@@ -35,14 +61,16 @@ class AdapterContents(NamedTuple):
         name: Its name.
         fingerprint: What it is.
         base_model: What its configuration names.
-        modules: By module path the shapes of `lora_A` and `lora_B`, the dtype's name, and the scaling.
-        data: Their numbers, one after the other, uint8.
+        invocation_tokens: What invokes it, see `Adapter`.
+        modules: What there is of each module, by path.
+        data: Their numbers, one tensor after the other, uint8.
     """
 
     name: str
     fingerprint: str
     base_model: str | None
-    modules: dict[str, tuple[tuple[int, ...], tuple[int, ...], str, float]]
+    invocation_tokens: tuple[int, ...]
+    modules: dict[str, _Module]
     data: np.ndarray[Any, np.dtype[np.uint8]]
 
     @classmethod
@@ -52,23 +80,41 @@ class AdapterContents(NamedTuple):
         Raises:
             AdapterError: If its file is not the one that was read any more.
         """
-        weights = dict(adapter.weights)
-        modules = {
-            path: (tuple(w.lora_A.shape), tuple(w.lora_B.shape), str(w.lora_A.dtype).removeprefix("torch."), w.scaling)
-            for path, w in weights.items()
-        }
-        parts = [_bytes_of(tensor) for w in weights.values() for tensor in (w.lora_A, w.lora_B)]
+        base_weights = adapter.base_weights
+        modules, parts = {}, []
+        for path, w in dict(adapter.weights).items():
+            tensors = (w.lora_A, w.lora_B, w.magnitude, base_weights.get(path))
+            lora_A, lora_B, magnitude, base_weight = map(_kind_of, tensors)
+            assert lora_A is not None
+            assert lora_B is not None
+            modules[path] = _Module(lora_A, lora_B, w.scaling, magnitude, base_weight)
+            parts += [_bytes_of(tensor) for tensor in tensors if tensor is not None]
         data = np.concatenate(parts) if parts else np.empty(0, np.uint8)
-        return cls(adapter.name, adapter.fingerprint, adapter.base_model, modules, data)
+        return cls(adapter.name, adapter.fingerprint, adapter.base_model, adapter.invocation_tokens, modules, data)
 
     def to_adapter(self) -> Adapter:
         """The adapter; its tensors share `data`."""
-        weights, offset = {}, 0
-        for path, (shape_a, shape_b, dtype, scaling) in self.modules.items():
-            lora_A, offset = self._tensor(offset, shape_a, dtype)
-            lora_B, offset = self._tensor(offset, shape_b, dtype)
-            weights[path] = LoraWeights(lora_A, lora_B, scaling)
-        return Adapter(name=self.name, fingerprint=self.fingerprint, weights=weights, base_model=self.base_model)
+        weights = _Received()
+        weights.base_weights = {}
+        offset = 0
+        for path, module in self.modules.items():
+            tensors = []
+            for kind in (module.lora_A, module.lora_B, module.magnitude, module.base_weight):
+                tensor, offset = (None, offset) if kind is None else self._tensor(offset, *kind)
+                tensors.append(tensor)
+            lora_A, lora_B, magnitude, base_weight = tensors
+            assert lora_A is not None
+            assert lora_B is not None
+            weights[path] = LoraWeights(lora_A, lora_B, module.scaling, magnitude)
+            if base_weight is not None:
+                weights.base_weights[path] = base_weight
+        return Adapter(
+            name=self.name,
+            fingerprint=self.fingerprint,
+            weights=weights,
+            base_model=self.base_model,
+            invocation_tokens=self.invocation_tokens,
+        )
 
     def _tensor(self, offset: int, shape: tuple[int, ...], dtype: str) -> tuple[torch.Tensor, int]:
         kind: torch.dtype = getattr(torch, dtype)
@@ -190,6 +236,10 @@ def _read(ref: AdapterRef) -> Adapter | None:
         _logger.info("Adapter %r is not read from its folder here, and sent instead: %s", ref.name, error)
         return None
     return adapter if adapter.fingerprint == ref.fingerprint else None
+
+
+def _kind_of(tensor: torch.Tensor | None) -> _Kind | None:
+    return None if tensor is None else (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
 
 def _bytes_of(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:

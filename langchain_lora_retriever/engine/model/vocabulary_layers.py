@@ -1,8 +1,8 @@
 """LoRA on the two layers that know the vocabulary: the embedding, and the output layer.
 
 They differ from the linear modules between them. An embedding's input is the token itself, one-hot, so that A is looked
-up and not multiplied; the output layer sees the tokens alone after which logits are wanted. A row of theirs is as wide as
-the vocabulary, and so only an engine that is told to (`EngineConfig.adapter_kinds`) has rows for them.
+up and not multiplied; the output layer sees the tokens alone after which logits are wanted. A row of theirs is as wide
+as the vocabulary, and so only an engine that is told to (`EngineConfig.adapter_kinds`) has rows for them.
 
 Where the two share one weight, an adapter of one of them does not change the other, as in PEFT.
 """
