@@ -371,6 +371,25 @@ def test_every_kind_over_an_offloaded_base(byte_tokenizer: Any) -> None:
     assert torch.is_tensor(offloaded(torch.tensor([PROMPT])).logits)  # the model was given back as it was
 
 
+def test_the_output_layer_is_adapted_where_a_prompt_is_scored_too(worker: EngineWorker) -> None:
+    """The logits of a prompt's places are those of the adapted layer, beside requests whose prompts are not scored."""
+    model = make_tiny_model()
+    both = make_adapter(model, "both", r=3, targets=("embed_tokens", "lm_head"))
+    merged = copy.deepcopy(model)
+    merge_adapters(merged, [(both, 1.0)])
+    logprobs = merged(torch.tensor([PROMPT])).logits[0].log_softmax(-1)
+    expected = [float(logprobs[i, token]) for i, token in enumerate(PROMPT[1:])]
+    running = [
+        worker.submit(PROMPT, sampling(prompt_logprobs_from=start), [(both, 1.0)] if start != 3 else [])
+        for start in (1, None, 3, 7)
+    ]
+    scores = [generation.result(60).prompt_logprobs for generation in running]
+    assert scores[0] == pytest.approx(expected, abs=1e-4)
+    assert scores[1] is None
+    assert scores[2] != pytest.approx(expected[2:], abs=1e-2)
+    assert scores[3] == pytest.approx(expected[6:], abs=1e-4)
+
+
 def test_an_engine_without_room_for_the_vocabulary_says_how_to_have_it(byte_tokenizer: Any) -> None:
     """It is refused by name; DoRA is served in any case."""
     model = make_tiny_model()
