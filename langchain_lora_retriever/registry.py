@@ -7,7 +7,9 @@ again nor embed the pool again.
 from __future__ import annotations
 
 import logging
+import os
 import threading
+import time
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,7 @@ from langchain_lora_retriever.retrieval.encoder import SentenceTransformerEncode
 from langchain_lora_retriever.retrieval.retriever import LoraRetriever
 from langchain_lora_retriever.runtime import ReadyEngine, Runtime
 from langchain_lora_retriever.support.forking import after_fork
+from langchain_lora_retriever.support.native_memory import give_back_freed
 from langchain_lora_retriever.support.openmp_thread import run_aside
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ __all__ = [
     "shared_retriever",
     "shared_runtime",
     "source_of",
+    "vector_folder",
 ]
 
 _logger = logging.getLogger(__name__)
@@ -125,7 +129,11 @@ def shared_runtime(engine: SharedEngine | EngineClient, retriever: LoraRetriever
 
 
 def shared_retriever(pool: AdapterPool, encoder: str | Path | Encoder, instruction: str) -> LoraRetriever:
-    """Return the retriever of a pool and an encoder; it lives as long as a chat model uses it."""
+    """Return the retriever of a pool and an encoder; it lives as long as a chat model uses it.
+
+    Adapters' embeddings by an encoder that is named are kept for the next start, in `vector_folder()`.
+    """
+    cache_dir = vector_folder() if isinstance(encoder, str | Path) else None
     with _lock:
         if isinstance(encoder, str | Path):
             source = str(encoder)
@@ -134,8 +142,18 @@ def shared_retriever(pool: AdapterPool, encoder: str | Path | Encoder, instructi
         key = (id(pool), id(encoder), instruction)
         retriever = _retrievers.get(key)
         if retriever is None:
-            retriever = _retrievers[key] = LoraRetriever(pool, encoder, instruction=instruction)
+            retriever = LoraRetriever(pool, encoder, instruction=instruction, cache_dir=cache_dir)
+            _retrievers[key] = retriever
         return retriever
+
+
+def vector_folder() -> Path | None:
+    """Return where adapters' embeddings are kept: `LORA_RETRIEVER_CACHE` (nowhere if empty), or the user's cache."""
+    named = os.environ.get("LORA_RETRIEVER_CACHE")
+    if named is not None:
+        return Path(named) if named else None
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return cache / "langchain-lora-retriever"
 
 
 def is_shared(retriever: LoraRetriever) -> bool:
@@ -168,12 +186,18 @@ def close_engines() -> None:
 def _start_engine(
     source: ModelSource, model_kwargs: Mapping[str, Any], config: EngineConfig, adapters: Sequence[Adapter]
 ) -> EngineWorker:
+    _logger.info("loading the base model %s", "given by its caller" if isinstance(source, tuple) else source)
+    start = time.perf_counter()
     # A model is a million objects: the collector would visit all of the process again and again while they are made.
     with frozen_heap(is_wanted=config.freeze_heap, collects=False):
         base = load_base_model(source, **model_kwargs)
         # llguidance holds the interpreter while it reads a vocabulary: here, and not in somebody's first call.
         compiler_of(base.tokenizer).prepare()
-        return EngineWorker(base, config, expected=adapters)
+        engine = EngineWorker(base, config, expected=adapters)
+    give_back_freed()
+    seconds, info = time.perf_counter() - start, engine.info
+    _logger.info("engine of %s started on %s in %.1f s", info.name, info.device, seconds)
+    return engine
 
 
 def _source_key(source: ModelSource) -> Hashable:

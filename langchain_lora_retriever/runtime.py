@@ -143,6 +143,21 @@ class Runtime:
         is_ready = engine is not None and self.pool.is_read and self._fit.is_current(engine)
         return engine if is_ready else None
 
+    def warm_up(self) -> EngineClient:
+        """Do now what the first calls would wait for: read the pool and embed it, load the encoder and the base model.
+
+        Raises:
+            LoraRetrieverError: Whatever the first calls would meet: a pool, an encoder or a model that cannot be had.
+        """
+        if len(self.pool):
+            self.retriever.refresh()
+            self.retriever.embed(["warm up"])  # loads the encoder, which is not there if all embeddings were kept
+        return self.ready()
+
+    async def awarm_up(self) -> EngineClient:
+        """Do what `warm_up` does without blocking the event loop."""
+        return await run_in_thread(self.warm_up)
+
     def route(self, text: str, options: RoutingOptions) -> Composition:
         """Choose the composition for a text; see `Router.route`."""
         return self._router.route(text, options)

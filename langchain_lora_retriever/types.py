@@ -181,6 +181,11 @@ class Composition:
     mode: CompositionMode
     adapters: tuple[ComposedAdapter, ...] = ()
 
+    def __str__(self) -> str:
+        """As a log says it: `mixture of sql 0.94, dates 0.06`."""
+        members = ", ".join(f"{adapter.name} {adapter.weight:.2f}" for adapter in self.adapters)
+        return f"{self.mode} of {members}" if members else "the base model alone"
+
     @property
     def names(self) -> tuple[str, ...]:
         """The adapters' names, best first."""
@@ -235,7 +240,7 @@ class SamplingParams:
         top_p: Keep the smallest set of tokens whose probability reaches `top_p`, in (0, 1].
         seed: Makes a sampled answer repeatable, whatever else is in the batch; None draws a fresh one. Any
             integer; its lowest 63 bits count.
-        max_tokens: Most tokens to generate, >= 1; the model's context may allow fewer.
+        max_tokens: Maximum number of tokens to generate, >= 1; the model's context may allow fewer.
         stop: Strings that end the answer; they are not part of it. At most 256, of 16,384 characters together. One may
             be or contain a special token, though these are left out of the text.
         stop_token_ids: Tokens that end the answer beside the model's own end-of-sequence tokens; their text is not part

@@ -16,6 +16,7 @@ import makers
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+os.environ["LORA_RETRIEVER_CACHE"] = ""  # what one test has embedded is no other's
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # a test's own processes see what it sees
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells start what runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from langchain_lora_retriever.types import Composition
 
 __all__ = ["LONG_CHAT", "Begun", "Run", "abegin", "begin", "num_prompt_tokens", "owned", "text_to_route"]
+
+_logger = logging.getLogger(__name__)
 
 _LONG_PROMPT = 16_384
 """Characters from which a prompt is rendered and encoded off the event loop: that takes some ten milliseconds."""
@@ -166,6 +169,7 @@ def _understand(messages: Sequence[BaseMessage], options: CallOptions, engine: E
 def _start(call: _Call, plan: Plan) -> Begun:
     # Encoded only now: while the first texts of many are embedded no other call holds them up by its tokens.
     prompt_token_ids = call.encode()
+    _logger.debug("%d prompt tokens run %s", len(prompt_token_ids), plan.composition)
     tokenizer = call.engine.tokenizer
     begun = Begun([], plan.composition, call.engine)
     try:

@@ -180,6 +180,21 @@ class ChatLoraRetriever(ChatSettings):
 
     # The engine
 
+    def warm_up(self) -> None:
+        """Do now what the first calls would wait for, which may take minutes.
+
+        The pool is read and its samples are embedded, the encoder and the base model are loaded. A bar on a terminal,
+        and lines in the log at INFO, say how far it is. Done already, it returns at once.
+
+        Raises:
+            LoraRetrieverError: Whatever the first calls would meet.
+        """
+        self._known(self._runtime.warm_up())
+
+    async def awarm_up(self) -> None:
+        """Do what `warm_up` does without blocking the event loop: for a server's lifespan."""
+        self._known(await self._runtime.awarm_up())
+
     def _max_concurrency(self) -> int:
         # Twice what runs at once, so that the engine never waits for a prompt to be routed and tokenized.
         # It is not loaded to know that: the time it takes is the calls' own, and counts for their timeouts.

@@ -110,12 +110,12 @@ class ChatSettings(ConcurrentChatModel):
         adapters: Names that take the place of retrieval; `[]` runs the base model alone.
         exclude_adapters: Names retrieval must not return.
         composition: How several adapters act together: "selection", "fusion" or "mixture".
-        top_k: Most adapters to compose.
+        top_k: Maximum number of adapters to compose.
         weights: "similarity" or "uniform" weights of retrieved adapters.
         weight_temperature: Temperature of similarity weights; lower favours the best more.
         min_score: Cosine similarity under which an adapter is not used.
         temperature: 0 is greedy.
-        max_tokens: Most tokens to generate.
+        max_tokens: Maximum number of tokens to generate.
         sampling_top_k: Keep the most probable tokens only; 0 keeps all.
         top_p: Keep the smallest set of tokens of this probability.
         seed: Makes sampled answers repeatable.
@@ -260,6 +260,13 @@ class ChatSettings(ConcurrentChatModel):
         if self.model_name:
             return self.model_name
         return self.engine.info.name if self.engine is not None else _name_of(self.base_model)
+
+    def __repr_args__(self) -> list[tuple[str | None, Any]]:
+        """What tells it from others at a glance; `model_dump()` has all settings."""
+        shown_settings = {"base_model": self.model_name, "pool": self.pool, "composition": self.composition}
+        if self.adapters is not None:
+            shown_settings["adapters"] = self.adapters
+        return list(shown_settings.items())
 
     @property
     def runtime(self) -> Runtime:

@@ -14,6 +14,7 @@ import numpy as np
 from langchain_lora_retriever.errors import EncoderError, InvalidRequestError, MissingDependencyError
 from langchain_lora_retriever.support.forking import begin_in_every_process
 from langchain_lora_retriever.support.openmp_thread import run_aside
+from langchain_lora_retriever.support.quiet_loading import quiet_loading
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -131,7 +132,7 @@ class SentenceTransformerEncoder:
                 self._model = self._source
             else:
                 try:
-                    with _no_progress_bar():
+                    with quiet_loading:
                         self._model = SentenceTransformer(str(self._source), device=self._device)
                 except Exception as error:  # the hub's, the files', torch's
                     raise _not_loaded(str(self._source), error) from error
@@ -189,20 +190,6 @@ def shorten(texts: Sequence[str], tokenizer: Any, max_tokens: int | None) -> lis
             offsets = encoding.offsets
             shortened[i] = f"{texts[i][: offsets[head - 1][1]]} {texts[i][offsets[-tail][0] :]}"
     return shortened
-
-
-@contextlib.contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Load weights without transformers' progress bar, which would tear the caller's output."""
-    from transformers.utils import logging  # noqa: PLC0415  # seconds to import
-
-    was_enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            logging.enable_progress_bar()
 
 
 def _model_name(model: str | Path | SentenceTransformer) -> str:

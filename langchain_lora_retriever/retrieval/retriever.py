@@ -6,6 +6,7 @@ Source: LoraRetriever, arXiv:2402.09997, section 3.2.
 from __future__ import annotations
 
 import asyncio
+import logging
 import pickle
 import threading
 import warnings
@@ -40,12 +41,14 @@ from langchain_lora_retriever.retrieval.label_penalty import LabelPenalty
 from langchain_lora_retriever.retrieval.micro_batcher import MicroBatcher, Outcome
 from langchain_lora_retriever.retrieval.vector_cache import AdapterVectors, TextVectors
 from langchain_lora_retriever.support.forking import begin_in_every_process
+from langchain_lora_retriever.support.native_memory import give_back_freed
 from langchain_lora_retriever.support.nesting import check_unicode
+from langchain_lora_retriever.support.progress import Progress
 from langchain_lora_retriever.support.shown import shown
 from langchain_lora_retriever.types import RetrievedAdapter
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from numpy.typing import NDArray
 
@@ -53,6 +56,8 @@ if TYPE_CHECKING:
     from langchain_lora_retriever.pool.samples import Sample
 
 __all__ = ["DEFAULT_ENCODER", "DEFAULT_INSTRUCTION", "LoraRetriever"]
+
+_logger = logging.getLogger(__name__)
 
 Vectors: TypeAlias = "NDArray[np.float32]"
 
@@ -62,6 +67,10 @@ _MAX_CHARACTERS = 1 << 17
 """Of a longer text the middle is not looked at: no encoder reads it, and it would take all the others' time."""
 _MAX_SAMPLES = 256
 """Samples of an adapter that are looked at; of more, so many spread evenly over them."""
+_NUM_TEXTS_AT_ONCE = 64
+"""Samples that are embedded in one pass; prompts that wait come between two."""
+_NUM_TEXTS_TOGETHER = 4096
+"""Samples of neighbouring adapters that are sorted by length and embedded before their means are taken."""
 _MAX_ANSWER_WEIGHT = 1000
 _SETTINGS = frozenset({"pool", "encoder", "instruction", "min_score", "answer_weight"})
 
@@ -308,6 +317,7 @@ class LoraRetriever:
             fits = {name: self._fit(old, entries[name]) for name in index.names} if self.answer_weight else {}
             self._view = _View(state.version, entries, index, fits, rejected)
         for error in refused.values():
+            _logger.warning("not found by prompts: %s", error)
             warnings.warn(f"not found by prompts: {error}", stacklevel=3)
 
     def _encode(self, texts: Sequence[str]) -> Vectors:
@@ -383,8 +393,7 @@ class LoraRetriever:
         known: dict[str, Vectors] = {} if self._saved is None else self._saved.load()
         vectors: dict[str, Vectors] = {}
         refused: dict[str, AdapterError] = {}
-        made: dict[str, Vectors] = {}
-        kept = TextVectors(1 << 20)  # adapters may share samples
+        waiting: dict[str, PoolEntry] = {}
         for name, entry in entries.items():
             key = entry.routing_hash
             if entry.embedding is not None:
@@ -395,32 +404,58 @@ class LoraRetriever:
             elif key in known and known[key].shape == (self._dimension,):
                 vectors[name] = known[key]
             else:
-                mean = self._mean(entry, kept)
-                if isinstance(mean, AdapterError):
-                    refused[name] = mean
-                else:
-                    vectors[name] = made[key] = mean
+                waiting[name] = entry
+        made: dict[str, Vectors] = {}
+        for name, mean in self._means(waiting):
+            if isinstance(mean, AdapterError):
+                refused[name] = mean
+            else:
+                vectors[name] = made[waiting[name].routing_hash] = mean
+        if made:
+            give_back_freed()
         if self._saved is not None and made:
             self._saved.save(known | made)
         if any(isinstance(error, InvalidSamplesError) for error in refused.values()):
             self._remember(["text"], self._batcher.run(["text"]))  # raises if it is the encoder that is at fault
         return vectors, refused
 
-    def _mean(self, entry: PoolEntry, kept: TextVectors) -> Vectors | AdapterError:
-        """`[d]`: the normalised mean over an adapter's samples, or the error of the first that cannot be embedded."""
-        texts = [cut_middle(sample.input, _MAX_CHARACTERS) for sample in _spread(entry.samples)]
-        vectors = kept.get(texts)
-        missing = [text for text in dict.fromkeys(texts) if text not in vectors]
-        outcomes = dict(zip(missing, self._batcher.run(missing), strict=True))
-        for text, outcome in outcomes.items():
+    def _means(self, entries: Mapping[str, PoolEntry]) -> Iterator[tuple[str, Vectors | AdapterError]]:
+        """The normalised mean `[d]` of each adapter's samples, or the error of the first that cannot be embedded.
+
+        Equal texts are embedded once, of whichever adapters they are.
+        """
+        texts = {
+            name: [cut_middle(s.input, _MAX_CHARACTERS) for s in _spread(e.samples)] for name, e in entries.items()
+        }
+        kept = TextVectors(1 << 20)
+        with Progress("Embedding samples", sum(map(len, texts.values())), _logger) as progress:
+            for group in _grouped(texts):
+                wanted = [text for name in group for text in texts[name]]
+                outcomes: dict[str, Outcome] = {**kept.get(wanted)}
+                # Texts of one length together, so that little is padded.
+                missing = sorted((text for text in dict.fromkeys(wanted) if text not in outcomes), key=len)
+                progress.update(len(wanted) - len(missing))
+                for start in range(0, len(missing), _NUM_TEXTS_AT_ONCE):
+                    part = missing[start : start + _NUM_TEXTS_AT_ONCE]
+                    outcomes.update(zip(part, self._batcher.run(part), strict=True))
+                    if all(isinstance(outcomes[text], BaseException) for text in part):
+                        self._remember(["text"], self._batcher.run(["text"]))  # as above, and before all are tried
+                    progress.update(len(part))
+                kept.put({text: made for text, made in outcomes.items() if not isinstance(made, BaseException)})
+                for name in group:
+                    yield name, self._mean(name, texts[name], outcomes)
+
+    def _mean(self, name: str, texts: Sequence[str], outcomes: Mapping[str, Outcome]) -> Vectors | AdapterError:
+        vectors = []
+        for text in texts:
+            outcome = outcomes[text]
             if isinstance(outcome, BaseException):
                 return InvalidSamplesError(
-                    f"adapter {entry.adapter.name!r}: its sample {text[:40]!a} cannot be embedded. "
-                    f"{self._failure(outcome)}. Mend the sample or leave it out."
+                    f"adapter {name!r}: its sample {text[:40]!a} cannot be embedded. {self._failure(outcome)}. "
+                    "Mend the sample or leave it out."
                 )
-            vectors[text] = outcome
-        kept.put(vectors)
-        mean: Vectors = np.mean([vectors[text] for text in texts], axis=0, dtype=np.float64)
+            vectors.append(outcome)
+        mean: Vectors = np.mean(vectors, axis=0, dtype=np.float64)
         return _normalise(mean)
 
     def _fit(self, old: _View, entry: PoolEntry) -> LabelPenalty:
@@ -473,6 +508,20 @@ def _spread(samples: Sequence[Sample]) -> Sequence[Sample]:
     if len(samples) <= _MAX_SAMPLES:
         return samples
     return [samples[i * len(samples) // _MAX_SAMPLES] for i in range(_MAX_SAMPLES)]
+
+
+def _grouped(texts: Mapping[str, Sequence[str]]) -> Iterator[list[str]]:
+    """The names in their order, in groups of so many texts together, and of one adapter at least."""
+    group: list[str] = []
+    num_texts = 0
+    for name, own in texts.items():
+        if group and num_texts + len(own) > _NUM_TEXTS_TOGETHER:
+            yield group
+            group, num_texts = [], 0
+        group.append(name)
+        num_texts += len(own)
+    if group:
+        yield group
 
 
 def _found_alike(old: PoolEntry | None, new: PoolEntry) -> bool:

@@ -37,7 +37,7 @@ class RoutingOptions:
         adapters: Names that take the place of retrieval; empty runs the base model alone, None retrieves.
         exclude_adapters: Names retrieval must not return.
         composition: "selection", "fusion" or "mixture".
-        top_k: Most adapters to compose.
+        top_k: Maximum number of adapters to compose.
         weights: "similarity" or "uniform" weights of retrieved adapters.
         weight_temperature: Temperature of the similarity weights; lower favours the best more.
         min_score: Cosine similarity under which an adapter is not used; None uses whatever is nearest.

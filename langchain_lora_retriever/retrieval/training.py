@@ -62,7 +62,7 @@ class TrainingConfig:
     Attributes:
         loss: "centroid" compares every sample with the mean of its adapter's other samples, as retrieval does;
             "pairs" is sentence-transformers' `CachedMultipleNegativesRankingLoss` on two samples of one adapter.
-        num_steps: Most optimizer steps.
+        num_steps: Maximum number of optimizer steps.
         adapters_per_batch: Adapters a batch holds samples of; fewer where there are fewer.
         samples_per_adapter: Samples per adapter in a batch, at least 2; "pairs" takes 2.
         temperature: Divides the cosines before the softmax.

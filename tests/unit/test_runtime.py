@@ -293,3 +293,27 @@ async def test_a_look_that_fails_fails_each_call_anew(pool: AdapterPool, monkeyp
     errors = await asyncio.gather(*(llm.ainvoke("hello") for _ in range(8)), return_exceptions=True)
     assert {str(error) for error in errors} == {"no look"}
     assert len(set(map(id, errors))) == 8
+
+
+async def test_warming_up_is_what_the_first_call_would_wait_for(mixed: AdapterPool) -> None:
+    """The pool is embedded and the engine has looked at it; the first call embeds its own text and nothing else."""
+    for warm_up in (lambda llm: asyncio.to_thread(llm.warm_up), ChatLoraRetriever.awarm_up):
+        encoder = Constant(16)
+        encoded: list[int] = []
+        encode = encoder.encode
+        encoder.encode = lambda texts, encode=encode, encoded=encoded: (encoded.append(len(texts)), encode(texts))[1]  # type: ignore[method-assign]
+        llm = model(mixed, 8, encoder=encoder)
+        with pytest.warns(UserWarning, match="refused"):
+            await warm_up(llm)
+        assert set(llm.rejected) == {"wide-a", "wide-b"}
+        assert sum(encoded) == 12 + 1
+        await warm_up(llm)
+        await llm.ainvoke(TEXTS[0])
+        assert sum(encoded) == 12 + 2
+
+
+def test_a_model_without_adapters_warms_up_without_an_encoder() -> None:
+    """None is loaded that nobody will ask."""
+    encoder = Constant(16)
+    encoder.encode = lambda texts: pytest.fail("embedded")  # type: ignore[method-assign]
+    model(AdapterPool(), 8, encoder=encoder).warm_up()

@@ -10,6 +10,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from langchain_lora_retriever.errors import EngineError
+from langchain_lora_retriever.support.quiet_loading import quiet_loading
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,7 +43,7 @@ def load_base_model(source: ModelSource, **model_kwargs: Any) -> BaseModel:
             finds kernels for that, and attend by a kernel of its own choice.
 
     Raises:
-        EngineError: If the model cannot attend over a paged cache.
+        EngineError: If it cannot be loaded, or cannot attend over a paged cache.
     """
     if isinstance(source, tuple):
         model, tokenizer = source
@@ -68,8 +69,15 @@ def load_base_model(source: ModelSource, **model_kwargs: Any) -> BaseModel:
             )
             if key in model_kwargs
         }
-        tokenizer = AutoTokenizer.from_pretrained(name, **tokenizer_kwargs)
-        model = AutoModelForCausalLM.from_pretrained(name, **model_kwargs)
+        try:
+            with quiet_loading:
+                tokenizer = AutoTokenizer.from_pretrained(name, **tokenizer_kwargs)
+                model = AutoModelForCausalLM.from_pretrained(name, **model_kwargs)
+        except Exception as error:  # the hub's, the files', a quantiser's, torch's
+            raise EngineError(
+                f"The base model {name!r} cannot be loaded: {type(error).__name__}: {error}\n"
+                "Pass a hub name that can be reached, a folder that save_pretrained() wrote, or (model, tokenizer)."
+            ) from error
     if not model._supports_attention_backend:  # noqa: SLF001 - transformers offers no public way to ask
         raise EngineError(
             f"{type(model).__name__} does not route its attention through transformers' AttentionInterface, so it "

@@ -12,6 +12,7 @@ from langchain_core.caches import InMemoryCache
 from langchain_core.runnables import ConfigurableField
 
 from langchain_lora_retriever import AdapterPool, ChatLoraRetriever
+from langchain_lora_retriever.registry import vector_folder
 
 SQL = "How many users are in the table?"
 
@@ -203,3 +204,27 @@ def test_a_setting_without_an_end_is_refused(llm: ChatLoraRetriever, endless: An
     for name in set(ChatLoraRetriever.model_fields) - {"cache", "rate_limiter"}:
         with pytest.raises(ValueError, match=rf"{name}|There is no|pass an|own encoder|pool"):
             llm.model_copy(update={name: endless()})
+
+
+def test_what_is_shown_is_short(llm: ChatLoraRetriever) -> None:
+    """Base model, pool and composition, and the adapters that are pinned."""
+    assert (
+        repr(llm)
+        == "ChatLoraRetriever(base_model='fake/base', pool=AdapterPool(in memory, 3 adapters), composition='mixture')"
+    )
+    assert "adapters=['sql']" in repr(llm.model_copy(update={"adapters": ["sql"]}))
+    assert str(llm) == repr(llm).removeprefix("ChatLoraRetriever(").removesuffix(")").replace(
+        ", pool", " pool"
+    ).replace(", composition", " composition")
+
+
+def test_what_a_named_encoder_made_is_kept(pool, loads_engine, tmp_path, monkeypatch) -> None:
+    """Adapters' embeddings lie in the user's cache, or where a variable says, or nowhere."""
+    for folder in (tmp_path / "there", None):
+        monkeypatch.setenv("LORA_RETRIEVER_CACHE", str(folder or ""))
+        assert vector_folder() == folder
+    monkeypatch.delenv("LORA_RETRIEVER_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert vector_folder() == tmp_path / "langchain-lora-retriever"
+    llm = ChatLoraRetriever(base_model="fake/base", pool=pool, encoder="an/encoder")
+    assert llm.retriever._cache_dir == tmp_path / "langchain-lora-retriever"

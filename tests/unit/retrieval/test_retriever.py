@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -614,3 +615,49 @@ def test_a_forked_child_retrieves(pool):
     is_free.set()
     thread.join()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_equal_samples_are_embedded_once(checkpoint):
+    """Whichever adapters they are of, and as few passes as they fit into."""
+    pool, encoder = AdapterPool(), WordEncoder()
+    for index in range(40):
+        pool.add(
+            f"a{index:02}", checkpoint, samples=["shared by all", "shared by two " * (index // 2 + 1), f"own {index}"]
+        )
+    retriever = LoraRetriever(pool, encoder)
+    retriever.refresh()
+    texts = [text for batch in encoder.batches for text in batch]
+    assert len(texts) == len(set(texts)) == 1 + 20 + 40
+    assert len(encoder.batches) == 1
+
+
+def test_a_long_embedding_is_told_in_the_log(checkpoint, caplog, monkeypatch):
+    """How far it is while it lasts, and how long it took."""
+    clock = iter(range(0, 1000, 3))
+    monkeypatch.setattr(
+        "langchain_lora_retriever.support.progress.time", SimpleNamespace(monotonic=lambda: next(clock))
+    )
+    caplog.set_level("INFO", "langchain_lora_retriever")
+    pool = AdapterPool()
+    for index in range(20):
+        pool.add(f"a{index}", checkpoint, samples=[f"{index} {i}" for i in range(10)])
+    LoraRetriever(pool, WordEncoder()).refresh()
+    told = [record.getMessage() for record in caplog.records]
+    assert any(line.startswith("Embedding samples: ") and line.endswith(" s left") for line in told)
+    assert "Embedding samples: 200 of 200" in told[-1]
+
+
+def test_an_encoder_that_is_away_is_not_asked_for_every_sample(checkpoint):
+    """The first batch that fails whole is followed by one word; if that fails too, it is the encoder."""
+    pool, encoder = AdapterPool(), WordEncoder()
+    for index in range(100):
+        pool.add(f"a{index}", checkpoint, samples=[f"{index} {i}" for i in range(10)])
+
+    def away(texts):
+        encoder.batches.append(texts)
+        raise EncoderError("the service is away")
+
+    encoder.encode = away
+    with pytest.raises(EncoderError, match="away"):
+        LoraRetriever(pool, encoder).refresh()
+    assert len(encoder.batches) == 2
