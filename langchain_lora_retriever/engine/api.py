@@ -78,8 +78,8 @@ class EngineInfo:
         name: The base model, as it was loaded.
         base_names: What the base model is known as; empty for one that was handed over without a name.
         device: Where it computes, as torch writes it: "cpu", "cuda:0".
-        max_model_len: Most tokens of prompt and answer together.
-        max_num_seqs: Most requests running at once.
+        max_model_len: Maximum number of tokens of prompt and answer together.
+        max_num_seqs: Maximum number of requests running at once.
     """
 
     name: str

@@ -27,26 +27,31 @@ _AdapterKind = Literal["vocabulary", "dora"]
 
 @settings(slots=True)
 class EngineConfig:
-    """Limits of one engine. Memory is taken once, when the model is loaded, and never grows.
+    """Limits of one engine. Memory is set aside once, when the model is loaded, and never grows beyond.
+
+    On a CPU the system provides it when it is first used. docs/memory.md has the formula.
 
     Attributes:
-        max_num_seqs: Most requests running at once; None picks 16 on a CPU and 128 on a GPU.
-        max_waiting: Most requests that wait beside the `max_num_seqs` that may run at once; one more is refused with
-            `EngineOverloadedError`. None sets no limit.
-        max_num_batched_tokens: Most tokens computed in one step, >= `max_num_seqs`. A longer prompt is prefilled
-            in chunks beside the decoding of others; None picks 512 on a CPU and 2,048 on a GPU, up to which steps
-            are captured.
-        max_num_prefill_tokens: Most tokens of one prompt in a step that also serves streams, while those are more than
-            the requests that wait for their first token: bounds the pause that a long prompt causes. None picks 256
-            on a GPU and sets no limit on a CPU.
-        max_model_len: Most tokens of prompt and answer together; None takes the model's context window.
+        max_num_seqs: Maximum number of requests running at once; None picks 16 on a CPU and 128 on a GPU.
+        max_waiting: Maximum number of requests that wait beside the `max_num_seqs` that may run at once; one more is
+            refused with `EngineOverloadedError`. None sets no limit.
+        max_num_batched_tokens: Maximum number of tokens computed in one step, >= `max_num_seqs`. A longer prompt is
+            prefilled in chunks beside the decoding of others; None picks 512 on a CPU and 2,048 on a GPU, up to which
+            steps are captured.
+        max_num_prefill_tokens: Maximum number of tokens of one prompt in a step that also serves streams, while those
+            are more than the requests that wait for their first token: bounds the pause that a long prompt causes. None
+            picks 256 on a GPU and sets no limit on a CPU.
+        max_model_len: Maximum number of tokens of prompt and answer together; None takes the model's context window.
         block_size: Tokens per block of the paged KV cache.
-        kv_cache_bytes: Size of the KV cache; None sizes it from what is free after loading.
+        kv_cache_bytes: Size of the KV cache. None sizes it from what is free after loading on a GPU; on a CPU it has
+            2,048 tokens for each of `max_num_seqs`, a quarter of what is free at most.
         gpu_memory_utilization: Share of a GPU's memory the engine may fill when it sizes the cache itself.
-        lora_cache_bytes: Device memory for adapters; None picks 0.5 GiB on a CPU and a tenth of a GPU's memory.
-        pinned_lora_bytes: Most page-locked host memory for adapters that are ready to be copied to a GPU, taken as they
-            are used; 0 keeps none. None picks four times `lora_cache_bytes`, a quarter of the available memory at most.
-        max_loras: Most distinct adapters resident on the device at once.
+        lora_cache_bytes: Device memory for adapters; None picks a tenth of a GPU's memory, and on a CPU half of what
+            the weights take, room for a rank of 256 at least and 0.5 GiB at most.
+        pinned_lora_bytes: Maximum page-locked host memory for adapters that are ready to be copied to a GPU, taken as
+            they are used; 0 keeps none. None picks four times `lora_cache_bytes`, a quarter of the available memory at
+            most.
+        max_loras: Maximum number of distinct adapters resident on the device at once.
         max_adapters_per_request: Longest composition (`k`), at most 8.
         enable_prefix_caching: Share the KV of equal prefixes between requests that run the same composition.
         attention_backend: "torch" runs anywhere, "triton" needs the whole model on one device; "auto" picks Triton on

@@ -129,7 +129,10 @@ class Engine:
         )
         self.slots = AdapterSlots(self.store, max_loras=config.max_loras, num_rows=memory.num_lora_rows)
         self.kv_cache = KVCacheManager(
-            memory.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
+            memory.num_blocks,
+            config.block_size,
+            enable_prefix_caching=config.enable_prefix_caching,
+            num_warm_blocks=memory.num_warm_blocks,
         )
         self.scheduler = Scheduler(
             self.kv_cache,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,17 +26,28 @@ class KVCacheManager:
         num_blocks: Blocks in the cache.
         block_size: Tokens per block.
         enable_prefix_caching: Whether freed blocks stay findable by their content until they are reused.
+        num_warm_blocks: Once so many have been used, those that were freed are reused before any that never were, whose
+            memory is still the system's. None uses all of them before any is reused.
 
     Attributes:
         has_lent: Whether a request of this step has found blocks that another request of it is to compute.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        enable_prefix_caching: bool = True,
+        num_warm_blocks: int | None = None,
+    ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._enable_prefix_caching = enable_prefix_caching
         self._ref_counts = [0] * num_blocks
-        self._free: OrderedDict[int, None] = OrderedDict((block, None) for block in range(num_blocks))
+        self._num_warm_blocks = num_blocks if num_warm_blocks is None else num_warm_blocks
+        self._unused = deque(range(num_blocks))
+        self._free: OrderedDict[int, None] = OrderedDict()  # those that were used, the least recently freed first
         self._block_by_hash: dict[bytes, int] = {}
         self._hash_by_block: dict[int, bytes] = {}
         self._fresh: set[bytes] = set()  # committed in this step, and to be computed by it
@@ -45,7 +56,7 @@ class KVCacheManager:
     @property
     def num_free_blocks(self) -> int:
         """Blocks no running request holds; some of them still cache a prefix."""
-        return len(self._free)
+        return len(self._free) + len(self._unused)
 
     def match_prefix(self, request: Request) -> None:
         """Give a request without blocks the cached blocks of its longest known prefix.
@@ -96,16 +107,23 @@ class KVCacheManager:
     def allocate(self, request: Request, num_tokens: int) -> bool:
         """Make room for the request's first `num_tokens` tokens; False, and nothing changed, if there is none."""
         num_missing = -(-num_tokens // self.block_size) - len(request.block_ids)
-        if num_missing > len(self._free):
+        if num_missing > self.num_free_blocks:
             return False
         for _ in range(num_missing):
-            block, _ = self._free.popitem(last=False)
+            block = self._take()
             stale = self._hash_by_block.pop(block, None)
             if stale is not None:
                 del self._block_by_hash[stale]
             self._ref_counts[block] = 1
             request.block_ids.append(block)
         return True
+
+    def _take(self) -> int:
+        is_cold = self.num_blocks - len(self._unused) < self._num_warm_blocks
+        if self._unused and (is_cold or not self._free):
+            return self._unused.popleft()
+        block, _ = self._free.popitem(last=False)
+        return block
 
     def begin_step(self) -> None:
         """Forget which blocks the last step was to compute: it has been launched."""
@@ -163,8 +181,11 @@ class KVCacheManager:
                 counts[block] += 1
         assert counts == self._ref_counts, "reference counts disagree with the running requests"
         held = sum(count > 0 for count in counts)
-        assert held + len(self._free) == self.num_blocks, f"{held} held + {len(self._free)} free != {self.num_blocks}"
-        assert all(self._ref_counts[block] == 0 for block in self._free), "a free block is still referenced"
+        num_free = self.num_free_blocks
+        assert held + num_free == self.num_blocks, f"{held} held + {num_free} free != {self.num_blocks}"
+        free = [*self._free, *self._unused]
+        assert len(set(free)) == num_free, "a block is free twice"
+        assert all(self._ref_counts[block] == 0 for block in free), "a free block is still referenced"
         assert {b: h for h, b in self._block_by_hash.items()} == self._hash_by_block, "hash tables disagree"
 
     def _hash(self, parent: bytes, request: Request, index: int) -> bytes:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from lora_retriever_kernels.host_memory import lazy_zeros
 from lora_retriever_kernels.lora.dense import gather
 
 if TYPE_CHECKING:
@@ -120,8 +121,8 @@ class LoraStack:
             )
         self.rows = rows
         self.out_features = tuple(out_features)
-        self.a = torch.zeros(len(self.out_features), num_rows, in_features, dtype=dtype, device=rows.device)
-        self.b = torch.zeros(num_rows, sum(self.out_features), dtype=dtype, device=rows.device)
+        self.a = lazy_zeros((len(self.out_features), num_rows, in_features), dtype=dtype, device=rows.device)
+        self.b = lazy_zeros((num_rows, sum(self.out_features)), dtype=dtype, device=rows.device)
         self.ranks = torch.zeros(rows.max_loras, len(self.out_features), dtype=torch.int32, device=rows.device)
         self._users: set[int] = set()
         self._gathered: tuple[tuple[object, ...], torch.Tensor, torch.Tensor] | None = None

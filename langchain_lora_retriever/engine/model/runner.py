@@ -24,6 +24,7 @@ from langchain_lora_retriever.engine.pending_step import PendingStep
 from langchain_lora_retriever.engine.pinned_copy import on_device
 from langchain_lora_retriever.engine.sampler import choose, score
 from langchain_lora_retriever.errors import EngineError
+from lora_retriever_kernels.host_memory import lazy_zeros
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -115,6 +116,7 @@ class ModelRunner:
         self._last_choice: dict[Request, int] = {}
         self.executor: TorchExecutor | TritonExecutor = self._make_executor(config)
         self._give_back.callback(self.executor.close)
+        self._log_memory(config)
 
     @property
     def is_async(self) -> bool:
@@ -176,7 +178,7 @@ class ModelRunner:
         shape = (self.memory.num_blocks, block_size, geometry.num_kv_heads)
         try:
             keys, values = (
-                torch.zeros((*shape, width), dtype=geometry.dtype, device=geometry.device)
+                lazy_zeros((*shape, width), dtype=geometry.dtype, device=geometry.device)
                 for width in (geometry.head_dim, geometry.value_dim)
             )
         except RuntimeError as error:  # whichever allocator it is
@@ -185,6 +187,16 @@ class ModelRunner:
                 "lower kv_cache_bytes or gpu_memory_utilization."
             ) from error
         return PagedCache(keys, values, geometry.pattern)
+
+    def _log_memory(self, config: EngineConfig) -> None:
+        weights = sum(parameter.nbytes for parameter in self._model.parameters())
+        cache = sum(tensor.nbytes for layer in self._caches.values() for tensor in (layer.keys, layer.values))
+        rows = sum(tensor.nbytes for _, stack in self.lora_layers.stacks for tensor in (stack.a, stack.b))
+        _logger.info(
+            "%s on %s, %s attention: %d MB of weights; %d tokens of KV cache, %d MB; %d rank rows for adapters, %d MB",
+            type(self._model).__name__, self.device, self.executor.name, weights >> 20,
+            self.memory.num_blocks * config.block_size, cache >> 20, self.memory.num_lora_rows, rows >> 20,
+        )  # fmt: skip
 
     def _make_executor(self, config: EngineConfig) -> TorchExecutor | TritonExecutor:
         """The Triton backend, where it is asked for or serves; else PyTorch's.

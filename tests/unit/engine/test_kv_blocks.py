@@ -86,6 +86,20 @@ def test_freed_blocks_serve_until_they_are_reused(cache: KVCacheManager) -> None
     cache.check_integrity([])
 
 
+def test_blocks_that_were_never_used_are_the_last_resort() -> None:
+    """Once some are warm, what was freed is used again first; whoever runs gets the others all the same."""
+    cache = KVCacheManager(8, 4, num_warm_blocks=3)
+    used: set[int] = set()
+    for start in range(0, 200, 10):
+        compute(cache, request := make_request(list(range(start, start + 8))))
+        used.update(request.block_ids)
+        cache.free(request)
+    assert used == {0, 1, 2}
+    compute(cache, hog := make_request(list(range(32))))
+    assert sorted(hog.block_ids) == list(range(8))
+    cache.check_integrity([hog])
+
+
 def test_allocation_beyond_the_cache_changes_nothing(cache: KVCacheManager) -> None:
     """Asking for more blocks than are free is refused whole."""
     request = make_request(list(range(40)))

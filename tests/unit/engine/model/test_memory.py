@@ -6,6 +6,7 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ from langchain_lora_retriever.engine.model.memory import longest_sequence, plan_
 from langchain_lora_retriever.engine.model.probe import AttentionGeometry, LinearGroup, ModelProbe
 from langchain_lora_retriever.engine.model.runner import ModelRunner
 from langchain_lora_retriever.errors import EngineError, InvalidRequestError
+from lora_retriever_kernels.host_memory import lazy_zeros
 from makers import make_tiny_model
 
 SIZES = ["max_num_seqs", "max_num_batched_tokens", "max_num_prefill_tokens", "max_model_len", "kv_cache_bytes",
@@ -111,3 +113,39 @@ def test_each_device_is_asked_for_its_own_memory(
     assert num_lora_rows * num_here * 4000 <= 0.1 * total["cuda:1"]
     used = num_lora_rows * num_here * 4000 + plan.num_blocks * num_here * 16 * 8 * 128 * 2
     assert 0.45 * total["cuda:1"] < used < 0.5 * total["cuda:1"]
+
+
+@pytest.mark.parametrize(
+    ("num_parameters", "num_warm_tokens", "num_rows"), [(1 << 20, 2048, 256), (1 << 28, 32768 * 2, 1024)]
+)
+def test_a_small_model_keeps_little(
+    num_parameters: int, num_warm_tokens: int, num_rows: int, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU: cached prefixes and adapters are measured by the weights, with room for an adapter of any rank."""
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=64 << 30))
+    cpu = torch.device("cpu")
+    model: Any = SimpleNamespace(
+        config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=8192)),
+        parameters=lambda: [torch.empty(num_parameters, device="meta")],
+    )
+    layers = {0: AttentionGeometry(8, 64, 64, torch.float32, cpu, 8, 1.0, MaskPattern(), None)}
+    probe = ModelProbe(layers, {}, (LinearGroup(("m",), 1 << 16, (1 << 16,), torch.float32, cpu),))
+    plan = plan_memory(BaseModel(model, base.tokenizer, "any"), probe, EngineConfig())
+    assert plan.num_blocks * 16 == 16 * 2048
+    assert plan.num_warm_blocks * 16 == num_warm_tokens
+    assert plan.num_lora_rows == num_rows
+
+
+def test_zeros_cost_nothing_before_they_are_written() -> None:
+    """A gigabyte of them is no more in memory than what was written; small ones are ordinary."""
+    process = psutil.Process()
+    before = process.memory_info().rss
+    zeros = lazy_zeros((4, 1 << 26), dtype=torch.float32, device="cpu")
+    zeros[3, :1024] = 1
+    assert process.memory_info().rss - before < 64 << 20
+    assert zeros[3, :2048].sum() == 1024
+    assert not zeros[0, :1024].any()
+    small = lazy_zeros((2, 3), dtype=torch.bfloat16, device="cpu")
+    assert (small.shape, small.dtype, small.sum()) == ((2, 3), torch.bfloat16, 0)
+    with pytest.raises(RuntimeError, match="no room"):
+        lazy_zeros((1 << 60,), dtype=torch.float32, device="cpu")
