@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from langchain_lora_retriever.cli.options import (
+    AdapterOption,
     BaseModelOption,
+    CompositionOption,
     EncoderOption,
     JsonOption,
+    Mode,
     PoolOption,
     TopKOption,
     make_chat_model,
-    print_json,
+    warm_up,
 )
+from langchain_lora_retriever.cli.terminal import print_json, print_table, status
 
 if TYPE_CHECKING:
-    from langchain_core.messages import AIMessageChunk, BaseMessage
+    from collections.abc import Sequence
 
-    from langchain_lora_retriever.chat.model import ChatLoraRetriever
+    from langchain_lora_retriever.types import Composition
 
 __all__ = ["chat", "route"]
-
-CompositionOption = Annotated[str, typer.Option("--composition", help="selection, fusion or mixture.")]
-AdapterOption = Annotated[
-    list[str] | None, typer.Option("--adapter", help="Pin an adapter; may be repeated.", show_default=False)
-]
 
 
 def chat(
@@ -37,37 +34,43 @@ def chat(
     base_model: BaseModelOption = None,
     pool: PoolOption = None,
     encoder: EncoderOption = None,
-    composition: CompositionOption = "mixture",
+    composition: CompositionOption = Mode.mixture,
     top_k: TopKOption = 3,
     adapter: AdapterOption = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1)] = 256,
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0)] = 0.0,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", metavar="N", help="Maximum number of tokens of an answer.", min=1)
+    ] = 256,
+    temperature: Annotated[
+        float, typer.Option("--temperature", metavar="T", help="0 takes the likeliest token.", min=0.0)
+    ] = 0.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Talk to the model; every turn is routed by itself."""
-    llm = make_chat_model(
-        base_model,
-        pool,
-        encoder,
-        composition=composition,
-        top_k=top_k,
-        adapters=adapter or None,
-        max_tokens=max_tokens,
-        temperature=temperature,
-    )
-    if prompt is not None and as_json:
+    """Talk to the model; every turn is routed by itself.
+
+    Standard output gets the answer alone. In a conversation /help names the commands.
+    """
+    from langchain_lora_retriever.cli.conversation import Conversation, answer  # noqa: PLC0415 - seconds to import
+
+    with status("Reading the pool"):
+        llm = make_chat_model(
+            base_model,
+            pool,
+            encoder,
+            composition=str(composition),
+            top_k=top_k,
+            adapters=adapter or None,
+            max_tokens=max_tokens,
+            temperature=temperature,
+        )
+    if prompt is None:
+        Conversation(llm, as_json=as_json).run()
+        return
+    warm_up(llm)
+    if as_json:
         message = llm.invoke(prompt)
         print_json({"content": message.content, **message.response_metadata, "usage": message.usage_metadata})
         return
-    console = Console()
-    if prompt is not None:
-        _answer(llm, console, [("user", prompt)])
-        return
-    console.print("Type a message; an empty line or Ctrl-D ends.", style="dim")
-    history: list[Any] = []
-    while text := _read(console):
-        history.append(("user", text))
-        history.append(_answer(llm, console, history))
+    answer(llm, [("user", prompt)])
 
 
 def route(
@@ -76,41 +79,23 @@ def route(
     base_model: BaseModelOption = None,
     pool: PoolOption = None,
     encoder: EncoderOption = None,
-    composition: CompositionOption = "mixture",
+    composition: CompositionOption = Mode.mixture,
     top_k: TopKOption = 3,
     as_json: JsonOption = False,
 ) -> None:
     """Show which adapters prompts would run; nothing is generated and no base model is loaded."""
-    llm = make_chat_model(base_model, pool, encoder, composition=composition, top_k=top_k)
+    with status("Reading the pool"):
+        llm = make_chat_model(base_model, pool, encoder, composition=str(composition), top_k=top_k)
     routed = [(prompt, llm.route(prompt)) for prompt in prompts]
     if as_json:
         print_json([{"prompt": prompt, **decision.to_metadata()} for prompt, decision in routed])
         return
-    table = Table("prompt", "adapter", "score", "weight")
-    for prompt, decision in routed:
-        members = decision.adapters
-        table.add_row(
-            prompt,
-            "\n".join(member.name for member in members) or "(base model)",
-            "\n".join("" if member.score is None else f"{member.score:.3f}" for member in members),
-            "\n".join(f"{member.weight:.3f}" for member in members),
-        )
-    Console().print(table)
+    print_table(("prompt", "adapter", "score", "weight"), [row for each in routed for row in _rows(*each)])
 
 
-def _answer(llm: ChatLoraRetriever, console: Console, messages: list[Any]) -> BaseMessage:
-    full: AIMessageChunk | None = None
-    for chunk in llm.stream(messages):
-        console.print(str(chunk.text), end="", markup=False, highlight=False, soft_wrap=True)
-        full = chunk if full is None else full + chunk
-    assert full is not None
-    adapters = ", ".join(f"{a['name']} {a['weight']:.0%}" for a in full.response_metadata["adapters"])
-    console.print(f"\n({adapters or 'base model'})", style="dim", markup=False, highlight=False)
-    return full
-
-
-def _read(console: Console) -> str:
-    try:
-        return console.input("[bold]> [/]").strip()
-    except (EOFError, KeyboardInterrupt):
-        return ""
+def _rows(prompt: str, decision: Composition) -> Sequence[Sequence[str]]:
+    members = [
+        (prompt, member.name, "" if member.score is None else f"{member.score:.3f}", f"{member.weight:.3f}")
+        for member in decision.adapters
+    ]
+    return members or [(prompt, "(base model)", "", "")]

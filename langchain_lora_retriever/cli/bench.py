@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import platform
 import time
-from pathlib import Path  # noqa: TC003 - typer reads the annotations
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from langchain_lora_retriever.cli.options import (
     BaseModelOption,
@@ -18,8 +16,9 @@ from langchain_lora_retriever.cli.options import (
     JsonOption,
     PoolOption,
     make_chat_model,
-    print_json,
+    warm_up,
 )
+from langchain_lora_retriever.cli.terminal import print_json, print_table, status
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,19 +33,29 @@ def bench(
     base_model: BaseModelOption = None,
     pool: PoolOption = None,
     encoder: EncoderOption = None,
-    prompts: Annotated[int, typer.Option("--prompts", help="Prompts, drawn from the adapters' samples.", min=1)] = 32,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Longest answer.", min=1)] = 24,
+    prompts: Annotated[
+        int, typer.Option("--prompts", metavar="N", help="Prompts, drawn from the adapters' samples.", min=1)
+    ] = 32,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", metavar="N", help="Maximum number of tokens of an answer.", min=1)
+    ] = 24,
     plot: Annotated[
-        Path | None, typer.Option("--plot", help="Picture to draw (needs matplotlib).", show_default=False)
+        Path | None,
+        typer.Option("--plot", metavar="FILE", help="Picture to draw (needs matplotlib).", show_default=False),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure tokens per second one by one and together, on prompts that need many different adapters."""
-    llm = make_chat_model(base_model, pool, encoder, max_tokens=max_tokens)
+    with status("Reading the pool"):
+        llm = make_chat_model(base_model, pool, encoder, max_tokens=max_tokens)
     texts = _texts(llm, prompts)
-    llm.invoke(texts[0])  # loads and warms up
+    warm_up(llm)
+    llm.invoke(texts[0])  # the first step is slower than those after it
     runs = {"one by one": 1, "8 at once": 8, "all at once": prompts}
-    results = [{"run": label, **_measure(llm, texts, limit)} for label, limit in runs.items()]
+    results = []
+    for label, limit in runs.items():
+        with status(f"{prompts} prompts, {label}"):
+            results.append({"run": label, **_measure(llm, texts, limit)})
     if plot is not None:
         from langchain_lora_retriever.evaluation.plots import plot_throughput  # noqa: PLC0415 - seconds to import
 
@@ -56,16 +65,18 @@ def bench(
     if as_json:
         print_json({"device": device, "base_model": llm.model_name, "prompts": len(texts), "results": results})
         return
-    table = Table("run", "seconds", "tokens", "tokens/s", "adapters", title=f"{llm.model_name} on {device}")
-    for row in results:
-        table.add_row(
+    rows = [
+        (
             row["run"],
             f"{row['seconds']:.1f}",
             str(row["tokens"]),
             f"{row['tokens_per_second']:.0f}",
             str(row["adapters"]),
         )
-    Console().print(table)
+        for row in results
+    ]
+    columns = ("run", "seconds", "tokens", "tokens/s", "adapters")
+    print_table(columns, rows, title=f"{llm.model_name} on {device}")
 
 
 def _texts(llm: ChatLoraRetriever, num: int) -> list[str]:

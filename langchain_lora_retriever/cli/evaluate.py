@@ -6,9 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
 from langchain_lora_retriever.cli.options import (
     BaseModelOption,
@@ -19,12 +16,15 @@ from langchain_lora_retriever.cli.options import (
     encoder_source,
     make_chat_model,
     make_encoder,
-    print_json,
+    new_commands,
 )
+from langchain_lora_retriever.cli.terminal import console, print_json, print_table
 from langchain_lora_retriever.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+
+    from rich.progress import Progress
 
     from langchain_lora_retriever.evaluation import (
         Benchmark,
@@ -39,18 +39,31 @@ if TYPE_CHECKING:
 
 __all__ = ["commands"]
 
-commands = typer.Typer(help="Measure retrieval and composition on test rows.", no_args_is_help=True)
+commands = new_commands("Measure retrieval and composition on test rows.")
 
 TestOption = Annotated[
-    Path, typer.Option("--test", help="JSON list of rows: inputs, targets, task, and perhaps domain, metric.")
-]
+    Path,
+    typer.Option(
+        "--test", metavar="FILE", help="JSON list of rows: inputs, targets, task, and perhaps domain, metric.",
+        exists=True, dir_okay=False,
+    ),
+]  # fmt: skip
 CardsOption = Annotated[
     Path | None,
-    typer.Option("--cards", help="JSON list of adapters and their samples; the pool's by default.", show_default=False),
+    typer.Option(
+        "--cards", metavar="FILE", help="JSON list of adapters and their samples; the pool's by default.",
+        show_default=False, exists=True, dir_okay=False,
+    ),
+]  # fmt: skip
+RowsOption = Annotated[
+    int | None,
+    typer.Option("--rows", metavar="N", help="Maximum number of rows per task.", min=1, show_default=False),
 ]
-RowsOption = Annotated[int | None, typer.Option("--rows", help="Most rows per task.", min=1, show_default=False)]
 PlotsOption = Annotated[
-    Path | None, typer.Option("--plots", help="Folder to draw pictures in (needs matplotlib).", show_default=False)
+    Path | None,
+    typer.Option(
+        "--plots", metavar="FOLDER", help="Folder to draw pictures in (needs matplotlib).", show_default=False
+    ),
 ]
 
 
@@ -62,12 +75,17 @@ def retrieval(
     pool: PoolOption = None,
     encoder: EncoderOption = None,
     words: WordsOption = False,
-    top_k: Annotated[list[int], typer.Option("--top-k", help="May be repeated.", min=1)] = [1, 3, 5, 8],  # noqa: B006 - typer reads it
+    top_k: Annotated[list[int], typer.Option("--top-k", metavar="K", help="May be repeated.", min=1)] = [1, 3, 5, 8],  # noqa: B006 - typer reads it
     rows: RowsOption = None,
-    splits: Annotated[int, typer.Option("--splits", help="Train on so many random shares of the adapters.")] = 0,
-    fraction: Annotated[float, typer.Option("--fraction", help="Share of the adapters to train on.")] = 0.4,
+    splits: Annotated[
+        int, typer.Option("--splits", metavar="N", help="Train on so many random shares of the adapters.", min=0)
+    ] = 0,
+    fraction: Annotated[
+        float, typer.Option("--fraction", metavar="SHARE", help="Share of the adapters to train on.")
+    ] = 0.4,
     output: Annotated[
-        Path | None, typer.Option("--output", help="Folder for the encoders of the splits.", show_default=False)
+        Path | None,
+        typer.Option("--output", metavar="FOLDER", help="Folder for the encoders of the splits.", show_default=False),
     ] = None,
     plots: PlotsOption = None,
     as_json: JsonOption = False,
@@ -82,7 +100,7 @@ def retrieval(
         raise InvalidRequestError("--splits trains encoders: name a folder for them with --output.")
     benchmark = _benchmark(cards, None if cards else _pool(pool), test, rows)
     embedder = make_encoder(encoder, words=words)
-    with Progress(console=Console(stderr=True)) as progress:
+    with _progress() as progress:
         report = evaluate_retrieval(benchmark, embedder, top_k=top_k, progress=_bar(progress, "Retrieving"))
     trained = None
     if output is not None and splits:
@@ -102,7 +120,7 @@ def retrieval(
     if as_json:
         print_json({"retrieval": report.to_dict(), "splits": trained and trained.to_dict()})
         return
-    _print_retrieval(Console(), report, trained)
+    _print_retrieval(report, trained)
 
 
 @commands.command()
@@ -115,23 +133,33 @@ def composition(
     encoder: EncoderOption = None,
     words: WordsOption = False,
     top_k: Annotated[
-        list[int], typer.Option("--top-k", help="Adapters of a fusion or mixture; may be repeated.", min=1)
+        list[int], typer.Option("--top-k", metavar="K", help="Adapters of a fusion or mixture; may be repeated.", min=1)
     ] = [3],  # noqa: B006 - typer reads it
     weight_temperature: Annotated[
         list[float] | None,
-        typer.Option("--weight-temperature", help="A mixture with similarity weights; may be repeated."),
+        typer.Option("--weight-temperature", metavar="T", help="A mixture with similarity weights; may be repeated."),
     ] = None,
-    soup: Annotated[bool, typer.Option("--soup", help="One uniform fusion for all prompts (AdapterSoup).")] = False,
+    soup: Annotated[
+        bool, typer.Option("--soup", metavar="", help="One uniform fusion for all prompts (AdapterSoup).")
+    ] = False,
     random_fusion: Annotated[
-        bool, typer.Option("--random-fusion", help="A fusion of adapters drawn at random (LoraHub's start).")
+        bool,
+        typer.Option("--random-fusion", metavar="", help="A fusion of adapters drawn at random (LoraHub's start)."),
     ] = False,
     rows: RowsOption = None,
     max_tokens: Annotated[
         int | None,
-        typer.Option("--max-tokens", help="Longest answer; follows the task's samples by default.", min=1),
+        typer.Option(
+            "--max-tokens",
+            metavar="N",
+            min=1,
+            show_default=False,
+            help="Maximum number of tokens of an answer; follows the task's samples by default.",
+        ),
     ] = None,
     cache: Annotated[
-        Path | None, typer.Option("--cache", help="File of answers already generated.", show_default=False)
+        Path | None,
+        typer.Option("--cache", metavar="FILE", help="File of answers already generated.", show_default=False),
     ] = None,
     plots: PlotsOption = None,
     as_json: JsonOption = False,
@@ -150,7 +178,7 @@ def composition(
     ]
     settings += [Setting("soup", top_k=k) for k in top_k if soup]
     settings += [Setting("random", top_k=k) for k in top_k if random_fusion]
-    with Progress(console=Console(stderr=True)) as progress:
+    with _progress() as progress:
         report = evaluate_composition(
             benchmark,
             llm.pool,
@@ -166,7 +194,7 @@ def composition(
     if as_json:
         print_json(report.to_dict())
         return
-    _print_composition(Console(), report)
+    _print_composition(report)
 
 
 def _pool(folder: Path | None) -> AdapterPool:
@@ -185,6 +213,12 @@ def _benchmark(cards: Path | None, pool: AdapterPool | None, test: Path, rows: i
         assert pool is not None, "without cards there is a pool"
         benchmark = benchmark_from_pool(pool, test)
     return benchmark if rows is None else benchmark.subset(rows)
+
+
+def _progress() -> Progress:
+    from rich.progress import Progress  # noqa: PLC0415 - not needed for --help
+
+    return Progress(console=console(stderr=True), transient=True)
 
 
 def _bar(progress: Progress, label: str) -> Callable[[int, int], None]:
@@ -225,24 +259,21 @@ def _plot(
     plots.plot_accuracy(folder / name, curves, label=label)
 
 
-def _print_retrieval(console: Console, report: RetrievalReport, trained: SplitsReport | None) -> None:
-    title = f"{report.num_rows} rows, {report.num_adapters} adapters"
-    table = Table("retrieval", *(f"top {k}" for k in report.accuracy), title=title)
-    table.add_row(report.encoder, *(f"{share:.1%}" for share in report.accuracy.values()))
+def _print_retrieval(report: RetrievalReport, trained: SplitsReport | None) -> None:
+    rows = [(report.encoder, *(f"{share:.1%}" for share in report.accuracy.values()))]
     if trained is not None:
         for part, accuracy in trained.mean.items():
             label = f"trained on {trained.fraction:.0%}, {part}"
             spread = trained.deviation[part]
-            table.add_row(label, *(f"{share:.1%} ± {spread[k]:.1%}" for k, share in accuracy.items()))
-    console.print(table)
+            rows.append((label, *(f"{share:.1%} ± {spread[k]:.1%}" for k, share in accuracy.items())))
+    columns = ("retrieval", *(f"top {k}" for k in report.accuracy))
+    print_table(columns, rows, title=f"{report.num_rows} rows, {report.num_adapters} adapters")
 
 
-def _print_composition(console: Console, report: CompositionReport) -> None:
-    table = Table("composition", "all adapters", "right adapter masked", title=f"{report.num_rows} rows")
+def _print_composition(report: CompositionReport) -> None:
     scores: dict[str, dict[bool, str]] = {}
     for score in report.scores:
         value, low, high = score.overall
         scores.setdefault(score.setting.label, {})[score.is_masked] = f"{value:.1%} ({low:.1%} to {high:.1%})"
-    for label, by_mask in scores.items():
-        table.add_row(label, by_mask.get(False, "-"), by_mask.get(True, "-"))
-    console.print(table)
+    rows = [(label, by_mask.get(False, "-"), by_mask.get(True, "-")) for label, by_mask in scores.items()]
+    print_table(("composition", "all adapters", "right adapter masked"), rows, title=f"{report.num_rows} rows")

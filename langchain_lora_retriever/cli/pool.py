@@ -6,11 +6,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from langchain_lora_retriever.cli.options import EncoderOption, JsonOption, WordsOption, make_encoder, print_json
+from langchain_lora_retriever.cli.options import (
+    EncoderOption,
+    FolderArgument,
+    JsonOption,
+    WordsOption,
+    complete_adapter,
+    make_encoder,
+    new_commands,
+)
+from langchain_lora_retriever.cli.pool_listing import ListedAdapter, list_plain_pool
+from langchain_lora_retriever.cli.terminal import (
+    hint,
+    print_facts,
+    print_json,
+    print_table,
+    status,
+    warn,
+    without_warnings,
+)
 from langchain_lora_retriever.pool.samples import read_samples
 
 if TYPE_CHECKING:
@@ -22,53 +37,69 @@ if TYPE_CHECKING:
 
 __all__ = ["commands"]
 
-commands = typer.Typer(help="List, add, update, remove and inspect the adapters of a pool.", no_args_is_help=True)
+commands = new_commands("List, add, update, remove and inspect the adapters of a pool.")
 
-FolderArgument = Annotated[Path, typer.Argument(help="Folder of the pool.")]
-NameArgument = Annotated[str, typer.Argument(help="Name of the adapter.")]
-SamplesOption = Annotated[
-    Path | None, typer.Option("--samples", help="JSON lines with an input each.", show_default=False)
+NewFolderArgument = Annotated[
+    Path, typer.Argument(help="Folder of the pool; made if it is not there.", file_okay=False)
 ]
+NameArgument = Annotated[str, typer.Argument(help="Name of the adapter.", autocompletion=complete_adapter)]
+SamplesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--samples", metavar="FILE", help="JSON lines with an input each.", show_default=False,
+        exists=True, dir_okay=False,
+    ),
+]  # fmt: skip
 
 
 @commands.command("list")
 def list_adapters(folder: FolderArgument, *, as_json: JsonOption = False) -> None:
-    """List a pool's adapters, those that no prompt finds, and those that were refused."""
-    pool = _open(folder)
-    rows = [_describe(pool, name) for name in pool.names]
-    rejected = {name: str(error) for name, error in pool.rejected.items()}
+    """List a pool's adapters, those that no prompt finds, and those that were refused.
+
+    A pool of plain checkpoints is listed without reading their weights; `pool inspect` reads all of it.
+    """
+    adapters, rejected = list_plain_pool(folder), dict[str, str]()
+    if adapters is None:
+        with status("Reading the pool"), without_warnings():
+            pool = _open(folder)
+        adapters = [_listed(pool, name) for name in pool.names]
+        rejected = {name: str(error) for name, error in pool.rejected.items()}
+    undescribed = [adapter.name for adapter in adapters if not adapter.is_described]
     if as_json:
-        print_json({"adapters": rows, "rejected": rejected})
+        rows = [{**adapter._asdict(), "is_described": adapter.is_described} for adapter in adapters]
+        print_json({"adapters": rows, "undescribed": undescribed, "rejected": rejected})
         return
-    table = Table("adapter", "rank", "modules", "parameters", "samples")
-    for row in rows:
-        table.add_row(
-            row["name"],
-            str(row["rank"]),
-            str(len(row["modules"])),
-            f"{row['num_parameters']:,}",
-            str(row["num_samples"]),
+    print_table(
+        ("adapter", "state", "rank", "modules", "parameters", "samples"),
+        [
+            *(
+                (
+                    adapter.name,
+                    "described" if adapter.is_described else "undescribed",
+                    str(adapter.rank),
+                    str(adapter.num_modules),
+                    f"{adapter.num_parameters:,}",
+                    str(adapter.num_samples),
+                )
+                for adapter in adapters
+            ),
+            *((name, "rejected", "", "", "", "") for name in rejected),
+        ],
+    )
+    if undescribed:
+        hint(
+            f"No prompt finds the undescribed ({len(undescribed)}): they run only where they are pinned. Describe one: "
+            f"lora-retriever pool update {folder} {undescribed[0]} --samples samples.jsonl"
         )
-    console = Console()
-    console.print(table)
-    for row in rows:
-        if not row["is_routed"]:
-            console.print(
-                f"{row['name']} runs only where it is pinned: no prompt finds it without samples. Describe it: "
-                f"lora-retriever pool update {folder} {row['name']} --samples samples.jsonl",
-                style="yellow",
-                markup=False,
-                highlight=False,
-            )
-    for name, reason in rejected.items():
-        console.print(f"refused {name!r}: {reason}", style="red", markup=False, highlight=False)
+    for reason in rejected.values():
+        warn(f"rejected: {reason}")
 
 
 @commands.command()
 def add(
-    folder: FolderArgument,
-    name: NameArgument,
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of the PEFT checkpoint.")],
+    folder: NewFolderArgument,
+    name: Annotated[str, typer.Argument(help="Name of the adapter from now on.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of the PEFT checkpoint.", exists=True, file_okay=False)],
     *,
     samples: SamplesOption = None,
     convert: Annotated[
@@ -102,7 +133,10 @@ def update(
     folder: FolderArgument,
     name: NameArgument,
     checkpoint: Annotated[
-        Path | None, typer.Argument(help="Folder of the new PEFT checkpoint; without it the weights stay.")
+        Path | None,
+        typer.Argument(
+            help="Folder of the new PEFT checkpoint; without it the weights stay.", exists=True, file_okay=False
+        ),
     ] = None,
     *,
     samples: SamplesOption = None,
@@ -125,12 +159,16 @@ def remove(folder: FolderArgument, name: NameArgument, *, as_json: JsonOption = 
 @commands.command()
 def inspect(
     folder: FolderArgument,
-    name: Annotated[str | None, typer.Argument(help="Name of one adapter; without it the whole pool.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="Name of one adapter; without it the whole pool.", autocompletion=complete_adapter),
+    ] = None,
     *,
     base_model: Annotated[
         str | None,
         typer.Option(
             "--base-model",
+            metavar="MODEL",
             help="Hub name or folder: load it and say which adapters do not fit it.",
             show_default=False,
         ),
@@ -143,11 +181,12 @@ def inspect(
     pool = _open(folder)
     if name is not None:
         described = _describe(pool, name)
-        described["samples"] = [sample.input for sample in pool.samples(name)]
         if as_json:
             print_json(described)
         else:
-            _print_facts(described)
+            modules = described["modules"]
+            described["modules"] = [*modules[:4], f"... {len(modules) - 4} more"] if len(modules) > 5 else modules
+            print_facts(described)
         return
     from langchain_lora_retriever.evaluation import inspect_pool  # noqa: PLC0415 - seconds to import
     from langchain_lora_retriever.retrieval.retriever import LoraRetriever  # noqa: PLC0415 - the same
@@ -163,13 +202,19 @@ def inspect(
         "samples": inspection.num_samples,
         "find their own adapter first": f"{inspection.accuracy:.1%}",
         "min_score": f"{inspection.min_score:.3f} ({inspection.kept:.0%} of the samples reach it)",
-        "strangers": f"{inspection.strangers:.1%} of the samples would reach it without their own adapter",
-        "twins": [f"{pair.first} and {pair.second} ({pair.similarity:.3f})" for pair in inspection.twins] or "none",
-        "reaches": [f"{reach.share:.0%} of {reach.samples_of} find {reach.find}" for reach in inspection.reaches]
+        "strangers (without an adapter)": f"{inspection.strangers:.1%} of the samples would reach it without their own",
+        "twins (cannot be told apart)": [
+            f"{pair.first} and {pair.second} ({pair.similarity:.3f})" for pair in inspection.twins
+        ]
         or "none",
+        "reaches (samples that find others)": [
+            f"{reach.share:.0%} of {reach.samples_of} find {reach.find}" for reach in inspection.reaches
+        ]
+        or "none",
+        "undescribed (pinned only)": ", ".join(pool.undescribed) or "none",
         "cannot be used": [f"{name}: {reason}" for name, reason in rejected.items()] or "none",
     }
-    _print_facts(facts)
+    print_facts(facts)
 
 
 def _rejected(retriever: LoraRetriever, base_model: str | None) -> Mapping[str, AdapterError]:
@@ -186,13 +231,6 @@ def _rejected(retriever: LoraRetriever, base_model: str | None) -> Mapping[str, 
         runtime.close()
 
 
-def _print_facts(facts: dict[str, Any]) -> None:
-    table = Table.grid(padding=(0, 2))
-    for key, value in facts.items():
-        table.add_row(key, Text("\n".join(map(str, value)) if isinstance(value, list) else str(value)))
-    Console().print(table)
-
-
 def _read(samples: Path | None) -> list[dict[str, Any]] | None:
     if samples is None:
         return None
@@ -205,19 +243,28 @@ def _open(folder: Path, *, create: bool = False) -> AdapterPool:
     return AdapterPool(folder, create=create)
 
 
-def _describe(pool: AdapterPool, name: str) -> dict[str, Any]:
+def _listed(pool: AdapterPool, name: str) -> ListedAdapter:
     adapter = pool[name]
+    return ListedAdapter(
+        name=name,
+        base_model=adapter.base_model,
+        rank=adapter.rank,
+        num_modules=len(adapter.shapes),
+        num_parameters=adapter.num_parameters,
+        num_samples=len(pool.samples(name)),
+        has_embedding=pool.embedding(name) is not None,
+    )
+
+
+def _describe(pool: AdapterPool, name: str) -> dict[str, Any]:
+    adapter, listed = pool[name], _listed(pool, name)
     return {
-        "name": name,
+        **listed._asdict(),
+        "is_described": pool.state[name].is_described,
         "fingerprint": adapter.fingerprint,
-        "base_model": adapter.base_model,
         "path": str(adapter.path),
-        "rank": adapter.rank,
-        "num_parameters": adapter.num_parameters,
         "modules": sorted(adapter.weights),
-        "num_samples": len(pool.samples(name)),
-        "has_embedding": pool.embedding(name) is not None,
-        "is_routed": pool.state[name].is_described,
+        "samples": [sample.input for sample in pool.samples(name)],
     }
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path  # noqa: TC003 - typer reads the annotations
+from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from langchain_lora_retriever.cli.options import BaseModelOption, EncoderOption, PoolOption, make_chat_model
+from langchain_lora_retriever.cli import interrupts
+from langchain_lora_retriever.cli.options import BaseModelOption, EncoderOption, PoolOption, make_chat_model, warm_up
+from langchain_lora_retriever.cli.terminal import hint, status
 from langchain_lora_retriever.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -23,20 +25,28 @@ def serve(
     pool: PoolOption = None,
     encoder: EncoderOption = None,
     host: Annotated[
-        str | None, typer.Option("--host", help="Address to listen on; 127.0.0.1 by default.", show_default=False)
+        str | None,
+        typer.Option(
+            "--host", metavar="ADDRESS", help="Address to listen on; 127.0.0.1 by default.", show_default=False
+        ),
     ] = None,
     port: Annotated[
-        int | None, typer.Option("--port", help="Port, 8000 by default; 0 takes a free one.", show_default=False)
+        int | None,
+        typer.Option("--port", metavar="PORT", help="8000 by default; 0 takes a free one.", show_default=False),
     ] = None,
     api_key_file: Annotated[
-        Path | None, typer.Option("--api-key-file", help="File of keys that may ask, one per line.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--api-key-file", metavar="FILE", help="File of keys that may ask, one per line.", show_default=False
+        ),
     ] = None,
     replicas: Annotated[
         int | None,
         typer.Option("--replicas", min=1, help="Run so many engines behind Ray Serve.", show_default=False),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option("--config", help="YAML file of these settings and more.", show_default=False)
+        Path | None,
+        typer.Option("--config", metavar="FILE", help="YAML file of these settings and more.", show_default=False),
     ] = None,
 ) -> None:
     """Serve the model and its pool to OpenAI clients."""
@@ -58,29 +68,24 @@ def serve(
         api_key_file=api_key_file,
         replicas=replicas,
     )
-    console = Console(stderr=True)
     if settings.replicas is not None:
-        _serve_cluster(settings, console)
+        _serve_cluster(settings)
         return
     limits = settings.chat.setdefault("engine_config", {})
     if isinstance(limits, dict):
         limits.setdefault("max_waiting", MAX_WAITING)
-    with console.status("Reading the pool"):
+    with status("Reading the pool"):
         llm = make_chat_model(settings.base_model, settings.pool, settings.encoder, **settings.chat)
-    status = console.status(f"Loading {llm.model_name}")
+    warm_up(llm)
 
     def on_ready(address: str) -> None:
-        status.stop()
-        console.print(f"{llm.model_name} with {len(llm.pool)} adapters is served at {address}/v1", soft_wrap=True)
+        hint(f"{llm.model_name} with {len(llm.pool)} adapters is served at {address}/v1")
 
-    status.start()
-    try:
+    with interrupts.raising():  # the server has an orderly end of its own
         run(llm, settings, on_ready=on_ready)
-    finally:
-        status.stop()
 
 
-def _serve_cluster(settings: ServeConfig, console: Console) -> None:
+def _serve_cluster(settings: ServeConfig) -> None:
     try:
         from langchain_lora_retriever.serving.cluster import serve_cluster  # noqa: PLC0415 - seconds to import
     except ImportError as error:
@@ -88,14 +93,11 @@ def _serve_cluster(settings: ServeConfig, console: Console) -> None:
             f"Replicas need packages that are not installed ({error.name}): "
             'pip install "langchain-lora-retriever[serve,ray]"'
         ) from error
-    status = console.status(f"Starting {settings.replicas} engines")
+    with ExitStack() as waiting, interrupts.raising():
+        waiting.enter_context(status(f"Starting {settings.replicas} engines"))
 
-    def on_ready(address: str) -> None:
-        status.stop()
-        console.print(f"{settings.replicas} engines are served at {address}/v1", soft_wrap=True)
+        def on_ready(address: str) -> None:
+            waiting.close()
+            hint(f"{settings.replicas} engines are served at {address}/v1")
 
-    status.start()
-    try:
         serve_cluster(settings, on_ready=on_ready)
-    finally:
-        status.stop()

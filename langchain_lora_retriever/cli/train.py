@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from pathlib import Path  # noqa: TC003 - typer reads the annotations
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from langchain_lora_retriever.cli.options import JsonOption, print_json
+from langchain_lora_retriever.cli.options import FolderArgument, JsonOption
+from langchain_lora_retriever.cli.terminal import print_json
 
 __all__ = ["train"]
 
 
 def train(
-    pool: Annotated[Path, typer.Argument(help="Folder of the pool.")],
-    output: Annotated[Path, typer.Argument(help="Folder for the trained encoder.")],
+    pool: FolderArgument,
+    output: Annotated[Path, typer.Argument(help="Folder for the trained encoder.", file_okay=False)],
     *,
     encoder: Annotated[
-        str | None, typer.Option("--encoder", help="What to start from; the default encoder if not given.")
+        str | None,
+        typer.Option("--encoder", metavar="MODEL", help="What to start from; the default encoder if not given."),
     ] = None,
-    steps: Annotated[int, typer.Option("--steps", help="Most optimizer steps.", min=1)] = 100,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
+    steps: Annotated[int, typer.Option("--steps", metavar="N", help="Maximum number of optimizer steps.", min=1)] = 100,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Another seed draws other batches.")] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", metavar="", help="Go on from the last checkpoint in the folder.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train the encoder so that samples of one adapter lie together, with a contrastive loss."""

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import signal
 import subprocess
 import sys
+import time
+import warnings
 from pathlib import Path  # noqa: TC003 - fixtures are annotated with it
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from pydantic import ValidationError
 from typer.testing import CliRunner
 
-from langchain_lora_retriever import AdapterPool
+from langchain_lora_retriever import AdapterPool, ChatLoraRetriever, __version__
 from langchain_lora_retriever.cli import app, commands
+from langchain_lora_retriever.cli.failures import FAULT, WRONG_ARGUMENTS, explain
+from langchain_lora_retriever.cli.options import Mode
+from langchain_lora_retriever.cli.pool_listing import list_plain_pool
+from langchain_lora_retriever.cli.terminal import logging_to_terminal
 from langchain_lora_retriever.demo.report import CONDITIONS, run_demo
+from langchain_lora_retriever.testing import FakeEngine
+from langchain_lora_retriever.types import CompositionMode
 
 SQL = "How many users are in the table?"
 
@@ -58,21 +69,58 @@ def test_pool_list_names_adapters_and_refusals(run, folder: Path) -> None:
     assert [row["name"] for row in listed["adapters"]] == ["dates", "french", "sql"]
     assert "broken" in listed["rejected"]
     with pytest.warns(UserWarning, match="broken"):
-        assert "french" in run("pool", "list", folder)
+        lines = run("pool", "list", folder).splitlines()
+    assert [line.split("\t")[:2] for line in lines] == [
+        ["adapter", "state"], ["dates", "described"], ["french", "described"], ["sql", "described"],
+        ["broken", "rejected"],
+    ]  # fmt: skip
 
 
-def test_pool_list_says_which_adapters_no_prompt_finds(run, folder: Path) -> None:
+def test_pool_list_says_which_adapters_no_prompt_finds(folder: Path) -> None:
     """And how to describe them."""
     (folder / "french" / "samples.jsonl").unlink()
-    listed = json.loads(run("pool", "list", folder, "--json"))
-    assert {row["name"]: row["is_routed"] for row in listed["adapters"]} == {
-        "dates": True,
-        "french": False,
-        "sql": True,
-    }
-    shown = " ".join(run("pool", "list", folder).split())
-    assert "french runs only where it is pinned" in shown
-    assert "pool update" in shown
+    result = CliRunner().invoke(commands, ["pool", "list", str(folder)])
+    assert [line.split("\t")[1] for line in result.stdout.splitlines()[1:]] == ["described", "undescribed", "described"]
+    assert f"pool update {folder} french --samples samples.jsonl" in result.stderr
+    listed = json.loads(CliRunner().invoke(commands, ["pool", "list", str(folder), "--json"]).stdout)
+    assert listed["undescribed"] == ["french"]
+
+
+def test_a_pool_of_plain_adapters_is_listed_without_torch(folder: Path) -> None:
+    """Which takes a tenth of the time; what it says is what reading the pool in earnest says."""
+    code = f"""
+import sys
+from langchain_lora_retriever.cli import commands
+commands(["pool", "list", {str(folder)!r}, "--json"], standalone_mode=False)
+assert "torch" not in sys.modules and "peft" not in sys.modules
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    pool = AdapterPool(folder)
+    assert [(row["name"], row["rank"], row["num_modules"], row["num_parameters"], row["num_samples"])
+            for row in json.loads(run.stdout)["adapters"]] == [
+        (name, pool[name].rank, len(pool[name].weights), pool[name].num_parameters, len(pool.samples(name)))
+        for name in pool.names
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", ["dora", "rank", "tensor", "truncated", "samples", "extra"])
+def test_what_is_not_plain_is_read_in_earnest(folder: Path, change: str) -> None:
+    """Whatever is odd about one adapter leaves the whole pool to those who know the words for it."""
+    assert list_plain_pool(folder)
+    config, weights = folder / "sql" / "adapter_config.json", folder / "sql" / "adapter_model.safetensors"
+    if change in {"dora", "rank"}:
+        config.write_text(
+            json.dumps({**json.loads(config.read_text()), **{"dora": {"use_dora": True}, "rank": {"r": 3}}[change]})
+        )
+    elif change == "tensor":
+        weights.write_bytes(weights.read_bytes().replace(b"lora_A", b"lora_C"))
+    elif change == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-4])
+    elif change == "samples":
+        (folder / "sql" / "samples.jsonl").write_text("{}")
+    else:
+        (folder / "sql" / "embedding.npy").write_bytes(b"x")
+    assert list_plain_pool(folder) is None
 
 
 def test_pool_add_inspect_remove(run, folder: Path, write_adapter, tmp_path: Path) -> None:
@@ -144,20 +192,47 @@ def test_route_shows_the_decision(run, folder: Path, engine) -> None:
 
 
 def test_chat_answers_once(run, folder: Path) -> None:
-    """One prompt gets one answer, with its adapters."""
+    """One prompt gets one answer; a pipe gets that alone, JSON its adapters too."""
     options = ("--base-model", "fake/base", "--pool", folder)
     answer = json.loads(run("chat", SQL, *options, "--json"))
     assert answer["content"] == "The answer."
     assert answer["adapters"][0]["name"] == "sql"
-    assert "The answer." in run("chat", SQL, *options, "--adapter", "dates")
+    assert run("chat", SQL, *options, "--adapter", "dates") == "The answer.\n"
 
 
 def test_chat_is_a_conversation(run, folder: Path, engine) -> None:
-    """Without a prompt every line is a turn, and earlier turns are remembered."""
-    run("chat", "--base-model", "fake/base", "--pool", folder, stdin="one\ntwo\n\n")
-    assert len(engine.requests) == 2
+    """Without a prompt every line is a turn, and earlier turns are remembered until they are cleared."""
+    said = run("chat", "--base-model", "fake/base", "--pool", folder, stdin="one\ntwo\n\n/clear\nthree\n/quit\nfour\n")
+    assert said == "The answer.\n" * 3
+    assert len(engine.requests) == 3
     assert "one" in engine.requests[1].prompt
     assert "The answer." in engine.requests[1].prompt
+    assert "one" not in engine.requests[2].prompt
+
+
+def test_a_conversation_routes_and_pins(folder: Path, engine, loads_engine, llm, monkeypatch) -> None:
+    """/route shows scores, /pin and /unpin say what runs; a name that is not there is told, and the talk goes on."""
+    monkeypatch.setattr("langchain_lora_retriever.cli.ask.make_chat_model", lambda *_, **__: llm)
+    turns = [
+        SQL,
+        "/route",
+        "/route good morning",
+        "/pin nothing",
+        "/pin dates",
+        SQL,
+        "/pin",
+        SQL,
+        "/unpin",
+        SQL,
+        "/what",
+    ]
+    result = CliRunner().invoke(commands, ["chat"], input="\n".join(turns))
+    assert result.exit_code == 0, result.output
+    assert [request.names[:1] for request in engine.requests] == [["sql"], ["dates"], [], ["sql"]]
+    found = [line.split("\t")[0] for line in result.stdout.splitlines() if "\t" in line]
+    assert (found[0], found[len(found) // 2]) == ("sql", "french")
+    assert "no adapter 'nothing'" in result.stderr
+    assert "no command /what" in result.stderr
 
 
 def test_bench_reports_throughput(run, folder: Path) -> None:
@@ -203,7 +278,7 @@ def test_evaluate_retrieval_reads_cards_or_a_pool(run, folder: Path, test_file: 
     assert by_cards["retrieval"]["num_adapters"] == 2
     assert by_cards["retrieval"]["accuracy"] == {"1": 1.0, "2": 1.0}
     assert by_cards["splits"] is None
-    assert "3 adapters" in run("evaluate", "retrieval", "--pool", folder, "--test", test_file)
+    assert "retrieval\ttop 1\ttop 3" in run("evaluate", "retrieval", "--pool", folder, "--test", test_file)
 
 
 def test_evaluate_retrieval_draws_the_pool(run, folder: Path, test_file: Path, tmp_path: Path) -> None:
@@ -217,8 +292,9 @@ def test_evaluate_retrieval_draws_the_pool(run, folder: Path, test_file: Path, t
 
 def test_evaluate_splits_need_a_folder(folder: Path, test_file: Path, capsys) -> None:
     """Encoders of training splits are kept, so where must be said."""
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stopped:
         app(["evaluate", "retrieval", "--pool", str(folder), "--test", str(test_file), "--splits", "2"])
+    assert stopped.value.code == 2
     assert "--output" in capsys.readouterr().err
 
 
@@ -238,14 +314,117 @@ def test_evaluate_composition_compares_what_is_asked_for(run, folder: Path, test
     assert "right adapter masked" in run("evaluate", "composition", *options)
 
 
-def test_errors_are_printed_without_a_traceback(tmp_path: Path, capsys) -> None:
-    """An error of this package ends the command with its message and status 1."""
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["pool", "list", "nowhere"], 2, "nowhere"),
+        (["pool", "list", "."], 1, "is empty"),
+        (["route", "hello", "--composition", "bogus"], 2, "selection"),
+        (["route", "hello", "--pool", "nowhere"], 2, "--pool"),
+        (["route", "hello", "--top-k", "0"], 2, "--top-k"),
+        (["rout", "hello"], 2, "route"),
+        (["chat", "hello", "--pool", "{pool}", "--base-model", "fake/base", "--adapter", "sqll"], 2, "'sql'"),
+        (["pool", "inspect", "{pool}", "sqll"], 2, "'sql'"),
+        (["pool", "add", "{pool}", "sql", "{pool}/sql"], 1, "update('sql'"),
+        (["pool", "add", "{pool}", "../sql", "{pool}/sql"], 1, "cannot be the name"),
+        (["train-adapters", "out", "--task", "unit_lenght"], 2, "unit_length"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_what_is_wrong_is_told_in_a_paragraph(
+    arguments: list[str], code: int, said: str, folder: Path, tmp_path: Path, loads_engine, monkeypatch, capsys
+) -> None:
+    """Without a traceback and before a model is loaded; wrong arguments exit with 2, what cannot be done with 1."""
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    monkeypatch.setattr("langchain_lora_retriever.registry.load_base_model", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(SystemExit) as stopped:
-        app(["pool", "list", str(tmp_path / "nowhere")])
-    assert stopped.value.code == 1
+        app([argument.format(pool=folder) for argument in arguments])
     captured = capsys.readouterr()
-    assert "nowhere" in captured.err
+    assert stopped.value.code == code, captured.err
+    assert said in " ".join(captured.err.split())
     assert "Traceback" not in captured.err
+    assert len(captured.err.splitlines()) < 8
+    assert not captured.out
+
+
+def test_a_fault_of_ours_says_how_to_see_more(monkeypatch, capsys) -> None:
+    """It has an exit status of its own, and a traceback with --verbose, wherever that stands."""
+    monkeypatch.setattr("langchain_lora_retriever.cli.ask.make_chat_model", lambda *_, **__: {}["nobody"])
+    with pytest.raises(SystemExit) as stopped:
+        app(["route", "hello"])
+    assert stopped.value.code == FAULT
+    assert "KeyError: 'nobody'" in (said := capsys.readouterr().err)
+    assert "--verbose" in said
+    for arguments in (["route", "hello", "-v"], ["--verbose", "route", "hello"]):
+        with pytest.raises(KeyError):
+            app(arguments)
+    with pytest.raises(SystemExit):
+        app(["route", "--", "-v"])  # a prompt
+
+
+def test_settings_that_are_not_allowed_are_one_sentence_each() -> None:
+    """Without pydantic's headings and links."""
+    with pytest.raises(ValidationError) as caught:
+        ChatLoraRetriever(engine=FakeEngine(), temperature="hot", max_tokens=-1)
+    text, code = explain(caught.value)
+    assert code == WRONG_ARGUMENTS
+    assert "temperature: " in text
+    assert "pydantic" not in text
+
+
+def test_the_modes_are_all_there() -> None:
+    """An option has what the settings have."""
+    assert set(Mode) == set(get_args(CompositionMode))
+
+
+def test_the_version_is_printed(run) -> None:
+    """By name."""
+    assert run("--version") == f"lora-retriever {__version__}\n"
+
+
+def test_libraries_are_quiet_unless_asked(capsys) -> None:
+    """Of logs and warnings the package's own are shown, as everything else is afterwards."""
+    package, other = logging.getLogger("langchain_lora_retriever.x"), logging.getLogger("transformers")
+    before = logging.getLogger("langchain_lora_retriever").handlers[:]
+    with logging_to_terminal(is_verbose=False):
+        package.warning("a pool of %d", 7)
+        package.info("not said")
+        other.warning("deprecated")
+        warnings.warn("deprecated", stacklevel=1)
+    said = capsys.readouterr()
+    assert said.err == "Warning: a pool of 7\n"
+    assert not said.out
+    assert logging.getLogger("langchain_lora_retriever").handlers == before
+
+
+@pytest.mark.skipif(not hasattr(os, "kill"), reason="needs signals")
+def test_an_interrupt_ends_the_command_soon(folder: Path) -> None:
+    """Although a thread that nobody can stop is loading a model."""
+    code = f"""
+import time
+from langchain_lora_retriever import registry
+def load(*_, **__):
+    print("loading", flush=True)
+    time.sleep(60)
+registry.load_base_model = load
+from langchain_lora_retriever.testing import FakeEngine
+from langchain_lora_retriever.types import CompositionMode
+from langchain_lora_retriever.cli import app
+app(["chat", "hello", "--base-model", "fake/base", "--adapter", "sql", "--pool", {str(folder)!r}, "--encoder", "none"])
+"""
+    code = code.replace('"--encoder", "none"', '"--json"')
+    code = "import langchain_lora_retriever.cli.ask as ask\nask.warm_up = lambda llm: llm.runtime.ready()\n" + code
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "loading\n"
+        start = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        assert time.monotonic() - start < 15  # a second, where nobody else wants the machine
+        assert "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
 
 
 def test_help_loads_no_torch() -> None:
