@@ -4,7 +4,7 @@
 
     LoraRetrieverError
     ├── AdapterError (ValueError)          one adapter cannot be used; names it
-    │   ├── UnsupportedAdapterError        valid PEFT that asks for what is not honoured here (bias, IA3)
+    │   ├── UnsupportedAdapterError        valid PEFT that asks for what is not supported here (bias, IA3)
     │   ├── InvalidAdapterError            corrupt, truncated, NaN, or shapes that do not fit the base model
     │   └── InvalidSamplesError            samples.jsonl is not JSON lines with an "input"
     ├── PoolError (ValueError)             the pool as a whole cannot be used (empty, unreadable)
@@ -56,7 +56,7 @@ class AdapterError(LoraRetrieverError, ValueError):
 
 
 class UnsupportedAdapterError(AdapterError):
-    """A valid PEFT adapter that asks for something not honoured here."""
+    """A valid PEFT adapter that asks for something that is not supported here."""
 
 
 class InvalidAdapterError(AdapterError):

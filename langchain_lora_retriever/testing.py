@@ -81,7 +81,7 @@ class FakeEngine:
             `(prompt, adapter names)`. Each is called in a thread of its own, and what it raises ends its request.
         tokenizer: By default a byte-level one with a ChatML template.
         name: The base model's name.
-        max_model_len: Most tokens of prompt and answer together.
+        max_model_len: Maximum number of tokens of prompt and answer together.
         max_num_seqs: What it says that it runs at once; it runs as many as it is given.
         module_shapes: `(in_features, out_features)` of the modules that adapters may target; None lets every adapter
             fit.
@@ -97,7 +97,7 @@ class FakeEngine:
         info: What does not change while it runs.
         admission: What it asks of requests before it takes them.
         requests: What it was asked, in order.
-        most_running: Most requests that ran at once.
+        most_running: Maximum number of requests that ran at once.
         num_aborted: Requests that their caller left.
     """
 

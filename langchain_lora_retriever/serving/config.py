@@ -32,7 +32,7 @@ class ServeConfig(BaseModel):
         admin_key_file: File with the keys that may change the pool; without it nobody may.
         adapter_root: Folder below which adapters may be added from.
         max_body_bytes: Largest request.
-        max_n: Most answers of a request.
+        max_n: Maximum number of answers of a request.
         timeout: Seconds a request may take.
         pool_seconds: Seconds after which the pool's folder is looked at again, for what others have changed; 0 never
             does.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import importlib.util
 import inspect
+import json
 import sys
 from pathlib import Path
 
@@ -36,3 +38,18 @@ def test_example(name: str, arguments: list[str], expected: str, capsys, monkeyp
     if inspect.iscoroutine(result):
         asyncio.run(result)
     assert expected in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:refused")
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebook(path: Path) -> None:
+    """Its cells run one after the other, and none keeps what an earlier run has printed."""
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        assert not cell["outputs"]
+        code = compile("".join(cell["source"]), cell["id"], "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        result = eval(code, namespace)
+        if inspect.iscoroutine(result):
+            asyncio.run(result)
