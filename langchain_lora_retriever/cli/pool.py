@@ -104,7 +104,9 @@ def add(
     samples: SamplesOption = None,
     convert: Annotated[
         bool,
-        typer.Option("--convert", help="Where the weights are a pickle, convert it first, as `pool convert` does."),
+        typer.Option(
+            "--convert", metavar="", help="Where the weights are a pickle, convert it first, as `pool convert` does."
+        ),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -116,7 +118,10 @@ def add(
 
 @commands.command()
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of a PEFT checkpoint with an adapter_model.bin.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(help="Folder of a PEFT checkpoint with an adapter_model.bin.", exists=True, file_okay=False),
+    ],
     *,
     as_json: JsonOption = False,
 ) -> None:

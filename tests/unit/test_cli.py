@@ -103,14 +103,14 @@ assert "torch" not in sys.modules and "peft" not in sys.modules
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("change", ["dora", "rank", "tensor", "truncated", "samples", "extra"])
+@pytest.mark.parametrize("change", ["ia3", "rank", "tensor", "truncated", "samples", "extra"])
 def test_what_is_not_plain_is_read_in_earnest(folder: Path, change: str) -> None:
     """Whatever is odd about one adapter leaves the whole pool to those who know the words for it."""
     assert list_plain_pool(folder)
     config, weights = folder / "sql" / "adapter_config.json", folder / "sql" / "adapter_model.safetensors"
-    if change in {"dora", "rank"}:
+    if change in {"ia3", "rank"}:
         config.write_text(
-            json.dumps({**json.loads(config.read_text()), **{"dora": {"use_dora": True}, "rank": {"r": 3}}[change]})
+            json.dumps({**json.loads(config.read_text()), **{"ia3": {"peft_type": "IA3"}, "rank": {"r": 3}}[change]})
         )
     elif change == "tensor":
         weights.write_bytes(weights.read_bytes().replace(b"lora_A", b"lora_C"))
