@@ -44,7 +44,7 @@ def _of_setting(error: dict[str, Any]) -> str:
 
 
 def _about_hub(text: str) -> str:
-    return f"{text}\n{INSTALL_DEMO}" if "huggingface.co" in text and INSTALL_DEMO not in text else text
+    return f"{text}\n{INSTALL_DEMO}" if "huggingface.co" in text and "[demo]" not in text else text
 
 
 def _paragraph(text: str) -> str:

@@ -44,15 +44,18 @@ class AdapterSlots:
         store: Receives the tensors of an adapter that becomes resident.
         max_loras: Number of slots.
         num_rows: Number of rank rows.
+        num_warm_rows: Of these, how many adapters that nobody runs may keep: beyond, they make room for others. None
+            lets them keep all.
     """
 
-    def __init__(self, store: SlotStore, *, max_loras: int, num_rows: int) -> None:
+    def __init__(self, store: SlotStore, *, max_loras: int, num_rows: int, num_warm_rows: int | None = None) -> None:
         self.max_loras = max_loras
         self.num_rows = num_rows
         self.num_hits = 0
         self.num_loads = 0
         self._store = store
-        self._rows: RangeCache[str] = RangeCache(num_rows, max_keys=max_loras)  # by fingerprint, as are residents
+        # By fingerprint, as are residents.
+        self._rows: RangeCache[str] = RangeCache(num_rows, max_keys=max_loras, warm=num_warm_rows)
         self._residents: dict[str, _Resident] = {}
         self._fingerprint_by_slot: dict[int, str] = {}
         self._free_slots = list(range(max_loras - 1, -1, -1))

@@ -46,8 +46,7 @@ class EngineConfig:
         kv_cache_bytes: Size of the KV cache. None sizes it from what is free after loading on a GPU; on a CPU it has
             2,048 tokens for each of `max_num_seqs`, a quarter of what is free at most.
         gpu_memory_utilization: Share of a GPU's memory the engine may fill when it sizes the cache itself.
-        lora_cache_bytes: Device memory for adapters; None picks a tenth of a GPU's memory, and on a CPU half of what
-            the weights take, room for a rank of 256 at least and 0.5 GiB at most.
+        lora_cache_bytes: Device memory for adapters; None picks 0.5 GiB on a CPU and a tenth of a GPU's memory.
         pinned_lora_bytes: Maximum page-locked host memory for adapters that are ready to be copied to a GPU, taken as
             they are used; 0 keeps none. None picks four times `lora_cache_bytes`, a quarter of the available memory at
             most.

@@ -127,7 +127,12 @@ class Engine:
             max_adapters_per_request=config.max_adapters_per_request,
             fit=self.fit,
         )
-        self.slots = AdapterSlots(self.store, max_loras=config.max_loras, num_rows=memory.num_lora_rows)
+        self.slots = AdapterSlots(
+            self.store,
+            max_loras=config.max_loras,
+            num_rows=memory.num_lora_rows,
+            num_warm_rows=memory.num_warm_rows,
+        )
         self.kv_cache = KVCacheManager(
             memory.num_blocks,
             config.block_size,

@@ -33,10 +33,13 @@ class RangeCache(Generic[Key]):
         length: Of the line.
         chunk: No range crosses a multiple of this; None sets no such bounds.
         max_keys: Most keys; None sets no limit.
+        warm: Ranges go into the first so much of the line while dropping others makes room there; None prefers nothing.
     """
 
-    def __init__(self, length: int, chunk: int | None = None, *, max_keys: int | None = None) -> None:
-        self._length = length
+    def __init__(
+        self, length: int, chunk: int | None = None, *, max_keys: int | None = None, warm: int | None = None
+    ) -> None:
+        self._lengths = (length,) if warm is None or warm >= length else (warm, length)
         self._chunk = chunk or max(length, 1)
         self._max_keys = max_keys
         self._ranges: OrderedDict[Key, _Range] = OrderedDict()  # least recently used first
@@ -88,11 +91,21 @@ class RangeCache(Generic[Key]):
             self.get(key)
         if all(key in self._ranges for key in sizes):
             return Placement({}, [])
+        placements = (self._put_within(length, sizes, may_drop) for length in self._lengths)
+        return next((placement for placement in placements if placement is not None), None)
+
+    def pop(self, key: Key) -> None:
+        """Give up a key's range."""
+        del self._ranges[key]
+
+    def _put_within(
+        self, length: int, sizes: Mapping[Key, int], may_drop: Callable[[Key], bool]
+    ) -> Placement[Key] | None:
         kept = self._ranges.copy()
         dropped: list[Key] = []
         # The wanted ones, which come last, are moved only if need be: whoever is moved has to be written again.
         candidates = (key for key in self._ranges if may_drop(key))
-        while (placed := self._place_all({k: n for k, n in sizes.items() if k not in kept}, kept)) is None:
+        while (placed := self._place_all(length, {k: n for k, n in sizes.items() if k not in kept}, kept)) is None:
             victim = next(candidates, None)
             if victim is None:
                 return None
@@ -103,28 +116,24 @@ class RangeCache(Generic[Key]):
         self._ranges.update(placed)
         return Placement({key: start for key, (start, _) in placed.items()}, dropped)
 
-    def pop(self, key: Key) -> None:
-        """Give up a key's range."""
-        del self._ranges[key]
-
-    def _place_all(self, sizes: Mapping[Key, int], kept: Mapping[Key, _Range]) -> dict[Key, _Range] | None:
+    def _place_all(self, length: int, sizes: Mapping[Key, int], kept: Mapping[Key, _Range]) -> dict[Key, _Range] | None:
         """Places for new keys beside those that are kept, the largest first; None if there is no room."""
         if self._max_keys is not None and len(kept) + len(sizes) > self._max_keys:
             return None
         placed: dict[Key, _Range] = {}
         for key in sorted(sizes, key=lambda key: -sizes[key]):
-            start = self._find(sizes[key], sorted([*kept.values(), *placed.values()]))
+            start = self._find(length, sizes[key], sorted([*kept.values(), *placed.values()]))
             if start is None:
                 return None
             placed[key] = start, start + sizes[key]
         return placed
 
-    def _find(self, size: int, occupied: Iterable[_Range]) -> int | None:
-        """First gap of `size`."""
+    def _find(self, length: int, size: int, occupied: Iterable[_Range]) -> int | None:
+        """First gap of `size` in the first `length`."""
         if size > self._chunk:
             return None
         end = 0
-        for start, stop in [*occupied, (self._length, self._length)]:
+        for start, stop in [*(span for span in occupied if span[0] < length), (length, length)]:
             place = end
             if place // self._chunk != (place + size - 1) // self._chunk:  # it would cross a bound
                 place = -(-place // self._chunk) * self._chunk

@@ -26,11 +26,12 @@ _logger = logging.getLogger(__name__)
 
 _CPU_CACHE_TOKENS_PER_SEQ = 2048  # what the CPU default sets aside for each running request
 _CPU_MEMORY_SHARE = 0.25  # of what is available, at most
-_CPU_WARM_SHARE = 0.25  # of the weights' bytes: what finished requests may keep of the cache ...
-_CPU_WARM_TOKENS = 2048  # ... and at least
 _CPU_LORA_BYTES = 512 << 20
-_CPU_LORA_SHARE = 0.5  # of the weights' bytes, at most ...
-_CPU_LORA_ROWS = 256  # ... but room for one adapter of any rank
+# What finished requests may keep, of the cache and of the adapters' rows each: this share of the weights' bytes, and at
+# least so many tokens and rows. Running requests may have all that there is.
+_CPU_WARM_SHARE = 1 / 8
+_CPU_WARM_TOKENS = 2048
+_CPU_WARM_ROWS = 128
 _GPU_LORA_SHARE = 0.1
 _LEAST_BLOCKS = 2
 _STAGING_SHARE = 1 / 16  # of the adapters' memory: where they arrive
@@ -45,6 +46,7 @@ class MemoryPlan(NamedTuple):
     Attributes:
         num_blocks: Blocks of the KV cache.
         num_warm_blocks: Of these, how many finished requests may keep before their own are used again.
+        num_warm_rows: The same of `num_lora_rows`.
         num_lora_rows: Rank rows for adapters.
         num_staging_rows: Rank rows for adapters on their way to the device; none without a GPU.
         num_pinned_bytes: Page-locked host memory for adapters, at most.
@@ -57,6 +59,7 @@ class MemoryPlan(NamedTuple):
 
     num_blocks: int
     num_warm_blocks: int
+    num_warm_rows: int
     num_lora_rows: int
     num_staging_rows: int
     num_pinned_bytes: int
@@ -119,8 +122,7 @@ def plan_memory(base: BaseModel, probe: ModelProbe, config: EngineConfig) -> Mem
     row_bytes = _bytes_by_device(
         (g.device, (len(g.names) * g.in_features + sum(g.out_features)) * g.dtype.itemsize) for g in adapted
     )
-    weight_bytes = sum(parameter.nbytes for parameter in base.model.parameters())
-    num_lora_rows = _num_lora_rows(config, row_bytes, weight_bytes)
+    num_lora_rows = _num_lora_rows(config, row_bytes)
     lora_bytes = num_lora_rows * sum(row_bytes.values())
     num_staging_rows = int(_STAGING_SHARE * num_lora_rows) if on_gpu else 0
     pinned_bytes = config.pinned_lora_bytes
@@ -129,7 +131,7 @@ def plan_memory(base: BaseModel, probe: ModelProbe, config: EngineConfig) -> Mem
         pinned_bytes = min(_PINNED_LORA_FACTOR * lora_bytes, available) if on_gpu else 0
 
     block_bytes = _bytes_by_device((g.device, config.block_size * g.token_bytes) for g in probe.attention.values())
-    num_warm_blocks: int | None = None
+    num_warm_blocks = num_warm_rows = 0  # all of them
     if config.kv_cache_bytes is not None:
         num_blocks = config.kv_cache_bytes // sum(block_bytes.values())
     elif on_gpu:
@@ -144,9 +146,12 @@ def plan_memory(base: BaseModel, probe: ModelProbe, config: EngineConfig) -> Mem
             num_tokens // config.block_size,
             int(_CPU_MEMORY_SHARE * psutil.virtual_memory().available) // sum(block_bytes.values()),
         )
-        num_warm_blocks = max(
-            int(_CPU_WARM_SHARE * weight_bytes) // sum(block_bytes.values()), _CPU_WARM_TOKENS // config.block_size
-        )
+    if not on_gpu:
+        warm_bytes = int(_CPU_WARM_SHARE * sum(parameter.nbytes for parameter in base.model.parameters()))
+        if config.kv_cache_bytes is None:
+            num_warm_blocks = max(warm_bytes // sum(block_bytes.values()), _CPU_WARM_TOKENS // config.block_size)
+        if config.lora_cache_bytes is None:
+            num_warm_rows = max(warm_bytes // sum(row_bytes.values()), _CPU_WARM_ROWS)
     if num_blocks < _LEAST_BLOCKS:
         raise EngineError(
             f"There is room for {num_blocks} blocks of the KV cache, and {_LEAST_BLOCKS} are the least; one of "
@@ -154,13 +159,14 @@ def plan_memory(base: BaseModel, probe: ModelProbe, config: EngineConfig) -> Mem
             f"lora_cache_bytes ({lora_bytes:,}), or raise kv_cache_bytes or gpu_memory_utilization."
         )
     return MemoryPlan(
-        num_blocks, num_warm_blocks or num_blocks, num_lora_rows - num_staging_rows, num_staging_rows, pinned_bytes,
+        num_blocks, num_warm_blocks or num_blocks, num_warm_rows or num_lora_rows,
+        num_lora_rows - num_staging_rows, num_staging_rows, pinned_bytes,
         min(max_model_len, num_blocks * config.block_size), max_num_seqs, max_num_batched_tokens,
         config.max_num_prefill_tokens or (256 if on_gpu else None),
     )  # fmt: skip
 
 
-def _num_lora_rows(config: EngineConfig, row_bytes: Mapping[torch.device, int], weight_bytes: int) -> int:
+def _num_lora_rows(config: EngineConfig, row_bytes: Mapping[torch.device, int]) -> int:
     """Rank rows, staging ones among them; each takes its part on every device that linear modules are on.
 
     Raises:
@@ -172,7 +178,7 @@ def _num_lora_rows(config: EngineConfig, row_bytes: Mapping[torch.device, int], 
         num_rows = min(
             int(_GPU_LORA_SHARE * torch.cuda.mem_get_info(device)[1]) // num_bytes
             if device.type == "cuda"
-            else min(_CPU_LORA_BYTES, max(int(_CPU_LORA_SHARE * weight_bytes), _CPU_LORA_ROWS * num_bytes)) // num_bytes
+            else _CPU_LORA_BYTES // num_bytes
             for device, num_bytes in row_bytes.items()
         )
         lora_bytes = num_rows * all_bytes

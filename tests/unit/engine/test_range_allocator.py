@@ -35,6 +35,17 @@ def test_no_range_crosses_a_bound() -> None:
     assert cache.put("d", 11, lambda _: True) is None
 
 
+def test_the_warm_part_is_used_as_long_as_it_serves() -> None:
+    """What may be dropped makes room there; only what may not lets others go beyond."""
+    cache: RangeCache[str] = RangeCache(20, warm=8)
+    assert cache.put("a", 4, lambda _: True) == (0, [])
+    assert cache.put("b", 4, lambda _: True) == (4, [])
+    assert cache.put("c", 4, lambda _: True) == (0, ["a"])
+    assert cache.put("d", 4, lambda _: False) == (8, [])
+    assert cache.put("e", 12, lambda _: True) is not None  # larger than the warm part
+    assert cache.put("f", 21, lambda _: True) is None
+
+
 def test_ranges_never_overlap() -> None:
     """Whatever comes and goes, keys lie apart, within the line and within a chunk."""
     rng = random.Random(0)

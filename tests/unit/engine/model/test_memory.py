@@ -116,12 +116,12 @@ def test_each_device_is_asked_for_its_own_memory(
 
 
 @pytest.mark.parametrize(
-    ("num_parameters", "num_warm_tokens", "num_rows"), [(1 << 20, 2048, 256), (1 << 28, 32768 * 2, 1024)]
+    ("num_parameters", "num_warm_tokens", "num_warm_rows"), [(1 << 20, 2048, 128), (1 << 28, 32768, 256)]
 )
 def test_a_small_model_keeps_little(
-    num_parameters: int, num_warm_tokens: int, num_rows: int, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+    num_parameters: int, num_warm_tokens: int, num_warm_rows: int, base: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a CPU: cached prefixes and adapters are measured by the weights, with room for an adapter of any rank."""
+    """On a CPU: prefixes and adapters that nobody runs are measured by the weights, unless sizes were given."""
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=64 << 30))
     cpu = torch.device("cpu")
     model: Any = SimpleNamespace(
@@ -133,7 +133,10 @@ def test_a_small_model_keeps_little(
     plan = plan_memory(BaseModel(model, base.tokenizer, "any"), probe, EngineConfig())
     assert plan.num_blocks * 16 == 16 * 2048
     assert plan.num_warm_blocks * 16 == num_warm_tokens
-    assert plan.num_lora_rows == num_rows
+    assert (plan.num_lora_rows, plan.num_warm_rows) == (1024, num_warm_rows)
+    told = EngineConfig(kv_cache_bytes=1 << 20, lora_cache_bytes=1 << 30)
+    plan = plan_memory(BaseModel(model, base.tokenizer, "any"), probe, told)
+    assert (plan.num_warm_blocks, plan.num_warm_rows) == (plan.num_blocks, plan.num_lora_rows)
 
 
 def test_zeros_cost_nothing_before_they_are_written() -> None:
