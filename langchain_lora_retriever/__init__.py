@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from langchain_lora_retriever.support.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from langchain_lora_retriever.chat.adapter_retriever import AdapterRetriever
+    from langchain_lora_retriever.chat.decisions import AdapterDecisionModel
     from langchain_lora_retriever.chat.model import ChatLoraRetriever
     from langchain_lora_retriever.engine.api import EngineClient
     from langchain_lora_retriever.engine.config import EngineConfig
@@ -38,8 +40,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
+    "AdapterDecisionModel",
     "AdapterError",
     "AdapterPool",
+    "AdapterRetriever",
     "ChatLoraRetriever",
     "Composition",
     "EncoderError",
@@ -65,8 +69,10 @@ __all__ = [
 
 _HOMES = {
     "Adapter": "types",
+    "AdapterDecisionModel": "chat.decisions",
     "AdapterError": "errors",
     "AdapterPool": "pool",
+    "AdapterRetriever": "chat.adapter_retriever",
     "ChatLoraRetriever": "chat.model",
     "Composition": "types",
     "EncoderError": "errors",

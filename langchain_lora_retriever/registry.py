@@ -11,11 +11,12 @@ import os
 import threading
 import time
 import uuid
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
-from langchain_lora_retriever.engine import EngineConfig, EngineWorker, load_base_model
+from langchain_lora_retriever.engine import EngineConfig, EngineWorker, load_base_model, load_tokenizer
 from langchain_lora_retriever.engine.gc_freeze import frozen_heap
 from langchain_lora_retriever.engine.grammar import compiler_of
 from langchain_lora_retriever.retrieval.encoder import SentenceTransformerEncoder
@@ -27,6 +28,8 @@ from langchain_lora_retriever.support.openmp_thread import run_aside
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping, Sequence
+
+    from transformers import PreTrainedTokenizerBase
 
     from langchain_lora_retriever.engine import EngineClient, ModelSource
     from langchain_lora_retriever.pool.pool import AdapterPool
@@ -108,6 +111,15 @@ class SharedEngine:
             engine = run_aside(_start_engine, self._source, self._model_kwargs, self._config, adapters)
             _engines[self.key] = engine
             return engine
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The engine's tokenizer; where there is no engine it is loaded by itself, which takes no weights."""
+        engine = self.running()
+        return self._own_tokenizer if engine is None else engine.tokenizer
+
+    @cached_property
+    def _own_tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self._source, **self._model_kwargs)
 
     def close(self) -> None:
         """Stop the engine, if it is loaded, give the base model back as it was, and let go of its memory."""

@@ -20,6 +20,8 @@ from langchain_lora_retriever.support.threads import SingleFlight, run_in_thread
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from transformers import PreTrainedTokenizerBase
+
     from langchain_lora_retriever.engine.api import EngineClient
     from langchain_lora_retriever.errors import AdapterError
     from langchain_lora_retriever.pool.pool import AdapterPool
@@ -40,6 +42,9 @@ class EngineSource(Protocol):
 
     def get(self) -> EngineClient:
         """The engine; loads it if it is not there, which may take minutes."""
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The engine's tokenizer, for which no engine is loaded."""
 
     def close(self) -> None:
         """Stop the engine, if it is loaded, and let go of its memory."""
@@ -62,6 +67,10 @@ class ReadyEngine:
     def get(self) -> EngineClient:
         """The engine."""
         return self._engine
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer."""
+        return self._engine.tokenizer
 
     def close(self) -> None:
         """Close it."""
@@ -102,6 +111,11 @@ class Runtime:
     def running_engine(self) -> EngineClient | None:
         """The engine, if it is loaded. Never blocks."""
         return self._source.running()
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The engine's tokenizer; to count tokens, no weights are loaded."""
+        return self._source.tokenizer()
 
     @property
     def rejected(self) -> Mapping[str, AdapterError]:

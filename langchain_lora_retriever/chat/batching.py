@@ -13,6 +13,8 @@ from langchain_core.outputs import LLMResult
 from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import ContextThreadPoolExecutor, get_config_list, patch_config
 
+from langchain_lora_retriever.chat.tracing import TracedChatModel
+
 __all__ = ["ConcurrentChatModel", "reached_engine"]
 
 _GROUP_SIZE = 64
@@ -32,7 +34,7 @@ def reached_engine() -> None:
         tell()
 
 
-class ConcurrentChatModel(BaseChatModel):
+class ConcurrentChatModel(TracedChatModel):
     """A chat model whose batches are as wide as its engine.
 
     LangChain's own run as many prompts as there are cores and four, and `generate` runs them one by one.

@@ -5,23 +5,36 @@ from __future__ import annotations
 import logging
 from contextlib import contextmanager
 from functools import partial
+from itertools import takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
-from langchain_lora_retriever.chat.messages import check_length, encode_chat, is_encoding, routing_text, to_chat
-from langchain_lora_retriever.errors import RequestAbortedError
+from langchain_lora_retriever.chat.messages import (
+    check_length,
+    encode_chat,
+    encode_text,
+    is_encoding,
+    routing_text,
+    to_chat,
+)
+from langchain_lora_retriever.engine.grammar import compiler_of
+from langchain_lora_retriever.errors import InvalidRequestError, RequestAbortedError
+from langchain_lora_retriever.output.draft import DraftedGeneration, DraftReader
 from langchain_lora_retriever.output.format import AnswerFormat, answer_format
 from langchain_lora_retriever.output.stream import Answer, answer_readers, reads_special_tokens
+from langchain_lora_retriever.output.tools import to_tools
 from langchain_lora_retriever.support.threads import run_in_thread
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
 
     from langchain_core.messages import BaseMessage
+    from transformers import PreTrainedTokenizerBase
 
     from langchain_lora_retriever.chat.call import CallOptions
-    from langchain_lora_retriever.engine.api import EngineClient, Generation
+    from langchain_lora_retriever.engine.api import Completion, EngineClient, Generation
     from langchain_lora_retriever.output.dialects import ChatTurn
+    from langchain_lora_retriever.output.readers import Reader
     from langchain_lora_retriever.retrieval.routing import Plan
     from langchain_lora_retriever.runtime import Runtime
     from langchain_lora_retriever.support.threads import Deadline
@@ -33,14 +46,16 @@ _logger = logging.getLogger(__name__)
 
 _LONG_PROMPT = 16_384
 """Characters from which a prompt is rendered and encoded off the event loop: that takes some ten milliseconds."""
+_MAX_COUNTED = 4 << 20
+"""Characters of a chat whose tokens are counted, which takes some seconds."""
 LONG_CHAT = 64
 """Messages from which the same is done, and they are read off it."""
 
 
 class Run(NamedTuple):
-    """A request in the engine, and what reads its answer."""
+    """A request in the engine, or two that make one answer, and what reads it."""
 
-    generation: Generation
+    generation: Generation | DraftedGeneration
     answer: Answer
 
 
@@ -83,7 +98,14 @@ class _Call(NamedTuple):
         )
 
 
-def begin(runtime: Runtime, engine: EngineClient, messages: Sequence[BaseMessage], options: CallOptions) -> Begun:
+def begin(
+    runtime: Runtime,
+    engine: EngineClient,
+    messages: Sequence[BaseMessage],
+    options: CallOptions,
+    *,
+    plan: Callable[[str, CallOptions], Plan] | None = None,
+) -> Begun:
     """Understand a call, route it, and give it to the engine.
 
     Args:
@@ -91,23 +113,28 @@ def begin(runtime: Runtime, engine: EngineClient, messages: Sequence[BaseMessage
         engine: The runtime's, ready.
         messages: The prompt, as `check_messages` has let it pass.
         options: The call's.
+        plan: What routes it in place of the runtime, and tells a trace.
 
     Raises:
         LoraRetrieverError: If the call cannot be served; nothing of it is in the engine then.
     """
     call = _understand(messages, options, engine)
-    return _start(call, runtime.plan(call.text, options))
+    return _start(call, (plan or runtime.plan)(call.text, options))
 
 
 async def abegin(
-    runtime: Runtime, engine: EngineClient, messages: Sequence[BaseMessage], options: CallOptions
+    runtime: Runtime,
+    engine: EngineClient,
+    messages: Sequence[BaseMessage],
+    options: CallOptions,
+    *,
+    plan: Callable[[str, CallOptions], Awaitable[Plan]] | None = None,
 ) -> Begun:
     """Do what `begin` does without holding up the event loop: what may take longer is done in a thread."""
     understand = partial(_understand, messages, options, engine)
     is_long = options.has_format or _is_long(messages)
     call = await run_in_thread(understand) if is_long else understand()
-    plan = await runtime.aplan(call.text, options)
-    start = partial(_start, call, plan)
+    start = partial(_start, call, await (plan or runtime.aplan)(call.text, options))
     # Nor wait for another's long prompt: a tokenizer encodes one at a time.
     is_long = _is_long(messages) or is_encoding(engine.tokenizer)
     return await run_in_thread(start, discard=Begun.abort) if is_long else start()
@@ -116,7 +143,7 @@ async def abegin(
 @contextmanager
 def owned(
     begun: Begun, deadline: Deadline, loop: asyncio.AbstractEventLoop | None = None
-) -> Iterator[list[Generation]]:
+) -> Iterator[list[Generation | DraftedGeneration]]:
     """Abort what its caller leaves before it ends: by an error, a cancellation, a close, a timeout. Yields generations.
 
     Args:
@@ -150,9 +177,31 @@ def owned(
         begun.abort()
 
 
-def num_prompt_tokens(engine: EngineClient, messages: Sequence[BaseMessage], options: CallOptions) -> int:
-    """Count the tokens of the prompt that a call makes, template and all."""
-    return len(_understand(messages, options, engine).encode())
+def num_prompt_tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[BaseMessage], options: CallOptions) -> int:
+    """Count the tokens of the prompt that a call makes, template and all, however many there are.
+
+    What `trim_messages` asks about is part of a chat, or a chat backwards: where the template refuses it for beginning
+    with an answer, it is counted with an empty question before that.
+
+    Raises:
+        InvalidRequestError: If the messages, or the tools, cannot be understood, or are longer than what is counted.
+    """
+    chat = to_chat(messages)
+    num_characters = sum(len(turn["content"]) for turn in chat)
+    if num_characters > _MAX_COUNTED:
+        raise InvalidRequestError(
+            f"The messages have {num_characters:,} characters, but of at most {_MAX_COUNTED:,} the tokens are counted: "
+            "drop some before."
+        )
+    tools = to_tools(options.tools or (), strict=None)
+    encode = partial(encode_chat, tokenizer, tools=tools, template_kwargs=options.chat_template_kwargs)
+    try:
+        return len(encode(chat))
+    except InvalidRequestError:
+        num_systems = sum(1 for _ in takewhile(lambda turn: turn["role"] == "system", chat))
+        if chat[num_systems : num_systems + 1] and chat[num_systems]["role"] == "user":
+            raise
+        return len(encode([*chat[:num_systems], {"role": "user", "content": ""}, *chat[num_systems:]]))
 
 
 def text_to_route(messages: Sequence[BaseMessage], options: CallOptions) -> str:
@@ -178,11 +227,38 @@ def _start(call: _Call, plan: Plan) -> Begun:
             skips_special = not reads_special_tokens(tokenizer, readers)
             sampling = call.options.sampling(index, skip_special_tokens=skips_special)
             generation = call.engine.submit(prompt_token_ids, sampling, plan.adapters, grammar=call.format.grammar)
-            begun.runs.append(Run(generation, Answer(readers)))
+            if call.format.then is None:
+                begun.runs.append(Run(generation, Answer(readers)))
+            else:
+                drafted = _drafted(call, plan, index, prompt_token_ids, generation)
+                begun.runs.append(Run(drafted, Answer([DraftReader(readers)])))
     except BaseException:
         begun.abort()
         raise
     return begun
+
+
+def _drafted(call: _Call, plan: Plan, index: int, prompt_token_ids: list[int], draft: Generation) -> DraftedGeneration:
+    """Let a second request write answer `index` in the schema that the call asks for, unless the first calls tools."""
+    engine, grammar = call.engine, call.format.then
+    assert grammar is not None
+
+    def readers() -> list[Reader]:
+        return answer_readers(engine.tokenizer, prompt_token_ids, call.format)
+
+    def restate(words: Completion) -> Generation:
+        sampling = call.options.sampling(index)
+        said = [*words.token_ids]
+        while said and said[-1] in engine.tokenizer.all_special_ids:
+            said.pop()
+        # The model goes on where it stopped: the engine has all of this in its cache.
+        token_ids = [*prompt_token_ids, *said, *encode_text(engine.tokenizer, "\n")]
+        if len(token_ids) + sampling.max_tokens > engine.info.max_model_len:
+            token_ids = prompt_token_ids
+        return engine.submit(token_ids, sampling, plan.adapters, grammar=grammar)
+
+    compiled = compiler_of(engine.tokenizer).compile(grammar)
+    return DraftedGeneration(draft, readers=readers, compiled=compiled, restate=restate)
 
 
 def _is_long(messages: Sequence[BaseMessage]) -> bool:

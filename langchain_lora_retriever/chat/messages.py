@@ -58,6 +58,8 @@ _CALL_BLOCKS = frozenset({"tool_use", "tool_call", "tool_call_chunk", "invalid_t
 _CALL_IDS, _CALL_ARGUMENTS = ("id", "call_id"), ("args", "input", "arguments")
 # Blocks that the model is not shown again.
 _SILENT_BLOCKS = frozenset({"reasoning", "thinking", "redacted_thinking"})
+_NOTIFIER = "lc_source"
+"""Where langchain-core's `add_notification_metadata` names the part of an agent that wrote a message."""
 _ROLES = {"human": "user", "ai": "assistant", "developer": "system", "function": "tool"}
 _ROLE_PATTERN = re.compile(r"[A-Za-z][\w-]{,63}")
 
@@ -137,15 +139,21 @@ def _block_text(block: str | dict[str, Any], message: BaseMessage) -> str | None
 def routing_text(messages: Sequence[BaseMessage]) -> str:
     """Return the text that adapters are retrieved for: that of the last human message.
 
-    After a tool's result it is still the human's, so an agent keeps its adapters through a loop of calls. Where no
-    human has spoken it is the last message that has any text.
+    After a tool's result it is still the human's, so an agent keeps its adapters through a loop of calls. What an agent
+    writes in the human's name (a summary of the conversation, news of a task in the background) is none of it, unless
+    there is nothing else. Where no human has spoken it is the last message that has any text.
 
     Args:
         messages: Messages that `check_messages` has let pass.
     """
-    for message in reversed(messages):
-        if isinstance(message, HumanMessage) or (isinstance(message, ChatMessage) and message.role == "user"):
-            return content_text(message)
+    humans = [
+        message
+        for message in messages
+        if isinstance(message, HumanMessage) or (isinstance(message, ChatMessage) and message.role == "user")
+    ]
+    typed = [message for message in humans if not isinstance(message.additional_kwargs.get(_NOTIFIER), str)]
+    if humans:
+        return content_text((typed or humans)[-1])
     return next((text for message in reversed(messages) if (text := content_text(message))), "")
 
 

@@ -27,6 +27,7 @@ from langchain_lora_retriever.chat.messages import (
 from langchain_lora_retriever.chat.profile import loaded_profile
 from langchain_lora_retriever.chat.settings import ChatSettings, GivenSettings
 from langchain_lora_retriever.chat.structured_output import structured_output
+from langchain_lora_retriever.chat.tracing import aplanner, planner
 from langchain_lora_retriever.engine import Completion, Delta, EngineClient
 from langchain_lora_retriever.errors import InvalidRequestError
 from langchain_lora_retriever.output.stream import AnswerStream
@@ -88,12 +89,12 @@ class ChatLoraRetriever(ChatSettings):
         self,
         messages: list[BaseMessage],
         stop: list[str] | None = None,
-        run_manager: CallbackManagerForLLMRun | None = None,  # noqa: ARG002 - LangChain reports tokens itself
+        run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
         options = self._options(stop, kwargs)
         deadline = Deadline(options.timeout)
-        begun = run_within(deadline, lambda: self._begin(messages, options), discard=Begun.abort)
+        begun = run_within(deadline, lambda: self._begin(messages, options, run_manager), discard=Begun.abort)
         with owned(begun, deadline) as generations:
             completions = [generation.result(deadline.remaining()) for generation in generations]
             return self._to_result(begun, options, completions)
@@ -102,13 +103,13 @@ class ChatLoraRetriever(ChatSettings):
         self,
         messages: list[BaseMessage],
         stop: list[str] | None = None,
-        run_manager: AsyncCallbackManagerForLLMRun | None = None,  # noqa: ARG002 - LangChain reports tokens itself
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
         options = self._options(stop, kwargs)
         deadline = Deadline(options.timeout)
         async with deadline.limit():
-            begun = await self._abegin(messages, options)
+            begun = await self._abegin(messages, options, run_manager)
         with owned(begun, deadline, asyncio.get_running_loop()) as generations:
             completions = await asyncio.gather(*(generation.aresult() for generation in generations))
             return self._to_result(begun, options, completions)
@@ -117,12 +118,12 @@ class ChatLoraRetriever(ChatSettings):
         self,
         messages: list[BaseMessage],
         stop: list[str] | None = None,
-        run_manager: CallbackManagerForLLMRun | None = None,  # noqa: ARG002 - LangChain reports tokens itself
+        run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         options = self._options(stop, kwargs, is_stream=True)
         deadline = Deadline(options.timeout)
-        begun = run_within(deadline, lambda: self._begin(messages, options), discard=Begun.abort)
+        begun = run_within(deadline, lambda: self._begin(messages, options, run_manager), discard=Begun.abort)
         (answer,) = self._answers(begun, options, tells_usage=options.stream_usage)
         with owned(begun, deadline) as (generation,):
             for delta in generation.deltas(deadline.remaining()):
@@ -132,13 +133,13 @@ class ChatLoraRetriever(ChatSettings):
         self,
         messages: list[BaseMessage],
         stop: list[str] | None = None,
-        run_manager: AsyncCallbackManagerForLLMRun | None = None,  # noqa: ARG002 - LangChain reports tokens itself
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         options = self._options(stop, kwargs, is_stream=True)
         deadline = Deadline(options.timeout)
         async with deadline.limit():
-            begun = await self._abegin(messages, options)
+            begun = await self._abegin(messages, options, run_manager)
         (answer,) = self._answers(begun, options, tells_usage=options.stream_usage)
         with owned(begun, deadline, asyncio.get_running_loop()) as (generation,):
             async for delta in generation:
@@ -153,11 +154,16 @@ class ChatLoraRetriever(ChatSettings):
             raise InvalidRequestError(f"n={options.n} cannot be streamed: pass n=1, or use generate().")
         return options
 
-    def _begin(self, messages: Sequence[BaseMessage], options: CallOptions) -> Begun:
-        return begin(self._runtime, self._ready(), messages, options)
+    def _begin(
+        self, messages: Sequence[BaseMessage], options: CallOptions, run_manager: CallbackManagerForLLMRun | None
+    ) -> Begun:
+        return begin(self._runtime, self._ready(), messages, options, plan=planner(self._runtime, run_manager))
 
-    async def _abegin(self, messages: Sequence[BaseMessage], options: CallOptions) -> Begun:
-        begun = await abegin(self._runtime, await self._aready(), messages, options)
+    async def _abegin(
+        self, messages: Sequence[BaseMessage], options: CallOptions, run_manager: AsyncCallbackManagerForLLMRun | None
+    ) -> Begun:
+        engine, plan = await self._aready(), aplanner(self._runtime, run_manager)
+        begun = await abegin(self._runtime, engine, messages, options, plan=plan)
         reached_engine()
         return begun
 
@@ -280,8 +286,10 @@ class ChatLoraRetriever(ChatSettings):
     # Counting
 
     def get_token_ids(self, text: str) -> list[int]:
-        """Return the base model's token ids of a plain text."""
-        return encode_text(self._ready().tokenizer, text)
+        """Return the base model's token ids of a plain text. No weights are loaded for it."""
+        if self.custom_get_token_ids is not None:
+            return self.custom_get_token_ids(text)
+        return encode_text(self._runtime.tokenizer, text)
 
     def _convert_input(self, model_input: LanguageModelInput) -> PromptValue:
         """Do what LangChain does, refusing in words what is no prompt, and more messages than one may have."""
@@ -302,6 +310,9 @@ class ChatLoraRetriever(ChatSettings):
         messages: list[BaseMessage],
         tools: Sequence[Any] | None = None,
     ) -> int:
-        """Count the tokens of the prompt that `messages` and `tools` make, template and all."""
+        """Count the tokens of the prompt that `messages` and `tools` make, template and all, of any length.
+
+        No weights are loaded for it, so `trim_messages(..., token_counter=llm)` is cheap before the first call, too.
+        """
         messages = self._convert_input(messages).to_messages()
-        return num_prompt_tokens(self._ready(), messages, self._options(None, {"tools": tools}))
+        return num_prompt_tokens(self._runtime.tokenizer, messages, self._options(None, {"tools": tools}))

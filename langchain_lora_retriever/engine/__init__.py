@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from langchain_lora_retriever.engine.config import EngineConfig
     from langchain_lora_retriever.engine.core import Engine
     from langchain_lora_retriever.engine.generation import Generation
-    from langchain_lora_retriever.engine.model.load import BaseModel, ModelSource, load_base_model
+    from langchain_lora_retriever.engine.model.load import BaseModel, ModelSource, load_base_model, load_tokenizer
     from langchain_lora_retriever.engine.stats import EngineStats
     from langchain_lora_retriever.engine.worker import EngineWorker
 
@@ -47,6 +47,7 @@ __all__ = [
     "TokenLogprob",
     "Usage",
     "load_base_model",
+    "load_tokenizer",
 ]
 
 _HOMES = {
@@ -66,6 +67,7 @@ _HOMES = {
     "TokenLogprob": "api",
     "Usage": "api",
     "load_base_model": "model.load",
+    "load_tokenizer": "model.load",
 }
 
 __getattr__ = lazy_names(__name__, _HOMES)

@@ -216,6 +216,11 @@ class CompiledGrammar:
         limit = None if self._shortest is None else fit
         return GrammarConstraint(self._matcher.deep_copy(), self._closing, limit=limit, shortest=self._shortest or 0)
 
+    def allows(self, text: str) -> bool:
+        """Say whether a text, as a whole, follows the grammar."""
+        matcher, token_ids = self._matcher.deep_copy(), self._closing.tokens.tokenize_str(text)
+        return matcher.try_consume_tokens(token_ids) == len(token_ids) and matcher.is_accepting()
+
 
 class GrammarConstraint:
     """Keeps one request inside a grammar. Only the engine's thread may use it after submission.

@@ -70,12 +70,14 @@ class AnswerFormat(NamedTuple):
         dialect: How they are shown, and calls written; None where there are none.
         grammar: What decoding is constrained to; None leaves it free.
         is_free_text: The grammar allows any text, up to a tool call.
+        then: What an answer that calls no tool is written in after that, by a second request; see `output.draft`.
     """
 
     tools: list[Tool]
     dialect: Dialect | None = None
     grammar: Grammar | None = None
     is_free_text: bool = False
+    then: Grammar | None = None
 
 
 def answer_format(options: OutputRequest, tokenizer: PreTrainedTokenizerBase) -> AnswerFormat:
@@ -111,24 +113,25 @@ def _calls_format(
 ) -> AnswerFormat:
     """Decide what an answer may look like in which tools may be called."""
     is_forced = choice != "auto"
-    is_free_text = not is_forced and schema is None
+    then = None if is_forced or schema is None else json_grammar(schema)
+    if then is not None:
+        compiler_of(tokenizer).compile(then)  # what cannot be honoured is told before anything is generated
     dialect = dialect_of(tokenizer)
-    if dialect.form is None and not is_free_text:
+    if dialect.form is None and is_forced:
         dialect = SECTION  # what must be constrained is asked for in a form that can be
-    is_constrained = not is_free_text or (dialect.is_told_by_opening and can_constrain(tokenizer))
+    is_constrained = is_forced or (dialect.is_told_by_opening and can_constrain(tokenizer))
     if dialect.form is None or not is_constrained:
-        return AnswerFormat(tools, dialect, is_free_text=True)
+        return AnswerFormat(tools, dialect, is_free_text=True, then=then)
     callable_tools = [tool for tool in tools if not isinstance(choice, tuple) or tool_name(tool) == choice[0]]
     grammar = calls_grammar(
         {tool_name(tool): _parameters(tool, tokenizer, is_strict=is_forced) for tool in callable_tools},
         form=dialect.form,
         special=compiler_of(tokenizer).vocabulary.special,
         eos_token_id=tokenizer.eos_token_id,
-        is_forced=not is_free_text,
+        is_forced=is_forced,
         is_repeatable=options.parallel_tool_calls is not False and not isinstance(choice, tuple),
-        otherwise=None if is_forced else schema,
     )
-    return AnswerFormat(tools, dialect, grammar, is_free_text=is_free_text)
+    return AnswerFormat(tools, dialect, grammar, is_free_text=not is_forced, then=then)
 
 
 def _parameters(tool: Tool, tokenizer: PreTrainedTokenizerBase, *, is_strict: bool) -> Mapping[str, Any]:

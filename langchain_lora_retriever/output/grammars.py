@@ -145,7 +145,6 @@ def calls_grammar(
     eos_token_id: int | None,
     is_forced: bool,
     is_repeatable: bool,
-    otherwise: Mapping[str, Any] | None = None,
 ) -> Grammar:
     """Write the grammar of tool calls.
 
@@ -156,13 +155,11 @@ def calls_grammar(
         eos_token_id: The one of them that ends an answer.
         is_forced: There is a call and nothing else; else free text may come first, or alone.
         is_repeatable: More calls may follow the first, if the form allows several.
-        otherwise: A schema that the text may satisfy in place of a forced call.
 
     Raises:
         InvalidRequestError: If the tools' schemas are beyond bounds, or too large together.
     """
     tools = {name: checked_schema(schema) for name, schema in tools.items()}
-    otherwise = None if otherwise is None else checked_schema(otherwise)
     opening = _spelled(special, form.opening)
     rules = [
         f"tool_{index}: {_spelled(special, form.before_name + name + form.before_arguments)} {_json_rule(schema)}"
@@ -174,9 +171,7 @@ def calls_grammar(
         more = f" ({_spelled(special, form.separator + form.opening)} body)*"
     rules.append(f"body: {body}")
     if is_forced:
-        rules.insert(
-            0, f"start: {opening} body{more}" + (f" | {_json_rule(otherwise)}" if otherwise is not None else "")
-        )
+        rules.insert(0, f"start: {opening} body{more}")
     else:
         # A lazy rule ends at the first match, so text that reaches the opening is in a call from there on. Tokens of
         # their own in the opening may stand there and nowhere else; all others may stand anywhere.
@@ -187,8 +182,7 @@ def calls_grammar(
         rules.append(f"trigger[lazy]: TEXT {json.dumps(form.opening)}")
         rules.append(f"free: (TEXT <[{','.join(map(str, others))}]>)*" if others else 'free: ""')
         rules.append("TEXT: /(.|\\n)*/")
-    header = _header(*tools.values(), *([otherwise] if otherwise else []))
-    text = header + "\n".join(rules) + "\n"
+    text = _header(*tools.values()) + "\n".join(rules) + "\n"
     return Grammar(_bounded(text, "The tools' schemas together"), is_json=is_forced)
 
 

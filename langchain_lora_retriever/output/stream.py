@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Answer", "AnswerStream", "answer_readers", "logprobs_content", "reads_special_tokens"]
 
+_NORMALIZED_FINISH_REASONS = {"stop": "stop", "length": "length", "tool_calls": "tool_call"}
+"""OpenAI's words, and those that langchain-core (from 1.8.4 on) has for all providers.
+
+Its `finish_state` is for providers whose answers end unfinished in other ways, of which there is none here.
+"""
+
 
 def answer_readers(
     tokenizer: PreTrainedTokenizerBase, prompt_token_ids: Sequence[int], answer: AnswerFormat
@@ -100,7 +106,6 @@ class AnswerStream:
     def push(self, delta: Delta) -> Iterator[ChatGenerationChunk]:
         """Yield the chunks that a delta makes; what is known beside a text comes in the text's chunk."""
         pieces, finish_reason = self._answer.push(delta)
-        is_last = finish_reason is not None
         final = pieces[-1] if pieces else None
         text = final if isinstance(final, str) else ""
         for piece in pieces[:-1] if text else pieces:
@@ -108,14 +113,15 @@ class AnswerStream:
         metadata: dict[str, Any] = {}
         if delta.logprobs:
             metadata["logprobs"] = logprobs_content(self._tokenizer, delta.logprobs)
-        if is_last:
-            metadata |= {**self._metadata, "finish_reason": finish_reason}
+        if finish_reason is not None:
+            normalized = _NORMALIZED_FINISH_REASONS[finish_reason]
+            metadata |= {**self._metadata, "finish_reason": finish_reason, "normalized_finish_reason": normalized}
         if text or metadata:
             message = AIMessageChunk(
                 content=text,
                 response_metadata=metadata,
                 usage_metadata=_usage_metadata(delta.usage) if delta.usage and self._tells_usage else None,
-                chunk_position="last" if is_last else None,
+                chunk_position=None if finish_reason is None else "last",
             )
             yield ChatGenerationChunk(message=message)
 

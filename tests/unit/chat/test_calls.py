@@ -132,7 +132,7 @@ def test_the_last_text_and_what_is_known_of_it_are_one_chunk(tokenizer) -> None:
     (chunk,) = AnswerStream(Answer(), tokenizer, {"model_name": "m"}).push(whole)
     message = chunk.message
     assert (message.content, message.chunk_position, message.usage_metadata["total_tokens"]) == ("all", "last", 4)
-    assert list(message.response_metadata) == ["logprobs", "model_name", "finish_reason"]
+    assert list(message.response_metadata) == ["logprobs", "model_name", "finish_reason", "normalized_finish_reason"]
     thinking = AnswerStream(Answer([ThinkReader(is_open=True)]), tokenizer, {})
     first, last = thinking.push(whole._replace(text="hm</think>all", logprobs=None))
     assert first.message.additional_kwargs == {"reasoning_content": "hm"}

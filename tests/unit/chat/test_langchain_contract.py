@@ -17,7 +17,7 @@ from langchain_core.tools import tool
 from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
 
 from langchain_lora_retriever import ChatLoraRetriever
-from langchain_lora_retriever.errors import EngineDeadError, EngineError
+from langchain_lora_retriever.errors import EngineDeadError, EngineError, UnknownAdapterError
 
 if TYPE_CHECKING:
     from langchain_core.messages import AIMessageChunk
@@ -138,6 +138,62 @@ async def test_the_routed_adapters_are_in_the_trace(llm: ChatLoraRetriever, way:
     assert metadata["composition"] == "mixture"
     assert run.extra["invocation_params"]["top_k"] == 3
     assert run.extra["metadata"]["ls_provider"] == "lora-retriever"
+    (routing,) = run.child_runs
+    assert (routing.run_type, routing.name, routing.error) == ("retriever", "LoraRetriever", None)
+    assert routing.inputs == {"query": SQL}
+    found = [(found.page_content, found.metadata["score"]) for found in routing.outputs["documents"]]
+    assert found == [(adapter["name"], adapter["score"]) for adapter in metadata["adapters"]]
+    assert routing.extra["metadata"]["ls_embedding_model"] == "words"
+
+
+async def test_routing_that_fails_is_seen_to_fail(llm: ChatLoraRetriever) -> None:
+    """The routing run holds the error, as the call's does."""
+    for is_async in (False, True):
+        collector = RunCollectorCallbackHandler()
+        config: Any = {"callbacks": [collector]}
+        with pytest.raises(UnknownAdapterError):
+            _ = await llm.ainvoke(SQL, config, model="gone") if is_async else llm.invoke(SQL, config, model="gone")
+        (run,) = collector.traced_runs
+        assert "gone" in run.error
+        assert "gone" in run.child_runs[0].error
+
+
+async def test_routing_is_an_event(llm: ChatLoraRetriever) -> None:
+    """Whoever follows a chain's events sees the adapters before the first token."""
+    events = [event async for event in (llm | StrOutputParser()).astream_events(SQL, version="v2")]
+    kinds = [event["event"] for event in events]
+    assert kinds.index("on_retriever_end") < kinds.index("on_chat_model_stream")
+    (ended,) = [event for event in events if event["event"] == "on_retriever_end"]
+    assert ended["data"]["output"][0].page_content == "sql"
+
+
+def test_parameters_of_a_trace(llm: ChatLoraRetriever) -> None:
+    """LangSmith's are those of the call: what it overrides, and the adapter that it pins as a model."""
+    params = llm._get_ls_params(stop=["x"], temperature=0.5, max_tokens=9, model="sql")
+    assert params == {
+        "ls_provider": "lora-retriever", "ls_model_name": "sql", "ls_model_type": "chat",
+        "ls_temperature": 0.5, "ls_max_tokens": 9, "ls_stop": ["x"],
+    }  # fmt: skip
+    assert llm._get_ls_params()["ls_model_name"] == "fake/base"
+    assert llm._get_ls_params()["ls_temperature"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "reasons"), [("Yes.", ("stop", "stop")), (CALL, ("tool_calls", "tool_call"))], ids=["words", "a call"]
+)
+async def test_finish_reasons_in_both_vocabularies(
+    llm: ChatLoraRetriever, engine, answer: str, reasons: tuple[str, str]
+) -> None:
+    """OpenAI's word, and langchain-core's for all providers, once each, streamed or not."""
+    engine.answers = [answer]
+    bound = llm.bind_tools([add])
+    achunks = [chunk async for chunk in bound.astream(SQL)]
+    for message in (bound.invoke(SQL), added(list(bound.stream(SQL))), added(achunks)):
+        metadata = message.response_metadata
+        assert (metadata["finish_reason"], metadata["normalized_finish_reason"]) == reasons
+    stream = llm.stream_events(SQL, version="v3", tools=[add])
+    assert list(stream)
+    assert stream.output.response_metadata["normalized_finish_reason"] == reasons[1]
 
 
 # Retries, fallbacks, limits

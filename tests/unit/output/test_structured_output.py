@@ -220,12 +220,16 @@ def test_a_free_answer_is_free_until_a_call_begins(tokenizer) -> None:
 
 
 def test_tools_and_a_response_format_together(tokenizer) -> None:
-    """An agent with structured output either calls a tool or answers in the schema."""
+    """An agent with structured output calls a tool or says something, which is then written in the schema."""
     response_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": JokeSchema}}
-    grammar = answer_format(CallOptions(tools=[weather], response_format=response_format), tokenizer).grammar
-    assert follows(tokenizer, grammar, JOKE)
-    assert follows(tokenizer, grammar, CALL)
-    assert not follows(tokenizer, grammar, "Well, ...")
+    both = answer_format(CallOptions(tools=[weather], response_format=response_format), tokenizer)
+    assert follows(tokenizer, both.grammar, CALL)
+    assert follows(tokenizer, both.grammar, "Well, ...")
+    assert follows(tokenizer, both.then, JOKE)
+    assert not follows(tokenizer, both.then, "Well, ...")
+    forced = answer_format(CallOptions(tools=[weather], tool_choice="any", response_format=response_format), tokenizer)
+    assert forced.then is None
+    assert not follows(tokenizer, forced.grammar, "Well, ...")
 
 
 JokeSchema = Joke.model_json_schema()
