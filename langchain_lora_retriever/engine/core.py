@@ -303,6 +303,7 @@ class Engine:
             num_adapter_loads=self.slots.num_loads,
             time_to_first_token=recorder.time_to_first_token,
             inter_token=recorder.inter_token,
+            num_blocks=self.runner.memory.num_blocks,
         )
 
     def close(self) -> None:

@@ -46,6 +46,7 @@ class EngineStats(NamedTuple):
         num_adapter_loads: Adapters copied to the device.
         time_to_first_token: From submission.
         inter_token: Between a request's consecutive tokens.
+        num_blocks: KV-cache blocks there are; 0 if unknown.
     """
 
     num_running: int
@@ -63,6 +64,7 @@ class EngineStats(NamedTuple):
     num_adapter_loads: int
     time_to_first_token: Percentiles
     inter_token: Percentiles
+    num_blocks: int = 0
 
 
 class StatsRecorder:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from langchain_lora_retriever.errors import InvalidRequestError, MissingDependencyError
+from langchain_lora_retriever.evaluation.pool_map import make_map
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -97,9 +98,7 @@ def plot_map(
     _check(names, vectors)
     if len(names) < 2:
         raise InvalidRequestError(f"a map of {len(names)} adapters is not allowed: pass two or more.")
-    centred = vectors - vectors.mean(axis=0)
-    _, _, directions = np.linalg.svd(centred, full_matrices=False)
-    places = centred @ directions[:2].T
+    places = make_map(names, vectors).places
     figure, axes = _figure(7, 5)
     groups = [(domains or {}).get(name, "") for name in names]
     for group in dict.fromkeys(groups):

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import FastAPI, Request
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
@@ -17,9 +17,11 @@ from langchain_lora_retriever.chat.begin import LONG_CHAT, Begun, abegin, owned,
 from langchain_lora_retriever.chat.call import CallOptions
 from langchain_lora_retriever.errors import InvalidRequestError, LoraRetrieverError, PoolError
 from langchain_lora_retriever.serving.config import ServeConfig, read_keys
-from langchain_lora_retriever.serving.errors import RefusedError, error_object, error_response, told
+from langchain_lora_retriever.serving.errors import RefusedError, error_object, error_response, read_body
+from langchain_lora_retriever.serving.explorer import explorer_paths
 from langchain_lora_retriever.serving.gate import Gate
 from langchain_lora_retriever.serving.metrics import Metrics
+from langchain_lora_retriever.serving.page import page_paths
 from langchain_lora_retriever.serving.protocol import AUTO, ChatRequest, ChunkWriter, RouteRequest, completion, event
 from langchain_lora_retriever.support.threads import Deadline, run_in_thread
 
@@ -77,6 +79,8 @@ def create_app(llm: ChatLoraRetriever, config: ServeConfig | None = None) -> Fas
         ("/v1/adapters/{name}", ["DELETE"], server.remove_adapter),
         ("/health", ["GET"], server.health),
         ("/metrics", ["GET"], server.metrics_text),
+        *explorer_paths(llm),
+        *page_paths(),
     ):
         app.add_api_route(path, server.counted(path, handler), methods=methods, response_model=None)
     app.add_middleware(
@@ -115,7 +119,7 @@ class _Server:
     async def complete(self, request: Request) -> Response:
         """Answer a chat, whole or as a stream of events."""
         arrival = time.monotonic()
-        asked = await _read(request, ChatRequest)
+        asked = await read_body(request, ChatRequest)
         options = CallOptions.merge(self._llm, asked.arguments(max_n=self._config.max_n, timeout=self._config.timeout))
         is_long = len(asked.messages) > LONG_CHAT
         messages = await run_in_thread(asked.to_messages) if is_long else asked.to_messages()
@@ -193,7 +197,7 @@ class _Server:
 
     async def route(self, request: Request) -> Response:
         """The decision alone."""
-        asked = await _read(request, RouteRequest)
+        asked = await read_body(request, RouteRequest)
         options = CallOptions.merge(self._llm, asked.arguments())
         composition = await self._runtime.aroute(text_to_route(asked.to_messages(), options), options)
         return JSONResponse(composition.to_metadata())
@@ -220,7 +224,7 @@ class _Server:
 
     async def add_adapter(self, request: Request) -> Response:
         """Add an adapter from below the allowed folder."""
-        asked = await _read(request, _AddRequest)
+        asked = await read_body(request, _AddRequest)
         root = self._config.adapter_root
         if root is None:
             raise RefusedError("Adapters cannot be added here: the server has no adapter_root.", status=403)
@@ -273,20 +277,7 @@ class _Server:
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-Body = TypeVar("Body", bound=BaseModel)
 T = TypeVar("T")
-
-
-async def _read(request: Request, kind: type[Body]) -> Body:
-    """Read a request's body.
-
-    Raises:
-        RefusedError: If it is not what the path takes.
-    """
-    try:
-        return kind.model_validate_json(await request.body())
-    except ValidationError as error:
-        raise RefusedError(f"The request cannot be understood: {told(error, whole='the body')}.") from error
 
 
 async def _unless_gone(request: Request, work: Awaitable[T], *, discard: Callable[[T], object] = lambda _: None) -> T:

@@ -1,10 +1,11 @@
-"""Errors as the protocol has them: a status, and an object that says what was wrong."""
+"""Errors as the protocol has them: a status, and an object that says what was wrong; of a body too."""
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from pydantic import BaseModel, ValidationError
 from starlette.responses import JSONResponse
 
 from langchain_lora_retriever.errors import (
@@ -22,9 +23,11 @@ from langchain_lora_retriever.errors import (
 )
 
 if TYPE_CHECKING:
-    from pydantic import ValidationError
+    from starlette.requests import Request
 
-__all__ = ["RefusedError", "error_object", "error_response", "told"]
+__all__ = ["RefusedError", "error_object", "error_response", "read_body", "told"]
+
+Body = TypeVar("Body", bound=BaseModel)
 
 _logger = logging.getLogger(__name__)
 _RETRY_SECONDS = 1
@@ -81,6 +84,18 @@ def error_response(error: BaseException) -> JSONResponse:
     status, _, _ = _describe(error)
     headers = {"Retry-After": str(_RETRY_SECONDS)} if status == 429 else None
     return JSONResponse(error_object(error), status, headers)
+
+
+async def read_body(request: Request, kind: type[Body]) -> Body:
+    """Read a request's body.
+
+    Raises:
+        RefusedError: If it is not what the path takes.
+    """
+    try:
+        return kind.model_validate_json(await request.body())
+    except ValidationError as error:
+        raise RefusedError(f"The request cannot be understood: {told(error, whole='the body')}.") from error
 
 
 def told(error: ValidationError, *, whole: str) -> str:

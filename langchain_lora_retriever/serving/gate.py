@@ -6,6 +6,7 @@ import hmac
 from typing import TYPE_CHECKING
 
 from langchain_lora_retriever.serving.errors import RefusedError, error_response
+from langchain_lora_retriever.serving.page import PAGE_PATHS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Gate"]
 
-_OPEN = frozenset({"/health"})
+_OPEN = frozenset({"/health"}) | PAGE_PATHS
 _ADMIN = "/v1/adapters"
 
 

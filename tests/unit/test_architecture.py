@@ -29,7 +29,7 @@ FLOORS: dict[str, set[str]] = {
     "adapter_training": GROUND | {"pool", "demo"},
     "evaluation": GROUND | {"engine", "retrieval", "pool", "chat"},
     "remote": GROUND | {"engine", "retrieval", "pool"},
-    "serving": GROUND | {"engine.api", "engine.config", "output", "chat", "runtime", "remote", "demo"},
+    "serving": GROUND | {"engine.api", "engine.config", "output", "chat", "runtime", "remote", "evaluation", "demo"},
     "demo": GROUND | {"engine", "retrieval", "pool", "chat", "registry", "evaluation"},
     "cli": GROUND
     | {"engine", "retrieval", "pool", "chat", "registry", "runtime", "evaluation", "demo", "serving"}

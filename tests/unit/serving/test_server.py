@@ -5,21 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import threading
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import openai
 import pytest
-import uvicorn
 from langchain_openai import ChatOpenAI
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from langchain_lora_retriever.errors import EngineOverloadedError, InvalidRequestError
-from langchain_lora_retriever.serving.app import create_app
 from langchain_lora_retriever.serving.config import ServeConfig, read_config
-from makers import until, wait_until
+from makers import until
+from servers import running
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,21 +36,6 @@ ADD = {
 }
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 3}}\n</tool_call>'
 KEY, ADMIN = "key-0123456789abcdef", "admin-0123456789abcdef"
-
-
-@contextmanager
-def running(llm: ChatLoraRetriever, config: ServeConfig | None = None) -> Iterator[str]:
-    """A server on a free port of this machine; its address."""
-    server = uvicorn.Server(uvicorn.Config(create_app(llm, config), port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    wait_until(lambda: server.started)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        assert not thread.is_alive()
 
 
 @pytest.fixture
