@@ -4,6 +4,7 @@ import { events, json, onKeyWanted, ServerError } from "./api.js";
 import { showAdapters, showPrompt } from "./map.js";
 
 const MOST_RUNS = 10;
+const MOST_SHOWN = 200; // adapters in a list at once; the filter finds the others
 const LOOK_AFTER_MS = 300; // without a key pressed
 const POLL_MS = 2000;
 
@@ -25,11 +26,10 @@ function made(name, text, attributes = {}) {
 function row(...cells) {
   const line = made("tr");
   for (const cell of cells) {
-    const made_cell = document.createElement("td");
-    if (cell instanceof Node) made_cell.append(cell);
-    else made_cell.textContent = cell;
-    if (typeof cell === "number" || /^[\d.]+ ?%?$/.test(String(cell))) made_cell.className = "number";
-    line.append(made_cell);
+    const box = made("td");
+    box.append(cell instanceof Node ? cell : String(cell));
+    if (/^[\d.]+$/.test(box.textContent)) box.className = "number";
+    line.append(box);
   }
   return line;
 }
@@ -65,7 +65,7 @@ function choice(chosen, other, name, verb) {
 function showChoices() {
   const wanted = at("filter").value.toLowerCase();
   const focused = document.activeElement?.getAttribute("aria-label");
-  const shown = pool.adapters.filter((adapter) => adapter.name.toLowerCase().includes(wanted)).slice(0, 200);
+  const shown = pool.adapters.filter((adapter) => adapter.name.toLowerCase().includes(wanted)).slice(0, MOST_SHOWN);
   at("adapters").tBodies[0].replaceChildren(
     ...shown.map(({ name, rank, num_samples }) =>
       row(name, rank, num_samples, choice(pinned, excluded, name, "pin"), choice(excluded, pinned, name, "exclude")),
@@ -85,8 +85,7 @@ async function readPool() {
     `Adapters whose samples are alike lie together: two dimensions of the embeddings, with ${Math.round(100 * pool.explained)} % of what tells them apart.`;
   showAdapters(pool.adapters);
   showChoices();
-  for (const adapter of pool.adapters) {
-    if (!adapter.samples.length) continue;
+  for (const adapter of pool.adapters.filter((each) => each.samples.length).slice(0, MOST_SHOWN)) {
     const group = made("optgroup", undefined, { label: adapter.name });
     for (const sample of adapter.samples) {
       const short = sample.length > 80 ? `${sample.slice(0, 80)}...` : sample;
