@@ -5,6 +5,7 @@
     LoraRetrieverError
     ├── AdapterError (ValueError)          one adapter cannot be used; names it
     │   ├── UnsupportedAdapterError        valid PEFT that asks for what is not supported here (bias, IA3)
+    │   ├── HubError                       a repository of the hub that cannot be had, or holds no adapter
     │   ├── InvalidAdapterError            corrupt, truncated, NaN, or shapes that do not fit the base model
     │   └── InvalidSamplesError            samples.jsonl is not JSON lines with an "input"
     ├── PoolError (ValueError)             the pool as a whole cannot be used (empty, unreadable)
@@ -32,6 +33,7 @@ __all__ = [
     "EngineDeadError",
     "EngineError",
     "EngineOverloadedError",
+    "HubError",
     "InvalidAdapterError",
     "InvalidRequestError",
     "InvalidSamplesError",
@@ -57,6 +59,10 @@ class AdapterError(LoraRetrieverError, ValueError):
 
 class UnsupportedAdapterError(AdapterError):
     """A valid PEFT adapter that asks for something that is not supported here."""
+
+
+class HubError(AdapterError):
+    """A repository of the Hugging Face hub that cannot be had, or holds no adapter."""
 
 
 class InvalidAdapterError(AdapterError):

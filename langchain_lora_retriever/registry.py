@@ -20,6 +20,7 @@ from langchain_lora_retriever.engine import EngineConfig, EngineWorker, load_bas
 from langchain_lora_retriever.engine.gc_freeze import frozen_heap
 from langchain_lora_retriever.engine.grammar import compiler_of
 from langchain_lora_retriever.retrieval.encoder import SentenceTransformerEncoder
+from langchain_lora_retriever.retrieval.hybrid_encoder import HybridEncoder, default_encoder
 from langchain_lora_retriever.retrieval.retriever import LoraRetriever
 from langchain_lora_retriever.runtime import ReadyEngine, Runtime
 from langchain_lora_retriever.support.forking import after_fork
@@ -52,7 +53,7 @@ _logger = logging.getLogger(__name__)
 _starting = threading.Lock()  # held while a model is loaded or given back, which may take minutes
 _lock = threading.Lock()  # held for a look into a dictionary
 _engines: dict[Hashable, EngineWorker] = {}
-_encoders: WeakValueDictionary[str, SentenceTransformerEncoder] = WeakValueDictionary()
+_encoders: WeakValueDictionary[Hashable, Encoder] = WeakValueDictionary()
 _retrievers: WeakValueDictionary[Hashable, LoraRetriever] = WeakValueDictionary()
 _runtimes: WeakValueDictionary[Hashable, Runtime] = WeakValueDictionary()
 _identities: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
@@ -140,17 +141,22 @@ def shared_runtime(engine: SharedEngine | EngineClient, retriever: LoraRetriever
         return runtime
 
 
-def shared_retriever(pool: AdapterPool, encoder: str | Path | Encoder, instruction: str) -> LoraRetriever:
-    """Return the retriever of a pool and an encoder; it lives as long as a chat model uses it.
+def shared_retriever(pool: AdapterPool, encoder: str | Path | Encoder | None, instruction: str) -> LoraRetriever:
+    """Return the retriever of a pool and an encoder, by default `default_encoder()`.
 
-    Adapters' embeddings by an encoder that is named are kept for the next start, in `vector_folder()`.
+    It lives as long as a chat model uses it. Encoders of one recipe are one, and adapters' embeddings by them are kept
+    for the next start, in `vector_folder()`.
     """
-    cache_dir = vector_folder() if isinstance(encoder, str | Path) else None
+    encoder = default_encoder() if encoder is None else encoder
+    recipe: Hashable = str(encoder) if isinstance(encoder, str | Path) else None
+    if isinstance(encoder, HybridEncoder):
+        recipe = encoder.recipe
+    cache_dir = None if recipe is None else vector_folder()
     with _lock:
-        if isinstance(encoder, str | Path):
-            source = str(encoder)
-            encoder = _encoders.get(source) or SentenceTransformerEncoder(encoder)
-            _encoders[source] = encoder
+        if recipe is not None:
+            made = SentenceTransformerEncoder(encoder) if isinstance(encoder, str | Path) else encoder
+            encoder = _encoders.setdefault(recipe, made)
+        assert not isinstance(encoder, str | Path), "it was made into one"
         key = (id(pool), id(encoder), instruction)
         retriever = _retrievers.get(key)
         if retriever is None:
@@ -177,7 +183,8 @@ def is_shared(retriever: LoraRetriever) -> bool:
 def source_of(encoder: Encoder) -> str | None:
     """Return the name or folder that a shared encoder was made of; None for one that its caller made."""
     with _lock:
-        return next((source for source, shared in _encoders.items() if shared is encoder), None)
+        found = (source for source, shared in _encoders.items() if shared is encoder and isinstance(source, str))
+        return next(found, None)
 
 
 def identity(thing: object) -> str:

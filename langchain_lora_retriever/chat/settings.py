@@ -34,7 +34,8 @@ from langchain_lora_retriever.registry import (
 )
 from langchain_lora_retriever.retrieval.composer import Weighting
 from langchain_lora_retriever.retrieval.encoder import Encoder
-from langchain_lora_retriever.retrieval.retriever import DEFAULT_ENCODER, DEFAULT_INSTRUCTION, LoraRetriever
+from langchain_lora_retriever.retrieval.hybrid_encoder import HybridEncoder
+from langchain_lora_retriever.retrieval.retriever import DEFAULT_INSTRUCTION, LoraRetriever
 from langchain_lora_retriever.runtime import Runtime
 from langchain_lora_retriever.support.shown import shown
 from langchain_lora_retriever.types import CompositionMode
@@ -100,7 +101,8 @@ class ChatSettings(ConcurrentChatModel):
         base_model: A hub name, a folder, or `(model, tokenizer)` already loaded. None where there is an `engine`.
         engine: An engine that is ready, in place of `base_model`, `model_kwargs` and `engine_config`.
         pool: The adapters to choose from. The constructor takes the folder they lie in, too, and None for none yet.
-        encoder: Embeds prompts and samples. The constructor takes a sentence-transformers name or folder, too.
+        encoder: Embeds prompts and samples; by default MiniLM and words, a `HybridEncoder`. The constructor takes a
+            sentence-transformers name or folder, too.
         instruction: Prefix under which texts are embedded.
         retriever: Finds adapters. One that is ready may be given in place of `pool`, `encoder` and `instruction`.
         model_name: The base model's name in traces and metadata; by default what it is loaded from.
@@ -239,8 +241,8 @@ class ChatSettings(ConcurrentChatModel):
         LangChain copies a chat model with all its fields, one of them changed: among them a retriever that was made for
         the others.
         """
-        given, encoder = self.model_fields_set, self.encoder if "encoder" in self.model_fields_set else DEFAULT_ENCODER
-        if not (isinstance(encoder, str | Path) or callable(getattr(encoder, "encode", None))):
+        given, encoder = self.model_fields_set, self.encoder if "encoder" in self.model_fields_set else None
+        if not (encoder is None or isinstance(encoder, str | Path) or callable(getattr(encoder, "encode", None))):
             raise InvalidRequestError(
                 f"encoder={shown(encoder)} is not allowed: pass a sentence-transformers model's name or folder, "
                 "or an object with `name`, `dimension` and `encode`."
@@ -334,7 +336,7 @@ class ChatSettings(ConcurrentChatModel):
         held = [
             name
             for name in ("base_model", "engine", "pool", "encoder", "retriever")
-            if given.get(name) is not None and not isinstance(given[name], str | Path)
+            if given.get(name) is not None and not _is_portable(given[name])
         ]
         if held:
             raise pickle.PicklingError(
@@ -414,6 +416,11 @@ def _is_in_event_loop() -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def _is_portable(value: object) -> bool:
+    """Whether another process can make what is made of it here."""
+    return isinstance(value, str | Path) or (isinstance(value, HybridEncoder) and value.recipe is not None)
 
 
 def _make(cls: type[ChatSettings], given: dict[str, Any]) -> ChatSettings:

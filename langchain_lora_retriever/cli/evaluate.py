@@ -17,8 +17,9 @@ from langchain_lora_retriever.cli.options import (
     make_chat_model,
     make_encoder,
     new_commands,
+    sees_words,
 )
-from langchain_lora_retriever.cli.terminal import console, print_json, print_table
+from langchain_lora_retriever.cli.terminal import new_progress, print_json, print_table
 from langchain_lora_retriever.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def retrieval(
     cards: CardsOption = None,
     pool: PoolOption = None,
     encoder: EncoderOption = None,
-    words: WordsOption = False,
+    words: WordsOption = None,
     top_k: Annotated[list[int], typer.Option("--top-k", metavar="K", help="May be repeated.", min=1)] = [1, 3, 5, 8],  # noqa: B006 - typer reads it
     rows: RowsOption = None,
     splits: Annotated[
@@ -100,7 +101,7 @@ def retrieval(
         raise InvalidRequestError("--splits trains encoders: name a folder for them with --output.")
     benchmark = _benchmark(cards, None if cards else _pool(pool), test, rows)
     embedder = make_encoder(encoder, words=words)
-    with _progress() as progress:
+    with new_progress() as progress:
         report = evaluate_retrieval(benchmark, embedder, top_k=top_k, progress=_bar(progress, "Retrieving"))
     trained = None
     if output is not None and splits:
@@ -111,7 +112,7 @@ def retrieval(
             fraction=fraction,
             seeds=range(splits),
             top_k=top_k,
-            wrap=HybridEncoder if words else None,
+            wrap=HybridEncoder if sees_words(encoder, words) else None,
             show_progress=not as_json,
         )
     if plots is not None:
@@ -131,7 +132,7 @@ def composition(
     base_model: BaseModelOption = None,
     pool: PoolOption = None,
     encoder: EncoderOption = None,
-    words: WordsOption = False,
+    words: WordsOption = None,
     top_k: Annotated[
         list[int], typer.Option("--top-k", metavar="K", help="Adapters of a fusion or mixture; may be repeated.", min=1)
     ] = [3],  # noqa: B006 - typer reads it
@@ -167,7 +168,8 @@ def composition(
     """Score the base model, the oracle, selection, fusion, mixture and the default, right adapter there and masked."""
     from langchain_lora_retriever.evaluation import Setting, evaluate_composition, paper_settings  # noqa: PLC0415 - seconds
 
-    llm = make_chat_model(base_model, pool, make_encoder(encoder, words=words) if encoder or words else None)
+    is_given = encoder is not None or words is not None
+    llm = make_chat_model(base_model, pool, make_encoder(encoder, words=words) if is_given else None)
     benchmark = _benchmark(cards, llm.pool, test, rows)
     retriever = llm.retriever
     settings = [*paper_settings(top_k), Setting.default()]
@@ -178,7 +180,7 @@ def composition(
     ]
     settings += [Setting("soup", top_k=k) for k in top_k if soup]
     settings += [Setting("random", top_k=k) for k in top_k if random_fusion]
-    with _progress() as progress:
+    with new_progress() as progress:
         report = evaluate_composition(
             benchmark,
             llm.pool,
@@ -213,12 +215,6 @@ def _benchmark(cards: Path | None, pool: AdapterPool | None, test: Path, rows: i
         assert pool is not None, "without cards there is a pool"
         benchmark = benchmark_from_pool(pool, test)
     return benchmark if rows is None else benchmark.subset(rows)
-
-
-def _progress() -> Progress:
-    from rich.progress import Progress  # noqa: PLC0415 - not needed for --help
-
-    return Progress(console=console(stderr=True), transient=True)
 
 
 def _bar(progress: Progress, label: str) -> Callable[[int, int], None]:

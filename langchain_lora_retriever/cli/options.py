@@ -29,6 +29,7 @@ __all__ = [
     "make_chat_model",
     "make_encoder",
     "new_commands",
+    "sees_words",
     "warm_up",
 ]
 
@@ -90,7 +91,13 @@ AdapterOption = Annotated[
     ),
 ]  # fmt: skip
 # Flags name no type: `metavar=""`.
-WordsOption = Annotated[bool, typer.Option("--words", metavar="", help="Let the encoder see words beside meaning.")]
+WordsOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--words/--no-words", metavar="", show_default=False,
+        help="Let the encoder see words beside meaning; by default where no --encoder is given.",
+    ),
+]  # fmt: skip
 TopKOption = Annotated[int, typer.Option("--top-k", metavar="K", help="Maximum number of adapters to retrieve.", min=1)]
 JsonOption = Annotated[bool, typer.Option("--json", metavar="", help="Print JSON for a program to read.")]
 
@@ -130,9 +137,14 @@ def encoder_source(encoder: str | None) -> str:
     return encoder or model.encoder_source()
 
 
-def make_encoder(encoder: str | None, *, words: bool = False) -> str | Encoder:
-    """Return the encoder that options name; with `words` it sees words beside meaning."""
+def sees_words(encoder: str | None, words: bool | None) -> bool:
+    """Whether the encoder that options name sees words beside meaning: the default one does, others if they say so."""
+    return encoder is None if words is None else words
+
+
+def make_encoder(encoder: str | None, *, words: bool | None = None) -> str | Encoder:
+    """Return the encoder that options name, by default the demo's; `words` as in `sees_words`."""
     from langchain_lora_retriever.retrieval.hybrid_encoder import HybridEncoder  # noqa: PLC0415 - seconds to import
 
     source = encoder_source(encoder)
-    return HybridEncoder(source) if words else source
+    return HybridEncoder(source) if sees_words(encoder, words) else source

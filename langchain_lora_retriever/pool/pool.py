@@ -7,15 +7,14 @@ a change. On disk a change is written aside and renamed into place.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import shutil
 import threading
 import time
-import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
@@ -23,36 +22,51 @@ from typing import TYPE_CHECKING, Any, Self
 from langchain_lora_retriever.errors import (
     AdapterError,
     DuplicateAdapterError,
-    InvalidAdapterError,
     InvalidRequestError,
-    LoraRetrieverError,
     PoolError,
     UnknownAdapterError,
 )
+from langchain_lora_retriever.pool.arguments import (
+    as_path,
+    check_name,
+    check_printable,
+    check_same,
+    named_repositories,
+    tell_undescribed,
+    warn_rejected,
+    with_dataset,
+    with_routing,
+    without,
+    writing,
+)
+from langchain_lora_retriever.pool.calibration import Calibration, Progress, Score, calibrate
 from langchain_lora_retriever.pool.checkpoint import CONFIG_FILE, renamed
 from langchain_lora_retriever.pool.conversion import convert_pickle
+from langchain_lora_retriever.pool.entry import (
+    PoolEntry,
+    read_entry,
+    write_entry,
+)
 from langchain_lora_retriever.pool.file_weights import FileWeights
 from langchain_lora_retriever.pool.folder import (
     FingerprintCache,
-    PoolEntry,
-    check_encoder,
     folder_lock,
     install,
     list_folders,
-    make_embedding,
-    read_entry,
+    look,
     reader_lock,
     recover,
     uninstall,
-    write_entry,
 )
+from langchain_lora_retriever.pool.hub import Hub, is_repo_id
 from langchain_lora_retriever.pool.samples import Sample, make_samples
-from langchain_lora_retriever.support.near_names import near_names
+from langchain_lora_retriever.pool.state import PoolState
+from langchain_lora_retriever.pool.task import TASK_FILE, TaskEntry, make_members, read_task, write_task
 from langchain_lora_retriever.support.nesting import check_unicode
 from langchain_lora_retriever.support.shown import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     import numpy as np
     from numpy.typing import ArrayLike, NDArray
@@ -62,58 +76,10 @@ if TYPE_CHECKING:
 __all__ = ["AdapterPool", "PoolEntry", "PoolState", "Sample"]
 
 _logger = logging.getLogger(__name__)
-_MAX_NAME_BYTES = 200
-_NUM_NAMED = 10
 _POOL_IS = "A pool is a folder with one PEFT checkpoint per subfolder."
-
-
-class PoolState:
-    """What a pool holds at one moment. Immutable.
-
-    Attributes:
-        version: Grows with every change of the pool.
-        entries: The adapters, by name, described or not.
-        rejected: Why adapters were refused, by name.
-    """
-
-    def __init__(self, version: int, entries: Mapping[str, PoolEntry], rejected: Mapping[str, AdapterError]) -> None:
-        self.version = version
-        self.entries = MappingProxyType(dict(entries))
-        self.rejected = MappingProxyType(dict(rejected))
-
-    @cached_property
-    def names(self) -> tuple[str, ...]:
-        """The adapters' names, sorted."""
-        return tuple(sorted(self.entries))
-
-    @cached_property
-    def undescribed(self) -> Mapping[str, str]:
-        """The adapters that no prompt can find, by name, with what to do about it; they run where they are pinned."""
-        undescribed = (name for name in self.names if not self.entries[name].is_described)
-        return MappingProxyType({name: _how_to_describe(name) for name in undescribed})
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Sha256 of every name, adapter, sample input and given embedding."""
-        digest = hashlib.sha256()
-        for name in self.names:
-            entry = self.entries[name]
-            digest.update(f"{name}\0{entry.adapter.fingerprint}\0{entry.routing_hash}\0".encode())
-        return digest.hexdigest()
-
-    def __getitem__(self, name: str) -> PoolEntry:
-        if isinstance(name, str) and name in self.entries:
-            return self.entries[name]
-        if isinstance(name, str) and name in self.rejected:
-            raise UnknownAdapterError(f"adapter {name!r} was refused when the pool was loaded: {self.rejected[name]}")
-        near = near_names(str(name), self.names)
-        if near:
-            told = f"Near names: {', '.join(map(repr, near))}."
-        elif self.names:
-            told = f"It has {_some(list(map(repr, self.names)))}."
-        else:
-            told = "It is empty."
-        raise UnknownAdapterError(f"no adapter {shown(name)} in the pool of {len(self.names)}. {told}")
+_NUM_FETCHED_AT_ONCE = 8
+_BY_CARD = (None, "card examples", "card text")
+"""What describes an adapter less well than what it was given."""
 
 
 class AdapterPool:
@@ -124,8 +90,9 @@ class AdapterPool:
 
     Args:
         path: A folder with one PEFT checkpoint per subfolder, named by it, each with a `samples.jsonl` or an
-            `embedding.npy` beside its weights; without, an adapter runs only where it is pinned. Changes are written
-            there; any process may. None keeps the pool in memory.
+            `embedding.npy` beside its weights, or a model card `README.md` that says what it is for; without, an
+            adapter runs only where it is pinned. Changes are written there; any process may. None keeps the pool in
+            memory.
         base_model: Refuse adapters whose configuration names another base model.
         create: Let `path` be missing or hold no adapter yet.
 
@@ -149,7 +116,7 @@ class AdapterPool:
         self._seen: object = None  # how the folder looked when it was read
         if self._path is not None:
             if create:
-                with _writing(self._path):
+                with writing(self._path):
                     self._path.mkdir(parents=True, exist_ok=True)
             self._load(self._path, allow_empty=create)
 
@@ -172,6 +139,52 @@ class AdapterPool:
             return cls(path)  # which says what is wrong
         pool = cls()
         pool._path, pool._known = Path(path), None
+        return pool
+
+    @classmethod
+    def from_hub(
+        cls,
+        repositories: Sequence[str] | Mapping[str, str],
+        *,
+        path: str | Path | None = None,
+        base_model: str | None = None,
+        samples_from: str | None = None,
+        hub: Hub | None = None,
+    ) -> Self:
+        """A pool of adapters from the hub. Those that cannot be had or used are in `rejected`, and warned of.
+
+        Args:
+            repositories: `user/repo`, or `user/repo@revision`, each named by its last part, or by both where two would
+                have one name; or repositories by the names that their adapters are to have.
+            path: Folder to keep them in; those that it has already are not fetched again. None keeps the pool in
+                memory, and the files in the hub's cache.
+            base_model: Refuse adapters whose configuration names another base model.
+            samples_from: "dataset" draws samples from the data sets that cards name; see `add`.
+            hub: How the hub is reached.
+
+        Raises:
+            PoolError: If none of them can be used.
+        """
+        named = named_repositories(repositories)
+        pool = cls(path, base_model=base_model, create=path is not None)
+        missing = {name: repository for name, repository in named.items() if name not in pool}
+        rejected: dict[str, AdapterError] = {}
+
+        def add(item: tuple[str, str]) -> None:
+            name, (repo_id, _, revision) = item[0], item[1].partition("@")
+            try:
+                pool.add(name, repo_id, revision=revision or None, samples_from=samples_from, hub=hub or Hub())
+            except AdapterError as error:
+                rejected[name] = error
+
+        with ThreadPoolExecutor(_NUM_FETCHED_AT_ONCE, thread_name_prefix="lora-retriever-hub") as threads:
+            list(threads.map(add, missing.items()))
+        for name in sorted(rejected):
+            warn_rejected(rejected[name])
+        if not len(pool):
+            reasons = "\n".join(f"  {error}" for error in list(rejected.values())[:5])
+            raise PoolError(f"no adapter of {len(named)} repositories can be used:\n{reasons}")
+        pool._known = pool.state.changed(*rejected, rejected={**pool.rejected, **rejected})
         return pool
 
     @property
@@ -208,11 +221,16 @@ class AdapterPool:
 
     @property
     def undescribed(self) -> Mapping[str, str]:
-        """The adapters that have neither samples nor an embedding, by name, with what to do about it.
+        """The adapters that nothing describes, by name, with what to do about it.
 
         They are loaded and run where they are pinned (`adapters=["name"]`); no prompt finds them.
         """
         return self.state.undescribed
+
+    @property
+    def tasks(self) -> Mapping[str, TaskEntry]:
+        """The entries that stand for adapters of the pool, by name."""
+        return self.state.tasks
 
     @property
     def version(self) -> int:
@@ -260,34 +278,44 @@ class AdapterPool:
         samples: Sequence[str | Mapping[str, Any]] | None = None,
         embedding: ArrayLike | None = None,
         encoder: str | None = None,
+        samples_from: str | None = None,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        hub: Hub | None = None,
         convert: bool = False,
     ) -> Adapter:
         """Add an adapter. A pool on disk copies the checkpoint; a pool in memory reads it where it lies.
 
+        What prompts find it by is, in this order, what is given here; `samples.jsonl` or `embedding.npy` beside the
+        weights; samples drawn from a data set, if `samples_from` asks for that; the examples in the model card; the
+        card's prose and tags. Without any it is found by no prompt, and runs where it is pinned.
+
         Args:
             name: Its name from now on.
-            path: Folder of the PEFT checkpoint.
+            path: Folder of the PEFT checkpoint; or, as a string, a repository of the hub, `user/repo`, where there is
+                no such folder.
             samples: Inputs of its training data, a dozen to 20, as strings or `{"input", "output"}`.
-                By default those in `samples.jsonl` beside the weights; without any it is found by no prompt, and
-                runs where it is pinned.
             embedding: Its embedding `[d]`, in place of samples.
             encoder: Name of the encoder that made `embedding`.
+            samples_from: "dataset" draws 20 samples from the data set that the card names, where neither samples nor an
+                embedding are there.
+            revision: Branch, tag or commit of the repository. What it is now is kept, and recorded as a commit.
+            subfolder: Where in the repository the adapter lies, if there are several.
+            hub: How the hub is reached; by default as `huggingface_hub` is set up (`HF_TOKEN`, `HF_HUB_OFFLINE`, ...).
             convert: Where the weights are a pickle alone (`adapter_model.bin`), read it in a process of its own and
                 write `adapter_model.safetensors` beside it, as `lora-retriever pool convert` does. Without, a pickle
                 is refused unopened.
 
         Raises:
             DuplicateAdapterError: If the pool has that name, or another process has put it into the pool's folder.
-            AdapterError: If the adapter or its samples cannot be used. The pool is unchanged.
+            AdapterError: If the adapter or its samples cannot be had or used. The pool is unchanged.
         """
-        _check_name(name)
-        source = _as_path(path, name)
+        check_name(name)
+        self._check_free(name)
+        found, source = self._find(name, path, samples_from, revision, subfolder, hub, convert=convert)
         with self._lock, self._writers():
             self._check_free(name)
-            if convert:
-                convert_pickle(source, name)
-            found = read_entry(source, name, base_model=self._base_model)
-            return self._put(_with_routing(found, samples, embedding, encoder), source=source)
+            return self._put(with_routing(found, samples, embedding, encoder), source=source)
 
     def update(
         self,
@@ -297,8 +325,12 @@ class AdapterPool:
         samples: Sequence[str | Mapping[str, Any]] | None = None,
         embedding: ArrayLike | None = None,
         encoder: str | None = None,
+        samples_from: str | None = None,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        hub: Hub | None = None,
     ) -> Adapter:
-        """Replace an adapter's weights, samples or embedding; what is not given stays.
+        """Replace an adapter's weights, samples or embedding; what is not given stays. Arguments are as for `add`.
 
         New samples without an embedding drop the old embedding. Without any argument the adapter is read again
         from its folder.
@@ -307,32 +339,97 @@ class AdapterPool:
             UnknownAdapterError: If no adapter has that name.
             AdapterError: If the new adapter or samples cannot be used. The pool is unchanged.
         """
+        self.state[name]
+        new = None if path is None else self._find(name, path, samples_from, revision, subfolder, hub)
         with self._lock, self._writers():
             old = self._current(name)
-            source = _as_path(path, name) if path is not None else old.adapter.path
+            source = old.adapter.path if new is None else new[1]
             assert source is not None, "every adapter of a pool was read from a folder"
-            found = old
-            if path is not None or (samples is None and embedding is None):
+            found = old if new is None else new[0]
+            if new is None and samples is None and embedding is None:
                 found = read_entry(source, name, base_model=self._base_model)
-            if not found.is_described:
-                found = replace(old, adapter=found.adapter)
-            return self._put(_with_routing(found, samples, embedding, encoder), source=source)
+                if samples_from is not None:
+                    found = with_dataset(found, source, samples_from, hub or Hub())
+            if found.described_by in _BY_CARD and old.described_by not in _BY_CARD:
+                found = replace(old, adapter=found.adapter, hub=found.hub)
+            return self._put(with_routing(found, samples, embedding, encoder), source=source)
+
+    def calibrate(
+        self,
+        samples: Sequence[Mapping[str, Any] | Sample],
+        score: Score,
+        *,
+        keep: int = 3,
+        temperature: float = 0.05,
+        exclude: Collection[str] = (),
+        progress: Progress | None = None,
+    ) -> Calibration:
+        """Find the adapters that answer a user's own examples best; see `calibration.calibrate`.
+
+        `add_task(name, calibration.members, calibration.samples)` makes a task entry of the outcome.
+
+        Args:
+            samples: Some dozens with an input and an output.
+            score: Scores answers: an `evaluation.AnswerLikelihood`.
+            keep: How many of the best a task entry is to stand for.
+            temperature: Of their shares; the smaller, the more the best counts.
+            exclude: Names to leave out, such as those that the engine cannot run.
+            progress: Told after every answer how many there are, and of how many.
+        """
+        made = make_samples(samples, where="the calibration")
+        left = {name: entry.adapter for name, entry in self.state.entries.items() if name not in exclude}
+        return calibrate(left, made, score, keep=keep, temperature=temperature, progress=progress)
+
+    def add_task(
+        self, name: str, members: Mapping[str, float], samples: Sequence[str | Mapping[str, Any] | Sample]
+    ) -> TaskEntry:
+        """Add an entry without an adapter of its own: prompts like its samples run the adapters that it stands for.
+
+        Args:
+            name: Its name from now on.
+            members: Shares by names of adapters of the pool; they are scaled to sum to 1. One that is removed later,
+                or that a call excludes, is left out then.
+            samples: Inputs of the task, a dozen to 20.
+
+        Raises:
+            DuplicateAdapterError: If the pool has that name.
+            UnknownAdapterError: If a member is no adapter of the pool.
+            AdapterError: If the samples cannot be used.
+        """
+        check_name(name)
+        where = f"task {name!r}"
+        task = TaskEntry(name, make_samples(samples, where=where), make_members(members, where=where))
+        with self._lock, self._writers():
+            self._check_free(name)
+            for member, _ in task.members:
+                self.state[member]
+            if self._path is not None:
+                with writing(self._path):
+                    install(self._path, name, lambda folder: write_task(folder, task))
+            state = self.state
+            self._known = state.changed(name, tasks={**state.tasks, name: task}, rejected=without(state.rejected, name))
+        return task
 
     def remove(self, name: str) -> None:
-        """Remove an adapter, or one that was refused; in a pool on disk its folder is deleted.
+        """Remove an adapter, a task, or one that was refused; in a pool on disk its folder is deleted.
 
         Raises:
             UnknownAdapterError: If no adapter has that name.
         """
         with self._lock, self._writers():
             state = self.state
-            if not isinstance(name, str) or name not in state.rejected:
+            if not isinstance(name, str) or not (name in state.rejected or name in state.tasks):
                 state[name]
             if self._path is not None:
                 self._hold(name)
-                with _writing(self._path):
+                with writing(self._path):
                     uninstall(self._path, name)
-            self._replace_state(_without(state.entries, name), _without(state.rejected, name))
+            self._known = state.changed(
+                name,
+                entries=without(state.entries, name),
+                rejected=without(state.rejected, name),
+                tasks=without(state.tasks, name),
+            )
 
     def refresh(self) -> bool:
         """Look whether other processes have changed the pool's folder, and read what they have.
@@ -349,18 +446,18 @@ class AdapterPool:
         with self._lock:
             if self._path is None or self._known is None:
                 return False
-            seen = _look(self._path)
+            seen = look(self._path)
             if seen == self._seen:
                 return False
-            entries, rejected = self._found(self._path, allow_empty=True)
+            entries, rejected, tasks = self._found(self._path, allow_empty=True)
             known = self._known
             entries = {name: _unless_same(known.entries.get(name), entry) for name, entry in entries.items()}
+            tasks = {name: _unless_same_task(known.tasks.get(name), task) for name, task in tasks.items()}
             self._seen = seen
-            is_same = all(entries.get(name) is entry for name, entry in known.entries.items())
-            if is_same and len(entries) == len(known.entries) and _said(rejected) == _said(known.rejected):
-                return False
-            self._replace_state(entries, rejected)
-            return True
+            is_same = known.entries == entries and known.tasks == tasks and _said(rejected) == _said(known.rejected)
+            if not is_same:
+                self._replace_state(entries, rejected, tasks)
+            return not is_same
 
     def save(self, path: str | Path) -> None:
         """Write the pool into a folder that `AdapterPool(path)` reads.
@@ -377,7 +474,7 @@ class AdapterPool:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise PoolError(f"{target} exists and is not an empty folder. Save the pool to a new one.")
         aside = target.with_name(f".incoming-{target.name}")
-        with _writing(target):
+        with writing(target):
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
             try:
@@ -385,7 +482,10 @@ class AdapterPool:
                     assert entry.adapter.path is not None
                     (aside / name).mkdir()
                     write_entry(aside / name, entry, source=entry.adapter.path)
-                    _check_same(entry, read_entry(aside / name, name))
+                    check_same(entry, read_entry(aside / name, name))
+                for name, task in self.tasks.items():
+                    (aside / name).mkdir()
+                    write_task(aside / name, task)
                 aside.replace(target)
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -395,15 +495,42 @@ class AdapterPool:
         """Keep other processes from changing the folder, if there is one."""
         with contextlib.ExitStack() as stack:
             if self._path is not None:
-                with _writing(self._path):
+                with writing(self._path):
                     stack.enter_context(folder_lock(self._path))
                     recover(self._path)
             yield
 
+    def _find(
+        self,
+        name: str,
+        path: str | Path,
+        samples_from: str | None,
+        revision: str | None,
+        subfolder: str | None,
+        hub: Hub | None,
+        *,
+        convert: bool = False,
+    ) -> tuple[PoolEntry, Path]:
+        """What an adapter's folder or repository holds, and where that lies."""
+        source, origin = as_path(path, name), None
+        if isinstance(path, str) and (is_repo_id(path) or revision is not None or subfolder is not None):
+            try:
+                source, origin = (hub or Hub()).fetch(path, revision=revision, subfolder=subfolder, with_pickle=convert)
+            except AdapterError as error:
+                error.args = (f"adapter {name!r}: {error}",)
+                raise
+        if convert:
+            convert_pickle(source, name)
+        found = read_entry(source, name, base_model=self._base_model)
+        found = found if origin is None else replace(found, hub=origin)
+        return (found if samples_from is None else with_dataset(found, source, samples_from, hub or Hub())), source
+
     def _check_free(self, name: str) -> None:
-        if name in self:
+        if name in self or name in self.tasks:
             raise DuplicateAdapterError(
                 f"the pool already has an adapter {name!r}. Choose another name, or call update({name!r}, ...)."
+                if name in self
+                else f"the pool already has a task {name!r}. Choose another name, or remove it first."
             )
         if self._path is None or not os.path.lexists(self._path / name):
             return
@@ -446,19 +573,26 @@ class AdapterPool:
             def write(folder: Path) -> PoolEntry:
                 write_entry(folder, entry, source=source)
                 written = read_entry(folder, name, base_model=self._base_model)
-                _check_same(entry, written)
+                check_same(entry, written)
                 return written
 
             self._hold(name)
-            with _writing(root):
+            with writing(root):
                 entry = install(root, name, write)
             entry = replace(entry, adapter=renamed(entry.adapter, root / name))
         state = self.state
-        self._replace_state({**state.entries, name: entry}, _without(state.rejected, name))
+        self._known = state.changed(
+            name, entries={**state.entries, name: entry}, rejected=without(state.rejected, name)
+        )
         return entry.adapter
 
-    def _replace_state(self, entries: Mapping[str, PoolEntry], rejected: Mapping[str, AdapterError]) -> None:
-        self._known = PoolState((self._known.version if self._known else 0) + 1, entries, rejected)
+    def _replace_state(
+        self,
+        entries: Mapping[str, PoolEntry],
+        rejected: Mapping[str, AdapterError],
+        tasks: Mapping[str, TaskEntry] = MappingProxyType({}),
+    ) -> None:
+        self._known = PoolState((self._known.version if self._known else 0) + 1, entries, rejected, tasks)
 
     def _read(self) -> None:
         with self._lock:
@@ -466,19 +600,52 @@ class AdapterPool:
                 self._load(self._path, allow_empty=False)
 
     def _load(self, root: Path, *, allow_empty: bool) -> None:
-        self._seen = _look(root)
+        self._seen = look(root)
         start = time.perf_counter()
-        entries, rejected = self._found(root, allow_empty=allow_empty)
-        self._replace_state(entries, rejected)
+        entries, rejected, tasks = self._found(root, allow_empty=allow_empty)
+        self._replace_state(entries, rejected, tasks)
         undescribed, seconds = self.state.undescribed, time.perf_counter() - start
         _logger.info(
             "pool %s: %d adapters read in %.1f s, %d of them undescribed; %d refused",
             root, len(entries), seconds, len(undescribed), len(rejected),
         )  # fmt: skip
-        _tell_undescribed(root, undescribed)
+        tell_undescribed(root, undescribed)
 
-    def _found(self, root: Path, *, allow_empty: bool) -> tuple[dict[str, PoolEntry], dict[str, AdapterError]]:
-        """What a folder holds: adapters, and why others were refused."""
+    def _found(
+        self, root: Path, *, allow_empty: bool
+    ) -> tuple[dict[str, PoolEntry], dict[str, AdapterError], dict[str, TaskEntry]]:
+        """What a folder holds: adapters, why others were refused, and tasks."""
+        folders = self._list(root)
+        if not folders and not allow_empty:
+            raise PoolError(
+                f"the pool {root} is empty. Put PEFT checkpoints into it, each in a subfolder, or add them: "
+                "AdapterPool(path, create=True).add(name, checkpoint, samples=[...])."
+            )
+        entries: dict[str, PoolEntry] = {}
+        rejected: dict[str, AdapterError] = {}
+        tasks: dict[str, TaskEntry] = {}
+        cache = FingerprintCache(root)
+        guard = partial(reader_lock, root)
+        for folder in folders:
+            name = folder.name
+            try:
+                check_printable(folder)
+                if (folder / TASK_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
+                    tasks[name] = read_task(folder, name, guard=guard)
+                else:
+                    entries[name] = read_entry(folder, name, base_model=self._base_model, cache=cache, guard=guard)
+            except AdapterError as error:
+                if os.path.lexists(folder):  # and was not removed meanwhile
+                    rejected[name] = error
+                    warn_rejected(error)
+        cache.save()
+        if not entries and not allow_empty:
+            reasons = "\n".join(f"  {error}" for error in list(rejected.values())[:5])
+            raise PoolError(f"no adapter of the pool {root} can be used; {len(rejected)} were refused:\n{reasons}")
+        return entries, rejected, tasks
+
+    def _list(self, root: Path) -> list[Path]:
+        """The folders that hold an adapter, a task, or a part of one."""
         try:
             if not root.exists():
                 raise PoolError(
@@ -487,51 +654,11 @@ class AdapterPool:
                 )
             if (root / CONFIG_FILE).is_file():
                 raise PoolError(f"{root} is one adapter, not a pool. Pass the folder that holds it: {root.parent}.")
-            folders = list_folders(root)
+            return list_folders(root)
         except (OSError, ValueError) as error:
             if isinstance(error, PoolError):
                 raise
             raise PoolError(f"cannot read the pool {root}: {error}. {_POOL_IS}") from error
-        if not folders and not allow_empty:
-            raise PoolError(
-                f"the pool {root} is empty. Put PEFT checkpoints into it, each in a subfolder, or add them: "
-                "AdapterPool(path, create=True).add(name, checkpoint, samples=[...])."
-            )
-        entries: dict[str, PoolEntry] = {}
-        rejected: dict[str, AdapterError] = {}
-        cache = FingerprintCache(root)
-        for folder in folders:
-            name = folder.name
-            try:
-                _check_printable(folder)
-                entries[name] = read_entry(
-                    folder, name, base_model=self._base_model, cache=cache, guard=partial(reader_lock, root)
-                )
-            except AdapterError as error:
-                if os.path.lexists(folder):  # and was not removed meanwhile
-                    rejected[name] = error
-                    _warn_rejected(error)
-        cache.save()
-        if not entries and not allow_empty:
-            reasons = "\n".join(f"  {error}" for error in list(rejected.values())[:5])
-            raise PoolError(f"no adapter of the pool {root} can be used; {len(rejected)} were refused:\n{reasons}")
-        return entries, rejected
-
-
-def _look(root: Path) -> object:
-    """Tell a folder apart from itself after a change, by what the system says of the files two levels deep."""
-    try:
-        return [
-            (folder.name, sorted((file.name, *_changes(file.stat())) for file in os.scandir(folder)))
-            for folder in sorted(root.iterdir())
-            if not folder.name.startswith(".") and folder.is_dir()
-        ]
-    except (OSError, ValueError):
-        return None  # somebody is writing, or reading it will say what is wrong
-
-
-def _changes(stat: os.stat_result) -> tuple[int, int, int]:
-    return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
 def _unless_same(known: PoolEntry | None, found: PoolEntry) -> PoolEntry:
@@ -541,105 +668,10 @@ def _unless_same(known: PoolEntry | None, found: PoolEntry) -> PoolEntry:
     return known if known.routing_hash == found.routing_hash else replace(found, adapter=known.adapter)
 
 
+def _unless_same_task(known: TaskEntry | None, found: TaskEntry) -> TaskEntry:
+    is_same = known is not None and (known.members, known.routing_hash) == (found.members, found.routing_hash)
+    return known if known is not None and is_same else found
+
+
 def _said(rejected: Mapping[str, AdapterError]) -> dict[str, str]:
     return {name: str(error) for name, error in rejected.items()}
-
-
-def _with_routing(
-    entry: PoolEntry,
-    samples: Sequence[str | Mapping[str, Any]] | None,
-    embedding: ArrayLike | None,
-    encoder: str | None,
-) -> PoolEntry:
-    """The entry with what the caller gave."""
-    where = f"adapter {entry.adapter.name!r}"
-    if samples is not None:
-        entry = replace(entry, samples=make_samples(samples, where=where), embedding=None, encoder=None)
-    if embedding is not None:
-        entry = replace(
-            entry, embedding=make_embedding(embedding, where=where), encoder=check_encoder(encoder, where=where)
-        )
-    return entry
-
-
-def _check_same(read: PoolEntry, written: PoolEntry) -> None:
-    """Refuse a copy of files that were changed between reading and copying."""
-    if written.adapter.fingerprint != read.adapter.fingerprint:
-        raise InvalidAdapterError(
-            f"adapter {read.adapter.name!r}: its files in {read.adapter.path} were changed after they were read. Do it "
-            "again once they are whole."
-        )
-
-
-def _as_path(path: object, name: str) -> Path:
-    if not isinstance(path, str | os.PathLike):
-        raise InvalidAdapterError(f"adapter {name!r}: path={shown(path)} is not allowed: pass the checkpoint's folder.")
-    return Path(path)
-
-
-def _check_printable(folder: Path) -> None:
-    if not folder.name.isprintable():
-        raise InvalidAdapterError(
-            f"adapter {folder.name!a} has a folder whose name cannot be printed. Rename the folder."
-        )
-
-
-def _check_name(name: object) -> None:
-    if (
-        not isinstance(name, str)
-        or not name.strip()
-        or name.startswith(".")
-        or not name.isprintable()
-        or len(name.encode()) > _MAX_NAME_BYTES
-        or any(character in '/\\:*?"<>|' for character in name)
-    ):
-        raise InvalidAdapterError(
-            f"adapter name {shown(name)} cannot be the name of a folder. Allowed are up to 200 bytes of printable "
-            'characters without / \\ : * ? " < > |, not starting with a dot.'
-        )
-
-
-@contextlib.contextmanager
-def _writing(root: Path) -> Iterator[None]:
-    """Turn an `OSError` of the block into a `PoolError` that names the folder."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        if isinstance(error, LoraRetrieverError):
-            raise
-        raise PoolError(f"cannot write to the pool {root}: {error}") from error
-
-
-def _without(mapping: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in mapping.items() if key != name}
-
-
-def _how_to_describe(name: str) -> str:
-    return (
-        f"adapter {name!r} has neither samples nor an embedding: no prompt finds it, and it runs only where it is "
-        "pinned. Write a samples.jsonl beside its weights, or call "
-        f"pool.update({name!r}, samples=[...])."
-    )
-
-
-def _tell_undescribed(root: Path, undescribed: Mapping[str, str]) -> None:
-    if len(undescribed) == 1:
-        _logger.warning("pool %s: %s", root, *undescribed.values())
-    elif undescribed:
-        _logger.warning(
-            "pool %s: %d adapters have neither samples nor an embedding: no prompt finds them, and they run only where "
-            "they are pinned: %s. Write a samples.jsonl beside their weights, or call "
-            "pool.update(name, samples=[...]).",
-            root, len(undescribed), _some(list(undescribed)),
-        )  # fmt: skip
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first of some names, and how many there are beside them."""
-    rest = len(names) - _NUM_NAMED
-    return ", ".join(names[:_NUM_NAMED]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _warn_rejected(error: AdapterError) -> None:
-    _logger.warning("refused: %s", error)
-    warnings.warn(f"refused: {error}", UserWarning, stacklevel=4)

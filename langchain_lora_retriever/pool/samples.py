@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 __all__ = [
+    "MAX_CHARACTERS",
     "MAX_SAMPLES_BYTES",
     "SAMPLES_FILE",
     "Sample",
+    "hash_inputs",
     "make_samples",
     "parse_samples",
     "read_samples",
@@ -29,10 +32,10 @@ __all__ = [
 SAMPLES_FILE = "samples.jsonl"
 MAX_SAMPLES_BYTES = 16 << 20
 _MAX_SAMPLES = 10_000
-_MAX_CHARACTERS = 100_000  # of an input or an output
+MAX_CHARACTERS = 100_000  # of an input or an output
 _MAX_LINE = 1 << 20
 _MAX_LINES = 2 * _MAX_SAMPLES
-_MAX_CONTAINERS = 2 * _MAX_CHARACTERS  # in a line; texts may be full of brackets
+_MAX_CONTAINERS = 2 * MAX_CHARACTERS  # in a line; texts may be full of brackets
 _ADVICE = "A dozen to 20 samples are enough"
 
 
@@ -71,6 +74,11 @@ def make_samples(values: Iterable[str | Mapping[str, Any] | Sample], *, where: s
     if len(samples) > _MAX_SAMPLES:
         raise InvalidSamplesError(f"{where} has more than {_MAX_SAMPLES:,} samples. {_ADVICE}.")
     return samples
+
+
+def hash_inputs(texts: Iterable[str]) -> str:
+    """Sha256 of texts that something is found by."""
+    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
 
 
 def read_samples(file: Path, *, where: str) -> tuple[Sample, ...]:
@@ -152,8 +160,8 @@ def _make_sample(value: object, where: str) -> Sample:
 
 
 def _check_text(text: str, what: str) -> None:
-    if len(text) > _MAX_CHARACTERS:
-        raise InvalidSamplesError(f"{what} has {len(text):,} characters; allowed are {_MAX_CHARACTERS:,}. Shorten it.")
+    if len(text) > MAX_CHARACTERS:
+        raise InvalidSamplesError(f"{what} has {len(text):,} characters; allowed are {MAX_CHARACTERS:,}. Shorten it.")
     try:
         text.encode()
     except UnicodeEncodeError as error:

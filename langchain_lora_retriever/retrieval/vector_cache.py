@@ -7,7 +7,7 @@ import hashlib
 import os
 import threading
 from collections import OrderedDict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -19,10 +19,22 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["AdapterVectors", "TextVectors"]
+__all__ = ["AdapterVectors", "Mean", "TextVectors"]
 
 _ENTRY_BYTES = 256
 """What a text's embedding takes beside its numbers: the key, the array's header, its place in the dictionary."""
+
+
+class Mean(NamedTuple):
+    """What an adapter is found by.
+
+    Attributes:
+        vector: The mean over its samples `[d]`, of length 1.
+        floor: The score below which a prompt is none of its kind, by its samples; -inf if they do not say.
+    """
+
+    vector: NDArray[np.float32]
+    floor: float
 
 
 class TextVectors:
@@ -90,27 +102,30 @@ class AdapterVectors:
         self._file = folder / f"embeddings-{digest[:16]}.npz"
         self._max_bytes = max_bytes
 
-    def load(self) -> dict[str, NDArray[np.float32]]:
-        """What the file holds; nothing if it is missing or cannot be read."""
+    def load(self) -> dict[str, Mean]:
+        """What the file holds; nothing if it is missing, cannot be read, or is of an earlier form."""
         try:
             with np.load(self._file, allow_pickle=False) as arrays:
                 hashes, vectors = arrays["hashes"].tolist(), arrays["vectors"].astype(np.float32)
-                is_whole = np.isfinite(vectors).reshape(len(vectors), -1).all(axis=1)
-                return {name: row for name, row, whole in zip(hashes, vectors, is_whole, strict=True) if whole}
+                floors = arrays["floors"].astype(np.float64)
+                is_whole = np.isfinite(vectors).reshape(len(vectors), -1).all(axis=1) & ~np.isnan(floors)
+                rows = zip(hashes, vectors, floors.tolist(), is_whole, strict=True)
+                return {name: Mean(row, floor) for name, row, floor, whole in rows if whole}
         except Exception:  # noqa: BLE001 - whatever a damaged file makes zipfile and numpy raise: they are made again
             return {}
 
-    def save(self, vectors: Mapping[str, NDArray[np.float32]]) -> None:
+    def save(self, means: Mapping[str, Mean]) -> None:
         """Replace the file."""
-        if not vectors:
+        if not means:
             return
-        most = self._max_bytes // max(1, next(iter(vectors.values())).nbytes)
-        kept = dict(list(vectors.items())[-most:])
+        most = self._max_bytes // max(1, next(iter(means.values())).vector.nbytes)
+        kept = dict(list(means.items())[-most:])
+        vectors, floors = np.stack([mean.vector for mean in kept.values()]), [mean.floor for mean in kept.values()]
         aside = self._file.with_name(f".{self._file.name}.{os.getpid()}")
         with contextlib.suppress(OSError):
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with aside.open("wb") as stream:
-                np.savez(stream, hashes=np.array(list(kept)), vectors=np.stack(list(kept.values())))
+                np.savez(stream, hashes=np.array(list(kept)), vectors=vectors, floors=np.array(floors))
             aside.replace(self._file)
 
 

@@ -24,6 +24,8 @@ from pydantic import BaseModel
 
 from langchain_lora_retriever import AdapterPool, ChatLoraRetriever, EngineConfig, LoraRetriever, registry
 from langchain_lora_retriever.evaluation import retrieval
+from langchain_lora_retriever.pool.hub import Hub, HubAdapter
+from langchain_lora_retriever.pool.origin import HubOrigin
 from langchain_lora_retriever.retrieval import hybrid_encoder
 from langchain_lora_retriever.retrieval import retriever as retrievers
 from langchain_lora_retriever.testing import FakeEngine
@@ -119,6 +121,7 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str,
     for module in (retrievers, hybrid_encoder, registry, retrieval):
         if hasattr(module, "SentenceTransformerEncoder"):
             monkeypatch.setattr(module, "SentenceTransformerEncoder", LetterEncoder)
+    monkeypatch.setattr(Hub, "fetch", lambda _, name, **__: HubAdapter(checkpoint, HubOrigin(name, "0" * 40)))
     pool = AdapterPool()
     for name in USED:
         pool.add(name, checkpoint, samples=SAMPLES[name])

@@ -53,6 +53,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture
+def word_encoder() -> WordEncoder:
+    """An encoder that needs no model."""
+    return WordEncoder()
+
+
+@pytest.fixture
 def engine(tokenizer: PreTrainedTokenizerFast) -> FakeEngine:
     """The engine of the chat model `llm`."""
     return FakeEngine(tokenizer=tokenizer, name="fake/base", module_shapes={"q_proj": (8, 8)})

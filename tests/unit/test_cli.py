@@ -34,7 +34,8 @@ SQL = "How many users are in the table?"
 def run(loads_engine, llm, monkeypatch) -> Any:
     """Run a command and return its output; prompts are embedded by the words in them."""
     encoder = llm.retriever.encoder
-    monkeypatch.setattr("langchain_lora_retriever.registry.SentenceTransformerEncoder", lambda source: encoder)
+    for module in ("registry", "retrieval.hybrid_encoder"):
+        monkeypatch.setattr(f"langchain_lora_retriever.{module}.SentenceTransformerEncoder", lambda source: encoder)
     monkeypatch.setattr("langchain_lora_retriever.registry._encoders", {})  # others may have made the default one
 
     def run_command(*arguments: object, stdin: str | None = None) -> str:
@@ -81,7 +82,7 @@ def test_pool_list_says_which_adapters_no_prompt_finds(folder: Path) -> None:
     (folder / "french" / "samples.jsonl").unlink()
     result = CliRunner().invoke(commands, ["pool", "list", str(folder)])
     assert [line.split("\t")[1] for line in result.stdout.splitlines()[1:]] == ["described", "undescribed", "described"]
-    assert f"pool update {folder} french --samples samples.jsonl" in result.stderr
+    assert f"pool describe {folder} french --samples samples.jsonl" in result.stderr
     listed = json.loads(CliRunner().invoke(commands, ["pool", "list", str(folder), "--json"]).stdout)
     assert listed["undescribed"] == ["french"]
 
@@ -162,6 +163,50 @@ def test_pool_update_replaces_what_is_given(run, folder: Path, write_adapter, tm
     updated = json.loads(run("pool", "update", folder, "sql", write_adapter("other", seed=7), "--json"))
     assert AdapterPool(folder)["sql"].fingerprint == updated["fingerprint"] != before
     assert [sample.input for sample in AdapterPool(folder).samples("sql")] == ["Count the rows."]
+
+
+def test_pool_list_and_inspect_say_what_an_adapter_is_found_by(
+    run, folder: Path, tmp_path: Path, write_adapter
+) -> None:
+    """A model card is named as such, and samples take its place; a task names its adapters."""
+    checkpoint = write_adapter("queries")
+    (checkpoint / "README.md").write_text("# Queries\n\nIt writes queries for people.\n")
+    run("pool", "add", folder, "queries", checkpoint)
+    seen = json.loads(run("pool", "inspect", folder, "queries", "--json"))
+    assert (seen["described_by"], seen["card_text"][1]) == ("card text", "It writes queries for people.")
+    plain = list_plain_pool(folder)
+    assert {row.name: row.described_by for row in plain or ()} == {
+        "dates": "samples", "french": "samples", "queries": "card text", "sql": "samples"
+    }  # fmt: skip
+    AdapterPool(folder).add_task("poems", {"sql": 1.0}, ["Write a poem."])
+    assert list_plain_pool(folder) is None
+    rows = {line.split("\t")[0]: line.split("\t") for line in run("pool", "list", folder).splitlines()}
+    assert rows["queries"][1] == "described"
+    assert rows["queries"][6] == "card text"
+    assert (rows["poems"][1], rows["poems"][7]) == ("task", "sql 1.00")
+    assert json.loads(run("pool", "list", folder, "--json"))["tasks"] == {"poems": {"sql": 1.0}}
+    samples = tmp_path / "samples.jsonl"
+    samples.write_text('{"input": "Count the rows."}\n')
+    described = json.loads(run("pool", "describe", folder, "queries", "--samples", samples, "--json"))
+    assert described == {"described": "queries", "num_samples": 1}
+    assert AdapterPool(folder).state["queries"].described_by == "samples"
+
+
+def test_pool_calibrate_makes_a_task_of_the_best_adapters(
+    run, folder: Path, tmp_path: Path, engine, monkeypatch
+) -> None:
+    """A table of all adapters and the base model; the entry is in the pool if it is given a name."""
+    engine._prompt_logprob = lambda _, names: -1.0 if names == ["sql"] else -2.0
+    monkeypatch.setattr(engine, "close", lambda: None)
+    samples = tmp_path / "mine.jsonl"
+    samples.write_text('{"input": "Count the poems.", "output": "Four"}\n' * 4)
+    options = ("--samples", samples, "--base-model", "fake/base", "--keep", 1)
+    found = json.loads(run("pool", "calibrate", folder, *options, "--task", "poems", "--json"))
+    assert [row["name"] for row in found["adapters"]] == ["sql", "dates", "french"]
+    assert found["members"] == {"sql": 1.0}
+    assert found["base"]["log_likelihood"] == -2.0
+    assert AdapterPool(folder).tasks["poems"].members == (("sql", 1.0),)
+    assert "the base model" in run("pool", "calibrate", folder, *options)
 
 
 def test_pool_inspect_says_what_the_samples_tell(run, folder: Path) -> None:

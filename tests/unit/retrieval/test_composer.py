@@ -14,7 +14,7 @@ import torch
 from langchain_lora_retriever.errors import InvalidAdapterError, InvalidRequestError, UnknownAdapterError
 from langchain_lora_retriever.retrieval.composer import compose, materialize, pin
 from langchain_lora_retriever.retrieval.fusion import FusionCache, fuse
-from langchain_lora_retriever.types import Adapter, Composition, LoraWeights, RetrievedAdapter
+from langchain_lora_retriever.types import Adapter, ComposedAdapter, Composition, LoraWeights, RetrievedAdapter
 
 FOUND = [RetrievedAdapter("a", 0.9), RetrievedAdapter("b", 0.8), RetrievedAdapter("c", 0.5)]
 MODES = ["selection", "fusion", "mixture"]
@@ -52,6 +52,30 @@ def test_similarity_weights():
     assert weights == pytest.approx([power / sum(powers) for power in powers], abs=1 / 16)
     assert all(weight * 16 == round(weight * 16) for weight in weights)
     assert sum(weights) == 1
+
+
+TASKS = {"b": (("x", 0.75), ("a", 0.25)), "c": (("y", 0.5), ("z", 0.5))}
+
+
+def test_a_task_gives_its_share_to_its_members():
+    """An adapter in a task and found by itself has both shares; as many run as were found; their shares sum to 1."""
+    assert compose(FOUND[:2], mode="mixture", tasks=TASKS).adapters == (
+        ComposedAdapter("a", 0.625, 0.9),
+        ComposedAdapter("x", 0.375, 0.8),
+    )
+    composition = compose(FOUND, mode="mixture", weights="similarity", temperature=1.0, tasks=TASKS)
+    assert composition.names == ("a", "x", "y")
+    assert sum(member.weight for member in composition.adapters) == 1
+    assert compose(FOUND, mode="mixture") == compose(FOUND, mode="mixture", tasks={"d": (("x", 1.0),)})
+
+
+def test_a_task_that_is_nearest_runs_all_it_stands_for():
+    """However few are wanted; a selection runs its first alone."""
+    found = [RetrievedAdapter("b", 0.9)]
+    assert compose(found, mode="fusion", tasks=TASKS).names == ("x", "a")
+    assert compose([*found, RetrievedAdapter("c", 0.2)], mode="selection", tasks=TASKS).adapters == (
+        ComposedAdapter("x", 1.0, 0.9),
+    )
 
 
 def test_who_has_no_share_does_not_run():

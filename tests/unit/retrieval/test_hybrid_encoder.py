@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+from langchain_lora_retriever import AdapterPool
 from langchain_lora_retriever.errors import InvalidRequestError
-from langchain_lora_retriever.retrieval.encoder import DEFAULT_INSTRUCTION, Encoder
-from langchain_lora_retriever.retrieval.hybrid_encoder import HybridEncoder
+from langchain_lora_retriever.retrieval.encoder import DEFAULT_ENCODER, DEFAULT_INSTRUCTION, Encoder
+from langchain_lora_retriever.retrieval.hybrid_encoder import HybridEncoder, default_encoder
+from langchain_lora_retriever.retrieval.retriever import LoraRetriever
 
 
 class BlindEncoder:
@@ -70,3 +73,27 @@ def test_settings_out_of_range_are_refused(setting) -> None:
     """The error names the setting."""
     with pytest.raises(InvalidRequestError, match=next(iter(setting))):
         HybridEncoder(BlindEncoder(), **setting)
+
+
+def test_a_vector_of_meaning_alone_scores_as_meaning_does() -> None:
+    """An adapter that came with an embedding by the encoder that words are added to is found beside others."""
+    encoder = HybridEncoder(BlindEncoder(), weight=3.0)
+    vector = encoder.without_words(np.array([0.6, 0.8, 0.0], dtype=np.float32))
+    assert vector is not None
+    assert encoder.encode(["dogs"])[0] @ vector == pytest.approx(0.6)
+    assert encoder.without_words(np.ones(4, dtype=np.float32)) is None
+
+
+def test_one_of_a_name_can_be_made_elsewhere() -> None:
+    """Pickled, it is its recipe; one of an object of this process is what that object is."""
+    encoder = HybridEncoder("some/encoder", weight=2.0, num_words=64)
+    copied = pickle.loads(pickle.dumps(encoder))
+    assert copied.recipe == encoder.recipe == ("some/encoder", 2.0, 64, DEFAULT_INSTRUCTION)
+    assert copied.name == encoder.name
+    assert HybridEncoder(BlindEncoder()).recipe is None
+
+
+def test_the_default_is_mini_lm_and_words() -> None:
+    """Nothing is loaded before it is needed."""
+    assert default_encoder().name == f"{DEFAULT_ENCODER} + 1 x 1024 words"
+    assert LoraRetriever(AdapterPool()).encoder.name == default_encoder().name

@@ -100,3 +100,46 @@ def test_a_copy_goes_its_own_way(index):
     copy.update(["new"], unit_rows(1, 16, seed=6))
     assert index.search(queries, top_k=50) == before
     assert len(copy) == 21
+
+
+@pytest.fixture(params=[0, 40, 64], ids=["dense", "with words", "words alone"])
+def many(request):
+    """400 rows and an empty index for them, of whose numbers the last are mostly zeros."""
+    rows = unit_rows(400, 64, seed=5)
+    rows[:, 64 - request.param :] *= np.random.default_rng(6).random((400, request.param)) < 0.2
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True), AdapterIndex(64, num_sparse=request.param)
+
+
+@pytest.mark.parametrize("num_queries", [1, 7, 8, 150])
+def test_what_a_query_lacks_need_not_be_read(many, num_queries):
+    """Scores and names are those of sorting all inner products, whichever numbers of a query are zeros."""
+    rows, index = many
+    index.update([f"a{i}" for i in range(400)], rows)
+    index.remove([f"a{i}" for i in range(50)])
+    queries = np.roll(rows, 7, axis=0)[:num_queries] + 0.1 * rows[-num_queries:]
+    scores = queries @ rows[50:].T
+    for top_k in (1, 5, 400):
+        for row, found in zip(scores, index.search(queries, top_k=top_k), strict=True):
+            best = np.argsort(-row)[:top_k]
+            assert np.allclose([score for _, score in found], row[best], atol=1e-5)
+            assert np.allclose([row[int(name[1:]) - 50] for name, _ in found], row[best], atol=1e-5)
+
+
+def test_copies_share_rows_and_no_changes(many):
+    """Whatever is added, replaced and removed in one: each finds its own, and so do copies of copies."""
+    rows, first = many
+    first.update([f"a{i}" for i in range(390)], rows[:390])
+    second = first.copy()
+    second.update(["new", "a0"], rows[390:392])
+    second.remove([f"a{i}" for i in range(1, 300)])
+    third = first.copy()
+    third.update(["other"], rows[392:393])
+    for index, name, row, size in (
+        (first, "a0", 0, 390), (second, "new", 390, 92), (second, "a0", 391, 92), (third, "other", 392, 391),
+    ):  # fmt: skip
+        assert len(index) == len(index.names) == size
+        assert np.array_equal(index.vector(name), rows[row])
+        assert index.search(rows[row : row + 1], top_k=1)[0][0][0] == name
+    assert "new" not in third.names
+    assert second.search(rows[1:2], top_k=1)[0][0][0] != "a1"
+    assert first.search(rows[1:2], top_k=1)[0][0][0] == "a1"

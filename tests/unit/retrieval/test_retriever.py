@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,8 +26,9 @@ from langchain_lora_retriever.errors import (
     UnknownAdapterError,
 )
 from langchain_lora_retriever.pool.pool import AdapterPool
+from langchain_lora_retriever.retrieval.hybrid_encoder import HybridEncoder
 from langchain_lora_retriever.retrieval.retriever import DEFAULT_INSTRUCTION, LoraRetriever
-from langchain_lora_retriever.retrieval.vector_cache import AdapterVectors, TextVectors
+from langchain_lora_retriever.retrieval.vector_cache import AdapterVectors, Mean, TextVectors
 from makers import until
 
 TOPICS = {
@@ -65,6 +67,15 @@ class WordEncoder:
     def num_texts(self):
         """How many texts were encoded in all."""
         return sum(map(len, self.batches))
+
+
+class UnitEncoder(WordEncoder):
+    """The same, scaled to length 1, as a `HybridEncoder` expects."""
+
+    def encode(self, texts):
+        """Embed texts."""
+        rows = super().encode(texts)
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +214,7 @@ def test_bad_arguments(retriever, call):
         {"answer_weight": "1"},
         {"instruction": None},
         {"instruction": "\ud800"},
-        {"encoder": None},
+        {"encoder": object()},
         {"encoder": 7},
         {"cache_dir": 7},
         {"cache_dir": "a\0b"},
@@ -222,6 +233,59 @@ def test_min_score(pool):
     bar = all_of_them[1].score
     assert LoraRetriever(pool, WordEncoder(), min_score=bar).retrieve("rows of the table") == all_of_them[:2]
     assert LoraRetriever(pool, WordEncoder(), min_score=1).retrieve("rows of the table") == []
+
+
+def test_an_automatic_min_score_is_each_adapters_own(pool, checkpoint, tmp_path):
+    """An adapter of prompts that are all alike is near to its like alone; one of few samples or a vector to all."""
+    alike = [f"Write the date {day} May in ISO form please now" for day in range(1, 13)]
+    apart = [f"{word} a thing" for word in ("sing", "paint", "cook", "plant", "mend", "find", "count", "sell")]
+    pool.add("alike", checkpoint, samples=alike)
+    pool.add("apart", checkpoint, samples=apart)
+    plain = LoraRetriever(pool, WordEncoder(), cache_dir=tmp_path)
+    for retriever in (
+        LoraRetriever(pool, WordEncoder(), min_score="auto", cache_dir=tmp_path),
+        LoraRetriever(pool, WordEncoder(), min_score="auto", cache_dir=tmp_path),
+    ):
+        assert retriever.retrieve("Write the date 30 May in ISO form please now")[0].name == "alike"
+        for text in ("in ISO please", "a thing to burn"):
+            found = {adapter.name for adapter in plain.retrieve(text, top_k=9)}
+            near = {adapter.name for adapter in retriever.retrieve(text, top_k=9)}
+            assert "alike" in found - near
+            assert {"sql", "dates", "cooking"} & near == {"sql", "dates", "cooking"} & found
+        assert "apart" in {adapter.name for adapter in retriever.retrieve("a thing to burn", top_k=9)}
+
+
+@pytest.mark.parametrize("wrap", [lambda encoder: encoder, HybridEncoder], ids=["plain", "words"])
+def test_a_model_card_counts_by_meaning_alone(pool, checkpoint, wrap):
+    """Neither the instruction nor its words are part of it; it stands beside adapters of samples."""
+    (checkpoint / "README.md").write_text("# Bread\n\nIt bakes bread for people.\n")
+    try:
+        pool.add("card", checkpoint)
+    finally:
+        (checkpoint / "README.md").unlink()
+    encoder = UnitEncoder()
+    retriever = LoraRetriever(pool, wrap(encoder))
+    found = {adapter.name: adapter.score for adapter in retriever.retrieve("bakes bread", top_k=9)}
+    mean = encoder.encode(["Bread", "It bakes bread for people."]).mean(axis=0)
+    query = encoder.encode([retriever.instruction + "bakes bread"])[0]
+    assert found["card"] == pytest.approx(float(query @ mean / np.linalg.norm(mean)), abs=1e-5)
+
+
+def test_a_model_card_that_cannot_be_embedded_costs_its_adapter_alone(pool, checkpoint, monkeypatch):
+    """It is named; others are found."""
+    (checkpoint / "README.md").write_text("# Bread\n\nIt bakes bread for people.\n")
+    try:
+        pool.add("card", checkpoint)
+    finally:
+        (checkpoint / "README.md").unlink()
+    encoder = WordEncoder()
+    encode = encoder.encode
+    for made in (lambda texts: np.full((len(texts), 64), np.nan), lambda texts: np.ones((1, 64))):
+        monkeypatch.setattr(encoder, "encode", lambda texts, made=made: (made if "Bread" in texts else encode)(texts))
+        retriever = LoraRetriever(pool, encoder)
+        with pytest.warns(UserWarning, match="'card': its model card cannot be embedded"):
+            assert len(retriever.retrieve("bakes bread", top_k=9)) == 3
+        assert list(retriever.rejected) == ["card"]
 
 
 def test_an_empty_pool_finds_nothing():
@@ -296,6 +360,20 @@ def test_embeddings_of_another_size_are_refused(pool, checkpoint):
     assert isinstance(retriever.rejected["given"], InvalidAdapterError)
     assert not pool.rejected
     assert len(retriever.retrieve("the table", top_k=9)) == 3
+
+
+def test_embeddings_of_meaning_alone_are_found_with_words(pool, checkpoint):
+    """One by the encoder that a hybrid adds words to scores by meaning; by another's name it is warned about."""
+    retriever = LoraRetriever(pool, HybridEncoder(UnitEncoder()))
+    meaning = UnitEncoder().encode([retriever.instruction + "bake bread"])[0]
+    pool.add("given", checkpoint, embedding=meaning, encoder="words")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = retriever.retrieve("bake bread")[0]
+    assert (found.name, found.score) == ("given", pytest.approx(1, abs=1e-5))
+    pool.add("other", checkpoint, embedding=meaning, encoder="org/other")
+    with pytest.warns(UserWarning, match="encoder here is 'words'.*scores mean nothing"):
+        retriever.refresh()
 
 
 def test_embeddings_of_another_encoder_are_warned_about(pool, checkpoint):
@@ -582,7 +660,7 @@ def test_texts_kept_are_bounded_in_bytes():
 def test_embeddings_on_disk_are_bounded_and_finite(tmp_path):
     """The newest stay; what a file holds beside numbers is not taken."""
     kept = AdapterVectors(tmp_path, encoder="e", instruction="", max_bytes=10 * 64 * 4)
-    kept.save({f"h{i}": np.full(64, np.nan if i == 95 else i, np.float32) for i in range(100)})
+    kept.save({f"h{i}": Mean(np.full(64, np.nan if i == 95 else i, np.float32), 0.5) for i in range(100)})
     assert list(kept.load()) == [f"h{i}" for i in range(90, 100) if i != 95]
 
 
