@@ -388,9 +388,14 @@ def test_log_probabilities_of_prompts_are_the_models(
     """In chunks, in batches of other adapters, after a cached prefix, and of requests that were sent back."""
     monkeypatch.setattr(scheduler, "_MAX_SCORED_PLACES", max_scored)
     config = EngineConfig(
-        max_num_seqs=6, max_num_batched_tokens=40, kv_cache_bytes=9 * 16 * 2 * 2 * 16 * 2 * 4, lora_cache_bytes=4 << 20
+        max_num_seqs=6,
+        max_num_batched_tokens=40,
+        kv_cache_bytes=9 * 16 * 2 * 2 * 16 * 2 * 4,
+        lora_cache_bytes=8 << 20,
+        adapter_kinds=("vocabulary",),
     )
     compositions = make_compositions(make_adapters(llama), 6)
+    compositions[4] = [(make_adapter(llama, "output", targets=("lm_head", "q_proj")), 1.0)]
     prompts = make_prompts(60, 75, 2, 33, 60, 48)
     starts = (0, 50, 1, 20, 32, 47)
     sampling = [SamplingParams(max_tokens=9, ignore_eos=True, prompt_logprobs_from=start) for start in starts]
