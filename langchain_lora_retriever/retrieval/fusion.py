@@ -77,7 +77,7 @@ class FusionCache:
         max_bytes: Most bytes of averaged weights to keep; the last ones made are kept in any case.
     """
 
-    def __init__(self, max_bytes: int = 64 << 20) -> None:
+    def __init__(self, max_bytes: int = 32 << 20) -> None:
         self._max_bytes = max_bytes
         self._recipes: OrderedDict[str, Adapter] = OrderedDict()
         begin_in_every_process(self._begin)
