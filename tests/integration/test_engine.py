@@ -247,7 +247,8 @@ def test_an_answer_ends_at_the_context_window(worker: EngineWorker) -> None:
 def test_a_failing_step_fails_its_requests_and_the_engine_lives_on(
     worker: EngineWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An exception inside a step reaches the requests in it; the next request is served."""
+    """An exception inside a step reaches the requests in it; the next is served, and finds no page it did not fill."""
+    prompt = list(range(20, 120))
     runner = worker.core.runner
     launch = runner.launch
 
@@ -257,8 +258,9 @@ def test_a_failing_step_fails_its_requests_and_the_engine_lives_on(
 
     monkeypatch.setattr(runner, "launch", fail_once)
     with pytest.raises(EngineError, match="broken step"):
-        worker.submit([5, 6], greedy()).result(60)
-    assert worker.submit([5, 6], greedy()).result(60).finish_reason == "length"
+        worker.submit(prompt, greedy()).result(60)
+    completion = worker.submit(prompt, greedy()).result(60)
+    assert (completion.finish_reason, completion.usage.num_cached_tokens) == ("length", 0)
     worker.check_integrity()
 
 
