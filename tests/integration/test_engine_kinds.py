@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from langchain_lora_retriever.engine import BaseModel, Engine, EngineConfig, EngineWorker
 from langchain_lora_retriever.errors import InvalidAdapterError, InvalidRequestError, UnsupportedAdapterError
 from langchain_lora_retriever.pool.checkpoint import WEIGHTS_FILE, read_adapter
+from langchain_lora_retriever.pool.pool import AdapterPool
+from langchain_lora_retriever.registry import SharedEngine
 from langchain_lora_retriever.retrieval.fusion import fuse
 from langchain_lora_retriever.types import Adapter, SamplingParams
 from makers import VOCAB_SIZE, make_adapter, make_checkpoint, make_tiny_model, make_tokenizer, merge_adapters
@@ -388,6 +390,24 @@ def test_the_output_layer_is_adapted_where_a_prompt_is_scored_too(worker: Engine
     assert scores[1] is None
     assert scores[2] != pytest.approx(expected[2:], abs=1e-2)
     assert scores[3] == pytest.approx(expected[6:], abs=1e-4)
+
+
+def test_an_engine_is_started_for_the_kinds_of_its_pool(byte_tokenizer: Any, tmp_path: Path) -> None:
+    """Unless its settings say for which: a pool of plain adapters takes no memory for others."""
+    model = make_tiny_model()
+    pool = AdapterPool()
+    for name in ("plain", "both"):
+        folder = make_checkpoint(tmp_path / name, model=copy.deepcopy(model), **RECIPES[name])
+        pool.add(name, folder, samples=["any"])
+    both, source = pool["both"], (model, byte_tokenizer)
+    for settings, is_ready in (({}, True), ({"adapter_kinds": ("dora",)}, False)):
+        shared = SharedEngine(source, {}, EngineConfig(**SMALL, **settings), pool)
+        assert (shared.get().register([both])[0].error is None) == is_ready
+        shared.close()
+    pool.remove("both")
+    shared = SharedEngine(source, {}, EngineConfig(**SMALL), pool)
+    assert isinstance(shared.get().register([both])[0].error, UnsupportedAdapterError)
+    shared.close()
 
 
 def test_an_engine_without_room_for_the_vocabulary_says_how_to_have_it(byte_tokenizer: Any) -> None:
