@@ -195,6 +195,7 @@ class RemoteClient(ABC):
                 num_adapter_loads=sum(stats.num_adapter_loads for stats in known),
                 time_to_first_token=percentiles(self._first_token),
                 inter_token=percentiles(self._inter_token),
+                num_blocks=sum(stats.num_blocks for stats in known),
             )
 
     def engine_stats(self) -> list[EngineStats]:
