@@ -110,7 +110,7 @@ def make_tiny_engine() -> Any:
     """The engine over a tiny Llama, as processes of their own make it too."""
     from langchain_lora_retriever.engine import BaseModel, EngineConfig, EngineWorker
 
-    config = EngineConfig(max_num_seqs=4, kv_cache_bytes=1 << 20, lora_cache_bytes=4 << 20, max_model_len=128)
+    config = EngineConfig(max_num_seqs=24, kv_cache_bytes=4 << 20, lora_cache_bytes=4 << 20, max_model_len=128)
     return EngineWorker(BaseModel(make_tiny_model(), make_tokenizer(), "tiny"), config)
 
 

@@ -7,9 +7,6 @@ import os
 import pickle
 import subprocess
 import sys
-import threading
-import time
-from concurrent.futures import Future
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 from typing import TYPE_CHECKING, Any
@@ -29,9 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ProcessEngine"]
 
-_CODE = "from langchain_lora_retriever.remote.process import serve_parent; serve_parent()"
+_CODE = "import sys; sys.path[:] = {path}; from langchain_lora_retriever.remote import child; child.serve_parent()"
 _END_SECONDS = 30.0
-_WATCH_SECONDS = 1.0
 
 
 class ProcessEngine(RemoteClient):
@@ -79,7 +75,9 @@ class ProcessEngine(RemoteClient):
             )
         mine, other = Pipe()
         self._process = subprocess.Popen(  # noqa: S603 - this interpreter
-            [sys.executable, "-c", _CODE, str(other.fileno())], pass_fds=[other.fileno()], stdin=subprocess.DEVNULL
+            [sys.executable, "-c", _CODE.format(path=sys.path), str(other.fileno())],
+            pass_fds=[other.fileno()],
+            stdin=subprocess.DEVNULL,
         )
         other.close()
         try:
@@ -104,7 +102,7 @@ class ProcessEngine(RemoteClient):
     def _start(self, connection: Connection, recipe: bytes) -> EngineDescription:
         """Say what to make, and wait until it is made."""
         try:
-            connection.send((sys.path, os.getpid()))
+            connection.send(os.getpid())
             connection.send_bytes(recipe)
             outcome = connection.recv()
         except (EOFError, OSError) as error:
@@ -141,43 +139,6 @@ class ProcessEngine(RemoteClient):
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-
-
-def serve_parent() -> None:
-    """Be an engine's process: make it, serve the parent, and end with it."""
-    import signal  # noqa: PLC0415 - of this process alone
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal; it is the parent that ends us
-    connection: Connection = Connection(int(sys.argv[1]))
-    path, parent = connection.recv()
-    sys.path[:] = path
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    try:
-        recipe = connection.recv_bytes()
-        from langchain_lora_retriever.remote.host import EngineHost  # noqa: PLC0415 - once the path is the parent's
-        from langchain_lora_retriever.remote.wire import portable  # noqa: PLC0415
-
-        try:
-            host = EngineHost(pickle.loads(recipe)())  # noqa: S301 - the parent's
-        except Exception as error:  # noqa: BLE001 - the parent's to hear
-            connection.send(portable(error))
-            return
-        connection.send(host.description)
-    except (EOFError, OSError):
-        return
-    ended: Future[None] = Future()
-    host.serve(connection, on_close=lambda: ended.set_result(None))
-    ended.result()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # nobody wants the model back, and a step that runs is not waited for
-
-
-def _end_with(parent: int) -> None:
-    """End when the parent has ended, also while the model is loaded."""
-    while os.getppid() == parent:
-        time.sleep(_WATCH_SECONDS)
-    os._exit(1)
 
 
 _running: WeakSet[ProcessEngine] = WeakSet()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import os
 import signal
 import socket
 import threading
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -14,7 +17,7 @@ from langchain_lora_retriever.chat.model import ChatLoraRetriever
 from langchain_lora_retriever.demo import demo_chat_model
 from langchain_lora_retriever.demo.model import base_model_arguments
 from langchain_lora_retriever.engine.config import EngineConfig
-from langchain_lora_retriever.errors import EngineError
+from langchain_lora_retriever.errors import EngineError, InvalidRequestError
 from langchain_lora_retriever.remote import EngineRecipe, RemoteEngine, engine_app
 from langchain_lora_retriever.serving.app import create_app
 from langchain_lora_retriever.serving.config import MAX_WAITING, ServeConfig, read_config
@@ -54,7 +57,11 @@ def cluster_app(config: ServeConfig) -> Application:
     max_waiting = limits.pop("max_waiting", MAX_WAITING)
     model: dict[str, Any] = base_model_arguments() if config.base_model is None else {"base_model": config.base_model}
     model_kwargs = {**model.get("model_kwargs", {}), **settings.pop("model_kwargs", {})}
-    engine_config = EngineConfig(**limits)
+    try:
+        engine_config = EngineConfig(**limits)
+    except TypeError as error:
+        allowed = ", ".join(field.name for field in fields(EngineConfig))
+        raise InvalidRequestError(f"engine_config={limits!r} is not allowed: pass some of {allowed}.") from error
     recipe = EngineRecipe(base_model=str(model["base_model"]), model_kwargs=model_kwargs, config=engine_config)
     num_seqs = engine_config.max_num_seqs or _USUAL_NUM_SEQS
     num_replicas = config.replicas or 1
@@ -75,7 +82,7 @@ def cluster_app(config: ServeConfig) -> Application:
         max_replicas=config.max_replicas,
         target_ongoing_requests=num_seqs,
         max_ongoing_requests=2 * num_seqs,
-        ray_actor_options={"num_cpus": 1, "num_gpus": config.gpus_per_replica},
+        ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
         graceful_shutdown_timeout_s=float(config.drain_seconds),
     )
     ingress: Any = serve.deployment(
@@ -108,7 +115,7 @@ def serve_cluster(config: ServeConfig, *, on_ready: Callable[[str], object]) -> 
     stop = threading.Event()
     before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
+        ray.init(**_cluster(config), log_to_driver=False, configure_logging=False)
         port = config.port or _free_port(config.host)
         serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": port})
         try:
@@ -123,6 +130,15 @@ def serve_cluster(config: ServeConfig, *, on_ready: Callable[[str], object]) -> 
             ray.shutdown()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _cluster(config: ServeConfig) -> dict[str, Any]:
+    """Which cluster: the one that the environment names, or one of this machine, with room for what is to run."""
+    if os.environ.get("RAY_ADDRESS", "local") != "local":
+        return {}
+    engines = (config.max_replicas or config.replicas or 1) * config.cpus_per_replica
+    num_cpus = max(os.cpu_count() or 1, math.ceil(engines + config.ingress_replicas))
+    return {"address": "local", "include_dashboard": False, "num_cpus": num_cpus}
 
 
 def _free_port(host: str) -> int:

@@ -41,6 +41,7 @@ class ServeConfig(BaseModel):
         max_replicas: Most of them: Serve adds some while requests queue. None keeps `replicas`.
         ingress_replicas: Processes that speak HTTP, encode and route, before the engine replicas.
         gpus_per_replica: GPUs of an engine replica; 0 runs it on CPUs.
+        cpus_per_replica: CPU cores of an engine replica, which computes in so many threads where it has no GPU.
         chat: More settings of `ChatLoraRetriever`, which are the defaults of every request.
     """
 
@@ -63,6 +64,7 @@ class ServeConfig(BaseModel):
     max_replicas: int | None = Field(default=None, ge=1)
     ingress_replicas: int = Field(default=1, ge=1)
     gpus_per_replica: float = Field(default=0.0, ge=0)
+    cpus_per_replica: float = Field(default=1.0, gt=0)
     chat: dict[str, Any] = Field(default_factory=dict)
 
     @property
@@ -96,6 +98,10 @@ def read_config(path: Path | None, **given: Any) -> ServeConfig:
         raise InvalidRequestError(
             f"host={config.host!r} lets others reach this server: pass --api-key-file with the keys that may ask, or "
             "listen on 127.0.0.1."
+        )
+    if config.max_replicas is not None and config.max_replicas < (config.replicas or 1):
+        raise InvalidRequestError(
+            f"max_replicas={config.max_replicas} is less than replicas={config.replicas or 1}: raise or drop it."
         )
     if config.admin_key_file is not None and config.adapter_root is None:
         raise InvalidRequestError("An admin key needs adapter_root: the folder below which adapters may be added from.")

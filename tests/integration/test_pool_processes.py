@@ -166,6 +166,47 @@ def test_a_lock_that_is_held_for_ever_is_said(folder, checkpoints, monkeypatch):
     pool.update("x", checkpoints[1])
 
 
+def test_a_pool_follows_its_folder(folder, checkpoints):
+    """What another pool on it adds, changes and removes is found, and nothing is read where nothing has changed."""
+    pool, other = AdapterPool(folder), AdapterPool(folder)
+    assert not pool.refresh()
+    kept = pool["x"]
+    other.add("new", checkpoints[1], samples=["of the other"])
+    assert pool.refresh()
+    assert pool.names == ("new", "x")
+    assert pool["x"] is kept
+    assert not pool.refresh()
+    version = pool.version
+    other.update("new", samples=["others"])
+    assert pool.refresh()
+    assert [sample.input for sample in pool.samples("new")] == ["others"]
+    other.update("new", checkpoints[0])
+    assert pool.refresh()
+    assert pool["new"].fingerprint == other["new"].fingerprint
+    other.remove("new")
+    assert pool.refresh()
+    assert pool.names == ("x",)
+    assert pool.version > version
+    pool.add("own", checkpoints[1], samples=["its own"])
+    assert not pool.refresh()  # it knows
+    assert AdapterPool().refresh() is False
+
+
+def test_a_copy_that_is_still_written_is_found_once_it_is_whole(folder, checkpoints):
+    """It is refused at first, and the others stay."""
+    pool = AdapterPool(folder)
+    shutil.copytree(checkpoints[1], folder / "late")
+    weights = folder / "late" / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    with pytest.warns(UserWarning, match="late"):
+        pool.refresh()
+    assert "late" in pool.rejected
+    weights.write_bytes(whole)
+    assert pool.refresh()
+    assert pool.names == ("late", "x")
+
+
 def test_a_lock_that_is_a_link_or_a_pipe_is_no_way_out(folder, checkpoints, tmp_path):
     """A stranger's `.lock` neither hangs a writer nor makes it write elsewhere."""
     pool = AdapterPool(folder)

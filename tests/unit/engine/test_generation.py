@@ -135,6 +135,27 @@ async def test_cancelling_an_awaiting_task_aborts() -> None:
         assert feeder.num_aborts == 1
 
 
+def test_a_generation_that_is_handed_over() -> None:
+    """A function gets what has come and what comes, in order, the error or the abort that ends it among them."""
+    got: list[Delta | Exception] = []
+    generation = Generation(lambda: None)
+    generation.put(FIRST)
+    generation.hand_over(got.append)
+    generation.put(LAST)
+    assert got == [FIRST, LAST]
+    assert generation.result().text == "abc"
+    for end in (lambda one: one.fail(EngineError("broken")), lambda one: one.abort()):
+        got, generation = [], Generation(lambda: None)
+        generation.hand_over(got.append)
+        generation.put(FIRST)
+        end(generation)
+        assert got[0] == FIRST
+        assert isinstance(got[1], EngineError | RequestAbortedError)
+        late: list[Delta | Exception] = []
+        generation.hand_over(late.append)
+        assert [type(item) for item in late] == [type(got[1])]
+
+
 def test_errors_reach_the_caller() -> None:
     """A failed step raises from an iterator, after what had arrived, and from `result`."""
     feeder = Feeder(FIRST, error=EngineError("boom"))
