@@ -49,6 +49,7 @@ class RemoteRequest:
         generation: What its caller holds.
         key: Which it is at the engine that it runs on.
         output_token_ids: What has come.
+        has_prompt_logprobs: Whether the prompt's log-probabilities have, which are given once.
         peer: The connection over which it comes, once something has.
         arrival: When it was made, by `time.monotonic`.
     """
@@ -64,6 +65,7 @@ class RemoteRequest:
         self.generation: Generation
         self.key = key
         self.output_token_ids: list[int] = []
+        self.has_prompt_logprobs = False
         self.peer: Peer | None = None
         self.arrival = time.monotonic()
         self.last_news: float | None = None
@@ -86,9 +88,11 @@ class RemoteRequest:
 
     def job(self, caller: str, avoid: Iterable[str] = ()) -> Job:
         """What is to be done yet."""
-        given = packed_tokens(self.output_token_ids)
+        sampling, given = self._sampling, packed_tokens(self.output_token_ids)
+        if self.has_prompt_logprobs:
+            sampling = dataclasses.replace(sampling, prompt_logprobs_from=None)
         return Job(
-            caller, self.key, self._prompt_token_ids, self._sampling, self._adapters, self._grammar, given,
+            caller, self.key, self._prompt_token_ids, sampling, self._adapters, self._grammar, given,
             frozenset(avoid),
         )  # fmt: skip
 
@@ -331,6 +335,7 @@ class RemoteClient(ABC):
     def _note(self, request: RemoteRequest, delta: Delta, now: float) -> Delta:
         """Count a delta. Call under the lock."""
         request.output_token_ids += delta.token_ids
+        request.has_prompt_logprobs |= delta.prompt_logprobs is not None
         self._num_output_tokens += len(delta.token_ids)
         if request.last_news is None:
             self._first_token.append(now - request.arrival)

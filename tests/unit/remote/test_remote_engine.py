@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -137,7 +138,7 @@ def engine(replicas: list[Replica]) -> Iterator[RemoteEngine]:
 
 def test_an_answer_survives_its_replicas(engine: RemoteEngine, replicas: list[Replica]) -> None:
     """Two are lost in its middle; text, tokens and log-probabilities come once, from the third in the end."""
-    generation = engine.submit([5, 6], LONG)
+    generation = engine.submit([5, 6], replace(LONG, prompt_logprobs_from=0))
     deltas: list[Delta] = []
     for delta in generation:
         deltas.append(delta)
@@ -147,6 +148,7 @@ def test_an_answer_survives_its_replicas(engine: RemoteEngine, replicas: list[Re
     done = generation.result(1)
     assert done.usage.num_output_tokens == len(done.token_ids) == len(TEXT)
     assert [item.token_id for item in done.logprobs] == list(done.token_ids)
+    assert [delta.prompt_logprobs is not None for delta in deltas] == [True] + [False] * (len(deltas) - 1)
     assert engine.num_moved == 2
     assert [len(replica.jobs) for replica in replicas] == [1, 1, 1]
     seeds = {replica.jobs[0].sampling.seed for replica in replicas}
