@@ -141,3 +141,21 @@ def test_members_that_cannot_run_are_left_out(pool: AdapterPool, word_encoder: W
     assert set(route(pool, word_encoder, exclude_adapters=["french"], **cold)) == {"dates"}
     with pytest.raises(UnknownAdapterError, match="is a task"):
         route(pool, word_encoder, adapters=["poems"])
+
+
+def test_a_task_of_another_process_is_seen(disk: AdapterPool) -> None:
+    """Once the pool is told to look; nothing is another where nothing has changed."""
+    assert disk.path is not None
+    other = AdapterPool(disk.path)
+    disk.add_task("poems", MEMBERS, POEMS)
+    assert other.refresh()
+    task, adapter = other.tasks["poems"], other["sql"]
+    assert task.members == (("sql", 0.75), ("french", 0.25))
+    assert not other.refresh()
+    disk.remove("french")
+    assert other.refresh()
+    assert other.tasks["poems"] is task
+    assert other["sql"] is adapter
+    disk.remove("poems")
+    assert other.refresh()
+    assert not other.tasks
