@@ -62,7 +62,12 @@ def cluster_app(config: ServeConfig) -> Application:
     except TypeError as error:
         allowed = ", ".join(field.name for field in fields(EngineConfig))
         raise InvalidRequestError(f"engine_config={limits!r} is not allowed: pass some of {allowed}.") from error
-    recipe = EngineRecipe(base_model=str(model["base_model"]), model_kwargs=model_kwargs, config=engine_config)
+    recipe = EngineRecipe(
+        base_model=str(model["base_model"]),
+        model_kwargs=model_kwargs,
+        config=engine_config,
+        pool=None if config.pool is None else str(config.pool),
+    )
     num_seqs = engine_config.max_num_seqs or _USUAL_NUM_SEQS
     num_replicas = config.replicas or 1
     settings.setdefault("model_name", model.get("model_name", config.base_model))

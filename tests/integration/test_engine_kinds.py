@@ -16,6 +16,7 @@ from langchain_lora_retriever.errors import InvalidAdapterError, InvalidRequestE
 from langchain_lora_retriever.pool.checkpoint import WEIGHTS_FILE, read_adapter
 from langchain_lora_retriever.pool.pool import AdapterPool
 from langchain_lora_retriever.registry import SharedEngine
+from langchain_lora_retriever.remote import EngineRecipe
 from langchain_lora_retriever.retrieval.fusion import fuse
 from langchain_lora_retriever.types import Adapter, SamplingParams
 from makers import VOCAB_SIZE, make_adapter, make_checkpoint, make_tiny_model, make_tokenizer, merge_adapters
@@ -408,6 +409,24 @@ def test_an_engine_is_started_for_the_kinds_of_its_pool(byte_tokenizer: Any, tmp
     shared = SharedEngine(source, {}, EngineConfig(**SMALL), pool)
     assert isinstance(shared.get().register([both])[0].error, UnsupportedAdapterError)
     shared.close()
+
+
+def test_an_engine_elsewhere_is_made_for_the_kinds_of_its_pool(
+    byte_tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its process looks at the pool's folder; where that is not to be seen it says so, and serves plain adapters."""
+    model = make_tiny_model()
+    for part in (model, byte_tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    make_checkpoint(tmp_path / "pool" / "both", model=copy.deepcopy(model), **RECIPES["both"])
+    both = read_adapter(tmp_path / "pool" / "both")
+    for pool, is_ready in ((tmp_path / "pool", True), (tmp_path / "nowhere", False), (None, False)):
+        recipe = EngineRecipe(
+            base_model=str(tmp_path / "model"), config=EngineConfig(**SMALL), pool=None if pool is None else str(pool)
+        )
+        with recipe() as worker:
+            assert (worker.register([both])[0].error is None) == is_ready
+    assert caplog.text.count("the pool cannot be read here") == 1
 
 
 def test_an_engine_without_room_for_the_vocabulary_says_how_to_have_it(byte_tokenizer: Any) -> None:
