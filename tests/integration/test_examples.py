@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from langchain_lora_retriever import demo
+from langchain_lora_retriever.testing import FakeEngine
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 pytestmark = [pytest.mark.demo, pytest.mark.slow]
@@ -42,8 +45,10 @@ def test_example(name: str, arguments: list[str], expected: str, capsys, monkeyp
 
 @pytest.mark.filterwarnings("ignore:refused")
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.ipynb")), ids=lambda path: path.stem)
-def test_notebook(path: Path) -> None:
-    """Its cells run one after the other, and none keeps what an earlier run has printed."""
+def test_notebook(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cells run one after the other, on an engine without a model; none keeps what an earlier run has printed."""
+    make = demo.demo_chat_model
+    monkeypatch.setattr(demo, "demo_chat_model", lambda **settings: make(engine=FakeEngine(), **settings))
     namespace: dict[str, object] = {"__name__": "__main__"}
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         if cell["cell_type"] != "code":
