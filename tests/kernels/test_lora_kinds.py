@@ -199,6 +199,7 @@ def test_a_packed_adapter_with_gains_is_loaded_as_by_the_stacks(
     for home in (loaded, packed):
         home[0].load(2, 20, [None] * len(OUT))
         home[1].load(2, 20, [wide])
+        home[1].b[7] = torch.nan  # another adapter's row once, and the row of the gains now
     has_gains = slot in {1, 2}
     gain, first = (7, 8) if has_gains else (-1, 7)
     loaded[0].rows.assign(2, first, rank, gain)
@@ -214,6 +215,7 @@ def test_a_packed_adapter_with_gains_is_loaded_as_by_the_stacks(
     used = slice(7, 7 + num_rows)
     assert torch.equal(packed[0].a, loaded[0].a)
     assert torch.equal(packed[0].b[used], loaded[0].b[used])
+    assert not has_gains or (packed[1].b[gain] == loaded[1].b[gain]).all()
     for one, other in zip(packed, loaded, strict=True):
         assert torch.equal(one.ranks, other.ranks)
         assert one.is_used_by([2]) == other.is_used_by([2])

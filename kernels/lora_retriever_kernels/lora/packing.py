@@ -122,7 +122,7 @@ class LoraPacking:
         self._rows.assign(slot, first, rank - (gain >= 0), gain)
         num_used = self._num_used(weights)
         ranks = [0 if entry is None else entry.lora_a.shape[0] for entry in entries]
-        self._note_users(slot, ranks, num_used)
+        self._note_users(slot, ranks, num_used, gain)
         scales = [1.0 if entry is None or self._is_scaled_here(entry) else entry.scaling for entry in entries]
         if self._table is None:
             self._load_torch(slot, first, rank, entries[:num_used], scales, flat, gain)
@@ -136,13 +136,18 @@ class LoraPacking:
         widest = map(max, zip(*self._widths[:num_used], strict=True))
         unpack(flat, self._table[:num_used], values, slot, first, rank, *widest, gain=gain)
 
-    def _note_users(self, slot: int, ranks: Sequence[int], num_used: int) -> None:
-        """Tell each stack whether the slot's adapter uses it; what lies behind its last slice is not written."""
+    def _note_users(self, slot: int, ranks: Sequence[int], num_used: int, gain: int) -> None:
+        """Tell each stack whether the slot's adapter uses it; what lies behind its last slice is not written.
+
+        But for its gains: outputs are multiplied by what lies in their row, whoever wrote it.
+        """
         index = 0
         for stack in self._stacks:
             end = index + stack.num_slices
             if index >= num_used and stack.is_used_by((slot,)):
                 stack.unload(slot)
+            if index >= num_used and gain >= 0:
+                stack.b[gain].zero_()
             stack.note_user(slot, is_one=any(ranks[index:end]))
             index = end
 
