@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import httpx
 import pytest
 import uvicorn
 from langchain_openai import ChatOpenAI
@@ -48,8 +49,15 @@ class TestServer(ChatModelIntegrationTests):
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        """The server in OpenAI's place."""
-        return {"base_url": self.address, "api_key": "none", "model": "auto", "stream_usage": True, "max_retries": 0}
+        """The server in OpenAI's place. Connections of its own: tests have event loops of their own."""
+        return {
+            "base_url": self.address,
+            "api_key": "none",
+            "model": "auto",
+            "stream_usage": True,
+            "max_retries": 0,
+            "http_async_client": httpx.AsyncClient(timeout=120),
+        }
 
     @property
     def supports_json_mode(self) -> bool:
