@@ -160,6 +160,7 @@ async def test_a_long_prompt_is_encoded_off_the_event_loop(llm: ChatLoraRetrieve
     """A long text, and a chat of many messages, hold up nobody else in the loop; a short prompt takes no detour."""
     names: list[str] = []
     engine.info = dataclasses.replace(engine.info, max_model_len=1 << 20)
+    engine.admission = dataclasses.replace(engine.admission, max_model_len=1 << 20)
     submit = engine.submit
 
     def noted(*args: Any, **kwargs: Any) -> Any:
