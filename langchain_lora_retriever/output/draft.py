@@ -11,14 +11,13 @@ import json
 import time
 from typing import TYPE_CHECKING
 
-from langchain_lora_retriever.engine.api import Completion, Delta, Usage
 from langchain_lora_retriever.output.readers import Reasoning, read
 from langchain_lora_retriever.support.threads import run_in_thread
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 
-    from langchain_lora_retriever.engine.api import Generation
+    from langchain_lora_retriever.engine.api import Completion, Delta, Generation, Usage
     from langchain_lora_retriever.engine.grammar import CompiledGrammar
     from langchain_lora_retriever.output.readers import Piece, Reader
 
@@ -198,14 +197,13 @@ def _joined(draft: Completion, following: Completion | str | None) -> Completion
         return draft
     if isinstance(following, str):
         return draft._replace(text=draft.text + _BORDER + following, finish_reason="stop")
-    logprobs = None if draft.logprobs is None else draft.logprobs + (following.logprobs or ())
-    return Completion(
-        draft.text + _BORDER + following.text,
-        draft.token_ids + following.token_ids,
-        logprobs,
-        following.finish_reason,
-        _sum(draft.usage, following.usage),
-        following.is_shortened,
+    return draft._replace(
+        text=draft.text + _BORDER + following.text,
+        token_ids=draft.token_ids + following.token_ids,
+        logprobs=None if draft.logprobs is None else draft.logprobs + (following.logprobs or ()),
+        finish_reason=following.finish_reason,
+        usage=_sum(draft.usage, following.usage),
+        is_shortened=following.is_shortened,
     )
 
 

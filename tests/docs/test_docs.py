@@ -19,6 +19,7 @@ import pytest
 from langchain_core.messages import HumanMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.runnables import RunnableLambda
 from langchain_core.tools import tool
 from pydantic import BaseModel
 
@@ -39,8 +40,8 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
-NOT_RUN = ("load_base_model(", "demo_test_set(25)")
-"""What stands in blocks that are not run: one loads a model of the hub by itself, the other measures for minutes."""
+NOT_RUN = ("load_base_model(", "ProcessEngine(", "serve.run(", "demo_test_set(25)")
+"""What stands in blocks that are not run: they load a model of the hub, or measure for minutes."""
 SAMPLES = {
     "sql": ["How many users signed up in May?", "Select the names of all users from the table."],
     "french": ["Translate the sentence into French.", "How do you say good morning in French?"],
@@ -117,7 +118,7 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str,
     (tmp_path / "test.json").write_text(json.dumps(rows))
     engine = FakeEngine(answer, name="SmolLM2-135M-Instruct")
     monkeypatch.setattr(registry, "load_base_model", lambda source, **_: SimpleNamespace(tokenizer=engine.tokenizer))
-    monkeypatch.setattr(registry, "EngineWorker", lambda base, config: engine)
+    monkeypatch.setattr(registry, "EngineWorker", lambda *_, **__: engine)
     for module in (retrievers, hybrid_encoder, registry, retrieval):
         if hasattr(module, "SentenceTransformerEncoder"):
             monkeypatch.setattr(module, "SentenceTransformerEncoder", LetterEncoder)
@@ -131,7 +132,9 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str,
         "demo_chat_model": lambda **_: llm, "document": "numpy 2", "get_weather": get_weather, "inputs": {"x": "y"},
         "llm": llm, "messages": [HumanMessage("Hello.")], "multiply": multiply, "my_encoder": LetterEncoder(),
         "Order": Answer, "Package": Answer, "pool": pool, "prompt": "Hello.", "prompts": ["One.", "Two."],
-        "question": "How many?", "schema": {"type": "object", "properties": {"name": {"type": "string"}}},
+        "question": "How many?",
+        "retrieve": RunnableLambda(lambda inputs: f"About {inputs}."),
+        "schema": {"type": "object", "properties": {"name": {"type": "string"}}},
         "Weather": Weather,
     }  # fmt: skip
     registry.close_engines()
@@ -186,7 +189,9 @@ def test_the_navigation_names_every_page() -> None:
 
 def test_links_of_the_readme_work_on_pypi() -> None:
     """PyPI knows no relative ones; those into this repository name files that are there."""
-    links = re.findall(r"\]\(([^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)]+)\)|^\[[^]]+\]: (\S+)$", readme, re.MULTILINE)
+    links = [inline or referred for inline, referred in links]
     assert len(links) > 10
     assert [link for link in links if not link.startswith("https://")] == []
     own = [link.partition("/main/")[2] for link in links if "/langchain-lora-retriever/" in link]

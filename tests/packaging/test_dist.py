@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -24,6 +25,7 @@ EXTRAS = {
     "train": ("datasets",),
     "evaluate": ("matplotlib", "rouge_score", "sacrebleu"),
     "examples": ("langchain",),
+    "ray": ("ray",),
     "serve": ("fastapi", "uvicorn", "prometheus_client"),
 }
 """What each extra brings, by the names that are imported."""
@@ -33,6 +35,8 @@ import sys
 class Without:
     def __init__(self, finder):
         self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
     def find_spec(self, name, path=None, target=None):
         return None if name.split(".")[0] in {hidden!r} else self.finder.find_spec(name, path, target)
 sys.meta_path[:] = map(Without, sys.meta_path)
@@ -106,9 +110,10 @@ def test_what_pypi_shows(unpacked: Path) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     assert {line.partition(",")[0] for line in metadata.get_all("Project-URL")} >= {"Homepage", "Changelog", "Issues"}
     assert "Programming Language :: Python :: 3.14" in metadata.get_all("Classifier")
-    links = re.findall(r"\]\(([^)]+)\)", metadata.get_payload())
-    assert links
-    assert all(link.startswith("https://") for link in links)
+    description = metadata.get_payload()
+    assert "https://github.com/" in description
+    assert not re.search(r"\]\((?!https://)", description)
+    assert not re.search(r"^\[[^]]+\]: (?!https://)", description, re.MULTILINE)
 
 
 @is_built
@@ -126,15 +131,19 @@ def test_it_imports_by_itself(unpacked: Path) -> None:
         ("serve", ["serve"]),
         ("demo", ["demo"]),
         ("train", ["train", "{pool}", "encoder"]),
-        ("evaluate", ["evaluate", "retrieval", "--pool", "{pool}", "--test", "{test}", "--plots", "pictures"]),
+        ("evaluate", ["evaluate", "retrieval", "--cards", "{cards}", "--test", "{test}", "--plots", "pictures"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value[:2]),
 )
 def test_a_missing_extra_is_told_with_its_command(unpacked: Path, extra: str, arguments: list[str]) -> None:
     """What to install, in a paragraph, and no traceback."""
-    pool, test = unpacked / "langchain_lora_retriever/demo/pool", unpacked / "test.json"
-    test.write_text('[{"inputs": "How long is it?", "targets": "3", "task": "unit_length"}]')
-    given = [argument.format(pool=pool, test=test) for argument in arguments]
+    pool, cards, test = unpacked / "langchain_lora_retriever/demo/pool", unpacked / "cards.json", unpacked / "test.json"
+    samples = {"length": ["How long is it?", "How far?"], "mass": ["How heavy is it?", "What is its weight?"]}
+    cards.write_text(
+        json.dumps([{"adapter_name": n, "samples": [{"inputs": i} for i in s]} for n, s in samples.items()])
+    )
+    test.write_text(json.dumps([{"inputs": "How long is the rope?", "targets": "3 m", "task": "length"}]))
+    given = [argument.format(pool=pool, cards=cards, test=test) for argument in arguments]
     code = f"sys.argv = ['lora-retriever', *{given!r}]\nfrom langchain_lora_retriever.cli import app\napp()"
     result = run(unpacked, code, hidden=EXTRAS[extra])
     said = " ".join(result.stderr.split())
