@@ -334,8 +334,6 @@ class RemoteClient(ABC):
 
     def _note(self, request: RemoteRequest, delta: Delta, now: float) -> Delta:
         """Count a delta. Call under the lock."""
-        if request.last_news is not None and delta.prompt_logprobs is not None:
-            delta = delta._replace(prompt_logprobs=None)  # they came from the replica that was lost
         request.output_token_ids += delta.token_ids
         request.has_prompt_logprobs |= delta.prompt_logprobs is not None
         self._num_output_tokens += len(delta.token_ids)
