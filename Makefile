@@ -12,7 +12,7 @@ demo: $(INSTALLED)  ## set up, then send held-out prompts through the demo's poo
 	$(BIN)/lora-retriever demo
 
 test: $(INSTALLED)  ## set up, then run every test that needs no GPU
-	$(BIN)/python -m pytest -q -m "not gpu"
+	.ci/test $(BIN)/python
 
 check: $(INSTALLED)  ## linter, formatter, types, and who may import whom
 	$(BIN)/ruff check .
