@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 __all__ = ["ModelRunner"]
 
 _logger = logging.getLogger(__name__)
-_SHORT = 64  # tokens of a sequence that any model takes
 
 
 class ModelRunner:
@@ -83,11 +82,7 @@ class ModelRunner:
         """Make everything, and note for each change of the model how it is undone."""
         self._give_back.callback(_modes(base.model))
         base.model.eval().requires_grad_(requires_grad=False)
-        try:
-            longest = longest_sequence(base.model, config)
-        except EngineError:
-            probe_model(base.model, _SHORT)  # a model that cannot be served at all is told so first
-            raise
+        longest = longest_sequence(base.model, config)
         self.probe = probe_model(base.model, longest)
         check_model(base.model, self.probe, longest)
         self.probe = self.probe._replace(calls={})  # they hold tensors
