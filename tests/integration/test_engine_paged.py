@@ -163,7 +163,7 @@ def test_states_of_sequences_are_kept_on_the_triton_backend(
         executor = worker.core.runner.executor
         assert executor.name == "triton"
         assert executor.graphs
-        assert all(shape.is_decode for shape, *_ in executor.graphs)
+        assert all(shape.is_decode for shape, _ in executor.graphs)
         running = [worker.submit(prompt, sampling, adapters) for prompt, adapters in cases]
         assert [list(g.result(120).token_ids) for g in running] == expected
         worker.check_integrity()
