@@ -1,9 +1,8 @@
 """Linear modules that share an input, wrapped so that adapters' outputs are added to theirs.
 
 Modules are changed in place: their `forward` is replaced, their names and accelerate hooks stay, so any Linear-like
-module works, quantised or offloaded, and so do routers of experts, which compute a product by a function. Plain
-`nn.Linear` modules that share an input are computed as one product: until `release` gives them memory of their own
-again, their weights are views of one tensor.
+module works, quantised or offloaded. Plain `nn.Linear` modules that share an input are computed as one product: until
+`release` gives them memory of their own again, their weights are views of one tensor.
 """
 
 from __future__ import annotations
@@ -13,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
-from torch.overrides import TorchFunctionMode
 
 from langchain_lora_retriever.engine.model.dora import BaseModule, base_tensor
 from lora_retriever_kernels.lora import LoraBatch, LoraRows, LoraStack
@@ -40,12 +37,14 @@ class LoraGroup:
         group: LinearGroup,
         num_rows: int,
         rows: LoraRows,
+        batch: LoraBatch,
         uses: Mapping[int, int],
     ) -> None:
         self.names = group.names
         self._layers = layers
         self._modules = modules
         self._out_features = group.out_features
+        self._batch = batch
         self.stack = LoraStack(rows, num_rows, group.in_features, group.out_features, group.dtype)
         self._fused: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self._originals: list[nn.Parameter] = []
@@ -56,8 +55,9 @@ class LoraGroup:
         self._outputs: tuple[torch.Tensor, ...] = ()
 
     @property
-    def _batch(self) -> LoraBatch:
-        return self._layers.batch_on(self.stack.b.device)
+    def is_fused(self) -> bool:
+        """Whether the modules are computed as one product."""
+        return self._fused is not None
 
     def bases(self) -> dict[str, BaseModule]:
         """The modules as the base model has them, by name; to be called while they are not wrapped."""
@@ -70,10 +70,8 @@ class LoraGroup:
     def attach(self) -> None:
         """Wrap the modules."""
         for index, module in enumerate(self._modules):
-            if self._fused is None and hasattr(module, "in_features"):
+            if self._fused is None:
                 module.forward = partial(self._forward_single, module.forward)
-            elif self._fused is None:
-                module.forward = partial(self._forward_around, module.forward)
             else:
                 module.forward = partial(self._forward_slice, index)
 
@@ -82,7 +80,7 @@ class LoraGroup:
         for module in self._modules:
             forward: Callable[..., torch.Tensor] = module.forward
             del module.forward
-            if isinstance(forward, partial) and forward.func in (self._forward_single, self._forward_around):
+            if isinstance(forward, partial) and forward.func == self._forward_single:
                 hooked = forward.args[0]
                 if getattr(hooked, "__func__", None) is not type(module).forward:
                     module.forward = hooked  # accelerate's own wrapper, an attribute of the instance too
@@ -98,21 +96,10 @@ class LoraGroup:
 
     def _forward_single(self, forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         y = forward(x)
-        self.add_to(y, x)
+        flat = y.view(-1, y.shape[-1])
+        bias = self._own_bias() if self._batch.has_gains else None
+        self._layers.add(flat, x.to(y.device).reshape(flat.shape[0], -1), self.stack, self._batch, bias)
         return y
-
-    def _forward_around(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """A module that computes a product and goes on from there: a router of experts."""
-        if not self._layers.is_active:
-            return forward(*args, **kwargs)
-        with _LinearWithin(self):
-            return forward(*args, **kwargs)
-
-    def add_to(self, y: torch.Tensor, x: torch.Tensor) -> None:
-        """Add the adapters' outputs to the one module's own, in place."""
-        flat, batch = y.view(-1, y.shape[-1]), self._batch
-        bias = self._own_bias() if batch.has_gains else None
-        self._layers.add(flat, x.to(y.device).reshape(flat.shape[0], -1), self.stack, batch, bias)
 
     def _own_bias(self) -> torch.Tensor | None:
         """The bias of the one module of a group that is not fused."""
@@ -136,33 +123,14 @@ class LoraGroup:
         return parts
 
     def compute(self, x: torch.Tensor) -> torch.Tensor:
-        """The modules' outputs for packed inputs, side by side, adapters included."""
-        if self._fused is None:
-            (module,) = self._modules
-            y: torch.Tensor = module(x)
-            return y
+        """The product of packed inputs with modules that are fused, adapters included."""
+        assert self._fused is not None
         return self._layers.add_to_product(x, *self._fused, self.stack, self._batch)
 
     def compute_apart(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The product, and what is to be added to it for the adapters; see `LoraLayers.product_and_delta`."""
-        if self._fused is None:
-            return self.compute(x), None
+        assert self._fused is not None
         return self._layers.product_and_delta(x, *self._fused, self.stack, self._batch)
-
-
-class _LinearWithin(TorchFunctionMode):
-    """Adds to the product that a module computes by a function, with a matrix of its own."""
-
-    def __init__(self, group: LoraGroup) -> None:
-        super().__init__()
-        self._group = group
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the function."""
-        output = func(*args, **(kwargs or {}))
-        if func is linear and args[1].shape[0] == self._group.stack.b.shape[1]:
-            self._group.add_to(output, args[0])
-        return output
 
 
 def split_group(model: PreTrainedModel, group: LinearGroup) -> Iterator[tuple[LinearGroup, list[nn.Module]]]:
@@ -177,11 +145,8 @@ def split_group(model: PreTrainedModel, group: LinearGroup) -> Iterator[tuple[Li
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether its weight is simply there: not quantised, not moved around by accelerate.
-
-    A quantised weight may be a tensor of a class of its own within a plain `nn.Linear` (torchao).
-    """
-    return type(module) is nn.Linear and type(module.weight) is nn.Parameter and not hasattr(module, "_hf_hook")
+    """Whether its weight is simply there: not quantised, not moved around by accelerate."""
+    return type(module) is nn.Linear and not hasattr(module, "_hf_hook")
 
 
 def _fuse(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from langchain_lora_retriever.engine.model.load import BaseModel
     from langchain_lora_retriever.engine.model.probe import ModelProbe
 
-__all__ = ["DefaultSizes", "MemoryPlan", "default_sizes", "longest_sequence", "num_state_slots", "plan_memory"]
+__all__ = ["MemoryPlan", "longest_sequence", "plan_memory"]
 
 _logger = logging.getLogger(__name__)
 
@@ -69,48 +69,6 @@ class MemoryPlan(NamedTuple):
     max_num_prefill_tokens: int | None
 
 
-class DefaultSizes(NamedTuple):
-    """What is chosen where a configuration leaves it open.
-
-    Attributes:
-        max_num_seqs: Most running requests.
-        max_num_batched_tokens: Most tokens of one step.
-        lora_bytes: Device memory for adapters.
-        activation_bytes: What a step's activations take, and those of captured steps, generously; of a GPU alone.
-    """
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    lora_bytes: int
-    activation_bytes: int
-
-
-def default_sizes(config: EngineConfig, *, total_bytes: int, on_gpu: bool, hidden_size: int) -> DefaultSizes:
-    """Choose what depends on nothing of the model but its width.
-
-    Args:
-        config: What is chosen already.
-        total_bytes: The device's memory.
-        on_gpu: Whether it is a GPU.
-        hidden_size: The model's.
-    """
-    max_num_seqs = config.max_num_seqs or (128 if on_gpu else 16)
-    max_num_batched_tokens = max(
-        config.max_num_batched_tokens or (MAX_CAPTURED_TOKENS if on_gpu else 512), max_num_seqs
-    )
-    lora_bytes = config.lora_cache_bytes
-    if lora_bytes is None:
-        lora_bytes = int(_GPU_LORA_SHARE * total_bytes) if on_gpu else _CPU_LORA_BYTES
-    num_tokens = max_num_batched_tokens + min(max_num_batched_tokens, MAX_CAPTURED_TOKENS)
-    activation_bytes = num_tokens * hidden_size * _GPU_ACTIVATION_BYTES_PER_TOKEN if on_gpu else 0
-    return DefaultSizes(max_num_seqs, max_num_batched_tokens, lora_bytes, activation_bytes)
-
-
-def num_state_slots(max_num_seqs: int) -> int:
-    """Sequences whose states a model's recurrent layers keep: the running requests', and one for padding."""
-    return max_num_seqs + 1
-
-
 def longest_sequence(model: PreTrainedModel, config: EngineConfig) -> int:
     """Most tokens of one request, by the model's positions and by what the caller allows.
 
@@ -155,9 +113,9 @@ def plan_memory(base: BaseModel, probe: ModelProbe, config: EngineConfig) -> Mem
     devices = {g.device for g in probe.attention.values()} | {g.device for g in adapted}
     gpus = {device for device in devices if device.type == "cuda"}
     on_gpu = bool(gpus)
-    hidden_size = base.model.config.get_text_config().hidden_size
-    max_num_seqs, max_num_batched_tokens, _, activations = default_sizes(
-        config, total_bytes=0, on_gpu=on_gpu, hidden_size=hidden_size
+    max_num_seqs = config.max_num_seqs or (128 if on_gpu else 16)
+    max_num_batched_tokens = max(
+        config.max_num_batched_tokens or (MAX_CAPTURED_TOKENS if on_gpu else 512), max_num_seqs
     )
     max_model_len = longest_sequence(base.model, config)
 
@@ -178,13 +136,9 @@ def plan_memory(base: BaseModel, probe: ModelProbe, config: EngineConfig) -> Mem
         num_blocks = config.kv_cache_bytes // sum(block_bytes.values())
     elif on_gpu:
         torch.cuda.empty_cache()  # what this process let go of counts as free
-        state_bytes = _bytes_by_device(
-            (g.device, num_state_slots(max_num_seqs) * g.state_bytes) for g in probe.recurrent
-        )
-        taken = {
-            device: num_lora_rows * row_bytes.get(device, 0) + state_bytes.get(device, 0) + activations
-            for device in gpus
-        }
+        num_tokens = max_num_batched_tokens + min(max_num_batched_tokens, MAX_CAPTURED_TOKENS)
+        activations = num_tokens * base.model.config.get_text_config().hidden_size * _GPU_ACTIVATION_BYTES_PER_TOKEN
+        taken = {device: num_lora_rows * row_bytes.get(device, 0) + activations for device in gpus}
         num_blocks = _num_blocks_on_gpus(config, block_bytes, taken)
     else:
         num_tokens = max_num_seqs * min(max_model_len, _CPU_CACHE_TOKENS_PER_SEQ)
