@@ -64,10 +64,8 @@ _USED_FIELDS = (
     "ensure_weight_tying",
 )  # fmt: skip
 _NUMBERS = ("r", "lora_alpha")
-_OWN_FIELDS = (
-    "alora_invocation_tokens",
-    "ensure_weight_tying",
-)  # of which PEFT has nothing to say, or not every version
+# Of these PEFT has nothing to say, or not every version.
+_OWN_FIELDS = ("alora_invocation_tokens", "ensure_weight_tying")
 
 
 class AdapterConfig:
@@ -116,9 +114,7 @@ class AdapterConfig:
             self._ranks = _Lookup(config.rank_pattern or {}, self._budget)
             self._alphas = _Lookup(config.alpha_pattern or {}, self._budget)
         except PatternError as error:
-            raise InvalidAdapterError(
-                f"{where}: {CONFIG_FILE} has a pattern that cannot be matched: {error}."
-            ) from error
+            raise _unmatched(error, where) from error
 
     @property
     def names_targets(self) -> bool:
@@ -175,9 +171,7 @@ class AdapterConfig:
         try:
             return match(*arguments, self._budget)
         except PatternError as error:
-            raise InvalidAdapterError(
-                f"{where}: {CONFIG_FILE} has a pattern that cannot be matched: {error}."
-            ) from error
+            raise _unmatched(error, where) from error
 
     def _is_target(self, module: str, budget: StepBudget) -> bool:
         """As `peft.tuners.tuners_utils.check_target_module_exists`."""
@@ -196,6 +190,10 @@ class AdapterConfig:
         matches = (re.match(expression, module) for expression in expressions or [r".*?\.[^.]*\.(?P<idx>\d+)\."])
         match = next(filter(None, matches), None)
         return match is not None and int(match["idx"]) in _as_list(layers)
+
+
+def _unmatched(error: PatternError, where: str) -> InvalidAdapterError:
+    return InvalidAdapterError(f"{where}: {CONFIG_FILE} has a pattern that cannot be matched: {error}.")
 
 
 class _Lookup:
