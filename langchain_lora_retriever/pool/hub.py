@@ -188,7 +188,7 @@ class Hub:
 def _place_of(files: Iterable[str], subfolder: str | None, where: str) -> str:
     """Where in a repository the adapter lies; "" for the top."""
     places = sorted(
-        str(path.parent) if str(path.parent) != "." else ""
+        _parent(path)
         for path in map(PurePosixPath, files)
         if path.name == CONFIG_FILE and ".." not in path.parts and not path.is_absolute()
     )
@@ -213,7 +213,7 @@ def _listed(places: Sequence[str]) -> str:
 
 
 def _check_weights(files: Iterable[str], inside: str, where: str, *, with_pickle: bool) -> None:
-    names = {PurePosixPath(file).name for file in files if _parent(file) == inside}
+    names = dict(_within(files, inside))
     if WEIGHTS_FILE in names or (with_pickle and PICKLE_FILE in names):
         return
     if PICKLE_FILE in names:
@@ -227,14 +227,14 @@ def _check_weights(files: Iterable[str], inside: str, where: str, *, with_pickle
 def _wanted(sizes: Mapping[str, int | None], inside: str, where: str, *, with_pickle: bool) -> list[str]:
     """The files to fetch, none of them too large."""
     limits = dict(_MAX_BYTES)
-    names = {PurePosixPath(file).name for file in sizes if _parent(file) == inside}
-    if with_pickle and WEIGHTS_FILE not in names:
+    files = _within(sizes, inside)
+    if with_pickle and WEIGHTS_FILE not in dict(files):
         limits[PICKLE_FILE] = MAX_WEIGHTS_BYTES
     wanted = []
-    for file, size in sizes.items():
-        name = PurePosixPath(file).name
-        if _parent(file) != inside or name not in limits:
+    for name, file in files:
+        if name not in limits:
             continue
+        size = sizes[file]
         if size is not None and size > limits[name]:
             if name == CARD_FILE:
                 continue
@@ -243,9 +243,14 @@ def _wanted(sizes: Mapping[str, int | None], inside: str, where: str, *, with_pi
     return wanted
 
 
-def _parent(file: str) -> str:
-    parent = str(PurePosixPath(file).parent)
-    return "" if parent == "." else parent
+def _parent(path: PurePosixPath) -> str:
+    """The folder of a file, "" for the top."""
+    return "" if str(path.parent) == "." else str(path.parent)
+
+
+def _within(files: Iterable[str], inside: str) -> list[tuple[str, str]]:
+    """The files of one folder, each with its name in it."""
+    return [(path.name, file) for file in files if _parent(path := PurePosixPath(file)) == inside]
 
 
 def _check_hashes(folder: Path, info: ModelInfo, wanted: Sequence[str], where: str) -> None:
