@@ -325,7 +325,8 @@ class LoraRetriever:
             known = old.state.routed if old.state is not None else lambda _: None
             names = state.changed_since(old.version)
             if names is None:
-                names = frozenset().union(state.entries, state.tasks, *([old.index.names] if old.index else []))
+                before = old.index.names if old.index else ()
+                names = frozenset().union(state.entries, state.tasks, before, old.rejected)
             entries = {name: state.routed(name) for name in sorted(names)}
             there = {name: entry for name, entry in entries.items() if entry is not None}
             vectors, floors, refused = self._embed_adapters(

@@ -362,6 +362,18 @@ def test_embeddings_of_another_size_are_refused(pool, checkpoint):
     assert len(retriever.retrieve("the table", top_k=9)) == 3
 
 
+def test_a_refused_adapter_that_is_gone_is_refused_no_more(pool, checkpoint):
+    """Also where so much has changed that nobody remembers what."""
+    pool.add("given", checkpoint, embedding=np.ones(5))
+    retriever = LoraRetriever(pool, WordEncoder())
+    with pytest.warns(UserWarning, match="'given'"):
+        retriever.refresh()
+    assert list(retriever.rejected) == ["given"]
+    pool._replace_state({name: entry for name, entry in pool.state.entries.items() if name != "given"}, {})
+    retriever.refresh()
+    assert not retriever.rejected
+
+
 def test_embeddings_of_meaning_alone_are_found_with_words(pool, checkpoint):
     """One by the encoder that a hybrid adds words to scores by meaning; by another's name it is warned about."""
     retriever = LoraRetriever(pool, HybridEncoder(UnitEncoder()))
