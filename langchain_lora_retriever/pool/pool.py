@@ -454,10 +454,14 @@ class AdapterPool:
             entries = {name: _unless_same(known.entries.get(name), entry) for name, entry in entries.items()}
             tasks = {name: _unless_same_task(known.tasks.get(name), task) for name, task in tasks.items()}
             self._seen = seen
-            is_same = known.entries == entries and known.tasks == tasks and _said(rejected) == _said(known.rejected)
-            if not is_same:
-                self._replace_state(entries, rejected, tasks)
-            return not is_same
+            changed = (
+                _differing(known.entries, entries)
+                | _differing(known.tasks, tasks)
+                | _differing(_said(known.rejected), _said(rejected))
+            )
+            if changed:
+                self._known = known.changed(*sorted(changed), entries=entries, rejected=rejected, tasks=tasks)
+            return bool(changed)
 
     def save(self, path: str | Path) -> None:
         """Write the pool into a folder that `AdapterPool(path)` reads.
@@ -671,6 +675,10 @@ def _unless_same(known: PoolEntry | None, found: PoolEntry) -> PoolEntry:
 def _unless_same_task(known: TaskEntry | None, found: TaskEntry) -> TaskEntry:
     is_same = known is not None and (known.members, known.routing_hash) == (found.members, found.routing_hash)
     return known if known is not None and is_same else found
+
+
+def _differing(known: Mapping[str, object], found: Mapping[str, object]) -> set[str]:
+    return {name for name in known.keys() | found.keys() if known.get(name) != found.get(name)}
 
 
 def _said(rejected: Mapping[str, AdapterError]) -> dict[str, str]:

@@ -53,7 +53,10 @@ class PoolState:
         """The state after some names were changed: with other `entries`, `rejected` or `tasks`."""
         version = self.version + 1
         kept = {"entries": self.entries, "rejected": self.rejected, "tasks": self.tasks}
-        changes = (*self._changes, *((version, name) for name in names))[-_NUM_CHANGES:]
+        changes = (*self._changes, *((version, name) for name in names))
+        if len(changes) > _NUM_CHANGES:
+            cut, _ = changes[-_NUM_CHANGES - 1]  # of the versions that are remembered, all of their names are
+            changes = tuple(change for change in changes[-_NUM_CHANGES:] if change[0] > cut)
         return PoolState(version, **{**kept, **parts}, changes=changes)
 
     def changed_since(self, version: int) -> frozenset[str] | None:

@@ -173,6 +173,7 @@ def test_a_pool_follows_its_folder(folder, checkpoints):
     kept = pool["x"]
     other.add("new", checkpoints[1], samples=["of the other"])
     assert pool.refresh()
+    assert pool.state.changed_since(pool.version - 1) == {"new"}
     assert pool.names == ("new", "x")
     assert pool["x"] is kept
     assert not pool.refresh()

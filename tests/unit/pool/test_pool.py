@@ -25,7 +25,7 @@ from langchain_lora_retriever.errors import (
 )
 from langchain_lora_retriever.pool.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from langchain_lora_retriever.pool.folder import FingerprintCache
-from langchain_lora_retriever.pool.pool import AdapterPool, Sample
+from langchain_lora_retriever.pool.pool import AdapterPool, PoolState, Sample
 from langchain_lora_retriever.pool.regular_files import AdapterFolder
 
 
@@ -397,6 +397,18 @@ def test_readers_keep_their_snapshot(folder):
     pool.remove("sql")
     assert state.names == ("dates", "sql")
     assert state["sql"].adapter.name == "sql"
+
+
+def test_changes_are_told_whole_or_not_at_all():
+    """Who followed a state is told every name that changed since, or that there were too many."""
+    first = PoolState(0, {}, {}).changed("a")
+    assert first.changed_since(0) == {"a"}
+    many = first.changed(*map(str, range(2000)))
+    assert many.changed_since(1) is None
+    assert many.changed_since(2) == frozenset()
+    later = many.changed("b", "c")
+    assert later.changed_since(2) == {"b", "c"}
+    assert later.changed_since(1) is None
 
 
 def test_many_threads(checkpoints):
