@@ -51,10 +51,11 @@ def score(benchmark: Benchmark, embedder: Embedder, *, words: bool, num_seeds: i
     prose = {n: embedder.embed_card(cards[n], words=words) for n in names}
     right = np.array([names.index(row.task) for row in benchmark.rows])
 
-    def tell(what: str, pools: Sequence[Mapping[str, NDArray[np.float32]]]) -> None:
+    def tell(what: str, pools: Sequence[Mapping[str, NDArray[np.float32]]]) -> NDArray[np.int64]:
         ranks = np.stack([ranked(queries, np.stack([pool[n] for n in names]), right) for pool in pools])
         shares = {f"top_{k}": round(float((ranks < k).mean()) * 100, 1) for k in TOP_K}
         report(bench="representations", words=words, what=what, draws=len(pools), rows=len(right), **shares)
+        return ranks
 
     for num in NUM_SAMPLES:
         seeds = range(1 if num == 20 else num_seeds)
@@ -65,9 +66,8 @@ def score(benchmark: Benchmark, embedder: Embedder, *, words: bool, num_seeds: i
         set(np.random.default_rng(seed).permutation(names)[: len(names) // 2].tolist()) for seed in range(num_seeds)
     ]
     mixed = [{n: prose[n] if n in half else whole[n] for n in names} for half in halves]
-    tell("half of the pool with prose only", mixed)
+    ranks = tell("half of the pool with prose only", mixed)
     for is_prose in (True, False):
-        ranks = [ranked(queries, np.stack([pool[n] for n in names]), right) for pool in mixed]
         kept = [np.array([(names[i] in half) is is_prose for i in right]) for half in halves]
         shares = {
             f"top_{k}": round(float(np.mean([(r[m] < k).mean() for r, m in zip(ranks, kept, strict=True)])) * 100, 1)
