@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import deque
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,10 +18,11 @@ from pydantic import Field
 from langchain_lora_retriever.chat.call import CallOptions
 from langchain_lora_retriever.chat.messages import encode_chat
 from langchain_lora_retriever.errors import InvalidRequestError
+from langchain_lora_retriever.evaluation.in_order import in_order
 from langchain_lora_retriever.evaluation.metrics import Interval, bootstrap_macro, corpus_bleu, score_answers
 from langchain_lora_retriever.retrieval.composer import Weighting, compose, materialize, pin
 from langchain_lora_retriever.support.checks import settings
-from langchain_lora_retriever.types import Adapter, Composition, RetrievedAdapter, SamplingParams
+from langchain_lora_retriever.types import Composition, RetrievedAdapter, SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -326,21 +326,15 @@ class _Answers:
         return total
 
     def _run(self) -> Iterator[tuple[str, str]]:
-        running: deque[tuple[str, Generation]] = deque()
-        try:
-            # By composition, so that neighbours in the queue share adapters and few have to be loaded.
-            wanted = sorted(self._wanted.items(), key=lambda item: item[1][1].names)
-            for key, (prompt, composition, max_tokens) in wanted:
-                if len(running) >= 2 * self._engine.info.max_num_seqs:
-                    yield _finish(running)
-                ids = encode_chat(self._engine.tokenizer, [{"role": "user", "content": prompt}])
-                adapters: tuple[tuple[Adapter, float], ...] = materialize(composition, self._pool)
-                running.append((key, self._engine.submit(ids, SamplingParams(max_tokens=max_tokens), adapters)))
-            while running:
-                yield _finish(running)
-        finally:
-            for _, generation in running:
-                generation.abort()
+        # By composition, so that neighbours in the queue share adapters and few have to be loaded.
+        wanted = sorted(self._wanted.items(), key=lambda item: item[1][1].names)
+        submitted = ((key, self._submit(*answer)) for key, answer in wanted)
+        for key, done in in_order(self._engine, submitted):
+            yield key, done.text
+
+    def _submit(self, prompt: str, composition: Composition, max_tokens: int) -> Generation:
+        ids = encode_chat(self._engine.tokenizer, [{"role": "user", "content": prompt}])
+        return self._engine.submit(ids, SamplingParams(max_tokens=max_tokens), materialize(composition, self._pool))
 
 
 def _longest_answers(benchmark: Benchmark, engine: EngineClient) -> dict[str, int]:
@@ -351,13 +345,6 @@ def _longest_answers(benchmark: Benchmark, engine: EngineClient) -> dict[str, in
         lengths = [len(engine.tokenizer.encode(output, add_special_tokens=False)) for output in outputs]
         limits[task] = int(1.5 * max(lengths)) + 8 if lengths else 48
     return limits
-
-
-def _finish(running: deque[tuple[str, Generation]]) -> tuple[str, str]:
-    key, generation = running[0]
-    text = generation.result().text
-    running.popleft()
-    return key, text
 
 
 def _score(

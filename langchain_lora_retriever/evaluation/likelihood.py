@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from typing import TYPE_CHECKING
 
 from langchain_lora_retriever.chat.messages import encode_chat
 from langchain_lora_retriever.errors import InvalidSamplesError, PromptTooLongError
+from langchain_lora_retriever.evaluation.in_order import in_order
 from langchain_lora_retriever.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -44,17 +44,10 @@ class AnswerLikelihood:
             InvalidSamplesError: If a sample is longer than the model's context, or its output has no tokens.
             InvalidRequestError: If the engine cannot run one of the adapters.
         """
-        running: deque[Generation] = deque()
-        try:
-            for adapter, sample in runs:
-                if len(running) >= 2 * self._engine.info.max_num_seqs:
-                    yield _mean(running.popleft())
-                running.append(self._submit(adapter, sample))
-            while running:
-                yield _mean(running.popleft())
-        finally:
-            for generation in running:
-                generation.abort()
+        submitted = ((None, self._submit(adapter, sample)) for adapter, sample in runs)
+        for _, done in in_order(self._engine, submitted):
+            assert done.prompt_logprobs, "they were asked for"
+            yield math.fsum(done.prompt_logprobs) / len(done.prompt_logprobs)
 
     def _submit(self, adapter: Adapter | None, sample: Sample) -> Generation:
         token_ids, start = self._encode(sample)
@@ -78,9 +71,3 @@ class AnswerLikelihood:
                 raise InvalidSamplesError(f"the sample {sample.input[:40]!a} has an output without tokens. Mend it.")
             self._prompts[key] = ([*prompt, *answer], len(prompt))
         return self._prompts[key]
-
-
-def _mean(generation: Generation) -> float:
-    logprobs = generation.result().prompt_logprobs
-    assert logprobs, "they were asked for"
-    return math.fsum(logprobs) / len(logprobs)
