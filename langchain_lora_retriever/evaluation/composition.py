@@ -246,26 +246,28 @@ class _Planner:
                 top_k = 1 if mode == "selection" else setting.top_k
                 how = partial(compose, mode=mode, weights=setting.weights, temperature=setting.temperature)
                 return [
-                    how(found, tasks=self._tasks(row))
+                    how(found, tasks=self._members(row))
                     for row, found in zip(self._rows, self._retrieve(top_k), strict=True)
                 ]
 
-    def _tasks(self, row: TestRow) -> dict[str, list[tuple[str, float]]]:
+    def _members(self, row: TestRow) -> dict[str, list[tuple[str, float]]]:
         """The members of the pool's tasks that may run for a row."""
-        tasks = self._pool.tasks.items()
-        return {
-            name: [pair for pair in task.members if not (self._is_masked and pair[0] == row.task)]
-            for name, task in tasks
-        }
+        return self._pool.state.members(self._masked(row))
+
+    def _masked(self, row: TestRow) -> set[str]:
+        return {row.task} if self._is_masked else set()
 
     def _retrieve(self, top_k: int) -> list[list[RetrievedAdapter]]:
-        unserved = [{name for name, members in self._tasks(row).items() if not members} for row in self._rows]
-        exclude = [{row.task, *n} if self._is_masked else n for row, n in zip(self._rows, unserved, strict=True)]
+        exclude = [
+            self._masked(row) | {name for name, members in self._members(row).items() if not members}
+            for row in self._rows
+        ]
         return self._retriever.retrieve_batch([row.input for row in self._rows], top_k=top_k, exclude=exclude)
 
     def _soup(self, setting: Setting) -> list[Composition]:
         totals = dict.fromkeys(self._pool.names, 0.0)
-        for found in self._retriever.retrieve_batch([row.input for row in self._rows], top_k=len(self._pool)):
+        texts, tasks = [row.input for row in self._rows], tuple(self._pool.tasks)
+        for found in self._retriever.retrieve_batch(texts, top_k=len(self._pool), exclude=tasks):
             for adapter in found:
                 totals[adapter.name] += adapter.score
         ranked = sorted(totals, key=lambda name: (-totals[name], name))
@@ -279,7 +281,8 @@ class _Planner:
         return [pin(self._allowed(drawn[row.task], row)[: setting.top_k], mode="fusion") for row in self._rows]
 
     def _allowed(self, names: Sequence[str], row: TestRow) -> list[str]:
-        return [name for name in names if not (self._is_masked and name == row.task)]
+        masked = self._masked(row)
+        return [name for name in names if name not in masked]
 
 
 class _Answers:

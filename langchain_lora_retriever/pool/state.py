@@ -12,7 +12,7 @@ from langchain_lora_retriever.support.near_names import near_names
 from langchain_lora_retriever.support.shown import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from langchain_lora_retriever.errors import AdapterError
     from langchain_lora_retriever.pool.entry import PoolEntry
@@ -71,6 +71,13 @@ class PoolState:
         """What prompts find under a name; None if nothing is."""
         entry = self.entries.get(name) or self.tasks.get(name)
         return entry if entry is not None and entry.is_described else None
+
+    def members(self, excluded: Collection[str] = ()) -> dict[str, list[tuple[str, float]]]:
+        """The members of each task that can run, with their shares: neither excluded nor removed meanwhile."""
+        return {
+            name: [pair for pair in task.members if pair[0] in self.entries and pair[0] not in excluded]
+            for name, task in self.tasks.items()
+        }
 
     @cached_property
     def names(self) -> tuple[str, ...]:

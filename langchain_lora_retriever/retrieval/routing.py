@@ -154,21 +154,13 @@ class Router:
 
     def _query(self, options: RoutingOptions) -> dict[str, Any]:
         self._check_known(options.exclude_adapters)
-        state = self._pool.state
-        unserved = {name for name, members in self._tasks(options).items() if not members}
+        state, excluded = self._pool.state, self._excluded(options)
+        unserved = {name for name, members in state.members(excluded).items() if not members}
         known = state.entries.keys() | state.tasks.keys() if state.tasks else state.entries.keys()
-        return {"top_k": options.top_k, "exclude": (self._excluded(options) | unserved) & known}
+        return {"top_k": options.top_k, "exclude": (excluded | unserved) & known}
 
     def _excluded(self, options: RoutingOptions) -> frozenset[str]:
         return frozenset(options.exclude_adapters).union(self._refused())
-
-    def _tasks(self, options: RoutingOptions) -> dict[str, list[tuple[str, float]]]:
-        """The members of the pool's tasks that can run: neither excluded nor refused, nor removed meanwhile."""
-        state, excluded = self._pool.state, self._excluded(options)
-        return {
-            name: [pair for pair in task.members if pair[0] in state.entries and pair[0] not in excluded]
-            for name, task in state.tasks.items()
-        }
 
     def _raise_if_named(self, options: RoutingOptions) -> None:
         """Raise what is wrong with the names that the caller gave, if anything is."""
@@ -178,7 +170,7 @@ class Router:
     def _composed(self, retrieved: Sequence[RetrievedAdapter], options: RoutingOptions) -> Composition:
         if options.min_score is not None:
             retrieved = [adapter for adapter in retrieved if adapter.score >= options.min_score]
-        tasks = self._tasks(options)
+        tasks = self._pool.state.members(self._excluded(options))
         return compose(
             [adapter for adapter in retrieved if tasks.get(adapter.name, True)],  # the members may have gone meanwhile
             mode=options.composition,

@@ -40,6 +40,23 @@ def test_masking_never_uses_the_right_adapter(benchmark_: Any, pool: Any, engine
     assert {s.per_task[task]["right_adapter"] for s in report.scores for task in s.per_task} == {0.0}
 
 
+def test_a_pools_tasks_stand_for_their_members(benchmark_: Any, pool: Any, engine: Any, encoder: Any) -> None:
+    """Under every method; one whose only member is masked is not found."""
+    plain = evaluate_composition(
+        benchmark_, pool, engine, LoraRetriever(pool, encoder), settings=[Setting("soup", top_k=2)], masked=[False]
+    )
+    for task in benchmark_.domains:
+        pool.add_task(f"like {task}", {task: 1.0}, [row.input for row in benchmark_.rows if row.task == task])
+    settings = [Setting(method, top_k=2) for method in ("selection", "mixture", "soup", "random")]
+    report = evaluate_composition(benchmark_, pool, engine, LoraRetriever(pool, encoder), settings=settings)
+    right = {
+        (s.setting.method, s.is_masked): {s.per_task[t]["right_adapter"] for t in s.per_task} for s in report.scores
+    }
+    assert right["selection", False] == {1.0}
+    assert all(shares == {0.0} for (_, is_masked), shares in right.items() if is_masked)
+    assert right["soup", False] == {plain.scores[0].per_task[task]["right_adapter"] for task in benchmark_.domains}
+
+
 def test_soup_is_one_for_all_prompts(benchmark_: Any, pool: Any, engine: Any, encoder: Any) -> None:
     """AdapterSoup answers every prompt with the same fusion."""
     report = evaluate_composition(
