@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from langchain_lora_retriever.errors import InvalidRequestError, MissingDependencyError
-from langchain_lora_retriever.evaluation.pool_map import make_map
+from langchain_lora_retriever.evaluation.pool_map import check_rows, make_map
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -42,7 +42,7 @@ def plot_similarity(
         InvalidRequestError: If there are not as many vectors as names.
         MissingDependencyError: If matplotlib is not installed.
     """
-    _check(names, vectors)
+    check_rows(names, vectors)
     domain = [(domains or {}).get(name, "") for name in names]
     order = sorted(range(len(names)), key=lambda i: (domain[i], names[i]))
     figure, axes = _figure(len(names) * 0.2 + 2, len(names) * 0.2 + 1.5)
@@ -95,10 +95,9 @@ def plot_map(
         InvalidRequestError: If there are not as many vectors as names, or fewer than two.
         MissingDependencyError: If matplotlib is not installed.
     """
-    _check(names, vectors)
+    places = make_map(names, vectors).places
     if len(names) < 2:
         raise InvalidRequestError(f"a map of {len(names)} adapters is not allowed: pass two or more.")
-    places = make_map(names, vectors).places
     figure, axes = _figure(7, 5)
     groups = [(domains or {}).get(name, "") for name in names]
     for group in dict.fromkeys(groups):
@@ -131,13 +130,6 @@ def plot_throughput(file: str | Path, curves: Mapping[str, Mapping[int, float]])
     axes.grid(alpha=0.3)
     axes.legend()
     return _save(figure, file)
-
-
-def _check(names: Sequence[str], vectors: NDArray[np.float32]) -> None:
-    if vectors.ndim != 2 or len(vectors) != len(names):
-        raise InvalidRequestError(
-            f"vectors of shape {vectors.shape} are not allowed: pass one row per name, {len(names)}."
-        )
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["PoolMap", "make_map"]
+__all__ = ["PoolMap", "check_rows", "make_map"]
 
 
 class PoolMap(NamedTuple):
@@ -48,10 +48,7 @@ def make_map(names: Sequence[str], vectors: NDArray[np.floating[Any]]) -> PoolMa
     Raises:
         InvalidRequestError: If there are not as many vectors as names.
     """
-    if vectors.ndim != 2 or len(vectors) != len(names):
-        raise InvalidRequestError(
-            f"vectors of shape {vectors.shape} are not allowed: pass one row per name, {len(names)}."
-        )
+    check_rows(names, vectors)
     mean = vectors.mean(axis=0, dtype=np.float64) if len(names) else np.zeros(vectors.shape[1])
     centred = vectors.astype(np.float64) - mean
     _, sizes, found = np.linalg.svd(centred, full_matrices=False)
@@ -63,3 +60,15 @@ def make_map(names: Sequence[str], vectors: NDArray[np.floating[Any]]) -> PoolMa
     total = float((sizes**2).sum())
     explained = float((sizes[:2] ** 2).sum()) / total if total > 0 else 1.0
     return PoolMap(tuple(names), centred @ directions.T, explained, mean, directions)
+
+
+def check_rows(names: Sequence[str], vectors: NDArray[np.floating[Any]]) -> None:
+    """Refuse vectors that are not one for each name.
+
+    Raises:
+        InvalidRequestError: If there are not as many vectors as names.
+    """
+    if vectors.ndim != 2 or len(vectors) != len(names):
+        raise InvalidRequestError(
+            f"vectors of shape {vectors.shape} are not allowed: pass one row per name, {len(names)}."
+        )
