@@ -9,7 +9,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from langchain_lora_retriever.errors import EncoderError, MissingDependencyError
 from langchain_lora_retriever.support.forking import begin_in_every_process
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     import numpy as np
     from numpy.typing import NDArray
+
+    T = TypeVar("T")
 
 __all__ = ["MicroBatcher", "Outcome"]
 
@@ -92,6 +94,11 @@ class MicroBatcher:
             made = batch.outcomes.result()
             outcomes += [made[text] for text in part]
         return outcomes
+
+    def alone(self, work: Callable[[], T]) -> T:
+        """Do something else with the encoder, in the caller's thread, while it embeds nothing."""
+        with self._encoder_lock:
+            return work()
 
     def _parts(self, texts: Sequence[str]) -> list[Sequence[str]]:
         return [texts[start : start + self._max_texts] for start in range(0, len(texts), self._max_texts)]

@@ -334,7 +334,7 @@ class LoraRetriever:
             )
             gone = {name for name in entries if name not in there}
             rejected = {n: e for n, e in old.rejected.items() if n not in gone and n not in vectors} | refused
-            index = self._new_index() if old.index is None else old.index.copy()
+            index = AdapterIndex(self._dimension, num_sparse=self._num_words) if old.index is None else old.index.copy()
             index.remove(gone | refused.keys())
             index.update(list(vectors), np.array(list(vectors.values()), np.float32).reshape(-1, self._dimension))
             fits: Mapping[str, LabelPenalty] = {}
@@ -348,18 +348,14 @@ class LoraRetriever:
             _logger.warning("not found by prompts: %s", error)
             warnings.warn(f"not found by prompts: {error}", stacklevel=3)
 
-    def _new_index(self) -> AdapterIndex:
-        num_words = self.encoder.num_words if isinstance(self.encoder, HybridEncoder) else 0
-        return AdapterIndex(self._dimension, num_sparse=num_words)
+    @property
+    def _num_words(self) -> int:
+        """How many of a vector's last numbers are for words."""
+        return self.encoder.num_words if isinstance(self.encoder, HybridEncoder) else 0
 
     def _encode(self, texts: Sequence[str]) -> Vectors:
-        vectors = np.asarray(self.encoder.encode([self.instruction + text for text in texts]), dtype=np.float32)
-        if vectors.shape != (len(texts), self._dimension) or not np.isfinite(vectors).all():
-            raise ValueError(
-                f"it made an array of shape {vectors.shape} for {len(texts)} texts; "
-                f"allowed is {(len(texts), self._dimension)}, all numbers finite."
-            )
-        return _normalise(vectors)
+        made = self.encoder.encode([self.instruction + text for text in texts])
+        return _unit_rows(made, len(texts), self._dimension)
 
     def _remember(self, texts: Sequence[str], outcomes: Sequence[Outcome]) -> dict[str, Vectors]:
         """Keep the vectors made; raise the first error there is, in this call's own name."""
@@ -505,21 +501,16 @@ class LoraRetriever:
     def _mean_of_card(self, name: str, texts: Sequence[str]) -> Mean | AdapterError:
         """The same over what a model card says: no prompt, so neither the instruction nor its words belong to it."""
         encoder = self.encoder.meaning if isinstance(self.encoder, HybridEncoder) else self.encoder
-        failure: Exception | None = None
-        rows = np.empty((0, 0), dtype=np.float32)
+        dimension = self._dimension - self._num_words
         try:
-            rows = np.asarray(encoder.encode(texts), dtype=np.float32)
+            rows = self._batcher.alone(lambda: _unit_rows(encoder.encode(texts), len(texts), dimension))
         except LoraRetrieverError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever an encoder raises over a text
-            failure = error
-        if failure is None and not (rows.shape[0] == len(texts) and np.isfinite(rows).all()):
-            failure = ValueError(f"it made an array of shape {rows.shape}, all numbers finite or not")
-        if failure is not None:
             return InvalidSamplesError(
-                f"adapter {name!r}: its model card cannot be embedded. {self._failure(failure)}. Give it samples."
+                f"adapter {name!r}: its model card cannot be embedded. {self._failure(error)}. Give it samples."
             )
-        mean = _normalise(_normalise(rows).mean(axis=0))
+        mean = _normalise(rows.mean(axis=0))
         whole = self.encoder.without_words(mean) if isinstance(self.encoder, HybridEncoder) else mean
         assert whole is not None, "it is one of the encoder's own"
         return Mean(whole, -math.inf)
@@ -597,6 +588,21 @@ def _grouped(texts: Mapping[str, Sequence[str]]) -> Iterator[list[str]]:
 
 def _found_alike(old: Routed | None, new: Routed) -> bool:
     return old is not None and (old is new or old.routing_hash == new.routing_hash)
+
+
+def _unit_rows(made: object, num: int, dimension: int) -> Vectors:
+    """What an encoder made of `num` texts, each row scaled to length 1.
+
+    Raises:
+        ValueError: If it is not `[num, dimension]`, or not finite.
+    """
+    vectors = np.asarray(made, dtype=np.float32)
+    if vectors.shape != (num, dimension) or not np.isfinite(vectors).all():
+        raise ValueError(
+            f"it made an array of shape {vectors.shape} for {num} texts; "
+            f"allowed is {(num, dimension)}, all numbers finite."
+        )
+    return _normalise(vectors)
 
 
 def _normalise(vectors: NDArray[np.float32] | NDArray[np.float64]) -> Vectors:

@@ -255,14 +255,19 @@ def test_an_automatic_min_score_is_each_adapters_own(pool, checkpoint, tmp_path)
         assert "apart" in {adapter.name for adapter in retriever.retrieve("a thing to burn", top_k=9)}
 
 
-@pytest.mark.parametrize("wrap", [lambda encoder: encoder, HybridEncoder], ids=["plain", "words"])
-def test_a_model_card_counts_by_meaning_alone(pool, checkpoint, wrap):
-    """Neither the instruction nor its words are part of it; it stands beside adapters of samples."""
+def add_card(pool, checkpoint):
+    """Add an adapter that a model card alone describes."""
     (checkpoint / "README.md").write_text("# Bread\n\nIt bakes bread for people.\n")
     try:
         pool.add("card", checkpoint)
     finally:
         (checkpoint / "README.md").unlink()
+
+
+@pytest.mark.parametrize("wrap", [lambda encoder: encoder, HybridEncoder], ids=["plain", "words"])
+def test_a_model_card_counts_by_meaning_alone(pool, checkpoint, wrap):
+    """Neither the instruction nor its words are part of it; it stands beside adapters of samples."""
+    add_card(pool, checkpoint)
     encoder = UnitEncoder()
     retriever = LoraRetriever(pool, wrap(encoder))
     found = {adapter.name: adapter.score for adapter in retriever.retrieve("bakes bread", top_k=9)}
@@ -273,11 +278,7 @@ def test_a_model_card_counts_by_meaning_alone(pool, checkpoint, wrap):
 
 def test_a_model_card_that_cannot_be_embedded_costs_its_adapter_alone(pool, checkpoint, monkeypatch):
     """It is named; others are found."""
-    (checkpoint / "README.md").write_text("# Bread\n\nIt bakes bread for people.\n")
-    try:
-        pool.add("card", checkpoint)
-    finally:
-        (checkpoint / "README.md").unlink()
+    add_card(pool, checkpoint)
     encoder = WordEncoder()
     encode = encoder.encode
     for made in (lambda texts: np.full((len(texts), 64), np.nan), lambda texts: np.ones((1, 64))):
@@ -286,6 +287,30 @@ def test_a_model_card_that_cannot_be_embedded_costs_its_adapter_alone(pool, chec
         with pytest.warns(UserWarning, match="'card': its model card cannot be embedded"):
             assert len(retriever.retrieve("bakes bread", top_k=9)) == 3
         assert list(retriever.rejected) == ["card"]
+
+
+def test_a_model_card_is_embedded_while_nothing_else_is(pool, checkpoint, monkeypatch):
+    """An encoder is asked by one thread at a time, whatever for."""
+    add_card(pool, checkpoint)
+    encoder = WordEncoder(delay=0.01)
+    encode, is_busy, overlaps = encoder.encode, threading.Lock(), []
+
+    def watched(texts):
+        overlaps.append(not is_busy.acquire(blocking=False))
+        try:
+            return encode(texts)
+        finally:
+            if not overlaps[-1]:
+                is_busy.release()
+
+    monkeypatch.setattr(encoder, "encode", watched)
+    retriever = LoraRetriever(pool, encoder)
+    thread = threading.Thread(target=lambda: [retriever.embed([f"text {i}"]) for i in range(10)])
+    thread.start()
+    retriever.refresh()
+    thread.join()
+    assert not any(overlaps)
+    assert len(retriever.retrieve("bakes bread", top_k=9)) == 4
 
 
 def test_an_empty_pool_finds_nothing():
