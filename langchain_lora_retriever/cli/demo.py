@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from langchain_lora_retriever.cli.options import JsonOption, warm_up
-from langchain_lora_retriever.cli.terminal import console, print_json, print_table, status
+from langchain_lora_retriever.cli.terminal import bar, new_progress, print_json, print_table, status
 
 if TYPE_CHECKING:
     from langchain_lora_retriever.demo.report import DemoAnswer, DemoReport
@@ -28,15 +28,8 @@ def demo(
     with status("Reading the demo's pool"):
         llm = demo_chat_model()
     warm_up(llm)
-    from rich.progress import Progress  # noqa: PLC0415 - not needed for --help
-
-    with Progress(console=console(stderr=True), transient=True) as progress:
-        task = progress.add_task("Answers, all in one batch", total=None)
-        report = run_demo(
-            llm,
-            demo_test_set(rows, seed=seed),
-            lambda done, total: progress.update(task, completed=done, total=total),
-        )
+    with new_progress() as progress:
+        report = run_demo(llm, demo_test_set(rows, seed=seed), bar(progress, "Answers, all in one batch"))
     if as_json:
         print_json(report.to_dict())
         return

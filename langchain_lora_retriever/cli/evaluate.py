@@ -19,13 +19,11 @@ from langchain_lora_retriever.cli.options import (
     new_commands,
     sees_words,
 )
-from langchain_lora_retriever.cli.terminal import new_progress, print_json, print_table
+from langchain_lora_retriever.cli.terminal import bar, new_progress, print_json, print_table
 from langchain_lora_retriever.errors import InvalidRequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
-
-    from rich.progress import Progress
+    from collections.abc import Iterable, Mapping
 
     from langchain_lora_retriever.evaluation import (
         Benchmark,
@@ -102,7 +100,7 @@ def retrieval(
     benchmark = _benchmark(cards, None if cards else _pool(pool), test, rows)
     embedder = make_encoder(encoder, words=words)
     with new_progress() as progress:
-        report = evaluate_retrieval(benchmark, embedder, top_k=top_k, progress=_bar(progress, "Retrieving"))
+        report = evaluate_retrieval(benchmark, embedder, top_k=top_k, progress=bar(progress, "Retrieving"))
     trained = None
     if output is not None and splits:
         trained = evaluate_splits(
@@ -189,7 +187,7 @@ def composition(
             settings=settings,
             max_tokens=max_tokens,
             cache=cache,
-            progress=_bar(progress, "Answering"),
+            progress=bar(progress, "Answering"),
         )
     if plots is not None:
         _plot(plots, retriever, benchmark, "composition.png", _score_curves(report, settings), "macro average, %")
@@ -215,11 +213,6 @@ def _benchmark(cards: Path | None, pool: AdapterPool | None, test: Path, rows: i
         assert pool is not None, "without cards there is a pool"
         benchmark = benchmark_from_pool(pool, test)
     return benchmark if rows is None else benchmark.subset(rows)
-
-
-def _bar(progress: Progress, label: str) -> Callable[[int, int], None]:
-    task = progress.add_task(label, total=None)
-    return lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def _curves(report: RetrievalReport, trained: SplitsReport | None) -> dict[str, Accuracy]:

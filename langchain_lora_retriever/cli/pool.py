@@ -20,6 +20,7 @@ from langchain_lora_retriever.cli.options import (
 )
 from langchain_lora_retriever.cli.pool_listing import ListedAdapter, list_plain_pool
 from langchain_lora_retriever.cli.terminal import (
+    bar,
     hint,
     new_progress,
     print_facts,
@@ -241,13 +242,12 @@ def calibrate(
     with status(f"Loading {llm.model_name}"):
         engine = llm.runtime.ready()
     with new_progress() as progress:
-        bar = progress.add_task("Scoring", total=None)
         found = llm.pool.calibrate(
             given,
             AnswerLikelihood(engine),
             keep=keep,
             exclude=llm.runtime.rejected,
-            progress=lambda done, total: progress.update(bar, completed=done, total=total),
+            progress=bar(progress, "Scoring"),
         )
     llm.runtime.close()
     if task is not None:

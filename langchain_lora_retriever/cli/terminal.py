@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from rich.console import Console
     from rich.progress import Progress
 
 __all__ = [
+    "bar",
     "console",
     "hint",
     "logging_to_terminal",
@@ -50,6 +51,12 @@ def new_progress() -> Progress:
     from rich.progress import Progress  # noqa: PLC0415 - not needed for --help
 
     return Progress(console=console(stderr=True), transient=True)
+
+
+def bar(progress: Progress, label: str) -> Callable[[int, int], None]:
+    """A bar among those of `new_progress`, to be told how much is done and of how much."""
+    task = progress.add_task(label, total=None)
+    return lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def print_json(value: Any) -> None:
