@@ -10,11 +10,19 @@ import contextlib
 import json
 import math
 import re
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from langchain_lora_retriever.pool.card import Card, read_card
+from langchain_lora_retriever.pool.checkpoint_files import (
+    CONFIG_FILE,
+    MAX_CONFIG_BYTES,
+    MAX_WEIGHTS_BYTES,
+    WEIGHTS_FILE,
+    parse_header,
+    read_header,
+)
 from langchain_lora_retriever.pool.origin import read_origin
-from langchain_lora_retriever.pool.regular_files import AdapterFolder, RegularFile
+from langchain_lora_retriever.pool.regular_files import AdapterFolder
 from langchain_lora_retriever.pool.samples import MAX_SAMPLES_BYTES, SAMPLES_FILE, hash_inputs, parse_samples
 
 if TYPE_CHECKING:
@@ -26,9 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ListedAdapter", "list_plain_pool"]
 
-_MAX_CONFIG_BYTES = 4 << 20
-_MAX_HEADER_BYTES = 16 << 20
-_MAX_WEIGHTS_BYTES = 4 << 30
 _KEY = re.compile(r"base_model\.model\.(.+)\.(lora_[AB])\.weight")
 # What a plain configuration says, beside the fields whose values are free.
 _PLAIN = {
@@ -80,9 +85,10 @@ def list_plain_pool(root: Path) -> list[ListedAdapter] | None:
     Weights are not looked at: whether their numbers are finite is found out when the pool is read.
     """
     try:
-        folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-        if any(path.name.startswith((".incoming-", ".replaced-")) for path in root.iterdir()):
+        paths = sorted(root.iterdir())
+        if any(path.name.startswith((".incoming-", ".replaced-")) for path in paths):
             return None  # somebody is writing
+        folders = [path for path in paths if path.is_dir() and not path.name.startswith(".")]
         listed = [_listed(folder) for folder in folders if any(folder.iterdir())]
     except (OSError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
         return None
@@ -97,11 +103,15 @@ def _listed(folder: Path) -> ListedAdapter:
     """
     if not folder.name.isprintable():
         raise ValueError(folder)
-    config = json.loads(_read(folder / "adapter_config.json", _MAX_CONFIG_BYTES))
+    with AdapterFolder(folder) as opened:
+        config = json.loads(opened.read(CONFIG_FILE, MAX_CONFIG_BYTES) or b"")
+        shapes = _shapes(opened)
+        if opened.has("embedding.npy"):
+            raise ValueError(folder)
+        samples, described_by, hub = _description(opened)
     for name, value in config.items():
         if name not in _FREE and value and value not in _PLAIN.get(name, ()):
             raise ValueError(name)
-    shapes = _shapes(folder / "adapter_model.safetensors")
     ranks: dict[str, dict[str, int]] = {}  # of each module, by both of its tensors
     for key, (rows, columns) in shapes.items():
         match = _KEY.fullmatch(key)
@@ -113,9 +123,6 @@ def _listed(folder: Path) -> ListedAdapter:
         rank = sides["lora_A"]
         if rank < 1 or sides["lora_B"] != rank or allowed not in {None, rank}:
             raise ValueError(folder)
-    if (folder / "embedding.npy").exists():
-        raise ValueError(folder)
-    samples, described_by, hub = _description(folder)
     return ListedAdapter(
         name=folder.name,
         base_model=config.get("base_model_name_or_path"),
@@ -129,15 +136,14 @@ def _listed(folder: Path) -> ListedAdapter:
     )
 
 
-def _description(folder: Path) -> tuple[Sequence[Sample], Description | None, str | None]:
+def _description(folder: AdapterFolder) -> tuple[Sequence[Sample], Description | None, str | None]:
     """An adapter's samples, what it is found by, and where on the hub it is from."""
-    with AdapterFolder(folder) as opened:
-        origin = read_origin(opened)
-        data = opened.read(SAMPLES_FILE, MAX_SAMPLES_BYTES)
-        card = Card() if data is not None else read_card(opened)
+    origin = read_origin(folder)
+    data = folder.read(SAMPLES_FILE, MAX_SAMPLES_BYTES)
+    card = Card() if data is not None else read_card(folder)
     hub = None if origin.hub is None else str(origin.hub)
     if data is not None:
-        samples = parse_samples(data, file=str(folder / SAMPLES_FILE), where=folder.name)
+        samples = parse_samples(data, file=str(folder.path / SAMPLES_FILE), where=folder.path.name)
         is_theirs = origin.samples_hash == hash_inputs(sample.input for sample in samples)
         return samples, origin.samples_from if is_theirs else "samples", hub
     if card.examples:
@@ -145,19 +151,12 @@ def _description(folder: Path) -> tuple[Sequence[Sample], Description | None, st
     return (), "card text" if card.text else None, hub
 
 
-def _shapes(path: Path) -> dict[str, list[int]]:
-    """The tensors' shapes, from the header of a safetensors file."""
-    with contextlib.closing(RegularFile(path, _MAX_WEIGHTS_BYTES)) as file:
-        num_bytes = int.from_bytes(file.read(8), "little")
-        if not 0 < num_bytes <= min(_MAX_HEADER_BYTES, file.identity.num_bytes - 8):
-            raise ValueError(path)
-        header: dict[str, Any] = json.loads(file.read(num_bytes, 8))
-        header.pop("__metadata__", None)
-        if max(tensor["data_offsets"][1] for tensor in header.values()) != file.identity.num_bytes - 8 - num_bytes:
-            raise ValueError(path)
-    return {key: tensor["shape"] for key, tensor in header.items()}
-
-
-def _read(path: Path, max_bytes: int) -> bytes:
-    with contextlib.closing(RegularFile(path, max_bytes)) as file:
-        return file.read()
+def _shapes(folder: AdapterFolder) -> dict[str, tuple[int, ...]]:
+    """The tensors' shapes, from the header of the weights' file."""
+    file = folder.open(WEIGHTS_FILE, MAX_WEIGHTS_BYTES)
+    if file is None:
+        raise ValueError(folder.path)
+    with contextlib.closing(file):
+        header = read_header(file)
+    tensors = parse_header(header, file.identity.num_bytes - 8 - len(header))
+    return {key: spec.shape for key, spec in tensors.items()}

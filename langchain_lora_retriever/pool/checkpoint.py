@@ -20,19 +20,24 @@ import numpy as np
 import torch
 
 from langchain_lora_retriever.errors import InvalidAdapterError, UnsupportedAdapterError
-from langchain_lora_retriever.pool.file_weights import (
-    CHUNK_BYTES,
-    DTYPES,
+from langchain_lora_retriever.pool.checkpoint_files import (
+    CONFIG_FILE,
+    MAX_CONFIG_BYTES,
     MAX_WEIGHTS_BYTES,
-    FileWeights,
-    Layout,
-    ModuleLayout,
-    TensorSpec,
-    hash_of,
+    PICKLE_FILE,
+    WEIGHTS_FILE,
     parse_header,
     read_header,
 )
-from langchain_lora_retriever.pool.peft_config import CONFIG_FILE, AdapterConfig
+from langchain_lora_retriever.pool.file_weights import (
+    CHUNK_BYTES,
+    DTYPES,
+    FileWeights,
+    Layout,
+    ModuleLayout,
+    hash_of,
+)
+from langchain_lora_retriever.pool.peft_config import AdapterConfig
 from langchain_lora_retriever.pool.regular_files import parse_json, read_one_version, said
 from langchain_lora_retriever.support.base_names import is_same_base_model
 from langchain_lora_retriever.support.shown import shown
@@ -43,12 +48,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from langchain_lora_retriever.pool.checkpoint_files import TensorSpec
     from langchain_lora_retriever.pool.regular_files import AdapterFolder, RegularFile
 
-__all__ = ["CONFIG_FILE", "MAX_CONFIG_BYTES", "PICKLE_FILE", "WEIGHTS_FILE", "adapter_of", "read_adapter", "renamed"]
+__all__ = ["adapter_of", "read_adapter", "renamed"]
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-PICKLE_FILE = "adapter_model.bin"
 _PREFIX = "base_model.model."
 _COMPILED = re.compile(r"(?:(?<=\.)|^)_orig_mod\.")
 _KEY = re.compile(
@@ -60,7 +64,6 @@ _BASE_WEIGHT = "base_layer"
 _MAGNITUDE = "lora_magnitude_vector"
 _ADVICE = "An adapter is a folder that PEFT's save_pretrained() writes."
 _MAX_CONTAINERS = 10_000
-MAX_CONFIG_BYTES = 4 << 20
 
 # Adapters of one recipe have the same layout; they share one object.
 _LAYOUTS: WeakValueDictionary[bytes, Layout] = WeakValueDictionary()

@@ -15,8 +15,7 @@ import tempfile
 from pathlib import Path
 
 from langchain_lora_retriever.errors import InvalidAdapterError, UnsupportedAdapterError
-from langchain_lora_retriever.pool.checkpoint import PICKLE_FILE, WEIGHTS_FILE
-from langchain_lora_retriever.pool.file_weights import MAX_WEIGHTS_BYTES
+from langchain_lora_retriever.pool.checkpoint_files import MAX_WEIGHTS_BYTES, PICKLE_FILE, WEIGHTS_FILE
 from langchain_lora_retriever.pool.regular_files import RegularFile, said
 
 __all__ = ["convert_pickle"]

@@ -14,8 +14,13 @@ import numpy as np
 
 from langchain_lora_retriever.errors import InvalidAdapterError, InvalidSamplesError
 from langchain_lora_retriever.pool.card import CARD_FILE, MAX_CARD_BYTES, read_card
-from langchain_lora_retriever.pool.checkpoint import CONFIG_FILE, MAX_CONFIG_BYTES, WEIGHTS_FILE, adapter_of
-from langchain_lora_retriever.pool.file_weights import MAX_WEIGHTS_BYTES
+from langchain_lora_retriever.pool.checkpoint import adapter_of
+from langchain_lora_retriever.pool.checkpoint_files import (
+    CONFIG_FILE,
+    MAX_CONFIG_BYTES,
+    MAX_WEIGHTS_BYTES,
+    WEIGHTS_FILE,
+)
 from langchain_lora_retriever.pool.origin import (
     ORIGIN_FILE,
     Description,

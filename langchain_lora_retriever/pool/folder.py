@@ -1,4 +1,4 @@
-"""How a pool lies on disk: one folder per adapter, changed only by renaming.
+"""How a pool lies on disk: one folder per adapter or task, changed only by renaming.
 
 ::
 
@@ -8,6 +8,8 @@
           samples.jsonl                and/or embedding.npy (+ embedding.json: which encoder made it)
           README.md                    the model card, which describes an adapter that has neither
           origin.json                  where the adapter and its samples come from, unless they were just given
+      poems/task.json                  a task: the adapters that it stands for, and their shares
+            samples.jsonl              what finds it
       .lock                            held by whoever writes, in any process; once written to only
       .incoming-sql/                   being written; a leftover of a crash is deleted
       .replaced-sql/                   on its way out; put back if a crash left no `sql`
@@ -26,7 +28,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from langchain_lora_retriever.errors import PoolError
-from langchain_lora_retriever.pool.checkpoint import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
+from langchain_lora_retriever.pool.checkpoint_files import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
 from langchain_lora_retriever.pool.regular_files import FileIdentity, RegularFile
 from langchain_lora_retriever.pool.samples import SAMPLES_FILE
 

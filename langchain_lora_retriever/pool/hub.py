@@ -17,9 +17,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from langchain_lora_retriever.errors import HubError, LoraRetrieverError, UnsupportedAdapterError
 from langchain_lora_retriever.pool.card import CARD_FILE, MAX_CARD_BYTES
-from langchain_lora_retriever.pool.checkpoint import CONFIG_FILE, MAX_CONFIG_BYTES, PICKLE_FILE, WEIGHTS_FILE
+from langchain_lora_retriever.pool.checkpoint_files import (
+    CONFIG_FILE,
+    MAX_CONFIG_BYTES,
+    MAX_WEIGHTS_BYTES,
+    PICKLE_FILE,
+    WEIGHTS_FILE,
+)
 from langchain_lora_retriever.pool.entry import EMBEDDING_FILE, EMBEDDING_INFO, MAX_EMBEDDING_BYTES, MAX_INFO_BYTES
-from langchain_lora_retriever.pool.file_weights import MAX_WEIGHTS_BYTES
 from langchain_lora_retriever.pool.origin import HubOrigin
 from langchain_lora_retriever.pool.regular_files import said
 from langchain_lora_retriever.pool.samples import MAX_SAMPLES_BYTES, SAMPLES_FILE

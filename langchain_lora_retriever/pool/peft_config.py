@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 from peft import LoraConfig
 
 from langchain_lora_retriever.errors import InvalidAdapterError, UnsupportedAdapterError
+from langchain_lora_retriever.pool.checkpoint_files import CONFIG_FILE
 from langchain_lora_retriever.support.patterns import Pattern, PatternError, StepBudget
 from langchain_lora_retriever.support.shown import shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["CONFIG_FILE", "AdapterConfig"]
+__all__ = ["AdapterConfig"]
 
-CONFIG_FILE = "adapter_config.json"
 # Of matching patterns, for all modules of an adapter together: about a second. Usual patterns take 150 a module.
 _MAX_STEPS = 500_000
 _STEPS_PER_MODULE = 150

@@ -40,7 +40,8 @@ from langchain_lora_retriever.pool.arguments import (
     writing,
 )
 from langchain_lora_retriever.pool.calibration import Calibration, Progress, Score, calibrate
-from langchain_lora_retriever.pool.checkpoint import CONFIG_FILE, renamed
+from langchain_lora_retriever.pool.checkpoint import renamed
+from langchain_lora_retriever.pool.checkpoint_files import CONFIG_FILE
 from langchain_lora_retriever.pool.conversion import convert_pickle
 from langchain_lora_retriever.pool.entry import (
     PoolEntry,

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from langchain_lora_retriever.engine import BaseModel, Engine, EngineConfig, EngineWorker
 from langchain_lora_retriever.errors import InvalidAdapterError, InvalidRequestError, UnsupportedAdapterError
-from langchain_lora_retriever.pool.checkpoint import WEIGHTS_FILE, read_adapter
+from langchain_lora_retriever.pool.checkpoint import read_adapter
+from langchain_lora_retriever.pool.checkpoint_files import WEIGHTS_FILE
 from langchain_lora_retriever.pool.pool import AdapterPool
 from langchain_lora_retriever.registry import SharedEngine
 from langchain_lora_retriever.remote import EngineRecipe

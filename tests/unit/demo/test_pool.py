@@ -13,7 +13,7 @@ import torch
 from langchain_lora_retriever import demo
 from langchain_lora_retriever.demo.model import BASE_MODEL
 from langchain_lora_retriever.demo.tasks import TASKS, make_examples
-from langchain_lora_retriever.pool.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from langchain_lora_retriever.pool.checkpoint_files import CONFIG_FILE, WEIGHTS_FILE
 from langchain_lora_retriever.pool.pool import AdapterPool
 from langchain_lora_retriever.pool.samples import SAMPLES_FILE
 

@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from langchain_lora_retriever.errors import InvalidAdapterError, UnsupportedAdapterError
-from langchain_lora_retriever.pool.checkpoint import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from langchain_lora_retriever.pool.checkpoint import read_adapter
+from langchain_lora_retriever.pool.checkpoint_files import CONFIG_FILE, WEIGHTS_FILE
 
 Q0 = "model.layers.0.self_attn.q_proj"
 V1 = "model.layers.1.self_attn.v_proj"

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from langchain_lora_retriever.errors import InvalidAdapterError, UnsupportedAdapterError
 from langchain_lora_retriever.pool import conversion
-from langchain_lora_retriever.pool.checkpoint import PICKLE_FILE, WEIGHTS_FILE, read_adapter
+from langchain_lora_retriever.pool.checkpoint import read_adapter
+from langchain_lora_retriever.pool.checkpoint_files import PICKLE_FILE, WEIGHTS_FILE
 from langchain_lora_retriever.pool.conversion import convert_pickle
 from langchain_lora_retriever.pool.pool import AdapterPool
 

@@ -23,7 +23,7 @@ from langchain_lora_retriever.errors import (
     UnknownAdapterError,
     UnsupportedAdapterError,
 )
-from langchain_lora_retriever.pool.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from langchain_lora_retriever.pool.checkpoint_files import CONFIG_FILE, WEIGHTS_FILE
 from langchain_lora_retriever.pool.folder import FingerprintCache
 from langchain_lora_retriever.pool.pool import AdapterPool, PoolState, Sample
 from langchain_lora_retriever.pool.regular_files import AdapterFolder
