@@ -135,41 +135,22 @@ class EngineHost:
                 return
         action()
 
-    def is_ready(self, job: Job) -> bool:
-        """Whether `start` would wait for nothing."""
-        return self.adapters.holds([ref for ref, _ in job.adapters])
-
     def start(self, job: Job, on_end: Callable[[], object] = lambda: None) -> None:
-        """Begin a request. What becomes of it goes to its caller, what is wrong with it, too.
+        """Begin a request, without waiting. What becomes of it goes to its caller, what is wrong with it, too.
 
         Args:
-            job: The request. Adapters that are not known here are read or asked for first, which takes its time.
+            job: The request. Adapters that are not known here are read or asked for first, in a thread of its own.
             on_end: Called once when it has ended, from any thread; it must not wait.
         """
         caller = self._caller(job.caller)
         running = _Running()
         with self._lock:
             caller.jobs[job.key] = running
-
-        def give(item: Delta | Exception) -> None:
-            is_error = isinstance(item, Exception)
-            if caller.peer is not None:
-                caller.peer.send((job.key, portable(item) if isinstance(item, Exception) else tuple(item)))
-            if is_error or (isinstance(item, Delta) and item.finish_reason is not None):
-                caller.jobs.pop(job.key, None)
-                on_end()
-
-        try:
-            generation = self._submit(caller, job)
-        except Exception as error:  # noqa: BLE001 - it is the caller's to hear
-            give(error)
-            return
-        generation.hand_over(give)
-        with self._lock:
-            running.generation = generation
-            is_aborted = running.is_aborted
-        if is_aborted:
-            generation.abort()
+        if self.adapters.holds([ref for ref, _ in job.adapters]):
+            self._run(caller, job, running, on_end)
+        else:
+            arguments = (caller, job, running, on_end)
+            threading.Thread(target=self._run, args=arguments, name="lora-host-start", daemon=True).start()
 
     def abort(self, caller: str, key: int) -> None:
         """End a request; nothing happens if it has ended."""
@@ -191,15 +172,37 @@ class EngineHost:
         for peer in list(self._names):
             peer.close()
 
+    def _run(self, caller: _Caller, job: Job, running: _Running, on_end: Callable[[], object]) -> None:
+        def give(item: Delta | BaseException) -> None:
+            if caller.peer is not None:
+                caller.peer.send((job.key, portable(item) if isinstance(item, BaseException) else tuple(item)))
+            if isinstance(item, BaseException) or item.finish_reason is not None:
+                caller.jobs.pop(job.key, None)
+                on_end()
+
+        try:
+            generation = self._submit(caller, job)
+        except BaseException as error:  # noqa: BLE001 - it is the caller's to hear, panics of native code too
+            give(error)
+            return
+        generation.hand_over(give)
+        with self._lock:
+            running.generation = generation
+            is_aborted = running.is_aborted
+        if is_aborted:
+            generation.abort()
+
     def _submit(self, caller: _Caller, job: Job) -> Generation:
         adapters = [
             (self.adapters.get(ref, lambda part: self._fetch(caller, part)), weight) for ref, weight in job.adapters
         ]
-        more: dict[str, Any] = {}
-        if job.output_token_ids:
-            more["output_token_ids"] = unpacked_tokens(job.output_token_ids)
-        prompt_token_ids = unpacked_tokens(job.prompt_token_ids)
-        return self.engine.submit(prompt_token_ids, job.sampling, adapters, grammar=job.grammar, **more)
+        return self.engine.submit(
+            unpacked_tokens(job.prompt_token_ids),
+            job.sampling,
+            adapters,
+            grammar=job.grammar,
+            output_token_ids=unpacked_tokens(job.output_token_ids),
+        )
 
     def _caller(self, name: str) -> _Caller:
         with self._lock:
@@ -231,20 +234,13 @@ class EngineHost:
             if kind == "hello":
                 self._greet(peer, *rest)
             elif kind == "submit":
-                self._start_from(*rest)
+                self.start(*rest)
             elif kind == "abort":
                 self.abort(self._names[peer], *rest)
             elif kind == "contents":
                 self._receive(peer, *rest)
             elif kind == "call":
                 threading.Thread(target=self._answer, args=(peer, *rest), daemon=True).start()
-
-    def _start_from(self, job: Job) -> None:
-        """Begin a request, in a thread of its own if it waits for adapters: the connection is to be read on."""
-        if self.is_ready(job):
-            self.start(job)
-        else:
-            threading.Thread(target=self.start, args=(job,), name="lora-host-start", daemon=True).start()
 
     def _greet(self, peer: Peer, name: str) -> None:
         caller = self._caller(name)

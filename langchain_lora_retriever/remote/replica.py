@@ -13,7 +13,6 @@ from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from langchain_lora_retriever.errors import EngineDeadError, EngineError
 from langchain_lora_retriever.remote.host import EngineHost
 from langchain_lora_retriever.remote.wire import Door, short
-from langchain_lora_retriever.support.threads import run_in_thread
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -63,14 +62,8 @@ class EngineReplica:
                 "replicas' nodes on the ports that Ray's workers use too."
             ) from None
 
-        def end() -> None:
-            loop.call_soon_threadsafe(has_ended.set)
-
         try:
-            if self._host.is_ready(job):
-                self._host.start(job, end)
-            else:
-                await run_in_thread(lambda: self._host.start(job, end))
+            self._host.start(job, lambda: loop.call_soon_threadsafe(has_ended.set))
             await has_ended.wait()
         finally:
             self._host.abort(job.caller, job.key)

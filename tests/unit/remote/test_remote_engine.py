@@ -64,7 +64,7 @@ class Replica:
         has_come, has_ended = asyncio.Event(), asyncio.Event()
         self.host.when_there(job.caller, lambda: loop.call_soon_threadsafe(has_come.set))
         await has_come.wait()
-        await asyncio.to_thread(self.host.start, job, lambda: loop.call_soon_threadsafe(has_ended.set))
+        self.host.start(job, lambda: loop.call_soon_threadsafe(has_ended.set))
         await has_ended.wait()
         if self.is_dead:
             raise ActorDiedError
