@@ -11,7 +11,6 @@ from multiprocessing import AuthenticationError
 from multiprocessing.connection import Listener, answer_challenge, deliver_challenge
 from typing import TYPE_CHECKING, Any
 
-from langchain_lora_retriever.engine.generation import Delta
 from langchain_lora_retriever.errors import EngineError
 from langchain_lora_retriever.remote.adapters import AdapterContents, AdapterStore
 from langchain_lora_retriever.remote.peer import Peer
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from multiprocessing.connection import Connection
 
-    from langchain_lora_retriever.engine.generation import Generation
+    from langchain_lora_retriever.engine.generation import Delta, Generation
     from langchain_lora_retriever.remote.recipe import HostedEngine
     from langchain_lora_retriever.remote.wire import AdapterRef, Job
 
@@ -46,14 +45,13 @@ class _Caller:
 
     Attributes:
         peer: The connection to it, once it has come.
-        has_come: Whether it has.
+        on_come: What is done then.
         jobs: Its requests by key.
         wanted: Adapters that it was asked for.
     """
 
     def __init__(self) -> None:
         self.peer: Peer | None = None
-        self.has_come = threading.Event()
         self.on_come: list[Callable[[], object]] = []
         self.jobs: dict[int, _Running] = {}
         self.wanted: dict[str, Future[AdapterContents]] = {}
@@ -130,7 +128,7 @@ class EngineHost:
         """Call `action` once a caller's connection is there: now, or on the connection's thread."""
         known = self._caller(caller)
         with self._lock:
-            if not known.has_come.is_set():
+            if known.peer is None:
                 known.on_come.append(action)
                 return
         action()
@@ -247,7 +245,6 @@ class EngineHost:
         with self._lock:
             self._names[peer] = name
             caller.peer = peer
-            caller.has_come.set()
             actions, caller.on_come = caller.on_come, []
         peer.send(("stats", self.engine.stats()))
         for action in actions:
@@ -264,12 +261,12 @@ class EngineHost:
             assert name is not None
             del self._callers[name]
             wanted = list(caller.wanted.values())
-            keys = list(caller.jobs.values())
-            for running in keys:
+            jobs = list(caller.jobs.values())
+            for running in jobs:
                 running.is_aborted = True
         for future in wanted:
             future.set_exception(EngineError("The caller has gone."))
-        for running in keys:
+        for running in jobs:
             if running.generation is not None:
                 running.generation.abort()
 
