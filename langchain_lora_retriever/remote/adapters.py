@@ -13,6 +13,7 @@ import torch
 
 from langchain_lora_retriever.errors import AdapterError, EngineError, fresh
 from langchain_lora_retriever.pool.checkpoint import read_adapter
+from langchain_lora_retriever.remote.wire import leaves
 from langchain_lora_retriever.retrieval.fusion import fuse
 from langchain_lora_retriever.types import Adapter, LoraWeights
 
@@ -151,7 +152,7 @@ class AdapterStore:
     def holds(self, refs: Sequence[AdapterRef]) -> bool:
         """Whether nobody would have to wait for any of them."""
         with self._lock:
-            return all(_is_there(self._known.get(part.fingerprint)) for ref in refs for part in _parts(ref))
+            return all(_is_there(self._known.get(leaf.fingerprint)) for ref in refs for leaf in leaves(ref))
 
     def get(self, ref: AdapterRef, fetch: Callable[[AdapterRef], AdapterContents]) -> Adapter:
         """An adapter; whoever asks for the same meanwhile waits for it.
@@ -216,10 +217,6 @@ class AdapterStore:
             if fingerprint in self._num_bytes:  # others are still on their way
                 total -= self._num_bytes.pop(fingerprint)
                 del self._known[fingerprint]
-
-
-def _parts(ref: AdapterRef) -> list[AdapterRef]:
-    return [part for member, _ in ref.members for part in _parts(member)] if ref.members else [ref]
 
 
 def _is_there(future: Future[Adapter] | None) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ray.serve.request_router import RequestRouter
 
 from langchain_lora_retriever.remote.routing import ReplicaView, rank_replicas
-from langchain_lora_retriever.remote.wire import Job, leaf_fingerprints, short
+from langchain_lora_retriever.remote.wire import Job, leaves, short
 
 if TYPE_CHECKING:
     from ray.serve.request_router import PendingRequest, ReplicaID, RunningReplica
@@ -97,4 +97,4 @@ class AdapterRouter(RequestRouter):
 
 def _wanted(job: Job) -> list[str]:
     heaviest_first = sorted(job.adapters, key=lambda pair: -abs(pair[1]))
-    return [short(fingerprint) for ref, _ in heaviest_first for fingerprint in leaf_fingerprints(ref)]
+    return [short(leaf.fingerprint) for ref, _ in heaviest_first for leaf in leaves(ref)]

@@ -22,7 +22,7 @@ __all__ = [
     "Door",
     "EngineDescription",
     "Job",
-    "leaf_fingerprints",
+    "leaves",
     "packed_tokens",
     "portable",
     "ref_of",
@@ -123,11 +123,9 @@ def portable(error: BaseException) -> Exception:
     return EngineError(f"{type(error).__name__}: {error}")
 
 
-def leaf_fingerprints(ref: AdapterRef) -> list[str]:
+def leaves(ref: AdapterRef) -> list[AdapterRef]:
     """What has to be there for an adapter: itself, or what it averages."""
-    if not ref.members:
-        return [ref.fingerprint]
-    return [fingerprint for member, _ in ref.members for fingerprint in leaf_fingerprints(member)]
+    return [leaf for member, _ in ref.members for leaf in leaves(member)] if ref.members else [ref]
 
 
 def short(fingerprint: str) -> str:
