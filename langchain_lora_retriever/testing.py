@@ -165,8 +165,7 @@ class FakeEngine:
 
     def register(self, adapters: Sequence[Adapter]) -> list[Registration]:
         """Say of each adapter whether it fits `module_shapes`."""
-        fit = self.admission.fit
-        return [fit.register(adapter) if fit else Registration() for adapter in adapters]
+        return self.admission.register(adapters)
 
     def submit(
         self,

@@ -6,6 +6,7 @@ from array import array
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from langchain_lora_retriever.engine.api import Registration
 from langchain_lora_retriever.errors import InvalidRequestError, PromptTooLongError
 from langchain_lora_retriever.support.shown import shown
 
@@ -36,6 +37,10 @@ class Admission:
     vocab_size: int
     max_adapters_per_request: int
     fit: AdapterFit | None
+
+    def register(self, adapters: Sequence[Adapter]) -> list[Registration]:
+        """Say of each adapter whether it can run; see `EngineClient.register`."""
+        return [Registration() if self.fit is None else self.fit.register(adapter) for adapter in adapters]
 
     def check(
         self,

@@ -112,7 +112,7 @@ class Engine:
         self.max_model_len = memory.max_model_len
         self.max_num_seqs = memory.max_num_seqs
         self.store = self.runner.make_store()
-        self.fit = AdapterFit(
+        fit = AdapterFit(
             base.name,
             self.module_shapes,
             max_rank=MAX_RANK,
@@ -125,7 +125,7 @@ class Engine:
             max_model_len=memory.max_model_len,
             vocab_size=self.runner.vocab_size,
             max_adapters_per_request=config.max_adapters_per_request,
-            fit=self.fit,
+            fit=fit,
         )
         self.slots = AdapterSlots(
             self.store,

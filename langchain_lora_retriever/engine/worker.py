@@ -128,7 +128,7 @@ class EngineWorker:
 
     def register(self, adapters: Sequence[Adapter]) -> list[Registration]:
         """Say of each adapter whether it can run here; see `EngineClient.register`."""
-        return [self.core.fit.register(adapter) for adapter in adapters]
+        return self.admission.register(adapters)
 
     def submit(
         self,

@@ -15,7 +15,6 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
-from langchain_lora_retriever.engine.api import Registration
 from langchain_lora_retriever.engine.generation import Delta, Generation, deliver
 from langchain_lora_retriever.engine.stats import EngineStats, percentiles
 from langchain_lora_retriever.errors import EngineDeadError, EngineError, EngineOverloadedError
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from langchain_lora_retriever.engine.api import EngineInfo, Grammar
+    from langchain_lora_retriever.engine.api import EngineInfo, Grammar, Registration
     from langchain_lora_retriever.remote.wire import AdapterRef, EngineDescription
     from langchain_lora_retriever.types import Adapter, SamplingParams
 
@@ -141,8 +140,7 @@ class RemoteClient(ABC):
 
     def register(self, adapters: Sequence[Adapter]) -> list[Registration]:
         """Say of each adapter whether it can run there; nothing is sent for that."""
-        fit = self._description.admission.fit
-        return [Registration() if fit is None else fit.register(adapter) for adapter in adapters]
+        return self._description.admission.register(adapters)
 
     def submit(
         self,
