@@ -24,12 +24,14 @@ if TYPE_CHECKING:
     from langchain_lora_retriever.remote.recipe import HostedEngine
     from langchain_lora_retriever.remote.wire import AdapterRef, Job
 
-__all__ = ["EngineHost"]
+__all__ = ["MAX_ADAPTER_BYTES", "EngineHost"]
+
+MAX_ADAPTER_BYTES = 8 << 30
+"""Bytes of adapters that callers have sent, kept beside an engine where nobody says how many."""
 
 _logger = logging.getLogger(__name__)
 _LINGER_SECONDS = 0.001
 _STATS_SECONDS = 1.0
-_MAX_ADAPTER_BYTES = 8 << 30
 
 
 class _Running:
@@ -68,7 +70,7 @@ class EngineHost:
         max_adapter_bytes: Most bytes of adapters that callers have sent, kept for further requests.
     """
 
-    def __init__(self, engine: HostedEngine, *, max_adapter_bytes: int = _MAX_ADAPTER_BYTES) -> None:
+    def __init__(self, engine: HostedEngine, *, max_adapter_bytes: int = MAX_ADAPTER_BYTES) -> None:
         self.engine = engine
         self.adapters = AdapterStore(max_adapter_bytes)
         self._lock = threading.Lock()

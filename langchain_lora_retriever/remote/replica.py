@@ -11,7 +11,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
 from langchain_lora_retriever.errors import EngineDeadError, EngineError
-from langchain_lora_retriever.remote.host import EngineHost
+from langchain_lora_retriever.remote.host import MAX_ADAPTER_BYTES, EngineHost
 from langchain_lora_retriever.remote.wire import Door, short
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class EngineReplica:
         max_adapter_bytes: Most bytes of adapters that callers have sent, kept for further requests.
     """
 
-    def __init__(self, make_engine: Callable[[], HostedEngine], max_adapter_bytes: int = 8 << 30) -> None:
+    def __init__(self, make_engine: Callable[[], HostedEngine], max_adapter_bytes: int = MAX_ADAPTER_BYTES) -> None:
         self._host = EngineHost(make_engine(), max_adapter_bytes=max_adapter_bytes)
         address, key = self._host.listen(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
         self._door = Door(serve.get_replica_context().replica_id.unique_id, address, key, os.getpid())
@@ -100,7 +100,7 @@ def engine_app(
     max_replicas: int | None = None,
     target_ongoing_requests: float = 64,
     max_ongoing_requests: int = 256,
-    max_adapter_bytes: int = 8 << 30,
+    max_adapter_bytes: int = MAX_ADAPTER_BYTES,
     ray_actor_options: dict[str, Any] | None = None,
     **options: Any,
 ) -> Application:
