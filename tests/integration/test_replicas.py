@@ -20,18 +20,17 @@ import httpx
 import openai
 import psutil
 import pytest
-import uvicorn
 import yaml
 from langchain_openai import ChatOpenAI
 
 from langchain_lora_retriever import AdapterPool, ChatLoraRetriever
 from langchain_lora_retriever.errors import EngineDeadError, EngineError, InvalidRequestError
 from langchain_lora_retriever.remote import ProcessEngine, RemoteEngine
-from langchain_lora_retriever.serving.app import create_app
 from langchain_lora_retriever.serving.config import ServeConfig
 from langchain_lora_retriever.testing import FakeEngine
 from langchain_lora_retriever.types import SamplingParams
 from makers import make_adapter, make_checkpoint, make_tiny_engine, make_tiny_model, make_tokenizer, until, wait_until
+from servers import running
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -277,26 +276,11 @@ def test_kill_the_controller(engine: RemoteEngine) -> None:
 # The server over replicas
 
 
-@contextmanager
-def serving(llm: ChatLoraRetriever, config: ServeConfig) -> Iterator[str]:
-    """A real server on a loopback port; its address."""
-    server = uvicorn.Server(uvicorn.Config(create_app(llm, config), port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    wait_until(lambda: server.started)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(60)
-        assert not thread.is_alive()
-
-
 def alone_over_http(pool_folder: Path) -> list[str]:
     """What the twenty kinds of requests are answered by a server over the engine in this process, one at a time."""
     with make_tiny_engine() as alone:
         alone.tokenizer.chat_template = TEMPLATE
-        with serving(ChatLoraRetriever(engine=alone, pool=AdapterPool(pool_folder)), ServeConfig()) as address:
+        with running(ChatLoraRetriever(engine=alone, pool=AdapterPool(pool_folder)), end_seconds=60) as address:
             answers = [httpx.post(f"{address}/v1/chat/completions", json=body(i), timeout=60).json() for i in range(20)]
     return [answer["choices"][0]["message"]["content"] for answer in answers]
 
@@ -350,7 +334,7 @@ def test_two_hundred_clients_and_a_pool_that_changes(engine: RemoteEngine, pool_
     expected = alone_over_http(pool_folder)
     engine.tokenizer.chat_template = TEMPLATE
     llm = ChatLoraRetriever(engine=engine, pool=AdapterPool(pool_folder))
-    with serving(llm, ServeConfig(pool_seconds=0.1)) as address:
+    with running(llm, ServeConfig(pool_seconds=0.1), end_seconds=60) as address:
         before = llm.pool.version
         with changing(pool_folder):
             answers = asyncio.run(clients(address, 200))

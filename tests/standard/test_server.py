@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import httpx
 import pytest
-import uvicorn
 from langchain_openai import ChatOpenAI
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 
 from langchain_lora_retriever.demo import demo_chat_model
-from langchain_lora_retriever.serving.app import create_app
-from makers import wait_until
+from servers import running
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,14 +24,9 @@ pytestmark = pytest.mark.demo
 @pytest.fixture(scope="module", autouse=True)
 def _server() -> Iterator[None]:
     """The server, in a thread of this process."""
-    server = uvicorn.Server(uvicorn.Config(create_app(demo_chat_model()), port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    wait_until(lambda: server.started, 120)
-    TestServer.address = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
-    yield
-    server.should_exit = True
-    thread.join(60)
+    with running(demo_chat_model(), start_seconds=120, end_seconds=60) as address:
+        TestServer.address = f"{address}/v1"
+        yield
 
 
 class TestServer(ChatModelIntegrationTests):
