@@ -10,15 +10,15 @@ from langchain_tests.unit_tests import ChatModelUnitTests
 
 from langchain_lora_retriever import ChatLoraRetriever
 from langchain_lora_retriever.demo import demo_arguments
+from standard_suite import DemoAbilities
 
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
-    from langchain_core.messages import AIMessage
 
 pytestmark = pytest.mark.demo
 
 
-class DemoModel:
+class DemoModel(DemoAbilities):
     """What both suites are told of the model."""
 
     @property
@@ -30,16 +30,6 @@ class DemoModel:
     def chat_model_params(self) -> dict[str, Any]:
         """The demo's base model, encoder and pool."""
         return demo_arguments()
-
-    @property
-    def supports_json_mode(self) -> bool:
-        """JSON mode is constrained decoding here."""
-        return True
-
-    @property
-    def model_override_value(self) -> str:
-        """The `model` argument names an adapter, as on OpenAI-style servers."""
-        return "function_calling"
 
 
 class TestUnit(DemoModel, ChatModelUnitTests):
@@ -54,20 +44,3 @@ class TestUnit(DemoModel, ChatModelUnitTests):
 
 class TestIntegration(DemoModel, ChatModelIntegrationTests):
     """Answers, streams, tools and structured output."""
-
-    @property
-    def supported_usage_metadata_details(self) -> dict[str, list[str]]:
-        """Tokens found in the prefix cache are counted."""
-        return {"invoke": ["cache_read_input"], "stream": ["cache_read_input"]}
-
-    def invoke_with_cache_read_input(self, *, stream: bool = False) -> AIMessage:
-        """Ask the same twice; the second time the prompt is in the cache."""
-        model = ChatLoraRetriever(**self.chat_model_params, max_tokens=4)
-        prompt = "Repeat the word river. " * 8
-        model.invoke(prompt)
-        if not stream:
-            return model.invoke(prompt)
-        first, *rest = model.stream(prompt)
-        for chunk in rest:
-            first += chunk
-        return first

@@ -11,12 +11,12 @@ from langchain_tests.integration_tests import ChatModelIntegrationTests
 
 from langchain_lora_retriever.demo import demo_chat_model
 from servers import running
+from standard_suite import DemoAbilities
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from langchain_core.language_models import BaseChatModel
-    from langchain_core.messages import AIMessage
 
 pytestmark = pytest.mark.demo
 
@@ -29,7 +29,7 @@ def _server() -> Iterator[None]:
         yield
 
 
-class TestServer(ChatModelIntegrationTests):
+class TestServer(DemoAbilities, ChatModelIntegrationTests):
     """Answers, streams, tools and structured output."""
 
     address: ClassVar[str]
@@ -50,30 +50,3 @@ class TestServer(ChatModelIntegrationTests):
             "max_retries": 0,
             "http_async_client": httpx.AsyncClient(timeout=120),
         }
-
-    @property
-    def supports_json_mode(self) -> bool:
-        """JSON mode is constrained decoding here."""
-        return True
-
-    @property
-    def model_override_value(self) -> str:
-        """`model` names an adapter."""
-        return "function_calling"
-
-    @property
-    def supported_usage_metadata_details(self) -> dict[str, list[str]]:
-        """Tokens found in the prefix cache are counted."""
-        return {"invoke": ["cache_read_input"], "stream": ["cache_read_input"]}
-
-    def invoke_with_cache_read_input(self, *, stream: bool = False) -> AIMessage:
-        """Ask the same twice; the second time the prompt is in the cache."""
-        model = ChatOpenAI(**self.chat_model_params, max_tokens=4)
-        prompt = "Repeat the word river. " * 8
-        model.invoke(prompt)
-        if not stream:
-            return model.invoke(prompt)
-        first, *rest = model.stream(prompt)
-        for chunk in rest:
-            first += chunk
-        return first
