@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import threading
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
     from langchain_lora_retriever.chat.model import ChatLoraRetriever
+    from langchain_lora_retriever.runtime import Runtime
 
 __all__ = ["Explorer", "explorer_paths"]
 
@@ -33,6 +35,8 @@ _MAX_SAMPLE = 300
 """Characters of one."""
 _MAX_COMPARED = 200
 """Adapters up to which near-duplicates are looked for: every sample is embedded, and every pair compared."""
+
+T = TypeVar("T")
 
 
 class _PlaceRequest(BaseModel):
@@ -78,13 +82,12 @@ class Explorer:
     def __init__(self, llm: ChatLoraRetriever) -> None:
         self._llm = llm
         self._runtime = llm.runtime
-        self._mapping, self._comparing = threading.Lock(), threading.Lock()  # one thread does either
-        self._map: tuple[int, PoolMap] | None = None
-        self._twins: tuple[int, list[dict[str, Any]]] | None = None
+        self._map = _OfPool(llm.runtime, self._make_map)
+        self._twins = _OfPool(llm.runtime, self._find_twins)
 
     def pool(self) -> dict[str, Any]:
         """The adapters with their places on the map, those that cannot be used and why, and the settings of a call."""
-        state, rejected, mapped = self._runtime.pool.state, self._runtime.rejected, self._pool_map()
+        state, rejected, mapped = self._runtime.pool.state, self._runtime.rejected, self._map.get()
         places = dict(zip(mapped.names, mapped.places.tolist(), strict=True))
         llm, encoder = self._llm, self._runtime.retriever.encoder.name
         return {
@@ -118,7 +121,7 @@ class Explorer:
             InvalidRequestError: If it is no Unicode text.
             EncoderError: If the encoder fails over it.
         """
-        return {"place": self._pool_map().place(self._runtime.retriever.embed([text]))[0].tolist()}
+        return {"place": self._map.get().place(self._runtime.retriever.embed([text]))[0].tolist()}
 
     def twins(self) -> dict[str, Any]:
         """Pairs of adapters that the encoder cannot tell apart by their samples.
@@ -126,21 +129,13 @@ class Explorer:
         Raises:
             InvalidRequestError: If the pool is too large to compare every pair while others wait.
         """
-        retriever = self._runtime.retriever
-        if len(retriever.pool) > _MAX_COMPARED:
+        num_adapters = len(self._runtime.pool)
+        if num_adapters > _MAX_COMPARED:
             raise InvalidRequestError(
                 f"Near-duplicates are looked for here in pools of at most {_MAX_COMPARED} adapters; this one has "
-                f"{len(retriever.pool)}: run `lora-retriever pool inspect`."
+                f"{num_adapters}: run `lora-retriever pool inspect`."
             )
-        with self._comparing:
-            version = retriever.pool.version
-            if self._twins is None or self._twins[0] != version:
-                pairs = [
-                    {"first": pair.first, "second": pair.second, "similarity": pair.similarity}
-                    for pair in find_twins(retriever)
-                ]
-                self._twins = version, pairs
-            return {"twins": self._twins[1]}
+        return {"twins": self._twins.get()}
 
     def stats(self) -> dict[str, Any]:
         """What the engine runs, waits for and holds; latencies in milliseconds, null before there is one."""
@@ -161,17 +156,34 @@ class Explorer:
             },
         }
 
-    def _pool_map(self) -> PoolMap:
+    def _make_map(self) -> PoolMap:
         retriever = self._runtime.retriever
-        with self._mapping:
-            version = retriever.pool.version
-            if self._map is None or self._map[0] != version:
-                vectors = retriever.adapter_vectors()
-                rows = np.stack([*vectors.values()]) if vectors else np.zeros((0, retriever.encoder.dimension))
-                self._map = version, make_map(list(vectors), rows)
-            return self._map[1]
+        vectors = retriever.adapter_vectors()
+        rows = np.stack([*vectors.values()]) if vectors else np.zeros((0, retriever.encoder.dimension))
+        return make_map(list(vectors), rows)
+
+    def _find_twins(self) -> list[dict[str, Any]]:
+        return [asdict(pair) for pair in find_twins(self._runtime.retriever)]
 
     def _without_path(self, text: str) -> str:
         """Leave out where the pool lies on the server's disk."""
         path = self._runtime.pool.path
         return text if path is None else text.replace(f"{path}/", "").replace(str(path), "the pool")
+
+
+class _OfPool(Generic[T]):
+    """Something that is worked out of the pool, by one thread, and kept until the pool changes."""
+
+    def __init__(self, runtime: Runtime, work: Callable[[], T]) -> None:
+        self._runtime = runtime
+        self._work = work
+        self._lock = threading.Lock()
+        self._kept: tuple[int, T] | None = None
+
+    def get(self) -> T:
+        """It, for the pool as it is."""
+        with self._lock:
+            version = self._runtime.pool.version
+            if self._kept is None or self._kept[0] != version:
+                self._kept = version, self._work()
+            return self._kept[1]
