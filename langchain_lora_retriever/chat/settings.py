@@ -21,6 +21,7 @@ from langchain_lora_retriever.chat.batching import ConcurrentChatModel
 from langchain_lora_retriever.chat.call import CallOptions
 from langchain_lora_retriever.chat.profile import loaded_profile, profile_before_loading
 from langchain_lora_retriever.engine import EngineClient, EngineConfig
+from langchain_lora_retriever.engine.config import config_of
 from langchain_lora_retriever.errors import AdapterError, InvalidRequestError
 from langchain_lora_retriever.output.format import written_out
 from langchain_lora_retriever.pool.pool import AdapterPool
@@ -169,13 +170,7 @@ class ChatSettings(ConcurrentChatModel):
     @field_validator("engine_config", mode="before")
     @classmethod
     def _to_engine_config(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        try:
-            return EngineConfig(**value)
-        except TypeError as error:
-            allowed = ", ".join(field.name for field in fields(EngineConfig))
-            raise InvalidRequestError(f"engine_config={value!r} is not allowed: pass some of {allowed}.") from error
+        return config_of(value) if isinstance(value, dict) else value
 
     @field_validator("pool", mode="before")
     @classmethod

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from dataclasses import fields
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from langchain_lora_retriever.errors import InvalidRequestError
 from langchain_lora_retriever.support.checks import settings
 
-__all__ = ["EngineConfig"]
+__all__ = ["EngineConfig", "config_of"]
 
 _MAX_COUNT = 1 << 24  # of tokens, requests, adapters
 _MAX_BYTES = 1 << 48
@@ -109,3 +111,16 @@ class EngineConfig:
         for name in ("captured_num_adapters", "captured_ranks", "adapter_kinds"):
             values = getattr(self, name)
             object.__setattr__(self, name, values if values is None else tuple(values))
+
+
+def config_of(limits: dict[str, Any]) -> EngineConfig:
+    """Make a configuration of its fields, as files of settings have them.
+
+    Raises:
+        InvalidRequestError: If one is unknown or not allowed.
+    """
+    try:
+        return EngineConfig(**limits)
+    except TypeError as error:
+        allowed = ", ".join(field.name for field in fields(EngineConfig))
+        raise InvalidRequestError(f"engine_config={limits!r} is not allowed: pass some of {allowed}.") from error

@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import threading
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -16,8 +15,8 @@ from ray import serve
 from langchain_lora_retriever.chat.model import ChatLoraRetriever
 from langchain_lora_retriever.demo import demo_chat_model
 from langchain_lora_retriever.demo.model import base_model_arguments
-from langchain_lora_retriever.engine.config import EngineConfig
-from langchain_lora_retriever.errors import EngineError, InvalidRequestError
+from langchain_lora_retriever.engine.config import config_of
+from langchain_lora_retriever.errors import EngineError
 from langchain_lora_retriever.remote import EngineRecipe, RemoteEngine, engine_app
 from langchain_lora_retriever.serving.app import create_app
 from langchain_lora_retriever.serving.config import MAX_WAITING, ServeConfig, read_config
@@ -57,11 +56,7 @@ def cluster_app(config: ServeConfig) -> Application:
     max_waiting = limits.pop("max_waiting", MAX_WAITING)
     model: dict[str, Any] = base_model_arguments() if config.base_model is None else {"base_model": config.base_model}
     model_kwargs = {**model.get("model_kwargs", {}), **settings.pop("model_kwargs", {})}
-    try:
-        engine_config = EngineConfig(**limits)
-    except TypeError as error:
-        allowed = ", ".join(field.name for field in fields(EngineConfig))
-        raise InvalidRequestError(f"engine_config={limits!r} is not allowed: pass some of {allowed}.") from error
+    engine_config = config_of(limits)
     recipe = EngineRecipe(
         base_model=str(model["base_model"]),
         model_kwargs=model_kwargs,
