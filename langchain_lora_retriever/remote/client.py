@@ -210,7 +210,10 @@ class RemoteClient(ABC):
 
     def close(self) -> None:
         """Ask nothing any more: running requests end with `EngineDeadError`. Idempotent."""
-        self._end(EngineDeadError("The engine was closed while this request was running."))
+        self._end(
+            EngineDeadError("The engine was closed while this request was running."),
+            EngineDeadError("The engine has stopped: it was closed. Create a new one."),
+        )
 
     @abstractmethod
     def _begin(self, request: RemoteRequest) -> None:
@@ -265,11 +268,12 @@ class RemoteClient(ABC):
             self._cancel(request)
             request.end()
 
-    def _end(self, death: EngineDeadError) -> None:
+    def _end(self, death: EngineDeadError, told_later: EngineDeadError) -> None:
+        """End the requests that run with `death`; later ones are refused with `told_later`."""
         with self._lock:
             if self._death is not None:
                 return
-            self._death = EngineDeadError("The engine has stopped: it was closed. Create a new one.")
+            self._death = told_later
             requests, peers = list(self._requests.values()), list(self._peers)
             self._requests.clear()
             self._num_finished += len(requests)

@@ -124,7 +124,8 @@ class ProcessEngine(RemoteClient):
     def _on_lost(self, peer: Peer, requests: list[RemoteRequest]) -> None:
         del peer, requests
         if self.is_alive:
-            self._end(EngineDeadError(f"The engine's process has ended {self._how()}. Create a new ProcessEngine."))
+            death = EngineDeadError(f"The engine's process has ended {self._how()}. Create a new ProcessEngine.")
+            self._end(death, death)
 
     def _how(self) -> str:
         with suppress(subprocess.TimeoutExpired):

@@ -152,7 +152,7 @@ def test_a_process_that_is_killed(tmp_path: Path) -> None:
             with pytest.raises(EngineDeadError, match="signal 9"):
                 generation.result(30)
         assert not engine.is_alive
-        with pytest.raises(EngineDeadError):
+        with pytest.raises(EngineDeadError, match="signal 9"):
             engine.submit(PROMPT, LONG)
     assert not psutil.pid_exists(engine.pid)
 
