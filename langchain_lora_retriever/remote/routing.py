@@ -58,8 +58,8 @@ def rank_replicas(
     limit = math.ceil((1 + slack) * (sum(replica.num_ongoing for replica in usable) + 1) / len(usable))
     has_room = [replica for replica in usable if replica.num_ongoing < min(limit, replica.capacity)]
     chosen = sorted(has_room, key=lambda replica: _order(wanted, replica))
-    rest = sorted((replica for replica in replicas if replica not in chosen), key=lambda replica: replica.num_ongoing)
-    rest.sort(key=lambda replica: replica.replica_id in avoid)
+    rest = [replica for replica in replicas if replica not in chosen]
+    rest.sort(key=lambda replica: (replica.replica_id in avoid, replica.num_ongoing))
     return [replica.replica_id for replica in (*chosen, *rest)]
 
 
