@@ -19,7 +19,7 @@ from langchain_lora_retriever.engine.config import config_of
 from langchain_lora_retriever.errors import EngineError
 from langchain_lora_retriever.remote import EngineRecipe, RemoteEngine, engine_app
 from langchain_lora_retriever.serving.app import create_app
-from langchain_lora_retriever.serving.config import MAX_WAITING, ServeConfig, read_config
+from langchain_lora_retriever.serving.config import MAX_WAITING, ServeConfig, address_of, read_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -122,7 +122,7 @@ def serve_cluster(config: ServeConfig, *, on_ready: Callable[[str], object]) -> 
             serve.run(application, name=_NAME, route_prefix="/")
         except RuntimeError as error:
             raise EngineError(f"The replicas did not start: {error}") from error
-        on_ready(f"http://{f'[{config.host}]' if ':' in config.host else config.host}:{port}")
+        on_ready(address_of(config.host, port))
         stop.wait()
     finally:
         if ray.is_initialized():

@@ -12,7 +12,7 @@ from langchain_lora_retriever.errors import InvalidRequestError
 from langchain_lora_retriever.serving.errors import told
 from langchain_lora_retriever.support.shown import shown
 
-__all__ = ["MAX_WAITING", "ServeConfig", "read_config", "read_keys"]
+__all__ = ["MAX_WAITING", "ServeConfig", "address_of", "read_config", "read_keys"]
 
 MAX_WAITING = 256
 """Requests that may wait beside those that run, where the configuration says nothing: a server has strangers."""
@@ -71,6 +71,11 @@ class ServeConfig(BaseModel):
     def is_loopback(self) -> bool:
         """Whether only this machine can reach the server."""
         return self.host in _LOOPBACK
+
+
+def address_of(host: str, port: int) -> str:
+    """Where a server that listens there is found."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def read_config(path: Path | None, **given: Any) -> ServeConfig:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 
 from langchain_lora_retriever.serving.app import create_app
+from langchain_lora_retriever.serving.config import address_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,7 +31,7 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
-            self._on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+            self._on_ready(address_of(host, port))
 
 
 def serve(llm: ChatLoraRetriever, config: ServeConfig, *, on_ready: Callable[[str], object]) -> None:
