@@ -274,15 +274,13 @@ let keyAsked = null; // one question, however many requests wait for it
 
 function askForKey(wasWrong) {
   keyAsked ??= new Promise((resolve) => {
-    const dialog = at("key-dialog");
     at("key-title").textContent = wasWrong ? "The key is wrong" : "This server asks for a key";
     at("key").value = "";
-    dialog.addEventListener("cancel", (event) => event.preventDefault());
     at("key-form").onsubmit = () => {
       keyAsked = null;
       resolve(at("key").value.trim());
     };
-    dialog.showModal();
+    at("key-dialog").showModal();
   });
   return keyAsked;
 }
@@ -307,6 +305,7 @@ async function start() {
     ask();
   });
   at("stop").addEventListener("click", stop);
+  at("key-dialog").addEventListener("cancel", (event) => event.preventDefault());
   at("prompt").addEventListener("input", look);
   at("sample").addEventListener("change", () => {
     at("prompt").value = at("sample").value;
