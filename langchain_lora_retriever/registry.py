@@ -9,34 +9,29 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
 import uuid
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
-from langchain_lora_retriever.engine import EngineConfig, EngineWorker, load_base_model, load_tokenizer
-from langchain_lora_retriever.engine.gc_freeze import frozen_heap
-from langchain_lora_retriever.engine.grammar import compiler_of
+from langchain_lora_retriever.engine import load_tokenizer
+from langchain_lora_retriever.engine.start import start_engine
 from langchain_lora_retriever.retrieval.encoder import SentenceTransformerEncoder
 from langchain_lora_retriever.retrieval.hybrid_encoder import HybridEncoder, default_encoder
 from langchain_lora_retriever.retrieval.retriever import LoraRetriever
 from langchain_lora_retriever.runtime import ReadyEngine, Runtime
 from langchain_lora_retriever.support.forking import after_fork
-from langchain_lora_retriever.support.native_memory import give_back_freed
-from langchain_lora_retriever.support.openmp_thread import run_aside
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Mapping, Sequence
+    from collections.abc import Hashable, Mapping
 
     from transformers import PreTrainedTokenizerBase
 
-    from langchain_lora_retriever.engine import EngineClient, ModelSource
+    from langchain_lora_retriever.engine import EngineClient, EngineConfig, EngineWorker, ModelSource
     from langchain_lora_retriever.pool.pool import AdapterPool
     from langchain_lora_retriever.retrieval.encoder import Encoder
     from langchain_lora_retriever.runtime import EngineSource
-    from langchain_lora_retriever.types import Adapter
 
 __all__ = [
     "SharedEngine",
@@ -109,7 +104,7 @@ class SharedEngine:
                 engine.close()  # returns once it has given back the model and its memory
             entries = self._pool.state.entries.values() if self._pool is not None else ()
             adapters = [entry.adapter for entry in entries]
-            engine = run_aside(_start_engine, self._source, self._model_kwargs, self._config, adapters)
+            engine = start_engine(self._source, self._model_kwargs, self._config, adapters)
             _engines[self.key] = engine
             return engine
 
@@ -200,23 +195,6 @@ def close_engines() -> None:
         _engines.clear()
         for engine in engines:
             engine.close()
-
-
-def _start_engine(
-    source: ModelSource, model_kwargs: Mapping[str, Any], config: EngineConfig, adapters: Sequence[Adapter]
-) -> EngineWorker:
-    _logger.info("loading the base model %s", "given by its caller" if isinstance(source, tuple) else source)
-    start = time.perf_counter()
-    # A model is a million objects: the collector would visit all of the process again and again while they are made.
-    with frozen_heap(is_wanted=config.freeze_heap, collects=False):
-        base = load_base_model(source, **model_kwargs)
-        # llguidance holds the interpreter while it reads a vocabulary: here, and not in somebody's first call.
-        compiler_of(base.tokenizer).prepare()
-        engine = EngineWorker(base, config, expected=adapters)
-    give_back_freed()
-    seconds, info = time.perf_counter() - start, engine.info
-    _logger.info("engine of %s started on %s in %.1f s", info.name, info.device, seconds)
-    return engine
 
 
 def _source_key(source: ModelSource) -> Hashable:

@@ -51,12 +51,9 @@ class EngineRecipe:
         Raises:
             EngineError: If the architecture or the memory does not allow serving.
         """
-        from langchain_lora_retriever.engine import EngineWorker, load_base_model  # noqa: PLC0415 - torch
-        from langchain_lora_retriever.engine.grammar import compiler_of  # noqa: PLC0415
+        from langchain_lora_retriever.engine.start import start_engine  # noqa: PLC0415 - torch
 
-        base = load_base_model(self.base_model, **self.model_kwargs)
-        compiler_of(base.tokenizer).prepare()
-        return EngineWorker(base, self.config, expected=self._adapters())
+        return start_engine(self.base_model, self.model_kwargs, self.config, self._adapters())
 
     def _adapters(self) -> list[Adapter]:
         """The pool's, if they are asked for and can be had."""

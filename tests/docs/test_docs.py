@@ -24,6 +24,7 @@ from langchain_core.tools import tool
 from pydantic import BaseModel
 
 from langchain_lora_retriever import AdapterPool, ChatLoraRetriever, EngineConfig, LoraRetriever, registry
+from langchain_lora_retriever.engine import start
 from langchain_lora_retriever.evaluation import retrieval
 from langchain_lora_retriever.pool.hub import Hub, HubAdapter
 from langchain_lora_retriever.pool.origin import HubOrigin
@@ -117,8 +118,8 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str,
     (tmp_path / "cards.json").write_text(json.dumps(cards))
     (tmp_path / "test.json").write_text(json.dumps(rows))
     engine = FakeEngine(answer, name="SmolLM2-135M-Instruct")
-    monkeypatch.setattr(registry, "load_base_model", lambda source, **_: SimpleNamespace(tokenizer=engine.tokenizer))
-    monkeypatch.setattr(registry, "EngineWorker", lambda *_, **__: engine)
+    monkeypatch.setattr(start, "load_base_model", lambda source, **_: SimpleNamespace(tokenizer=engine.tokenizer))
+    monkeypatch.setattr(start, "EngineWorker", lambda *_, **__: engine)
     for module in (retrievers, hybrid_encoder, registry, retrieval):
         if hasattr(module, "SentenceTransformerEncoder"):
             monkeypatch.setattr(module, "SentenceTransformerEncoder", LetterEncoder)

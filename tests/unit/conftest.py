@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from langchain_lora_retriever import registry
+from langchain_lora_retriever.engine import start
 from langchain_lora_retriever.testing import FakeEngine, byte_tokenizer
 
 if TYPE_CHECKING:
@@ -67,8 +68,8 @@ def engine(tokenizer: PreTrainedTokenizerFast) -> FakeEngine:
 @pytest.fixture
 def loads_engine(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Have `engine` loaded for whatever base model is named."""
-    monkeypatch.setattr(registry, "load_base_model", lambda source, **_: SimpleNamespace(tokenizer=engine.tokenizer))
-    monkeypatch.setattr(registry, "EngineWorker", lambda base, config, **_: engine)
+    monkeypatch.setattr(start, "load_base_model", lambda source, **_: SimpleNamespace(tokenizer=engine.tokenizer))
+    monkeypatch.setattr(start, "EngineWorker", lambda base, config, **_: engine)
     yield
     registry.close_engines()
 

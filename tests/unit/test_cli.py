@@ -382,7 +382,7 @@ def test_what_is_wrong_is_told_in_a_paragraph(
     """Without a traceback and before a model is loaded; wrong arguments exit with 2, what cannot be done with 1."""
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
-    monkeypatch.setattr("langchain_lora_retriever.registry.load_base_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("langchain_lora_retriever.engine.start.load_base_model", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(SystemExit) as stopped:
         app([argument.format(pool=folder) for argument in arguments])
     captured = capsys.readouterr()
@@ -448,11 +448,11 @@ def test_an_interrupt_ends_the_command_soon(folder: Path) -> None:
     """Although a thread that nobody can stop is loading a model."""
     code = f"""
 import time
-from langchain_lora_retriever import registry
+from langchain_lora_retriever.engine import start
 def load(*_, **__):
     print("loading", flush=True)
     time.sleep(60)
-registry.load_base_model = load
+start.load_base_model = load
 from langchain_lora_retriever.testing import FakeEngine
 from langchain_lora_retriever.types import CompositionMode
 from langchain_lora_retriever.cli import app

@@ -11,6 +11,7 @@ from langchain_core.tools import tool
 from pydantic import BaseModel
 
 from langchain_lora_retriever import ChatLoraRetriever, registry
+from langchain_lora_retriever.engine import start
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -114,7 +115,7 @@ def test_a_checkpointed_thread_routes_every_turn(llm: ChatLoraRetriever, engine:
 def test_trimming_counts_without_the_model(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A chat that is far too long is trimmed by this model's own counts, before any weights are loaded."""
     monkeypatch.setattr(registry, "load_tokenizer", lambda *_, **__: tokenizer)
-    monkeypatch.setattr(registry, "load_base_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(start, "load_base_model", lambda *_, **__: pytest.fail("the model was loaded"))
     llm = ChatLoraRetriever(base_model="fake/base")
     turns = [message for i in range(200) for message in (HumanMessage(f"{i} " * 40), AIMessage("ok"))]
     for options in ({}, {"start_on": "human", "include_system": True}, {"strategy": "first"}):

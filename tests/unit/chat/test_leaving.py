@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from langchain_lora_retriever import ChatLoraRetriever, registry
+from langchain_lora_retriever import ChatLoraRetriever
+from langchain_lora_retriever.engine import start
 from langchain_lora_retriever.errors import (
     EncoderError,
     InvalidRequestError,
@@ -110,7 +111,7 @@ def test_what_a_caller_has_left_is_not_generated(llm: ChatLoraRetriever, engine,
 def test_loading_counts_for_the_timeout(loads_engine, monkeypatch) -> None:
     """A model that is still being loaded holds up its first callers no longer than they allow."""
     release = threading.Event()
-    monkeypatch.setattr(registry, "load_base_model", lambda source: release.wait(60))
+    monkeypatch.setattr(start, "load_base_model", lambda source: release.wait(60))
     llm = ChatLoraRetriever(base_model="fake/base")
     try:
         for call in (llm.invoke, lambda text, **kwargs: llm.batch([text] * 2, **kwargs)):
