@@ -29,9 +29,9 @@ class AdapterSink(Protocol):
         """Copy an adapter into rows `start : start + adapter.num_rows` and point `slot` at them."""
 
 
-class _Staged(NamedTuple):
-    start: int  # rank row of the staging memory
-    copy: Future[torch.cuda.Event | None]  # done once the copy is launched; the event says when it has arrived
+class _Copy(NamedTuple):
+    flat: torch.Tensor  # the packed adapter in the staging memory
+    event: torch.cuda.Event | None  # says when it has arrived
 
 
 class StagedStore:
@@ -57,7 +57,7 @@ class StagedStore:
         self._num_rows = num_rows
         self._lock = threading.Lock()  # guards the staged, their ranges and whether it is closed
         self._ranges: RangeCache[str] = RangeCache(num_rows)
-        self._staged: dict[str, _Staged] = {}
+        self._staged: dict[str, Future[_Copy]] = {}  # each is done once its copy is launched
         self._last_load: torch.cuda.Event | None = None  # recorded before it is put here: the copying thread reads it
         self._is_closed = False
         self._copier: ThreadPoolExecutor | None = None
@@ -103,7 +103,7 @@ class StagedStore:
             for adapter in adapters:
                 staged = self._staged.get(adapter.fingerprint) or self._stage(adapter, wanted, may_drop=True)
                 if staged is None:  # no room: ready if nothing that is still travelling could make some
-                    is_ready &= all(other.copy.done() for other in self._staged.values())
+                    is_ready &= all(copy.done() for copy in self._staged.values())
                 else:
                     is_ready &= _has_arrived(staged)
         return is_ready
@@ -112,14 +112,14 @@ class StagedStore:
         """Load an adapter from where it is staged; one that is not goes the same way, or else straight to the sink."""
         staged = self._stage_now(adapter)
         try:
-            if staged is None or self._packing is None or staged.copy.exception() is not None:
+            if staged is None or self._packing is None or staged.exception() is not None:
                 # A copy that failed is made up for by the sink, which also says what is wrong with the adapter.
                 self._sink.load(slot, start, adapter)
                 return
-            event = staged.copy.result()
+            flat, event = staged.result()
             if event is not None:
                 torch.cuda.current_stream(self._packing.device).wait_event(event)
-            self._packing.load(slot, start, adapter, self._view(staged.start, adapter))
+            self._packing.load(slot, start, adapter, flat)
             if event is not None:
                 read = torch.cuda.Event()
                 read.record(torch.cuda.current_stream(self._packing.device))
@@ -143,7 +143,7 @@ class StagedStore:
                 self._stream.synchronize()
         self._staged.clear()
 
-    def _stage_now(self, adapter: Adapter) -> _Staged | None:
+    def _stage_now(self, adapter: Adapter) -> Future[_Copy] | None:
         """Find an adapter staged, or stage it where others are; None if staging memory could never hold it."""
         if self._packing is None or adapter.num_rows > self._num_rows:
             return None
@@ -152,19 +152,19 @@ class StagedStore:
                 if self._is_closed:
                     return None
                 staged = self._staged.get(adapter.fingerprint) or self._stage(adapter, (), may_drop=True)
-                travelling = [other.copy for other in self._staged.values()]
+                travelling = list(self._staged.values())
             if staged is not None:
                 return staged
             wait(travelling)  # whoever has arrived may be dropped
 
-    def _stage(self, adapter: Adapter, wanted: Collection[str], may_drop: bool) -> _Staged | None:
+    def _stage(self, adapter: Adapter, wanted: Collection[str], may_drop: bool) -> Future[_Copy] | None:
         """Begin to copy; None if there is no room. Call under the lock."""
         assert self._copier is not None
         if self._is_closed:
             return None
 
         def is_droppable(fingerprint: str) -> bool:
-            return may_drop and fingerprint not in wanted and self._staged[fingerprint].copy.done()
+            return may_drop and fingerprint not in wanted and self._staged[fingerprint].done()
 
         found = self._ranges.put(adapter.fingerprint, adapter.num_rows, is_droppable)
         if found is None:
@@ -172,18 +172,20 @@ class StagedStore:
         start, dropped = found
         for fingerprint in dropped:
             del self._staged[fingerprint]
-        staged = _Staged(start, self._copier.submit(self._copy, adapter, start))
+        staged = self._copier.submit(self._copy, adapter, start)
         self._staged[adapter.fingerprint] = staged
         return staged
 
-    def _copy(self, adapter: Adapter, start: int) -> torch.cuda.Event | None:
-        """On the copying thread: pack, launch the copy, and mark its end in the stream."""
+    def _copy(self, adapter: Adapter, start: int) -> _Copy:
+        """On the copying thread: pack, launch the copy to a rank row of the staging memory, and mark its end."""
+        assert self._packing is not None
         with torch.inference_mode():
             flat = self._pinned.get(adapter)
-            target = self._view(start, adapter)
+            first = start * self._packing.row_size
+            target = self._memory[first : first + flat.numel()]
             if self._stream is None:
                 target.copy_(flat)
-                return None
+                return _Copy(target, None)
             with torch.cuda.stream(self._stream):
                 if self._last_load is not None:  # it may be reading what is written now
                     self._stream.wait_event(self._last_load)
@@ -191,12 +193,7 @@ class StagedStore:
                 event = torch.cuda.Event()
                 event.record(self._stream)
             self._pinned.last_copy = event
-            return event
-
-    def _view(self, start: int, adapter: Adapter) -> torch.Tensor:
-        assert self._packing is not None
-        first = start * self._packing.row_size
-        return self._memory[first : first + self._packing.size(adapter)]
+            return _Copy(target, event)
 
 
 class _PinnedAdapters:
@@ -251,10 +248,10 @@ class _PinnedAdapters:
         return self._chunks[index][offset : offset + size]
 
 
-def _has_arrived(staged: _Staged) -> bool:
-    if not staged.copy.done():
+def _has_arrived(copy: Future[_Copy]) -> bool:
+    if not copy.done():
         return False
-    if staged.copy.exception() is not None:
+    if copy.exception() is not None:
         return True
-    event = staged.copy.result()
+    event = copy.result().event
     return event is None or event.query()

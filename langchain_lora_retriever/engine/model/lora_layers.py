@@ -131,7 +131,7 @@ class LoraLayers:
 
     def slice_shapes(self, adapter: Adapter) -> dict[str, LoraSlice]:
         """`slices` for shapes, dtypes and scalings alone, and where there are gains; nothing is read or computed."""
-        shapes = adapter.shapes
+        shapes = dict(adapter.shapes)  # made anew whenever one is asked for
         return self._slices(shapes, {name: w.magnitude for name, w in shapes.items() if w.magnitude is not None})
 
     def _slices(self, weights: Mapping[str, LoraWeights], gains: Mapping[str, torch.Tensor]) -> dict[str, LoraSlice]:

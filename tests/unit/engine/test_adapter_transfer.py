@@ -275,7 +275,7 @@ def test_a_copy_waits_for_the_load_that_read_its_place(fake_stream: FakeStream) 
 
     def copy_another() -> None:
         store.prefetch([third])
-        store._staged["third"].copy.result(10)
+        store._staged["third"].result(10)
 
     FakeEvent.before_record = copy_another
     store.load(1, 4, second)
