@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -23,31 +23,16 @@ from langchain_lora_retriever.errors import UnsupportedAdapterError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from langchain_lora_retriever.engine.model.base_module import BaseModule
     from langchain_lora_retriever.types import Adapter, LoraWeights
 
     Columns = Callable[[slice], torch.Tensor]
 
-__all__ = ["BaseModule", "DoraGains", "base_tensor"]
+__all__ = ["DoraGains"]
 
 _MAX_BYTES = 256 << 20  # of gains that are kept
 _MAX_ELEMENTS = 1 << 24  # of a base weight that are unpacked to float32 at once
 _PLAIN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-class BaseModule(NamedTuple):
-    """A module as the base model has it.
-
-    Attributes:
-        module: The module.
-        forward: Its own forward, without adapters: how a quantised weight is read.
-        dtype: What it computes in.
-        device: Where.
-    """
-
-    module: nn.Module
-    forward: Callable[[torch.Tensor], torch.Tensor]
-    dtype: torch.dtype
-    device: torch.device
 
 
 class DoraGains:
@@ -116,7 +101,7 @@ class DoraGains:
     def _columns(self, adapter: Adapter, name: str) -> tuple[Columns, torch.device]:
         """A function that gives columns of a module's weight `[out_features, n]`, fp32, and where they lie."""
         base = self._modules[name]
-        weight = base_tensor(base.module, "weight")
+        weight = base.tensor("weight")
         if weight is not None and type(weight) in {torch.Tensor, nn.Parameter} and weight.dtype in _PLAIN_DTYPES:
             matrix = weight.t() if isinstance(base.module, nn.Embedding) else weight
             return lambda part: matrix[:, part].float(), weight.device
@@ -129,22 +114,9 @@ class DoraGains:
         return partial(_unit_columns, base), base.device
 
 
-def base_tensor(module: nn.Module, name: str) -> torch.Tensor | None:
-    """A parameter of a module, also where accelerate keeps it elsewhere until it is used; None if there is none."""
-    hook: Any = getattr(module, "_hf_hook", None)
-    for part in getattr(hook, "hooks", (hook,)):
-        weights_map = getattr(part, "weights_map", None)
-        if weights_map is not None and getattr(module, name, None) is not None:
-            found = weights_map[name]
-            assert isinstance(found, torch.Tensor)
-            return found
-    tensor = getattr(module, name, None)
-    return tensor if isinstance(tensor, torch.Tensor) else None
-
-
 def _unit_columns(base: BaseModule, part: slice) -> torch.Tensor:
     """Columns of a weight in whatever form: what the module makes of unit vectors, its bias left out."""
-    in_features, bias = base.module.in_features, base_tensor(base.module, "bias")
+    in_features, bias = base.module.in_features, base.tensor("bias")
     assert isinstance(in_features, int)
     units = torch.zeros(part.stop - part.start, in_features, dtype=base.dtype, device=base.device)
     units[torch.arange(len(units)), torch.arange(part.start, part.stop)] = 1

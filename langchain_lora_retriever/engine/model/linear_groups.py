@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from langchain_lora_retriever.engine.model.dora import BaseModule, base_tensor
+from langchain_lora_retriever.engine.model.base_module import BaseModule
 from lora_retriever_kernels.lora import LoraBatch, LoraRows, LoraStack
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from transformers import PreTrainedModel
 
@@ -42,7 +42,7 @@ class LoraGroup:
     ) -> None:
         self.names = group.names
         self._layers = layers
-        self._modules = modules
+        self._bases = [BaseModule(module, group.dtype, group.device) for module in modules]
         self._out_features = group.out_features
         self._batch = batch
         self.stack = LoraStack(rows, num_rows, group.in_features, group.out_features, group.dtype)
@@ -50,7 +50,6 @@ class LoraGroup:
         self._originals: list[nn.Parameter] = []
         if all(_is_plain(module) for module in modules):
             self._fused, self._originals = _fuse(modules, uses)
-        self._bias: torch.Tensor | None = None
         self._input: torch.Tensor | None = None
         self._outputs: tuple[torch.Tensor, ...] = ()
 
@@ -59,61 +58,45 @@ class LoraGroup:
         """Whether the modules are computed as one product."""
         return self._fused is not None
 
-    def bases(self) -> dict[str, BaseModule]:
-        """The modules as the base model has them, by name; to be called while they are not wrapped."""
-        dtype, device = self.stack.b.dtype, self.stack.b.device
-        return {
-            name: BaseModule(module, module.forward, dtype, device)
-            for name, module in zip(self.names, self._modules, strict=True)
-        }
+    @property
+    def modules(self) -> dict[str, BaseModule]:
+        """The modules as the base model has them, by name."""
+        return dict(zip(self.names, self._bases, strict=True))
 
     def attach(self) -> None:
         """Wrap the modules."""
-        for index, module in enumerate(self._modules):
-            if self._fused is None:
-                module.forward = partial(self._forward_single, module.forward)
-            else:
-                module.forward = partial(self._forward_slice, index)
+        for index, base in enumerate(self._bases):
+            base.wrap(
+                partial(self._forward_single, base) if self._fused is None else partial(self._forward_slice, index)
+            )
 
     def detach(self) -> None:
         """Give the modules their own forwards back."""
-        for module in self._modules:
-            forward: Callable[..., torch.Tensor] = module.forward
-            del module.forward
-            if isinstance(forward, partial) and forward.func == self._forward_single:
-                hooked = forward.args[0]
-                if getattr(hooked, "__func__", None) is not type(module).forward:
-                    module.forward = hooked  # accelerate's own wrapper, an attribute of the instance too
+        for base in self._bases:
+            base.unwrap()
 
     def release(self) -> None:
         """Give the modules weights of their own again."""
-        for module, original in zip(self._modules, self._originals, strict=False):
-            if module.weight is original:
+        for base, original in zip(self._bases, self._originals, strict=False):
+            if base.module.weight is original:
                 original.data = original.data.clone(memory_format=torch.contiguous_format)
             else:  # others use it too, and it was left as it was
-                module.weight = original
+                base.module.weight = original
         self._originals, self._fused = [], None
 
-    def _forward_single(self, forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        y = forward(x)
+    def _forward_single(self, base: BaseModule, x: torch.Tensor) -> torch.Tensor:
+        y = base.forward(x)
         flat = y.view(-1, y.shape[-1])
-        bias = self._own_bias() if self._batch.has_gains else None
+        bias = base.bias if self._batch.has_gains else None
         self._layers.add(flat, x.to(y.device).reshape(flat.shape[0], -1), self.stack, self._batch, bias)
         return y
-
-    def _own_bias(self) -> torch.Tensor | None:
-        """The bias of the one module of a group that is not fused."""
-        bias = base_tensor(self._modules[0], "bias")
-        if bias is not None and self._bias is None:
-            self._bias = bias.to(self.stack.b)
-        return self._bias
 
     def _forward_slice(self, index: int, x: torch.Tensor) -> torch.Tensor:
         if self._input is not x:
             self._outputs = self._forward_fused(x)
             self._input = x
         output = self._outputs[index]
-        if index == len(self._modules) - 1:
+        if index == len(self._bases) - 1:
             self._input, self._outputs = None, ()
         return output
 

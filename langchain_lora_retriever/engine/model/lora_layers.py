@@ -96,8 +96,8 @@ class LoraLayers:
                     self._groups.append(LoraGroup(self, modules, group, num_rows, *self._devices[group.device], uses))
             if vocabulary is not None:
                 self._vocabulary = VocabularyLayers(model, vocabulary, self._devices, num_rows)
-            modules_by_name = {name: module for group in self._groups for name, module in group.bases().items()}
-            self._gains = DoraGains(modules_by_name | (self._vocabulary.modules if self._vocabulary else {}))
+            wrapped = self._wrapped()
+            self._gains = DoraGains({name: base for group in wrapped for name, base in group.modules.items()})
         except BaseException:
             self.release()
             raise
@@ -250,12 +250,12 @@ class LoraLayers:
 
     def attach(self) -> None:
         """Wrap the modules."""
-        for group in (*self._groups, *((self._vocabulary,) if self._vocabulary else ())):
+        for group in self._wrapped():
             group.attach()
 
     def detach(self) -> None:
         """Give the modules their own forwards back."""
-        for group in (*self._groups, *((self._vocabulary,) if self._vocabulary else ())):
+        for group in self._wrapped():
             group.detach()
 
     def release(self) -> None:
@@ -264,6 +264,10 @@ class LoraLayers:
             group.release()
         self._groups = []
         self._vocabulary = None
+
+    def _wrapped(self) -> list[LoraGroup | VocabularyLayers]:
+        """Everything whose forwards are replaced."""
+        return [*self._groups, *([] if self._vocabulary is None else [self._vocabulary])]
 
     def add(
         self, y: torch.Tensor, x: torch.Tensor, stack: LoraStack, batch: LoraBatch, bias: torch.Tensor | None = None

@@ -13,14 +13,13 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
-from langchain_lora_retriever.engine.model.dora import BaseModule, base_tensor
+from langchain_lora_retriever.engine.model.base_module import BaseModule
 from langchain_lora_retriever.engine.pinned_copy import copy_to_device, on_device
 from lora_retriever_kernels.lora import LoraBatch, LoraStack, add_lora
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from transformers import PreTrainedModel
 
@@ -87,7 +86,7 @@ class VocabularyLayers:
             theirs: `[vocabulary, hidden_size]`, on the CPU.
         """
         found = next((layer for layer in self._layers() if layer.name == name), None)
-        ours = None if found is None else base_tensor(found.base.module, "weight")
+        ours = None if found is None else found.base.tensor("weight")
         if ours is None or ours.shape != theirs.shape:
             return None if found is None else False
         pairs = zip(ours.split(_NUM_COMPARED), theirs.split(_NUM_COMPARED), strict=True)
@@ -124,14 +123,14 @@ class VocabularyLayers:
     def attach(self) -> None:
         """Wrap the layers."""
         if self._embedding is not None:
-            self._embedding.wrap(partial(self._embed, self._embedding))
+            self._embedding.base.wrap(partial(self._embed, self._embedding))
         if self._output is not None:
-            self._output.wrap(partial(self._put_out, self._output))
+            self._output.base.wrap(partial(self._put_out, self._output))
 
     def detach(self) -> None:
         """Give the layers their own forwards back."""
         for layer in self._layers():
-            layer.unwrap()
+            layer.base.unwrap()
 
     def _layers(self) -> Iterator[_Layer]:
         return (layer for layer in (self._embedding, self._output) if layer is not None)
@@ -158,29 +157,10 @@ class _Layer:
         (self.name,) = group.names
         self.stack = LoraStack(rows, num_rows, group.in_features, group.out_features, group.dtype)
         self.batch = batch
-        module = model.get_submodule(self.name)
-        forward: Callable[[torch.Tensor], torch.Tensor] = module.forward
-        self.base = BaseModule(module, forward, group.dtype, group.device)
-        self._bias: torch.Tensor | None = None
+        self.base = BaseModule(model.get_submodule(self.name), group.dtype, group.device)
 
     def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
         """Add the adapters' outputs for packed inputs."""
         flat = y.view(-1, y.shape[-1])
         with on_device(y.device):
-            add_lora(flat, x, self.stack, self.batch, self._own_bias() if self.batch.has_gains else None)
-
-    def wrap(self, forward: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Take the place of the module's forward."""
-        self.base.module.forward = forward
-
-    def unwrap(self) -> None:
-        """Give it back."""
-        del self.base.module.forward
-        if getattr(self.base.forward, "__func__", None) is not type(self.base.module).forward:
-            self.base.module.forward = self.base.forward  # accelerate's own wrapper, an attribute of the instance too
-
-    def _own_bias(self) -> torch.Tensor | None:
-        bias = None if isinstance(self.base.module, nn.Embedding) else base_tensor(self.base.module, "bias")
-        if bias is not None and self._bias is None:
-            self._bias = bias.to(self.stack.b)
-        return self._bias
+            add_lora(flat, x, self.stack, self.batch, self.base.bias if self.batch.has_gains else None)

@@ -1,0 +1,61 @@
+"""A module as the base model has it, whatever takes the place of its forward meanwhile."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["BaseModule"]
+
+
+class BaseModule:
+    """A module that adapters may target; to be made while it is not wrapped.
+
+    Args:
+        module: The module.
+        dtype: What it computes in.
+        device: Where.
+
+    Attributes:
+        forward: Its own forward, without adapters: how a quantised weight is read.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+        self.module = module
+        self.forward: Callable[[torch.Tensor], torch.Tensor] = module.forward
+        self.dtype = dtype
+        self.device = device
+
+    def wrap(self, forward: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Take the place of the module's forward."""
+        self.module.forward = forward
+
+    def unwrap(self) -> None:
+        """Give it back."""
+        del self.module.forward
+        if getattr(self.forward, "__func__", None) is not type(self.module).forward:
+            self.module.forward = self.forward  # accelerate's own wrapper, an attribute of the instance too
+
+    def tensor(self, name: str) -> torch.Tensor | None:
+        """A parameter, also where accelerate keeps it elsewhere until it is used; None if there is none."""
+        hook: Any = getattr(self.module, "_hf_hook", None)
+        for part in getattr(hook, "hooks", (hook,)):
+            weights_map = getattr(part, "weights_map", None)
+            if weights_map is not None and getattr(self.module, name, None) is not None:
+                found = weights_map[name]
+                assert isinstance(found, torch.Tensor)
+                return found
+        tensor = getattr(self.module, name, None)
+        return tensor if isinstance(tensor, torch.Tensor) else None
+
+    @cached_property
+    def bias(self) -> torch.Tensor | None:
+        """What the outputs hold beside the product, where and in what the module computes; None if there is none."""
+        bias = None if isinstance(self.module, nn.Embedding) else self.tensor("bias")
+        return None if bias is None else bias.to(self.device, self.dtype)
