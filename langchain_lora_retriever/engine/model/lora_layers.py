@@ -81,8 +81,7 @@ class LoraLayers:
         self._max_adapters_per_token = max_adapters_per_token
         self._is_active = False
         self._devices: dict[torch.device, tuple[LoraRows, LoraBatch]] = {}
-        vocabulary_groups = [] if vocabulary is None else [group for group in vocabulary if group is not None]
-        for device in {group.device for group in (*groups, *vocabulary_groups)}:
+        for device in {group.device for group in (*groups, *(vocabulary.groups if vocabulary is not None else ()))}:
             rows = LoraRows(max_loras, max_rank, device)
             self._devices[device] = (rows, LoraBatch(rows, max_num_tokens, max_adapters_per_token))
         is_on_one_gpu = [device.type for device in self._devices] == ["cuda"]

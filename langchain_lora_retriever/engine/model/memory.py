@@ -109,7 +109,7 @@ def plan_memory(base: BaseModel, probe: ModelProbe, config: EngineConfig) -> Mem
     """
     adapted = [*probe.linear_groups]
     if "vocabulary" in (config.adapter_kinds or ()):
-        adapted += [group for group in probe.vocabulary if group is not None]
+        adapted += probe.vocabulary.groups
     devices = {g.device for g in probe.attention.values()} | {g.device for g in adapted}
     gpus = {device for device in devices if device.type == "cuda"}
     on_gpu = bool(gpus)

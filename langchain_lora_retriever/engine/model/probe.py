@@ -104,9 +104,14 @@ class Vocabulary(NamedTuple):
     output: LinearGroup | None
 
     @property
+    def groups(self) -> list[LinearGroup]:
+        """Those of the two that there are."""
+        return [group for group in self if group is not None]
+
+    @property
     def module_shapes(self) -> dict[str, tuple[int, int]]:
         """`(in_features, out_features)` by module path."""
-        return {group.names[0]: (group.in_features, group.out_features[0]) for group in self if group is not None}
+        return {group.names[0]: (group.in_features, group.out_features[0]) for group in self.groups}
 
     @property
     def sides(self) -> dict[str, int]:
