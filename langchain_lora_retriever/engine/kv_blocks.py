@@ -92,8 +92,7 @@ class KVCacheManager:
 
     def _take_next(self, request: Request) -> bool:
         """Append the next full block of a request's tokens to its blocks, if anybody knows it."""
-        parent = request.block_hashes[-1] if request.block_hashes else request.salts[0]
-        block_hash = self._hash(parent, request, len(request.block_ids))
+        block_hash = self._next_hash(request)
         block = self._block_by_hash.get(block_hash)
         if block is None:
             return False
@@ -139,8 +138,7 @@ class KVCacheManager:
             return
         num_known = min(num_tokens, request.num_known_tokens)
         for index in range(len(request.block_hashes), num_known // self.block_size):
-            parent = request.block_hashes[-1] if request.block_hashes else request.salts[0]
-            block_hash = self._hash(parent, request, index)
+            block_hash = self._next_hash(request)
             request.block_hashes.append(block_hash)
             block = request.block_ids[index]
             if block_hash not in self._block_by_hash:  # the first of two equal blocks is the one that is shared
@@ -188,8 +186,11 @@ class KVCacheManager:
         assert all(self._ref_counts[block] == 0 for block in free), "a free block is still referenced"
         assert {b: h for h, b in self._block_by_hash.items()} == self._hash_by_block, "hash tables disagree"
 
-    def _hash(self, parent: bytes, request: Request, index: int) -> bytes:
-        begin, end = index * self.block_size, (index + 1) * self.block_size
+    def _next_hash(self, request: Request) -> bytes:
+        """The hash of the block behind those of a request that have one."""
+        parent = request.block_hashes[-1] if request.block_hashes else request.salts[0]
+        begin = len(request.block_hashes) * self.block_size
+        end = begin + self.block_size
         digest = hashlib.blake2b(parent + array("q", request.tokens_between(begin, end)).tobytes(), digest_size=16)
         if len(request.salts) > 1:
             for first, salt in request.salts.items():
