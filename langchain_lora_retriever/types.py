@@ -111,9 +111,8 @@ class Adapter:
     def is_dora(self) -> bool:
         """Whether any of its modules has a magnitude."""
         if self._is_dora is None:
-            known = (
-                False if self.members else getattr(self.weights, "is_dora", None)
-            )  # a file's is known without looking
+            # A fusion never is; of a file it is known without looking.
+            known = False if self.members else getattr(self.weights, "is_dora", None)
             if known is None:
                 known = any(w.magnitude is not None for w in self.weights.values())
             object.__setattr__(self, "_is_dora", known)
