@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 # Costs in products of a token with a rank row, measured on SmolLM2-135M: one more adapter to visit, and one more pass
 # over a token's inputs and outputs.
@@ -201,6 +201,46 @@ def gather(
         slices = b_active.split(list(out_features), dim=1)
         b_active = torch.block_diag(*slices)
     return a_active.flatten(0, 1).t().contiguous(), b_active
+
+
+def add_step(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    ranks: torch.Tensor,
+    starts: torch.Tensor,
+    out_features: Sequence[int],
+    step: DensePlan,
+    batch: Sequence[torch.Tensor],
+    gathered: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+    bias: torch.Tensor | None,
+) -> None:
+    """Add the adapters' outputs to `y` in place, in the way that the step was planned; see `ops.add_lora`.
+
+    One-hot inputs are looked up adapter by adapter in any case.
+
+    Args:
+        y: Outputs.
+        x: Inputs.
+        a: Of the stack.
+        b: Of the stack.
+        ranks: Of the stack.
+        starts: First row of each slot.
+        out_features: Of the stack.
+        step: The plan.
+        batch: Mapping and weights that it was made from.
+        gathered: What `gather` returns for the plan's slots; asked for where it is needed.
+        bias: What `y` holds beside the base product.
+    """
+    if not step.slots:
+        return
+    if step.gains is not None:
+        apply_gains(y, b, step.gains, bias)
+    if x.dim() == 1 or step.row_weights is None:
+        add_segments(y, x, a, b, ranks, starts, out_features, step.segments or plan_segments(*batch))
+    else:
+        add_dense(y, x, *gathered(), out_features, step.row_weights, step.unused)
 
 
 def add_dense(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -126,20 +127,10 @@ def _gain_arguments(
 
 def _add_torch(y: torch.Tensor, x: torch.Tensor, stack: LoraStack, batch: LoraBatch, bias: torch.Tensor | None) -> None:
     """Run the PyTorch path with the gathered rows of the step before, where they still fit."""
-    step = batch.dense
-    if not step.slots:
-        return
-    if step.gains is not None:
-        dense.apply_gains(y, stack.b, step.gains, bias)
-    if x.dim() == 1:
-        segments = dense.plan_segments(*batch.tensors())
-        dense.add_segments(y, x, stack.a, stack.b, stack.ranks, stack.rows.starts, stack.out_features, segments)
-        return
-    if step.row_weights is None:
-        dense.add_segments(y, x, stack.a, stack.b, stack.ranks, stack.rows.starts, stack.out_features, step.segments)
-        return
-    a_active, b_active = stack.gather((step.slots, stack.rows.version), step.slots)
-    dense.add_dense(y, x, a_active, b_active, stack.out_features, step.row_weights, step.unused)
+    step, rows = batch.dense, stack.rows
+    gathered = partial(stack.gather, (step.slots, rows.version), step.slots)
+    tensors = (stack.a, stack.b, stack.ranks, rows.starts, stack.out_features)
+    dense.add_step(y, x, *tensors, step, batch.tensors(), gathered, bias)
 
 
 @torch.library.custom_op("lora_retriever_kernels::add_lora", mutates_args=("y",))
@@ -162,16 +153,8 @@ def _add_lora(
         return
     if len(batch) == 2:
         step = dense.plan_dense(batch[0], batch[1], counts, gain_rows=gains)
-        if step.gains is not None:
-            dense.apply_gains(y, b, step.gains, bias)
-        if x.dim() == 1:
-            segments = dense.plan_segments(batch[0], batch[1])
-            dense.add_segments(y, x, a, b, ranks, starts, out_features, segments)
-        elif step.row_weights is None:
-            dense.add_segments(y, x, a, b, ranks, starts, out_features, step.segments)
-        elif step.slots:
-            gathered = dense.gather(a, b, ranks, starts, counts, out_features, step.slots)
-            dense.add_dense(y, x, *gathered, out_features, step.row_weights, step.unused)
+        gathered = partial(dense.gather, a, b, ranks, starts, counts, out_features, step.slots)
+        dense.add_step(y, x, a, b, ranks, starts, out_features, step, batch, gathered, bias)
         return
     v = _lora_shrink(x, a, ranks, starts, max_rank, block_m, batch)
     _lora_expand(y, v, b, ranks, starts, out_features, block_m, [], batch, gains, bias)
