@@ -1,7 +1,7 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 # mypy: disallow-untyped-decorators=False, disallow-untyped-calls=False
 # ruff: noqa: ANN001, ANN202 - Triton types the kernels' arguments itself
-"""From a packed adapter on the device into the rows of all stacks, in one launch."""
+"""From a packed adapter on the device into the rows of all stacks, in one launch, and one more for gains."""
 
 from __future__ import annotations
 
