@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lora_retriever_kernels.lora.stack import LoraSlice, check_finite
+from lora_retriever_kernels.lora.stack import as_slices, check_finite
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from typing import Literal, TypeAlias
 
-    from lora_retriever_kernels.lora.stack import LoraStack, Slice
+    from lora_retriever_kernels.lora.stack import LoraSlice, LoraStack, Slice
 
     Weights: TypeAlias = "Slice | None"
 
@@ -61,7 +61,10 @@ class LoraPacking:
 
     def size(self, rank: int, weights: Sequence[Weights]) -> int:
         """Elements of a packed adapter: up to the last slice that it has."""
-        return rank * sum(map(sum, self._widths[: self._num_used(weights)]))
+        return self._size(rank, self._num_used(weights))
+
+    def _size(self, rank: int, num_used: int) -> int:
+        return rank * sum(map(sum, self._widths[:num_used]))
 
     def pack(self, rank: int, weights: Sequence[Weights], flat: torch.Tensor) -> None:
         """Write an adapter into `flat`.
@@ -75,12 +78,11 @@ class LoraPacking:
         Raises:
             ValueError: If a shape does not fit, or weights are not finite in the stacks' dtype.
         """
-        self._check(rank, weights, flat)
-        entries = [None if entry is None else LoraSlice(*entry) for entry in weights]
-        num_ranks = rank - _have_gains(weights)
-        for (a, b), (num_in, num_out), entry in zip(
-            self._pieces(rank, flat, self._num_used(weights)), self._widths, entries, strict=False
-        ):
+        num_used = self._check(rank, weights, flat)
+        entries = as_slices(weights)
+        num_ranks = rank - _have_gains(entries)
+        pieces = self._pieces(rank, flat, num_used)
+        for (a, b), (num_in, num_out), entry in zip(pieces, self._widths, entries, strict=False):
             if entry is None:
                 continue
             lora_a, lora_b = entry.lora_a, entry.lora_b
@@ -112,15 +114,14 @@ class LoraPacking:
         Raises:
             ValueError: If `slot`, `start` or a size is out of range.
         """
-        self._check(rank, weights, flat)
+        num_used = self._check(rank, weights, flat)
         num_rows = self._stacks[0].a.shape[1]
         if start + rank > num_rows:
             raise ValueError(f"rows {start}..{start + rank - 1} exceed the pool of {num_rows} rows")
-        entries = [None if entry is None else LoraSlice(*entry) for entry in weights]
-        gain = start if _have_gains(weights) else -1
+        entries = as_slices(weights)
+        gain = start if _have_gains(entries) else -1
         first = start + (gain >= 0)
         self._rows.assign(slot, first, rank - (gain >= 0), gain)
-        num_used = self._num_used(weights)
         ranks = [0 if entry is None else entry.lora_a.shape[0] for entry in entries]
         self._note_users(slot, ranks, num_used, gain)
         scales = [1.0 if entry is None or self._is_scaled_here(entry) else entry.scaling for entry in entries]
@@ -155,12 +156,15 @@ class LoraPacking:
         """Whether B is scaled where it is packed, and not on the device."""
         return entry.lora_b.dtype != self.dtype or entry.gain is not None
 
-    def _check(self, rank: int, weights: Sequence[Weights], flat: torch.Tensor) -> None:
+    def _check(self, rank: int, weights: Sequence[Weights], flat: torch.Tensor) -> int:
+        """How many slices `flat` has room for."""
         if len(weights) != self.num_slices:
             raise ValueError(f"expected weights for {self.num_slices} slices, got {len(weights)}")
-        size = self.size(rank, weights)
+        num_used = self._num_used(weights)
+        size = self._size(rank, num_used)
         if flat.dtype != self.dtype or tuple(flat.shape) != (size,) or not flat.is_contiguous():
             raise ValueError(f"flat must be contiguous {self.dtype} [{size}], got {flat.dtype} {list(flat.shape)}")
+        return num_used
 
     def _check_finite(self, entries: Sequence[LoraSlice | None], flat: torch.Tensor) -> None:
         """One look at all of it nearly always does. Where slices lack rows it meets leftovers as well."""
@@ -226,5 +230,5 @@ class LoraPacking:
         return torch.tensor(table, dtype=torch.int64, device=self.device)
 
 
-def _have_gains(weights: Sequence[Weights]) -> bool:
-    return any(entry is not None and LoraSlice(*entry).gain is not None for entry in weights)
+def _have_gains(entries: Sequence[LoraSlice | None]) -> bool:
+    return any(entry is not None and entry.gain is not None for entry in entries)

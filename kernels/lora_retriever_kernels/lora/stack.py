@@ -41,6 +41,11 @@ class LoraSlice(NamedTuple):
         return scaled if self.gain is None else scaled * self.gain.to(scaled)[:, None]
 
 
+def as_slices(weights: Sequence[Slice | None]) -> list[LoraSlice | None]:
+    """The same with plain tuples made `LoraSlice`."""
+    return [None if entry is None else LoraSlice(*entry) for entry in weights]
+
+
 def check_finite(index: int, entry: LoraSlice, dtype: torch.dtype) -> None:
     """Refuse weights that would not be finite as rows: the tokens of a tile multiply each other's rows by 0.
 
@@ -154,7 +159,7 @@ class LoraStack:
         """
         if len(weights) != self.num_slices:
             raise ValueError(f"expected weights for {self.num_slices} slices, got {len(weights)}")
-        entries = [None if entry is None else LoraSlice(*entry) for entry in weights]
+        entries = as_slices(weights)
         ranks = [0] * self.num_slices
         if gain >= 0:
             self.b[gain] = 0
