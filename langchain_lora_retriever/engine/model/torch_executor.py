@@ -56,12 +56,12 @@ class TorchExecutor:
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """Logits `[n, vocab_size]` of a step, in order of `batch.tokens_with_logits`."""
         device = self._chosen.device
-        self._lora_layers.set_batch(batch.lora, batch.tokens_with_logits)
+        wanted = batch.tokens_with_logits
+        self._lora_layers.set_batch(batch.lora, wanted)
         token_ids = upload(batch.token_ids, torch.int64, device)
         if max(batch.sources) >= 0:
             sources = upload(batch.sources, torch.int64, device)
             token_ids = torch.where(sources >= 0, self._chosen[sources.clamp_min(0)], token_ids)
-        wanted = batch.tokens_with_logits
         spans = [
             QuerySpan(num, request.num_computed_tokens + num, request.block_ids) for request, num in batch.scheduled
         ]

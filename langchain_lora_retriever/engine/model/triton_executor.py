@@ -127,14 +127,15 @@ class TritonExecutor:
         graph = self._find_graph(batch, rank_bound)
         if graph is not None:
             return graph.replay(batch, decode_tokens, prefill_tiles)
-        self._lora_layers.set_batch(batch.lora, batch.tokens_with_logits, rank_bound)
+        wanted = batch.tokens_with_logits
+        self._lora_layers.set_batch(batch.lora, wanted, rank_bound)
         tokens = upload([batch.token_ids, batch.positions, batch.rows, batch.sources], torch.int64, self._device)
         tiles = QueryTiles(
             upload(decode_tokens, torch.int64, self._device),
             upload(prefill_tiles, torch.int64, self._device).view(-1, 2),
             len(decode_tokens),
         )
-        return self._run(tokens, tiles, upload(batch.tokens_with_logits, torch.int64, self._device))
+        return self._run(tokens, tiles, upload(wanted, torch.int64, self._device))
 
     def close(self) -> None:
         """Give the model's layers their own forwards back, and drop the graphs."""
