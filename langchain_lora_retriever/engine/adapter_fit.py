@@ -130,14 +130,14 @@ class AdapterFit:
                     'it with EngineConfig(adapter_kinds=("vocabulary",)), or with a pool that has such an '
                     "adapter."
                 )
-            if allowed is not None and name in self._vocabulary and met != allowed:
-                self._refuse_vocabulary(adapter, name, met, allowed)
             if allowed is None:
                 raise InvalidAdapterError(
                     f"{where} adapts {name!r}, which is no linear module of the base model {self._base_model!r} that "
                     f"sees every token{self._made_for(adapter)}. Allowed are, for example: "
                     f"{', '.join(list(self._module_shapes)[:_NUM_NAMED])}."
                 )
+            if met != allowed and name in self._vocabulary:
+                self._refuse_vocabulary(adapter, name, met, allowed)
             if met != allowed:
                 raise InvalidAdapterError(
                     f"{where} does not fit {name!r}: it has (in_features, out_features) = {met}, the base model "
