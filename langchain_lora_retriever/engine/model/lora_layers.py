@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch.nn.functional import linear
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 __all__ = ["MAX_RANK", "LoraLayers", "Product", "StepKinds"]
 
 Product: TypeAlias = "Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]"
+
+T = TypeVar("T")
 
 MAX_RANK = 256  # of one adapter, by the kernels
 
@@ -305,14 +307,12 @@ class LoraLayers:
         side = self._side_to_capture()
         if side is None or batch.has_gains:  # gains multiply the base's outputs
             return self.add_to_product(x, weight, bias, stack, batch), None
-        main = torch.cuda.current_stream()
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
+
+        def apart() -> torch.Tensor:
             v = lora_shrink(x, stack, batch)
-            delta = lora_delta(v, stack, batch, lora_mix(v, stack, batch))
-        y = linear(x, weight, bias)
-        main.wait_stream(side)
-        return y, delta
+            return lora_delta(v, stack, batch, lora_mix(v, stack, batch))
+
+        return _product_beside(side, apart, x, weight, bias)
 
     def add_to_product(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stack: LoraStack, batch: LoraBatch
@@ -326,12 +326,28 @@ class LoraLayers:
             y = linear(x, weight, bias)
             self.add(y, x, stack, batch, bias)
             return y
-        main = torch.cuda.current_stream()
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
+
+        def begin() -> tuple[torch.Tensor, list[torch.Tensor]]:
             v = lora_shrink(x, stack, batch)
-            mixed = lora_mix(v, stack, batch)
-        y = linear(x, weight, bias)
-        main.wait_stream(side)
+            return v, lora_mix(v, stack, batch)
+
+        y, (v, mixed) = _product_beside(side, begin, x, weight, bias)
         lora_expand(y, v, stack, batch, mixed, bias)
         return y
+
+
+def _product_beside(
+    side: torch.cuda.Stream,
+    compute: Callable[[], T],
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, T]:
+    """`linear(x, weight, bias)`, and what is computed on a second stream meanwhile."""
+    main = torch.cuda.current_stream()
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        beside = compute()
+    y = linear(x, weight, bias)
+    main.wait_stream(side)
+    return y, beside
