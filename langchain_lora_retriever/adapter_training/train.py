@@ -12,17 +12,18 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from pydantic import Field
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
 from langchain_lora_retriever.errors import InvalidRequestError
 from langchain_lora_retriever.pool.pool import AdapterPool
+from langchain_lora_retriever.support.checks import settings
 from langchain_lora_retriever.support.quiet_loading import quiet_loading
-from langchain_lora_retriever.support.shown import shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,8 +44,10 @@ _WORK_FOLDER = ".training"  # in the pool's folder: pools pass hidden ones by
 OnStep: TypeAlias = Callable[[int, int, float], object]
 """Called with the steps taken, the steps to take, and the last loss."""
 
+_Count: TypeAlias = Annotated[int, Field(ge=1, description="an integer >= 1")]
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@settings(slots=True, kw_only=True)
 class AdapterTrainingConfig:
     """How adapters are trained.
 
@@ -62,24 +65,13 @@ class AdapterTrainingConfig:
         InvalidRequestError: If a value cannot train anything.
     """
 
-    num_epochs: int = 3
-    max_steps: int | None = None
-    batch_size: int = 32
-    learning_rate: float = 1e-3
-    num_samples: int = 20
-    max_new_tokens: int = 96
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot train anything."""
-        for name in ("num_epochs", "max_steps", "batch_size", "num_samples", "max_new_tokens"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and value >= 1):
-                raise InvalidRequestError(f"{name}={shown(value)} is not allowed: pass an integer >= 1.")
-        if not 0 < self.learning_rate < 1:
-            raise InvalidRequestError(
-                f"learning_rate={shown(self.learning_rate)} is not allowed: pass a number between 0 and 1."
-            )
+    num_epochs: _Count = 3
+    max_steps: Annotated[int | None, Field(ge=1, description="an integer >= 1, or None")] = None
+    batch_size: _Count = 32
+    learning_rate: Annotated[float, Field(gt=0, lt=1, description="a number between 0 and 1")] = 1e-3
+    num_samples: _Count = 20
+    max_new_tokens: _Count = 96
+    seed: Annotated[int, Field(description="an integer")] = 0
 
 
 @dataclass(frozen=True, slots=True)
