@@ -10,17 +10,18 @@ import random
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from pydantic import Field
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
 from langchain_lora_retriever.errors import InvalidRequestError
+from langchain_lora_retriever.pool.checkpoint import WEIGHTS_FILE
 from langchain_lora_retriever.pool.pool import AdapterPool
 from langchain_lora_retriever.support.checks import settings
 from langchain_lora_retriever.support.quiet_loading import quiet_loading
@@ -168,7 +169,7 @@ class AdapterTrainer:
             else:
                 self._restore(model, task)
             if evaluate and task.test:
-                done = AdapterReport(**{**asdict(done), **self._exact_matches(model, task)})
+                done = replace(done, **self._exact_matches(model, task))
                 _write_report(work, key, done)
             return done
         finally:
@@ -263,7 +264,7 @@ class AdapterTrainer:
         lora.save_pretrained(str(folder))
         tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
         tensors = {name: tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         samples = [{"input": row["input"], "output": row["output"]} for row in task.train[: self._config.num_samples]]
         pool = AdapterPool(self._pool, create=True)
         put = pool.update if task.name in pool else pool.add
@@ -273,14 +274,11 @@ class AdapterTrainer:
 
     def _restore(self, model: PeftModel, task: Task) -> None:
         """Give the model an adapter that was trained already."""
-        weights = AdapterPool(self._pool)[task.name].weights
-        tensors = {}
-        for module, lora in weights.items():
-            tensors[f"base_model.model.{module}.lora_A.weight"] = lora.lora_A.float()
-            tensors[f"base_model.model.{module}.lora_B.weight"] = lora.lora_B.float()
-        set_peft_model_state_dict(model, tensors)
+        folder = AdapterPool(self._pool)[task.name].path
+        assert folder is not None, "the pool lies on disk"
+        set_peft_model_state_dict(model, load_file(folder / WEIGHTS_FILE))
 
-    def _exact_matches(self, model: PeftModel, task: Task) -> dict[str, float]:
+    def _exact_matches(self, model: PeftModel, task: Task) -> dict[str, Any]:
         model.eval()
         for parameter in model.parameters():
             if parameter.requires_grad:  # as they are served

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
+from peft import get_peft_model_state_dict
 from typer.testing import CliRunner
 
 from langchain_lora_retriever import AdapterPool
@@ -110,6 +113,27 @@ def test_a_finished_adapter_is_left_alone_and_may_still_be_tried(
     monkeypatch.undo()
     trainer_of(base_model, tmp_path, seed=1).train(task, resume=True)
     assert AdapterPool(tmp_path / "pool")["upper"].fingerprint != before
+
+
+@pytest.mark.parametrize("kind", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_a_finished_adapter_is_tried_with_all_its_weights(
+    base_model: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: dict[str, bool]
+) -> None:
+    """Of DoRA the magnitudes too: what was trained just now and what is read from the pool are the same."""
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def look(_: AdapterTrainer, model: Any, __: Task) -> dict[str, float]:
+        seen.append({name: tensor.bfloat16() for name, tensor in get_peft_model_state_dict(model).items()})
+        return {}
+
+    monkeypatch.setattr(AdapterTrainer, "_exact_matches", look)
+    task = replace(task_of(data), lora={**LORA, **kind})
+    trainer = trainer_of(base_model, tmp_path, learning_rate=0.1)
+    trainer.train(task, evaluate=True)
+    trainer.train(task, resume=True, evaluate=True)
+    trained, read = seen
+    assert trained.keys() == read.keys()
+    assert [name for name in trained if not torch.equal(trained[name], read[name])] == []
 
 
 def test_training_is_saved_while_it_runs(base_model: str, data: Path, tmp_path: Path, monkeypatch) -> None:
