@@ -8,11 +8,10 @@ schema. What it says is a draft; a second request goes on from there, the draft 
 from __future__ import annotations
 
 import json
-import time
 from typing import TYPE_CHECKING
 
 from langchain_lora_retriever.output.readers import Reasoning, read
-from langchain_lora_retriever.support.threads import run_in_thread
+from langchain_lora_retriever.support.threads import Deadline, run_in_thread
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
@@ -97,7 +96,7 @@ class DraftedGeneration:
 
     def deltas(self, timeout: float | None = None) -> Iterator[Delta]:
         """Yield deltas as they come; see `Generation.deltas`."""
-        end = None if timeout is None else time.monotonic() + timeout
+        deadline = Deadline(timeout)
         try:
             for delta in self._draft.deltas(timeout):
                 if delta.finish_reason is None:
@@ -105,8 +104,8 @@ class DraftedGeneration:
                     continue
                 following = self._following()
                 yield _ended(delta, following)
-                if not (following is None or isinstance(following, str)):
-                    for more in following.deltas(None if end is None else max(0.0, end - time.monotonic())):
+                if not isinstance(following, str | None):
+                    for more in following.deltas(deadline.remaining()):
                         yield _continued(delta, more)
         finally:
             self.abort()
@@ -120,7 +119,7 @@ class DraftedGeneration:
                     continue
                 following = await run_in_thread(self._following)
                 yield _ended(delta, following)
-                if not (following is None or isinstance(following, str)):
+                if not isinstance(following, str | None):
                     async for more in following:
                         yield _continued(delta, more)
         finally:
@@ -128,18 +127,18 @@ class DraftedGeneration:
 
     def result(self, timeout: float | None = None) -> Completion:
         """Wait for the end; see `Generation.result`."""
-        end = None if timeout is None else time.monotonic() + timeout
+        deadline = Deadline(timeout)
         draft = self._draft.result(timeout)
         following = self._following()
-        if following is None or isinstance(following, str):
+        if isinstance(following, str | None):
             return _joined(draft, following)
-        return _joined(draft, following.result(None if end is None else max(0.0, end - time.monotonic())))
+        return _joined(draft, following.result(deadline.remaining()))
 
     async def aresult(self) -> Completion:
         """Wait for the end without blocking the event loop; see `Generation.aresult`."""
         draft = await self._draft.aresult()
         following = await run_in_thread(self._following)
-        if following is None or isinstance(following, str):
+        if isinstance(following, str | None):
             return _joined(draft, following)
         return _joined(draft, await following.aresult())
 
