@@ -121,9 +121,10 @@ class AdapterDecisionModel(BaseDecisionModel):
 
     def _shares(self, vector: NDArray[np.float32], criteria: Mapping[str, Any]) -> dict[str, float]:
         """A softmax of the cosines between a vector `[d]` and what stands for each label."""
-        adapters = self.retriever.adapter_vectors() if None in criteria.values() else {}
+        of_adapters = [label for label, criterion in criteria.items() if criterion is None]
+        adapters = self.retriever.adapter_vectors(of_adapters) if of_adapters else {}
         rows = [
-            adapters[label] if criterion is None and label in adapters else self._embedded(label, criterion)
+            adapters[label] if label in adapters else self._embedded(label, criterion)
             for label, criterion in criteria.items()
         ]
         scores = (np.stack(rows) @ vector).astype(np.float64) / self.temperature

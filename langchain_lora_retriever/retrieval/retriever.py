@@ -304,11 +304,14 @@ class LoraRetriever:
         """Forget the texts' embeddings that are kept; the adapters' stay."""
         self._texts.clear()
 
-    def adapter_vectors(self) -> dict[str, Vectors]:
-        """The embeddings `[d]`, of length 1, of the adapters that can be found, by name."""
+    def adapter_vectors(self, names: Collection[str] | None = None) -> dict[str, Vectors]:
+        """The embeddings `[d]`, of length 1, of the adapters that can be found (of these names, if given), by name."""
         self.refresh()
         index = self._view.index
-        return {} if index is None else {name: index.vector(name) for name in sorted(index.names)}
+        if index is None:
+            return {}
+        wanted = index.names if names is None else (name for name in names if name in index)
+        return {name: index.vector(name) for name in sorted(wanted)}
 
     def refresh(self) -> None:
         """Follow the pool now: embed what is new or changed in it, and forget what is gone. Every query does.
