@@ -46,10 +46,10 @@ _logger = logging.getLogger(__name__)
 
 _LONG_PROMPT = 16_384
 """Characters from which a prompt is rendered and encoded off the event loop: that takes some ten milliseconds."""
-_MAX_COUNTED = 4 << 20
-"""Characters of a chat whose tokens are counted, which takes some seconds."""
 LONG_CHAT = 64
 """Messages from which the same is done, and they are read off it."""
+_MAX_COUNTED = 4 << 20
+"""Characters of a chat whose tokens are counted, which takes some seconds."""
 
 
 class Run(NamedTuple):
