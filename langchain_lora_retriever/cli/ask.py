@@ -66,11 +66,7 @@ def chat(
         Conversation(llm, as_json=as_json).run()
         return
     warm_up(llm)
-    if as_json:
-        message = llm.invoke(prompt)
-        print_json({"content": message.content, **message.response_metadata, "usage": message.usage_metadata})
-        return
-    answer(llm, [("user", prompt)])
+    answer(llm, [("user", prompt)], as_json=as_json)
 
 
 def route(

@@ -16,7 +16,7 @@ from langchain_lora_retriever.errors import LoraRetrieverError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from langchain_core.messages import AIMessageChunk
+    from langchain_core.messages import AIMessage, AIMessageChunk
 
     from langchain_lora_retriever.chat.model import ChatLoraRetriever
 
@@ -38,7 +38,7 @@ class Conversation:
 
     Args:
         llm: The model.
-        as_json: Print each answer as a line of JSON.
+        as_json: Print each answer as JSON.
     """
 
     def __init__(self, llm: ChatLoraRetriever, *, as_json: bool = False) -> None:
@@ -97,12 +97,7 @@ class Conversation:
         turns = [*self._history, ("user", self._last)]
         with interrupts.ending_soon():
             warm_up(self._llm)
-        if self._as_json:
-            message = self._llm.invoke(turns, adapters=self._pinned)
-            print_json({"content": message.content, **message.response_metadata, "usage": message.usage_metadata})
-            self._history = [*turns, message]
-        else:
-            self._history = [*turns, answer(self._llm, turns, adapters=self._pinned)]
+        self._history = [*turns, answer(self._llm, turns, as_json=self._as_json, adapters=self._pinned)]
 
     def _route(self, arguments: list[str]) -> None:
         text = " ".join(arguments[1:]) or self._last
@@ -128,8 +123,12 @@ class Conversation:
         print_error(f"There is no command {arguments[0]}. /help lists them.")
 
 
-def answer(llm: ChatLoraRetriever, messages: Sequence[Any], **settings: Any) -> AIMessageChunk:
-    """Print an answer while it comes, and on a terminal who gave it; returns it whole."""
+def answer(llm: ChatLoraRetriever, messages: Sequence[Any], *, as_json: bool = False, **settings: Any) -> AIMessage:
+    """Print an answer while it comes, and on a terminal who gave it; or the whole as JSON. Returns it."""
+    if as_json:
+        message = llm.invoke(list(messages), **settings)
+        print_json({"content": message.content, **message.response_metadata, "usage": message.usage_metadata})
+        return message
     full: AIMessageChunk | None = None
     for chunk in llm.stream(list(messages), **settings):
         typer.echo(str(chunk.text), nl=False)
