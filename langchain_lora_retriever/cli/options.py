@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from langchain_lora_retriever.cli.terminal import status
+from langchain_lora_retriever.demo import POOL_FOLDER, demo_chat_model, model
 
 if TYPE_CHECKING:
     from langchain_lora_retriever.chat.model import ChatLoraRetriever
@@ -57,7 +58,7 @@ def new_commands(text: str, *, completes: bool = False) -> typer.Typer:
 def complete_adapter(context: typer.Context, incomplete: str) -> list[str]:
     """Names of adapters in the pool that the options so far name, for the shell; no file is read."""
     pool = context.params.get("pool") or context.params.get("folder")
-    folder = Path(pool) if pool else Path(__file__).parents[1] / "demo" / "pool"
+    folder = Path(pool) if pool else POOL_FOLDER
     try:
         return sorted(path.parent.name for path in folder.glob(f"{incomplete}*/adapter_config.json"))
     except (OSError, ValueError):  # a folder that is not there completes to nothing
@@ -113,7 +114,6 @@ def make_chat_model(
         UnknownAdapterError: If `adapters` names one that is not in the pool.
     """
     from langchain_lora_retriever.chat.model import ChatLoraRetriever  # noqa: PLC0415 - seconds to import
-    from langchain_lora_retriever.demo import demo_chat_model  # noqa: PLC0415
 
     given = {"base_model": base_model, "pool": pool, "encoder": encoder, **settings}
     given = {name: value for name, value in given.items() if value is not None}
@@ -132,8 +132,6 @@ def warm_up(llm: ChatLoraRetriever) -> None:
 
 def encoder_source(encoder: str | None) -> str:
     """Return the encoder that an option names, the demo's by default."""
-    from langchain_lora_retriever.demo import model  # noqa: PLC0415 - seconds to import
-
     return encoder or model.encoder_source()
 
 

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from langchain_lora_retriever.pool.pool import AdapterPool
     from langchain_lora_retriever.retrieval.retriever import LoraRetriever
 
-__all__ = ["DemoRow", "demo_arguments", "demo_chat_model", "demo_pool", "demo_test_set"]
+__all__ = ["POOL_FOLDER", "DemoRow", "demo_arguments", "demo_chat_model", "demo_pool", "demo_test_set"]
 
-_POOL_FOLDER = Path(__file__).parent / "pool"
+POOL_FOLDER = Path(__file__).parent / "pool"
+"""Where the demo's adapters lie."""
 
 
 class DemoRow(TypedDict):
@@ -68,7 +69,7 @@ def demo_pool() -> AdapterPool:
     from langchain_lora_retriever.pool.pool import AdapterPool  # noqa: PLC0415 - loads torch
 
     pool = AdapterPool()
-    for folder in list_folders(_POOL_FOLDER):
+    for folder in list_folders(POOL_FOLDER):
         pool.add(folder.name, folder)
     return pool
 

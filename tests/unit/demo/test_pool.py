@@ -17,7 +17,7 @@ from langchain_lora_retriever.pool.checkpoint_files import CONFIG_FILE, WEIGHTS_
 from langchain_lora_retriever.pool.pool import AdapterPool
 from langchain_lora_retriever.pool.samples import SAMPLES_FILE
 
-FOLDER = demo._POOL_FOLDER
+FOLDER = demo.POOL_FOLDER
 MAX_BYTES = 16 * 10**6
 
 
@@ -46,7 +46,7 @@ def shipped(tmp_path, monkeypatch):
     """A copy of three shipped adapters, in place of the package's folder."""
     for name in ("date_english", "json_order", "unit_mass"):
         shutil.copytree(FOLDER / name, tmp_path / "pool" / name)
-    monkeypatch.setattr(demo, "_POOL_FOLDER", tmp_path / "pool")
+    monkeypatch.setattr(demo, "POOL_FOLDER", tmp_path / "pool")
     return tmp_path / "pool"
 
 
