@@ -448,18 +448,15 @@ def test_an_interrupt_ends_the_command_soon(folder: Path) -> None:
     """Although a thread that nobody can stop is loading a model."""
     code = f"""
 import time
+from langchain_lora_retriever.cli import app, ask
 from langchain_lora_retriever.engine import start
 def load(*_, **__):
     print("loading", flush=True)
     time.sleep(60)
 start.load_base_model = load
-from langchain_lora_retriever.testing import FakeEngine
-from langchain_lora_retriever.types import CompositionMode
-from langchain_lora_retriever.cli import app
-app(["chat", "hello", "--base-model", "fake/base", "--adapter", "sql", "--pool", {str(folder)!r}, "--encoder", "none"])
+ask.warm_up = lambda llm: llm.runtime.ready()
+app(["chat", "hello", "--base-model", "fake/base", "--adapter", "sql", "--pool", {str(folder)!r}, "--json"])
 """
-    code = code.replace('"--encoder", "none"', '"--json"')
-    code = "import langchain_lora_retriever.cli.ask as ask\nask.warm_up = lambda llm: llm.runtime.ready()\n" + code
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "loading\n"
