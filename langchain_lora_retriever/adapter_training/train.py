@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
 from langchain_lora_retriever.errors import InvalidRequestError
-from langchain_lora_retriever.pool.checkpoint import WEIGHTS_FILE
+from langchain_lora_retriever.pool.checkpoint_files import WEIGHTS_FILE
 from langchain_lora_retriever.pool.pool import AdapterPool
 from langchain_lora_retriever.support.checks import settings
 from langchain_lora_retriever.support.quiet_loading import quiet_loading
