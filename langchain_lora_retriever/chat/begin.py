@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from langchain_lora_retriever.chat.call import CallOptions
     from langchain_lora_retriever.engine.api import Completion, EngineClient, Generation
+    from langchain_lora_retriever.engine.grammar import CompiledGrammar
     from langchain_lora_retriever.output.dialects import ChatTurn
     from langchain_lora_retriever.output.readers import Reader
     from langchain_lora_retriever.retrieval.routing import Plan
@@ -79,10 +80,14 @@ class Begun(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """A call, understood: what is asked, of which engine, in which conversation, routed on which text."""
+    """A call, understood: what is asked, of which engine, in which conversation, routed on which text.
+
+    `then` is the grammar of an answer that is drafted first (`AnswerFormat.then`), compiled.
+    """
 
     options: CallOptions
     format: AnswerFormat
+    then: CompiledGrammar | None
     engine: EngineClient
     chat: list[ChatTurn]
     text: str
@@ -212,7 +217,9 @@ def text_to_route(messages: Sequence[BaseMessage], options: CallOptions) -> str:
 def _understand(messages: Sequence[BaseMessage], options: CallOptions, engine: EngineClient) -> _Call:
     chat = to_chat(messages)
     check_length(engine.tokenizer, chat, max_num_tokens=engine.info.max_model_len)
-    return _Call(options, answer_format(options, engine.tokenizer), engine, chat, text_to_route(messages, options))
+    form = answer_format(options, engine.tokenizer)
+    then = None if form.then is None else compiler_of(engine.tokenizer).compile(form.then)
+    return _Call(options, form, then, engine, chat, text_to_route(messages, options))
 
 
 def _start(call: _Call, plan: Plan) -> Begun:
@@ -227,10 +234,10 @@ def _start(call: _Call, plan: Plan) -> Begun:
             skips_special = not reads_special_tokens(tokenizer, readers)
             sampling = call.options.sampling(index, skip_special_tokens=skips_special)
             generation = call.engine.submit(prompt_token_ids, sampling, plan.adapters, grammar=call.format.grammar)
-            if call.format.then is None:
+            if call.then is None:
                 begun.runs.append(Run(generation, Answer(readers)))
             else:
-                drafted = _drafted(call, plan, index, prompt_token_ids, generation)
+                drafted = _drafted(call, call.then, plan, index, prompt_token_ids, generation)
                 begun.runs.append(Run(drafted, Answer([DraftReader(readers)])))
     except BaseException:
         begun.abort()
@@ -238,10 +245,11 @@ def _start(call: _Call, plan: Plan) -> Begun:
     return begun
 
 
-def _drafted(call: _Call, plan: Plan, index: int, prompt_token_ids: list[int], draft: Generation) -> DraftedGeneration:
+def _drafted(
+    call: _Call, then: CompiledGrammar, plan: Plan, index: int, prompt_token_ids: list[int], draft: Generation
+) -> DraftedGeneration:
     """Let a second request write answer `index` in the schema that the call asks for, unless the first calls tools."""
-    engine, grammar = call.engine, call.format.then
-    assert grammar is not None
+    engine = call.engine
 
     def readers() -> list[Reader]:
         return answer_readers(engine.tokenizer, prompt_token_ids, call.format)
@@ -255,10 +263,9 @@ def _drafted(call: _Call, plan: Plan, index: int, prompt_token_ids: list[int], d
         token_ids = [*prompt_token_ids, *said, *encode_text(engine.tokenizer, "\n")]
         if len(token_ids) + sampling.max_tokens > engine.info.max_model_len:
             token_ids = prompt_token_ids
-        return engine.submit(token_ids, sampling, plan.adapters, grammar=grammar)
+        return engine.submit(token_ids, sampling, plan.adapters, grammar=call.format.then)
 
-    compiled = compiler_of(engine.tokenizer).compile(grammar)
-    return DraftedGeneration(draft, readers=readers, compiled=compiled, restate=restate)
+    return DraftedGeneration(draft, readers=readers, compiled=then, restate=restate)
 
 
 def _is_long(messages: Sequence[BaseMessage]) -> bool:
