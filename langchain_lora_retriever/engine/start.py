@@ -11,7 +11,7 @@ from langchain_lora_retriever.engine.grammar import compiler_of
 from langchain_lora_retriever.engine.model.load import load_base_model
 from langchain_lora_retriever.engine.worker import EngineWorker
 from langchain_lora_retriever.support.native_memory import give_back_freed
-from langchain_lora_retriever.support.openmp_thread import run_aside
+from langchain_lora_retriever.support.openmp import run_aside
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

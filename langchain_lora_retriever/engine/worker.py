@@ -24,6 +24,7 @@ from langchain_lora_retriever.engine.pinned_copy import on_device
 from langchain_lora_retriever.engine.request import failure
 from langchain_lora_retriever.errors import EngineDeadError, EngineOverloadedError, fresh
 from langchain_lora_retriever.support.forking import after_fork
+from langchain_lora_retriever.support.openmp import openmp_team
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -307,10 +308,15 @@ class EngineWorker:
     def _run(self, has_begun: threading.Event) -> None:
         cause: BaseException | None = None
         try:
-            with on_device(self.core.device), frozen_heap(is_wanted=self.config.freeze_heap):
+            with (
+                on_device(self.core.device),
+                openmp_team(is_wanted=self.core.device.type == "cpu") as look_at_cores,
+                frozen_heap(is_wanted=self.config.freeze_heap),
+            ):
                 has_begun.set()
                 while self._take_news():
                     self._deliver(self._step())
+                    look_at_cores()
         except BaseException as error:
             _logger.exception("The engine died")
             clear_frames(error.__traceback__)  # it is kept as a cause, and they hold other callers' prompts

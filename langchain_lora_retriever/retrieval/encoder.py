@@ -13,7 +13,7 @@ import numpy as np
 
 from langchain_lora_retriever.errors import EncoderError, InvalidRequestError, MissingDependencyError
 from langchain_lora_retriever.support.forking import begin_in_every_process
-from langchain_lora_retriever.support.openmp_thread import run_aside
+from langchain_lora_retriever.support.openmp import run_aside
 from langchain_lora_retriever.support.quiet_loading import quiet_loading
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ import torch
 
 from langchain_lora_retriever.engine import BaseModel, EngineConfig, EngineWorker, load_base_model
 from langchain_lora_retriever.errors import EngineDeadError, EngineError, EngineOverloadedError
+from langchain_lora_retriever.support import openmp
 from langchain_lora_retriever.types import SamplingParams
 from makers import make_tiny_model, make_tokenizer
 
@@ -224,3 +225,41 @@ def test_a_forked_process_is_told_and_never_hangs() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=180, check=False)
     assert done.returncode == 0, done.stderr.decode()[-800:]
+
+
+class Contended:
+    """Stands for a kernel that says a thread waits for a core half of its time, a second at every look."""
+
+    def __init__(self) -> None:
+        self.num_looks = 0
+
+    def read(self) -> openmp._Times:
+        """Half of each."""
+        self.num_looks += 1
+        return openmp._Times(*[self.num_looks * 500_000_000] * 2)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def test_the_engines_threads_sleep_beside_busy_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looks after every step; nothing is left once it is closed."""
+
+    def idle_teams() -> list[str]:
+        return [thread.name for thread in threading.enumerate() if thread.name.startswith("idle-team")]
+
+    contended = Contended()
+    monkeypatch.setattr(openmp._Waits, "of_this_thread", lambda: contended)
+    monkeypatch.setattr(openmp.joblib, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with EngineWorker(BaseModel(make_tiny_model(), make_tokenizer(), "tiny"), CONFIG) as engine:
+            assert idle_teams() == []
+            engine.submit([5, 6, 7], SHORT).result(30)
+            assert idle_teams() == ["idle-team-0"]
+            assert contended.num_looks >= SHORT.max_tokens
+        assert idle_teams() == []
+    finally:
+        torch.set_num_threads(before)
