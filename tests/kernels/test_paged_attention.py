@@ -165,6 +165,19 @@ def test_prefill(
     assert (out[-1] == 0).all()
 
 
+@pytest.mark.parametrize("shape", [(3, 15), (3, 18), (3, 32), (2, 16), (1, 3, 16)], ids=str)
+def test_a_rotation_that_does_not_fit_heads_and_tokens_is_refused(shape: tuple[int, ...]) -> None:
+    """Nothing is written: not into the next head, nor behind the last one's memory."""
+    from lora_retriever_kernels.attention import Rotary, write_kv
+
+    step = make_step([(2, 2)], 4, 2, 16, torch.float32)
+    query, keys = step.query.clone(), step.keys.clone()
+    turns = torch.ones(shape, device=DEVICE)
+    with pytest.raises(ValueError, match=r"cos and sin must be \[3, rotary_dim\].* at most head_dim 16, got"):
+        write_kv(step.query, step.key, step.value, step.keys, step.values, step.pages, Rotary(turns, turns))
+    torch.testing.assert_close((step.query, step.keys), (query, keys), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("has_delta", [False, True])
 @pytest.mark.parametrize("has_norm", [False, True])
 @pytest.mark.parametrize(("dim", "rotary_dim"), [(16, 16), (24, 24), (20, 12)])

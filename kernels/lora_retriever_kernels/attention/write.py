@@ -152,10 +152,20 @@ def write_kv(
         norm: Norm of each head before the rotation.
         delta: What belongs to queries, keys and values and was computed apart, side by side `[num_tokens, ...]`,
             contiguous; added before all else. None for nothing.
+
+    Raises:
+        ValueError: If `rotary` is not of as many tokens, or of an odd number of dimensions, or of more than a head has:
+            nothing is written.
     """
     num_tokens, num_heads, dim = query.shape
     num_kv_heads, value_dim = value.shape[1:]
     rotary_dim = rotary.cos.shape[-1] if rotary is not None else dim // 2 * 2
+    # Of a rotation wider than a head the kernel would write the rest into the next head, and behind the last one.
+    if rotary_dim > dim or rotary_dim % 2 or any(x.shape != (num_tokens, rotary_dim) for x in rotary or ()):
+        shapes = [list(x.shape) for x in rotary or ()]
+        raise ValueError(
+            f"cos and sin must be [{num_tokens}, rotary_dim], rotary_dim even and at most head_dim {dim}, got {shapes}"
+        )
     block_half = triton.next_power_of_2(rotary_dim // 2)
     block_heads = max(1, min(8, _MAX_TILE // block_half, triton.next_power_of_2(num_kv_heads)))
     num_groups = triton.cdiv(num_kv_heads, block_heads)
