@@ -36,8 +36,10 @@ _SMALL = {
 
 
 def make_tiny_model(architecture: str = "llama", *, seed: int = 0, **overrides: Any) -> Any:
-    """A random float32 causal LM of the given transformers `model_type`."""
+    """A random float32 causal LM of the given transformers `model_type`, of which `text_config` is a part or all."""
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    from langchain_lora_retriever.engine.model.load import auto_class_of
 
     extras: dict[str, Any] = {}
     if architecture == "mistral":
@@ -49,8 +51,13 @@ def make_tiny_model(architecture: str = "llama", *, seed: int = 0, **overrides: 
             "layer_types": ["sliding_attention", "full_attention"],
         }
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(architecture, **{**_SMALL, **extras, **overrides})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    if "text_config" in overrides:
+        overrides["text_config"] = {**_SMALL, **overrides["text_config"]}
+        config = AutoConfig.for_model(architecture, **overrides)
+    else:
+        config = AutoConfig.for_model(architecture, **{**_SMALL, **extras, **overrides})
+    auto_class = AutoModelForCausalLM if config.is_encoder_decoder else auto_class_of(config, architecture)
+    model = auto_class.from_config(config, dtype=torch.float32).eval()
     for parameter in model.parameters():  # the default initialisation is so small that all logits are alike
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.15)

@@ -1,7 +1,7 @@
 """The command line: `lora-retriever demo | chat | route | pool | train | train-adapters | evaluate | bench | serve`.
 
-Exit status: 0 if it was done, 1 if it could not be, 2 if the arguments are wrong, 70 for a fault of this package, 130
-after Ctrl-C.
+And `check-model`. Exit status: 0 if it was done, 1 if it could not be, 2 if the arguments are wrong, 70 for a fault of
+this package, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import typer
 from langchain_lora_retriever.cli import (
     ask,
     bench,
+    check_model,
     demo,
     evaluate,
     interrupts,
@@ -41,6 +42,7 @@ commands.command("train", short_help="Fine-tune the encoder on a pool.")(train.t
 commands.add_typer(evaluate.commands, name="evaluate", short_help="Measure retrieval and composition.")
 commands.command("bench", short_help="Measure tokens per second.")(bench.bench)
 commands.command("serve", short_help="Serve the OpenAI API.")(serve.serve)
+commands.command("check-model", short_help="Say what will happen with a base model.")(check_model.check_model)
 
 
 def _print_version(*, is_wanted: bool) -> None:

@@ -136,9 +136,14 @@ class Engine:
         self.kv_cache = KVCacheManager(
             memory.num_blocks,
             config.block_size,
-            enable_prefix_caching=config.enable_prefix_caching,
+            enable_prefix_caching=config.enable_prefix_caching and not self.runner.probe.recurrent,
             num_warm_blocks=memory.num_warm_blocks,
         )
+        if config.enable_prefix_caching and self.runner.probe.recurrent:
+            _logger.info(
+                "%s keeps states of sequences beside keys and values: prefixes are not shared between requests.",
+                type(base.model).__name__,
+            )
         self.scheduler = Scheduler(
             self.kv_cache,
             self.slots,

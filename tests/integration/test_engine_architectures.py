@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from model_families import FAMILIES
 
 from langchain_lora_retriever.engine import BaseModel, EngineConfig, EngineWorker
-from langchain_lora_retriever.errors import EngineError
-from langchain_lora_retriever.types import SamplingParams
+from langchain_lora_retriever.errors import EngineError, InvalidRequestError
+from langchain_lora_retriever.types import Adapter, LoraWeights, SamplingParams
 from makers import make_adapter, make_tiny_model, make_tokenizer, merge_adapters
 
 if TYPE_CHECKING:
@@ -47,21 +48,21 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 SHARED = {"layer_types": ["full_attention"] * 3, "num_hidden_layers": 3, "num_kv_shared_layers": 1,
           "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 320}  # fmt: skip
+SERVED["sinks and windows"] = ("gpt_oss", {**MOE, "sliding_window": 8,
+                                           "layer_types": ["sliding_attention", "full_attention"]})  # fmt: skip
+SERVED["a state space beside attention"] = (
+    "falcon_h1",
+    {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
+)
 SERVED["shared keys"] = ("gemma4_text", SHARED)
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "no linear modules": ("gpt2", {"n_layer": 2, "n_embd": 64, "n_head": 4}, "Conv1D"),
-    "sinks": ("gpt_oss", {**MOE, "sliding_window": 8}, "attention sinks"),
     "positions by the cache": ("llama4_text", {**LLAMA4, "attention_chunk_size": 8, "floor_scale": 8}, "floor_scale"),
     "positions by the row": ("bart", {"decoder_layers": 2}, "position_ids"),
     "all tokens see each other": ("bert", {"is_decoder": False}, "neither causal"),
     "a mask of its own": ("doge", {}, "mask that was not made by"),
     "two attentions in a layer": ("diffllama", {}, "attends twice"),
     "no attention": ("mamba", {}, "recurrent"),
-    "attention beside a recurrence": (
-        "falcon_h1",
-        {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
-        "cache",
-    ),
     "windows in the cache alone": ("moshi", {"sliding_window": 8}, "cache of the latest 8"),
 }
 
@@ -192,6 +193,39 @@ def test_code_that_asks_for_the_implementation_by_name_is_found(dtype: torch.dty
     _only_by_eager(module, lambda: model.config._attn_implementation == "sdpa")
     with pytest.raises(EngineError, match="answers otherwise over a paged cache"):
         make_worker(model)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_routers_take_adapters_and_experts_do_not(architecture: str) -> None:
+    """A router's product is computed by a function; an adapter changes which experts a token goes to."""
+    settings = next(family.settings for family in FAMILIES if family.model_type == architecture)
+    model = make_tiny_model(architecture, **settings)
+    router = "router" if architecture == "gpt_oss" else "gate"
+    layers = [i for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")]
+    weights = dict(make_adapter(model, "a", targets=("q_proj", "o_proj"), scaling=1.0).weights)
+    generator = torch.Generator().manual_seed(0)
+    for layer in layers:
+        name = f"model.layers.{layer}.mlp.{router}"
+        num_experts, width = model.get_submodule(name).weight.shape
+        weights[name] = LoraWeights(
+            torch.randn(4, width, generator=generator), torch.randn(num_experts, 4, generator=generator), 1.0
+        )
+    adapter = Adapter(name="a", fingerprint=architecture, weights=weights)
+    prompts = [list(range(5, 45)), [7, 8, 9]]
+    merged = copy.deepcopy(model)
+    merge_adapters(merged, [(adapter, 1.0)])
+    expected = [generate(merged, prompts[0]), generate(model, prompts[1])]
+    merge_adapters(merged, [(Adapter("b", "b", {n: w for n, w in weights.items() if router in n}), -1.0)])
+    assert generate(merged, prompts[0]) != expected[0], "without the routers' part it would answer the same"
+    sampling = SamplingParams(max_tokens=12, ignore_eos=True)
+    with make_worker(model, max_num_batched_tokens=24) as worker:
+        running = [worker.submit(prompts[0], sampling, [(adapter, 1.0)]), worker.submit(prompts[1], sampling)]
+        assert [list(g.result(60).token_ids) for g in running] == expected
+        experts = f"model.layers.{layers[0]}.mlp.experts.gate_up_proj"
+        wrong = Adapter(name="wrong", fingerprint="c", weights={experts: weights[name]})
+        with pytest.raises(InvalidRequestError, match=r"experts\.gate_up_proj"):
+            worker.submit(prompts[0], sampling, [(wrong, 1.0)])
+    assert not [name for name, module in model.named_modules() if "forward" in vars(module)]
 
 
 @pytest.mark.parametrize("seed", range(4))

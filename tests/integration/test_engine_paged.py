@@ -29,6 +29,9 @@ EXTRA: dict[str, dict[str, Any]] = {
                     "no_rope_layers": [1, 0], "interleave_moe_layer_step": 3},
     "smollm3": {"no_rope_layers": [1, 0], "use_sliding_window": False},
     "granite": {"residual_multiplier": 0.3, "attention_multiplier": 0.1, "logits_scaling": 2.0},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8, "num_hidden_layers": 2,
+                "layer_types": ["sliding_attention", "full_attention"]},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
 }  # fmt: skip
 Pairs = list[tuple[Adapter, float]]
 
@@ -72,6 +75,8 @@ def make_cases(model: Any, *lengths: int) -> list[tuple[list[int], Pairs]]:
         ("gemma3_text", {}),
         ("llama4_text", {"enable_fused_layers": False}),
         ("smollm3", {}),
+        ("gpt_oss", {}),
+        ("olmo2", {}),
     ],
 )
 def test_the_triton_backend_gives_the_tokens_of_generate(
@@ -137,6 +142,34 @@ def test_the_triton_backend_keeps_what_is_not_finite_with_its_request(
         worker.check_integrity()
 
 
+@needs_triton
+def test_states_of_sequences_are_kept_on_the_triton_backend(
+    byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of streams run from static inputs, with padding, those with prompts piece by piece."""
+    if DEVICE == "cpu":
+        from langchain_lora_retriever.engine.model import paged_step
+
+        monkeypatch.setattr(paged_step, "choose_num_splits", lambda *_: 2)
+    model = make_tiny_model("lfm2", **EXTRA["lfm2"])
+    adapter = make_adapter(model, "a", targets=("in_proj", "out_proj", "q_proj"), scaling=1.0)
+    cases: list[tuple[list[int], Pairs]] = [(make_prompt(n), kind) for n, kind in zip(
+        (3, 30, 17), ([(adapter, 1.0)], [], [(adapter, 1.0)]), strict=True
+    )]  # fmt: skip
+    expected = [generate(model, *case, NUM_TOKENS) for case in cases]
+    config = EngineConfig(attention_backend="triton", max_num_batched_tokens=24, enable_async_scheduling=True, **SMALL)
+    sampling = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
+    with EngineWorker(BaseModel(model.to(DEVICE), byte_tokenizer, "tiny"), config) as worker:
+        executor = worker.core.runner.executor
+        assert executor.name == "triton"
+        assert executor.graphs
+        assert all(shape.is_decode for shape, *_ in executor.graphs)
+        running = [worker.submit(prompt, sampling, adapters) for prompt, adapters in cases]
+        assert [list(g.result(120).token_ids) for g in running] == expected
+        worker.check_integrity()
+    assert not [name for name, module in model.named_modules() if "forward" in vars(module)]
+
+
 def make_strange(model: Any) -> tuple[Any, int, str]:
     """One of three layers does what no fused forward knows of."""
     model.model.layers[1].mlp.act_fn = torch.nn.ReLU()
@@ -184,6 +217,7 @@ def test_layers_that_are_built_otherwise_run_unfused_beside_the_others_on_the_tr
         assert executor.name == "triton"
         assert executor.num_fused_layers == num_fused
         assert words in caplog.text
+        assert "fused it fails" not in caplog.text, "a rotation wider than a head is not tried"
         running = worker.submit(prompt, SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True))
         assert list(running.result(120).token_ids) == expected
     assert not [name for name, module in model.named_modules() if "forward" in vars(module)]

@@ -149,8 +149,9 @@ def test_attention_and_layers(compiler: Compiler) -> None:
     for delta in (None, torch.randn(num_tokens, (heads + 2 * kv_heads) * dim).to(dtype)):
         write_kv(query, key, value, keys, values, pages, rotary, norm, delta)
         write_kv(query, key, value, keys, values, pages, delta=delta)
-    for window, chunk, softcap in ((None, None, None), (8, None, None), (None, 8, 30.0)):
-        options = {"sliding_window": window, "chunk_size": chunk, "softcap": softcap, "scaling": 0.1}
+    sinks = torch.randn(heads).to(dtype)
+    for window, chunk, softcap, sink in ((None, None, None, None), (8, None, None, sinks), (None, 8, 30.0, None)):
+        options = {"sliding_window": window, "chunk_size": chunk, "softcap": softcap, "scaling": 0.1, "sinks": sink}
         attend_decode(out, query, keys, values, pages, long, num_splits=4, **options)
         attend_prefill(out, query, keys, values, pages, torch.tensor([[0, 4]]), **options)
     x = torch.randn(num_tokens, 2 * dim).to(dtype)

@@ -70,7 +70,9 @@ def make_step(spans: list[tuple[int, int]], heads: int, kv_heads: int, dim: int,
     )
 
 
-def reference(step: Step, window: int | None, chunk: int | None, softcap: float | None) -> torch.Tensor:
+def reference(
+    step: Step, window: int | None, chunk: int | None, softcap: float | None, sinks: torch.Tensor | None = None
+) -> torch.Tensor:
     """Plain attention, sequence by sequence, in float64."""
     outputs, start = [], 0
     for (num_queries, context), (k, v) in zip(step.spans, step.history, strict=True):
@@ -86,7 +88,10 @@ def reference(step: Step, window: int | None, chunk: int | None, softcap: float 
             mask &= seen > at - window
         if chunk is not None:
             mask &= seen // chunk == at // chunk
-        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), values))
+        scores = scores.masked_fill(~mask, -torch.inf)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.cpu().double()[:, None, None].expand(-1, num_queries, 1)], -1)
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1)[..., :context], values))
         start += num_queries
     return torch.cat(outputs)
 
@@ -162,6 +167,27 @@ def test_prefill(
         out, step.query, step.keys, step.values, step.pages, torch.tensor(tiles, device=DEVICE), scaling=0.3, **options
     )
     close(out[:-1], reference(step, window, chunk, softcap), dtype)
+    assert (out[-1] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize(("heads", "kv_heads", "window"), [(4, 2, None), (6, 2, 5)])
+def test_sinks(heads: int, kv_heads: int, window: int | None, num_splits: int, dtype: torch.dtype) -> None:
+    """A score of each head takes part in the softmax: small, larger than all others, and none at all."""
+    from lora_retriever_kernels.attention import attend_decode, attend_prefill, queries_per_tile, write_kv
+
+    step = make_step([(1, 1), (30, 45), (1, 130)], heads, kv_heads, 16, dtype)
+    write_kv(step.query, step.key, step.value, step.keys, step.values, step.pages)
+    sinks = torch.tensor([0.5, 30.0, -torch.inf, -2.0, 1.0, 0.0][:heads], device=DEVICE).to(dtype)
+    out = torch.full_like(step.query, torch.nan)
+    args = (out, step.query, step.keys, step.values, step.pages)
+    size = queries_per_tile(heads, kv_heads)
+    tiles = torch.tensor([(i, min(size, 31 - i)) for i in range(1, 31, size)], device=DEVICE)
+    options = {"scaling": 0.3, "sliding_window": window, "sinks": sinks}
+    attend_decode(*args, torch.tensor([0, 31, -1, 32], device=DEVICE), num_splits=num_splits, **options)
+    attend_prefill(*args, tiles, **options)
+    close(out[:-1], reference(step, window, None, None, sinks), dtype)
     assert (out[-1] == 0).all()
 
 

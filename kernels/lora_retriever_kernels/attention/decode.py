@@ -26,10 +26,10 @@ def choose_num_splits(num_sequences: int, num_kv_heads: int) -> int:
 # What differs from step to step must not be compiled in: a step waits for every new variant.
 @triton.jit(do_not_specialize=["num_splits"], do_not_specialize_on_alignment=["rows", "positions", "tokens"])
 def _decode_kernel(
-    out, partial, stats, query, keys, values, tables, rows, positions, tokens, scale, softcap, window, query_stride,
-    query_head_stride, out_stride, table_stride, num_kv_heads, num_splits,
+    out, partial, stats, query, keys, values, tables, rows, positions, tokens, sinks, scale, softcap, window,
+    query_stride, query_head_stride, out_stride, table_stride, num_kv_heads, num_splits,
     GROUP: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_CHUNKED: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    IS_SPLIT: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    HAS_SINKS: tl.constexpr, IS_SPLIT: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence, key head and split. A split without keys says so with a maximum of -inf."""
@@ -62,6 +62,11 @@ def _decode_kernel(
     )
     maximum = tl.full([BLOCK_GROUP], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_GROUP], tl.float32)
+    if HAS_SINKS:  # a key without a value, which only one of the splits may count
+        counted = g < tl.where(split == 0, tl.where(row >= 0, GROUP, 0), 0)
+        sink = tl.load(sinks + head, mask=counted, other=-float("inf")).to(tl.float32)
+        maximum = sink * 1.4426950408889634
+        total = tl.where(sink > -float("inf"), 1.0, 0.0)
     acc = tl.zeros([BLOCK_GROUP, BLOCK_VALUE], tl.float32)
     tables += tl.maximum(row, 0) * table_stride
     for start in range(lo, hi, BLOCK_N):
@@ -134,6 +139,7 @@ def attend_decode(
     sliding_window: int | None = None,
     chunk_size: int | None = None,
     softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     num_splits: int = 1,
 ) -> None:
     """Attend for some tokens, each the last of its sequence and its only one in the step.
@@ -154,6 +160,8 @@ def attend_decode(
         sliding_window: Latest tokens visible to a query, itself included; None sees all.
         chunk_size: Tokens of a chunk: only those of a query's own are visible to it. Not together with a window.
         softcap: Scores become `softcap * tanh(scores / softcap)`; None leaves them.
+        sinks: A score for each head `[num_heads]`, contiguous, that takes part in the softmax and has no value; None:
+            no such.
         num_splits: Programs that share a sequence's keys, see `choose_num_splits`.
 
     Source: FlashDecoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html.
@@ -180,6 +188,7 @@ def attend_decode(
         pages.rows,
         pages.positions,
         tokens,
+        sinks if sinks is not None else query,
         scaling,
         softcap or 0.0,
         sliding_window or chunk_size or 0,
@@ -193,6 +202,7 @@ def attend_decode(
         HAS_WINDOW=sliding_window is not None,
         IS_CHUNKED=chunk_size is not None,
         HAS_SOFTCAP=softcap is not None,
+        HAS_SINKS=sinks is not None,
         IS_SPLIT=num_splits > 1,
         PAGE=keys.shape[1],
         DIM=dim,

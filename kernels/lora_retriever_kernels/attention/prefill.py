@@ -26,11 +26,11 @@ def queries_per_tile(num_heads: int, num_kv_heads: int) -> int:
 
 @triton.jit(do_not_specialize_on_alignment=["rows", "positions", "tiles"])
 def _prefill_kernel(
-    out, query, keys, values, tables, rows, positions, tiles, scale, softcap, window, query_stride, query_head_stride,
-    out_stride, table_stride, num_kv_heads,
+    out, query, keys, values, tables, rows, positions, tiles, sinks, scale, softcap, window, query_stride,
+    query_head_stride, out_stride, table_stride, num_kv_heads,
     GROUP: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_CHUNKED: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    PAGE: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
+    HAS_SINKS: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
 ):  # fmt: skip
     """One program per tile and key head; row m is query `m // BLOCK_GROUP`, head `m % BLOCK_GROUP` of the group."""
     tile = tl.program_id(0)
@@ -56,6 +56,11 @@ def _prefill_kernel(
         )
         maximum = tl.full([BLOCK_M], -float("inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
+        if HAS_SINKS:  # a key without a value; padding has none either
+            counted = (index < tl.where(row >= 0, count, 0)) & (m % BLOCK_GROUP < GROUP)
+            sink = tl.load(sinks + head, mask=counted, other=-float("inf")).to(tl.float32)
+            maximum = sink * 1.4426950408889634
+            total = tl.where(sink > -float("inf"), 1.0, 0.0)
         acc = tl.zeros([BLOCK_M, BLOCK_VALUE], tl.float32)
         tables += tl.maximum(row, 0) * table_stride
         lo = 0
@@ -112,6 +117,7 @@ def attend_prefill(
     sliding_window: int | None = None,
     chunk_size: int | None = None,
     softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Attend for runs of adjacent tokens of a sequence, each over the cached tokens up to itself.
 
@@ -127,6 +133,8 @@ def attend_prefill(
         sliding_window: Latest tokens visible to a query, itself included; None sees all.
         chunk_size: Tokens of a chunk: only those of a query's own are visible to it. Not together with a window.
         softcap: Scores become `softcap * tanh(scores / softcap)`; None leaves them.
+        sinks: A score for each head `[num_heads]`, contiguous, that takes part in the softmax and has no value; None:
+            no such.
 
     Source: FlashAttention-2, arXiv:2307.08691.
     """
@@ -147,6 +155,7 @@ def attend_prefill(
         pages.rows,
         pages.positions,
         tiles,
+        sinks if sinks is not None else query,
         scaling,
         softcap or 0.0,
         sliding_window or chunk_size or 0,
@@ -159,6 +168,7 @@ def attend_prefill(
         HAS_WINDOW=sliding_window is not None,
         IS_CHUNKED=chunk_size is not None,
         HAS_SOFTCAP=softcap is not None,
+        HAS_SINKS=sinks is not None,
         PAGE=keys.shape[1],
         DIM=dim,
         VALUE_DIM=value_dim,

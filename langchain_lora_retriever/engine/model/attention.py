@@ -1,12 +1,14 @@
 """Attention over the paged KV cache, plugged into transformers through its `AttentionInterface`.
 
 The model's own code computes queries, keys and values of the packed tokens; this module writes keys and values to the
-cache pages of each sequence and attends over them. What a step reads and writes is an `AttentionStep`, handed to the
-model's forward as a keyword argument, which transformers passes on to every attention layer.
+cache pages of each sequence and attends over them. What a step reads and writes is an `AttentionStep`: that of the
+thread that runs the model, whatever its layers hand on to each other.
 """
 
 from __future__ import annotations
 
+import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -16,7 +18,7 @@ from transformers import AttentionInterface
 from langchain_lora_retriever.errors import EngineError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 __all__ = [
     "ATTENTION_IMPLEMENTATION",
@@ -25,14 +27,16 @@ __all__ = [
     "MaskPattern",
     "PagedCache",
     "QuerySpan",
+    "attending",
+    "current_step",
     "refuse_extras",
 ]
 
 ATTENTION_IMPLEMENTATION = "langchain_lora_retriever_paged"
 
+_current = threading.local()  # its `step` is that of the thread
+
 _EXTRAS = {  # keywords of attention that change its result
-    "s_aux": "attention sinks",
-    "sinks": "attention sinks",
     "position_bias": "position biases",
     "attention_bias": "attention biases",
     "alibi": "position biases",
@@ -122,6 +126,7 @@ class AttentionStep(Protocol):
         *,
         scaling: float,
         softcap: float | None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Write the step's keys and values, then attend.
 
@@ -132,6 +137,7 @@ class AttentionStep(Protocol):
             value: `[num_tokens, num_kv_heads, head_dim]`.
             scaling: Factor of the scores.
             softcap: Scores become `softcap * tanh(scores / softcap)`; None leaves them.
+            sinks: A score for each head, `[num_heads]`, that takes part in the softmax and has no value; None: no such.
 
         Returns:
             `[num_tokens, num_heads, head_dim]`.
@@ -162,6 +168,7 @@ class GatheringStep:
         *,
         scaling: float,
         softcap: float | None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Write the step's keys and values, then attend."""
         cache = self._caches[layer_idx]
@@ -177,15 +184,15 @@ class GatheringStep:
                 for pages in (cache.keys, cache.values)
             )
             mask = plan.decode_mask(group, cache.pattern)
-            out[group.tokens] = _decode(query[group.tokens], keys, values, mask, scaling, softcap)
+            out[group.tokens] = _decode(query[group.tokens], keys, values, mask, _Scores(scaling, softcap, sinks))
         for prefill in plan.prefills:
             tokens = slice(prefill.start, prefill.start + prefill.span.num_queries)
             keys, values = (
                 pages.index_select(0, prefill.pages).flatten(0, 1)[: prefill.span.context_len]
                 for pages in (cache.keys, cache.values)
             )
-            mask = plan.prefill_mask(prefill, cache.pattern, is_softcapped=softcap is not None)
-            out[tokens] = _prefill(query[tokens], keys, values, mask, scaling, softcap)
+            mask = plan.prefill_mask(prefill, cache.pattern, is_plain=softcap is None and sinks is None)
+            out[tokens] = _prefill(query[tokens], keys, values, mask, _Scores(scaling, softcap, sinks))
         return out
 
 
@@ -221,10 +228,10 @@ class _Plan:
             self._masks[key] = pattern.sees(group.context_lens[:, None] - 1, positions)[:, None, None]
         return self._masks[key]
 
-    def prefill_mask(self, prefill: _Prefill, pattern: MaskPattern, *, is_softcapped: bool) -> torch.Tensor | None:
+    def prefill_mask(self, prefill: _Prefill, pattern: MaskPattern, *, is_plain: bool) -> torch.Tensor | None:
         """Bool `[num_queries, context_len]`; None where plain causal attention says the same."""
         num_queries, context_len = prefill.span.num_queries, prefill.span.context_len
-        if num_queries == context_len and not is_softcapped and pattern.is_causal(context_len):
+        if num_queries == context_len and is_plain and pattern.is_causal(context_len):
             return None
         key = (id(prefill), pattern)
         if key not in self._masks:
@@ -247,13 +254,24 @@ class _Plan:
         return torch.tensor(values, device=self._device)
 
 
+class _Scores(NamedTuple):
+    """How scores become shares, see `AttentionStep.attend`."""
+
+    scaling: float
+    softcap: float | None
+    sinks: torch.Tensor | None
+
+    def of_heads(self, *shape: int) -> _Scores:
+        """The same with the heads' sinks in another shape."""
+        return self if self.sinks is None else self._replace(sinks=self.sinks.view(shape))
+
+
 def _decode(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     mask: torch.Tensor | None,
-    scaling: float,
-    softcap: float | None,
+    scores: _Scores,
 ) -> torch.Tensor:
     """`query` `[n, num_heads, head_dim]`, `keys` `[n, length, num_kv_heads, head_dim]`.
 
@@ -261,7 +279,7 @@ def _decode(
     """
     num_sequences, num_heads, head_dim = query.shape
     grouped = query.reshape(num_sequences, keys.shape[2], -1, head_dim)
-    out = _attention(grouped, keys.transpose(1, 2), values.transpose(1, 2), mask, scaling, softcap)
+    out = _attention(grouped, keys.transpose(1, 2), values.transpose(1, 2), mask, scores.of_heads(keys.shape[2], -1, 1))
     return out.reshape(num_sequences, num_heads, values.shape[-1])
 
 
@@ -270,8 +288,7 @@ def _prefill(
     keys: torch.Tensor,
     values: torch.Tensor,
     mask: torch.Tensor | None,
-    scaling: float,
-    softcap: float | None,
+    scores: _Scores,
 ) -> torch.Tensor:
     """`query` `[n, num_heads, head_dim]`, `keys` `[length, num_kv_heads, head_dim]`."""
     num_queries, num_heads, head_dim = query.shape
@@ -279,7 +296,7 @@ def _prefill(
     grouped = query.transpose(0, 1).reshape(num_kv_heads, -1, num_queries, head_dim)
     shape = (num_kv_heads, num_heads // num_kv_heads, -1, -1)
     keys, values = keys.transpose(0, 1)[:, None].expand(shape), values.transpose(0, 1)[:, None].expand(shape)
-    out = _attention(grouped, keys, values, mask, scaling, softcap)
+    out = _attention(grouped, keys, values, mask, scores.of_heads(num_kv_heads, -1, 1, 1))
     return out.flatten(0, 1).transpose(0, 1)
 
 
@@ -288,22 +305,44 @@ def _attention(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    scaling: float,
-    softcap: float | None,
+    scores: _Scores,
 ) -> torch.Tensor:
-    if softcap is None:
+    scaling, softcap, sinks = scores
+    if softcap is None and sinks is None:
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling)
     assert mask is not None
-    scores = (query @ key.transpose(-1, -2)).float() * scaling
-    scores = softcap * torch.tanh(scores / softcap)
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1).to(value.dtype) @ value
+    products = (query @ key.transpose(-1, -2)).float() * scaling
+    if softcap is not None:
+        products = softcap * torch.tanh(products / softcap)
+    products = products.masked_fill(~mask, -torch.inf)
+    if sinks is None:
+        return products.softmax(-1).to(value.dtype) @ value
+    sinks = sinks.float().expand(*products.shape[:-1], 1)
+    shares = torch.cat([products, sinks], -1).softmax(-1)[..., :-1]
+    return shares.to(value.dtype) @ value
+
+
+@contextmanager
+def attending(step: Any) -> Iterator[None]:
+    """Let attention of models that this thread runs read and write what `step` says."""
+    before = current_step()
+    _current.step = step
+    try:
+        yield
+    finally:
+        _current.step = before
+
+
+def current_step() -> Any:
+    """The step that this thread runs; None if it runs none."""
+    return getattr(_current, "step", None)
 
 
 def refuse_extras(module: Any, kwargs: Mapping[str, Any]) -> None:
     """Refuse what the paged cache does not offer.
 
     Raises:
-        EngineError: If attention is asked for sinks, biases, or a mask.
+        EngineError: If attention is asked for biases or a mask.
     """
     asked = [name for name in _EXTRAS if kwargs.get(name) is not None]
     if asked:
@@ -321,27 +360,29 @@ def _paged_attention_forward(
     *,
     scaling: float | None = None,
     softcap: float | None = None,
-    attention_step: AttentionStep | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Transformers' attention signature; `query` is `[1, num_heads, num_tokens, head_dim]`.
 
     A keyword `sliding_window` is not read: the layer's cache knows what the mask of the model's own attention says.
     """
-    if attention_step is None:
+    step = current_step()
+    if step is None:
         raise EngineError(
             "This model belongs to a running engine and computes attention over the engine's cache: load a second "
             "copy to call it directly, or close the engine first."
         )
     if attention_mask is not None or not _EXTRAS.keys().isdisjoint(kwargs):
         refuse_extras(module, {**kwargs, "attention_mask": attention_mask})
-    out = attention_step.attend(
+    out = step.attend(
         module.layer_idx,
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
         scaling=scaling if scaling is not None else query.shape[-1] ** -0.5,
         softcap=softcap,
+        sinks=s_aux,
     )
     return out[None], None
 

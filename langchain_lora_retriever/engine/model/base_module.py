@@ -11,7 +11,7 @@ from torch import nn
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["BaseModule"]
+__all__ = ["BaseModule", "give_forward_back"]
 
 
 class BaseModule:
@@ -28,19 +28,17 @@ class BaseModule:
 
     def __init__(self, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
         self.module = module
-        self.forward: Callable[[torch.Tensor], torch.Tensor] = module.forward
+        self.forward: Callable[..., torch.Tensor] = module.forward
         self.dtype = dtype
         self.device = device
 
-    def wrap(self, forward: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def wrap(self, forward: Callable[..., Any]) -> None:
         """Take the place of the module's forward."""
         self.module.forward = forward
 
     def unwrap(self) -> None:
         """Give it back."""
-        del self.module.forward
-        if getattr(self.forward, "__func__", None) is not type(self.module).forward:
-            self.module.forward = self.forward  # accelerate's own wrapper, an attribute of the instance too
+        give_forward_back(self.module, self.forward)
 
     def tensor(self, name: str) -> torch.Tensor | None:
         """A parameter, also where accelerate keeps it elsewhere until it is used; None if there is none."""
@@ -59,3 +57,10 @@ class BaseModule:
         """What the outputs hold beside the product, where and in what the module computes; None if there is none."""
         bias = None if isinstance(self.module, nn.Embedding) else self.tensor("bias")
         return None if bias is None else bias.to(self.device, self.dtype)
+
+
+def give_forward_back(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Let a module compute by the `forward` that it had before another took its place."""
+    vars(module).pop("forward", None)
+    if getattr(forward, "__func__", None) is not type(module).forward:
+        module.forward = forward  # accelerate's own wrapper, an attribute of the instance too

@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.func import functional_call
 
-from langchain_lora_retriever.engine.model.attention import GatheringStep, PagedCache, QuerySpan
+from langchain_lora_retriever.engine.model.attention import GatheringStep, PagedCache, QuerySpan, attending
 from langchain_lora_retriever.engine.model.paged_step import PagedStep, QueryTiles
 from langchain_lora_retriever.engine.model.probe import input_device, num_embeddings
 from langchain_lora_retriever.engine.pinned_copy import upload
@@ -24,7 +25,6 @@ from lora_retriever_kernels.attention import Pages
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from torch import nn
     from transformers import PreTrainedModel
 
     from langchain_lora_retriever.engine.model.fused_layers import FusedForward, FusedLayers
@@ -77,17 +77,23 @@ def check_fused(model: PreTrainedModel, fused: FusedLayers, probe: ModelProbe, t
         probe: What is known of the model.
         tile_size: Most queries of one tile.
     """
+    if not any(fused.candidates()):
+        return
     caches = {layer: _small_cache(geometry, geometry.dtype) for layer, geometry in probe.attention.items()}
-    step = _make_step(caches, tile_size, input_device(model))
+    with attending(_make_step(caches, tile_size, input_device(model))):
+        _check(model, fused, probe)
+
+
+def _check(model: PreTrainedModel, fused: FusedLayers, probe: ModelProbe) -> None:
     calls: dict[int, _Call] = {}
-    expected = _run(model, step, fused, calls)
+    expected = _run(model, fused, calls)
     names = {id(module): name for name, module in model.named_modules()}
     for index, module, forwards in list(fused.candidates()):
         chosen, reason = _choose(module, forwards, calls[index], probe.attention)
         if chosen is None:
             _logger.warning("%s stays unfused: %s", names[id(module)], reason)
         fused.decide(index, chosen)
-    fault = _try_together(model, step, fused, expected) if fused.num_fused else None
+    fault = _try_together(model, fused, expected) if fused.num_fused else None
     if fault is not None:
         fused.detach()
         for index, _, _ in list(fused.candidates()):
@@ -102,19 +108,21 @@ def _choose(
     reasons = []
     for forward in forwards:
         try:
+            if not forward.fits(call.kwargs.get("position_embeddings")):
+                continue
             if _is_equal(module, forward, call, geometry):
                 return forward, ""
             reasons.append("fused it computes something else")
         except Exception as error:  # noqa: BLE001 - whatever it is, the layer's own forward is there and works
             reasons.append(f"fused it fails: {error!r}")
-    return None, "; without rotation ".join(reasons)
+    return None, "; rotated otherwise ".join(reasons)
 
 
-def _try_together(model: PreTrainedModel, step: PagedStep, fused: FusedLayers, expected: torch.Tensor) -> str | None:
+def _try_together(model: PreTrainedModel, fused: FusedLayers, expected: torch.Tensor) -> str | None:
     """Attach the fused layers and run the model; what is wrong, if anything is."""
     try:
         fused.attach()
-        got = _run(model, step, fused, None)
+        got = _run(model, fused, None)
     except Exception as error:  # noqa: BLE001 - likewise
         return f"fail: {error!r}"
     difference = float(((got - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
@@ -123,7 +131,7 @@ def _try_together(model: PreTrainedModel, step: PagedStep, fused: FusedLayers, e
     return f"change the logits by {difference:.1e} (relative)"
 
 
-def _run(model: PreTrainedModel, step: PagedStep, fused: FusedLayers, calls: dict[int, _Call] | None) -> torch.Tensor:
+def _run(model: PreTrainedModel, fused: FusedLayers, calls: dict[int, _Call] | None) -> torch.Tensor:
     """Logits of some tokens, in float32; what the layers are called with is put into `calls`."""
 
     def record(index: int) -> Any:
@@ -143,7 +151,6 @@ def _run(model: PreTrainedModel, step: PagedStep, fused: FusedLayers, calls: dic
             input_ids=token_ids.to(device),
             position_ids=torch.arange(_NUM_TOKENS, device=device)[None],
             use_cache=False,
-            attention_step=step,
         )
     finally:
         for handle in handles:
@@ -156,15 +163,46 @@ def _is_equal(module: nn.Module, forward: FusedForward, call: _Call, geometry: M
     if not isinstance(call.output, torch.Tensor):
         return False
     hidden = call.args[0] if call.args else call.kwargs["hidden_states"]
+    if forward.layer.mlp is None:
+        with _without_mlp(module, hidden):
+            return _compare(module, forward, call._replace(output=module(*call.args, **call.kwargs)), geometry)
+    return _compare(module, forward, call, geometry)
+
+
+def _compare(module: nn.Module, forward: FusedForward, call: _Call, geometry: Mapping[int, AttentionGeometry]) -> bool:
+    hidden = call.args[0] if call.args else call.kwargs["hidden_states"]
     got = forward(*call.args, **call.kwargs)
     layer_idx = forward.layer.layer_idx
     span = QuerySpan(_NUM_TOKENS, _NUM_TOKENS, _blocks())
     step = GatheringStep([span], {layer_idx: _small_cache(geometry[layer_idx], torch.float32)})
     weights = {name: _to_float32(tensor) for name, tensor in (*module.named_parameters(), *module.named_buffers())}
-    kwargs = {**{name: _to_float32(value) for name, value in call.kwargs.items()}, "attention_step": step}
-    with _own_forwards(module):
+    kwargs = {name: _to_float32(value) for name, value in call.kwargs.items()}
+    with _own_forwards(module), attending(step):
         exact = functional_call(module, weights, _to_float32(call.args), kwargs)
     return is_as_exact(got[0], call.output[0], exact[0], hidden[0])
+
+
+@contextmanager
+def _without_mlp(layer: nn.Module, hidden: torch.Tensor) -> Iterator[None]:
+    """Let a layer's MLP give what it gets: what both ways of computing the layer leave to it need no comparison."""
+    mlp = layer.mlp
+    is_tuple = isinstance(mlp(hidden), tuple)  # type: ignore[operator]
+    layer.mlp = _Through(is_tuple=is_tuple)
+    try:
+        yield
+    finally:
+        layer.mlp = mlp
+
+
+class _Through(nn.Module):
+    """Gives what it gets, alone or first of two."""
+
+    def __init__(self, *, is_tuple: bool) -> None:
+        super().__init__()
+        self._is_tuple = is_tuple
+
+    def forward(self, hidden_states: torch.Tensor) -> Any:
+        return (hidden_states, None) if self._is_tuple else hidden_states
 
 
 @contextmanager

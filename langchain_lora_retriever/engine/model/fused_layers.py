@@ -1,37 +1,46 @@
 """Decoder layers of the usual shape, with everything between their matrix products fused.
 
-transformers computes norms, rotations, residual additions and activations operation by operation. A layer that is built
-as Llama, Mistral, Qwen or Gemma build theirs is recognised by its modules, and only its `forward` is replaced. Nothing
-is taken on trust: each norm is read by what it computes, and `fused_check` compares each layer with its own forward,
-with a rotation of queries and keys and without. Layers that it does not find equal stay as they are, beside fused ones.
+transformers computes norms, rotations, residual additions and activations operation by operation. A layer that is
+built as Llama, Mistral, Qwen, Gemma, Phi or OLMo build theirs is recognised by its modules, and only its `forward` is
+replaced; experts compute by their own. Nothing is taken on trust: each norm is read by what it computes, and
+`fused_check` compares each layer with its own forward, with a rotation of queries and keys, read in two ways, and
+without. Layers that it does not find equal stay as they are, beside fused ones.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
 
+from langchain_lora_retriever.engine.model.attention import current_step
 from lora_retriever_kernels.attention import QueryKeyNorm, Rotary
 from lora_retriever_kernels.decoder import ACTIVATIONS, RmsNorm, add_rms_norm, gated_activation, rms_norm
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from transformers import PreTrainedModel
 
     from langchain_lora_retriever.engine.model.lora_layers import LoraLayers, Product
     from langchain_lora_retriever.engine.model.paged_step import PagedStep
-    from langchain_lora_retriever.engine.model.probe import AttentionGeometry
+    from langchain_lora_retriever.engine.model.probe import AttentionGeometry, ModelProbe
 
-__all__ = ["FusedForward", "FusedLayers"]
+__all__ = ["FusedForward", "FusedLayers", "num_fusable_layers"]
 
 _logger = logging.getLogger(__name__)
 
-_PLAIN_NORMS = frozenset({"input_layernorm", "post_attention_layernorm"})
-_SANDWICH_NORMS = _PLAIN_NORMS | {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
+# Where a layer's norms stand, by their names: before attention, after it, before the MLP, after it.
+_NormPlaces: TypeAlias = "tuple[str | None, str | None, str | None, str | None]"
+_NORM_PLACES: tuple[_NormPlaces, ...] = (
+    ("input_layernorm", None, "post_attention_layernorm", None),
+    ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+)
+_QKV = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",))  # modules, or the one, that give queries, keys and values
+_GATE_UP = (("gate_proj", "up_proj"), ("gate_up_proj",))
 
 
 class _Layer(NamedTuple):
@@ -42,15 +51,28 @@ class _Layer(NamedTuple):
     geometry: AttentionGeometry
     qkv: Product
     out: Product
+    mlp: _Mlp | None  # None leaves it to the module: experts
+    head_norm: QueryKeyNorm | None
+    wide_norms: tuple[RmsNorm, RmsNorm] | None  # of queries and of keys, over all of their heads
+    norm_before_attention: RmsNorm | None
+    norm_after_attention: RmsNorm | None
+    norm_before_mlp: RmsNorm | None
+    norm_after_mlp: RmsNorm | None
+    sinks: torch.Tensor | None
+    is_rotated: bool = True
+    has_half_tables: bool = False  # of cosines and sines: the second halves, which are alike, are left out
+
+
+class _Mlp(NamedTuple):
+    """A gated MLP."""
+
     gate_up: Product
     down: Product
     activation: str
-    head_norm: QueryKeyNorm | None
-    norm_before_attention: RmsNorm
-    norm_after_attention: RmsNorm | None
-    norm_before_mlp: RmsNorm
-    norm_after_mlp: RmsNorm | None
-    is_rotated: bool = True
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        x, delta = self.gate_up(x)
+        return self.down(gated_activation(x, self.activation, delta))
 
 
 class FusedLayers:
@@ -103,7 +125,7 @@ class FusedLayers:
         """Each layer that could be fused: its place, its module, and the forwards to be tried in its stead."""
         for index, layer in enumerate(self._layers):
             if layer is not None:
-                ways = (layer, layer._replace(is_rotated=False))
+                ways = (layer, layer._replace(is_rotated=False), layer._replace(has_half_tables=True))
                 yield index, layer.module, [FusedForward(self, way, None) for way in ways]
 
     def decide(self, index: int, forward: FusedForward | None) -> None:
@@ -131,12 +153,13 @@ class FusedLayers:
         """Remember what the next layer's first norm makes of `hidden`."""
         self._handed_on = (hidden, normed)
 
-    def take(self, hidden: torch.Tensor, norm: RmsNorm) -> torch.Tensor:
-        """The norm of `hidden`, computed unless the layer before has done it."""
+    def take(self, hidden: torch.Tensor, norm: RmsNorm | None) -> torch.Tensor:
+        """The norm of `hidden`, computed unless the layer before has done it; itself if there is no norm."""
         handed_on, self._handed_on = self._handed_on, None
         if handed_on is not None and handed_on[0] is hidden:
             return handed_on[1]
-        return rms_norm(hidden.reshape(-1, hidden.shape[-1]), norm)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        return flat if norm is None else rms_norm(flat, norm)
 
     def _forward_final(self, hidden_states: torch.Tensor) -> torch.Tensor:
         assert self._final_norm is not None
@@ -157,11 +180,19 @@ class FusedForward:
         self.layer = layer
         self._following = following
 
+    def fits(self, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None) -> bool:
+        """Whether what the layer is given to rotate by, read as this forward reads it, is no wider than a head."""
+        if not self.layer.is_rotated:
+            return True
+        if position_embeddings is None:
+            return False
+        width = position_embeddings[0].shape[-1] * (2 if self.layer.has_half_tables else 1)
+        return width <= self.layer.geometry.head_dim
+
     def __call__(
         self,
         hidden_states: torch.Tensor,
         *,
-        attention_step: PagedStep,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **_: Any,
     ) -> torch.Tensor:
@@ -171,23 +202,50 @@ class FusedForward:
         rotary = None
         if layer.is_rotated:
             assert position_embeddings is not None
-            rotary = Rotary(position_embeddings[0][0], position_embeddings[1][0])
+            cos, sin = position_embeddings[0][0], position_embeddings[1][0]
+            if layer.has_half_tables:
+                cos, sin = torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
+            rotary = Rotary(cos, sin)
         x = self._stack.take(hidden_states, layer.norm_before_attention)
         x, delta = layer.qkv(x)
-        x = attention_step.attend_projected(layer.layer_idx, x, delta, layer.geometry, rotary, layer.head_norm)
+        if layer.wide_norms is not None and delta is not None:
+            x, delta = x + delta, None
+        query, key, value = x.split(layer.geometry.projected_widths, 1)
+        if layer.wide_norms is not None:
+            query, key = rms_norm(query, layer.wide_norms[0]), rms_norm(key, layer.wide_norms[1])
+        step: PagedStep = current_step()
+        x = step.attend_projected(
+            layer.layer_idx, (query, key, value), delta, layer.geometry, rotary, layer.head_norm, layer.sinks
+        )
         x, delta = layer.out(x)
-        residual, x = add_rms_norm(x, residual, layer.norm_before_mlp, layer.norm_after_attention, delta)
-        x, delta = layer.gate_up(x)
-        x, delta = layer.down(gated_activation(x, layer.activation, delta))
-        if self._following is None:
-            if layer.norm_after_mlp is not None:
-                x, delta = rms_norm(x, layer.norm_after_mlp, delta), None
-            residual = residual + x if delta is None else residual + (x + delta)
-            return residual.view(hidden_states.shape)
-        residual, x = add_rms_norm(x, residual, self._following, layer.norm_after_mlp, delta)
+        residual, x = _add(x, delta, residual, layer.norm_after_attention, layer.norm_before_mlp)
+        delta = None
+        if layer.mlp is not None:
+            x, delta = layer.mlp(x)
+        else:
+            out = layer.module.mlp(x.view(hidden_states.shape))  # type: ignore[operator]
+            x = (out[0] if isinstance(out, tuple) else out).reshape(x.shape)
+        residual, x = _add(x, delta, residual, layer.norm_after_mlp, self._following)
         out = residual.view(hidden_states.shape)
-        self._stack.hand_on(out, x)
+        if self._following is not None:
+            self._stack.hand_on(out, x)
         return out
+
+
+def _add(
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    residual: torch.Tensor,
+    inner: RmsNorm | None,
+    norm: RmsNorm | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`residual + inner(x + delta)`, and the norm of it; where there is no norm, both are the sum."""
+    if norm is not None:
+        return add_rms_norm(x, residual, norm, inner, delta)
+    if inner is not None:
+        x, delta = rms_norm(x, inner, delta), None
+    total = residual + x if delta is None else residual + (x + delta)
+    return total, total
 
 
 def _read_layer(
@@ -197,52 +255,59 @@ def _read_layer(
     geometry: Mapping[int, AttentionGeometry],
     activation: object,
 ) -> _Layer | None:
-    attention, mlp = getattr(module, "self_attn", None), getattr(module, "mlp", None)
-    if attention is None or mlp is None or not isinstance(activation, str) or activation not in ACTIVATIONS:
+    places = _norm_places(module)
+    if places is None:
         return None
-    norm_names = _trained(module) - {"self_attn", "mlp"}
-    if norm_names not in (_PLAIN_NORMS, _SANDWICH_NORMS):
+    attention: Any = module.self_attn
+    mlp: Any = module.mlp
+    layer_geometry = geometry[attention.layer_idx]
+    qkv, out = (_find_product(lora_layers, f"{name}.self_attn", ways) for ways in (_QKV, (("o_proj",),)))
+    norms = _read_query_key_norms(attention, layer_geometry)
+    if qkv is None or out is None or norms is None:
         return None
-    norms = {key: _read_norm(getattr(module, key)) for key in norm_names}
-    products = [
-        lora_layers.find_product(tuple(f"{name}.{part}" for part in parts))
-        for parts in (
-            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            ("self_attn.o_proj",),
-            ("mlp.gate_proj", "mlp.up_proj"),
-            ("mlp.down_proj",),
-        )
-    ]
-    has_head_norm, head_norm = _read_head_norm(attention, geometry[attention.layer_idx].head_dim)
-    extra = _trained(attention) - {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
-    extra |= _trained(mlp) - {"gate_proj", "up_proj", "down_proj"}
-    if extra or None in norms.values() or None in products or (has_head_norm and head_norm is None):
+    fused_mlp = None
+    if _trained(mlp) in ({*gate_up, "down_proj"} for gate_up in _GATE_UP):
+        gate_up, down = (_find_product(lora_layers, f"{name}.mlp", ways) for ways in (_GATE_UP, (("down_proj",),)))
+        if gate_up is None or down is None or not isinstance(activation, str) or activation not in ACTIVATIONS:
+            return None
+        fused_mlp = _Mlp(gate_up, down, activation)
+    read = [None if place is None else _read_norm(getattr(module, place)) for place in places]
+    if any(norm is None and place is not None for norm, place in zip(read, places, strict=True)):
         return None
-    is_sandwich = norm_names == _SANDWICH_NORMS
-    before_mlp = norms["pre_feedforward_layernorm" if is_sandwich else "post_attention_layernorm"]
-    before_attention = norms["input_layernorm"]
-    qkv, out, gate_up, down = products
-    assert qkv is not None
-    assert out is not None
-    assert gate_up is not None
-    assert down is not None
-    assert before_attention is not None
-    assert before_mlp is not None
+    sinks = attention.sinks if layer_geometry.has_sinks else None
+    before_attention, after_attention, before_mlp, after_mlp = read
     return _Layer(
-        module,
-        attention.layer_idx,
-        geometry[attention.layer_idx],
-        qkv,
-        out,
-        gate_up,
-        down,
-        activation,
-        head_norm,
-        before_attention,
-        norms["post_attention_layernorm"] if is_sandwich else None,
-        before_mlp,
-        norms["post_feedforward_layernorm"] if is_sandwich else None,
-    )
+        module, attention.layer_idx, layer_geometry, qkv, out, fused_mlp, *norms, before_attention, after_attention,
+        before_mlp, after_mlp, sinks,
+    )  # fmt: skip
+
+
+def _norm_places(module: nn.Module) -> _NormPlaces | None:
+    """Which of its norms stand where, if a layer is built in a way that is known; judged by its children's names."""
+    attention, mlp = getattr(module, "self_attn", None), getattr(module, "mlp", None)
+    if attention is None or mlp is None:
+        return None
+    known = {part for way in _QKV for part in way} | {"o_proj", "q_norm", "k_norm"}
+    norm_names = _trained(module) - {"self_attn", "mlp"}
+    if _trained(attention) - known or not any(_trained(attention) >= {*way} for way in _QKV):
+        return None
+    return next((names for names in _NORM_PLACES if {*names} - {None} == norm_names), None)
+
+
+def num_fusable_layers(model: PreTrainedModel, probe: ModelProbe) -> int:
+    """Layers that are built in a way that is known; whether they compute what is expected, only their numbers tell."""
+    modules = getattr(model.get_decoder(), "layers", None)
+    config = model.config.get_text_config()
+    activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
+    if not isinstance(modules, nn.ModuleList) or len(modules) != len(probe.attention) or activation not in ACTIVATIONS:
+        return 0
+    return sum(_norm_places(layer) is not None for layer in modules)
+
+
+def _find_product(lora_layers: LoraLayers, name: str, ways: Sequence[tuple[str, ...]]) -> Product | None:
+    """The product of some children of a module, by the first of several sets of names that there is."""
+    products = (lora_layers.find_product(tuple(f"{name}.{part}" for part in way)) for way in ways)
+    return next((product for product in products if product is not None), None)
 
 
 def _trained(module: nn.Module) -> set[str]:
@@ -250,17 +315,20 @@ def _trained(module: nn.Module) -> set[str]:
     return {name for name, child in module.named_children() if next(child.parameters(), None) is not None}
 
 
-def _read_head_norm(attention: nn.Module, head_dim: int) -> tuple[bool, QueryKeyNorm | None]:
-    """Whether there are norms of queries and keys, and what they are if they go over single heads."""
+def _read_query_key_norms(
+    attention: nn.Module, geometry: AttentionGeometry
+) -> tuple[QueryKeyNorm | None, tuple[RmsNorm, RmsNorm] | None] | None:
+    """The norms of queries and keys: over single heads, or over all of them; None if they are of another kind."""
     modules = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
     if modules == [None, None]:
-        return False, None
+        return None, None
     query, key = (None if module is None else _read_norm(module) for module in modules)
-    if query is None or key is None or query[1:] != key[1:]:
-        return True, None
-    if query.weight.shape[0] != head_dim or key.weight.shape[0] != head_dim:
-        return True, None
-    return True, QueryKeyNorm(query.weight, key.weight, query.eps, query.offset)
+    if query is None or key is None:
+        return None
+    widths = (query.weight.shape[0], key.weight.shape[0])
+    if widths == (geometry.head_dim, geometry.head_dim) and query[1:] == key[1:]:
+        return QueryKeyNorm(query.weight, key.weight, query.eps, query.offset), None
+    return (None, (query, key)) if widths == geometry.projected_widths[:2] else None
 
 
 def _read_norm(module: nn.Module) -> RmsNorm | None:

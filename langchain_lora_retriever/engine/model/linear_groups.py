@@ -1,8 +1,9 @@
 """Linear modules that share an input, wrapped so that adapters' outputs are added to theirs.
 
 Modules are changed in place: their `forward` is replaced, their names and accelerate hooks stay, so any Linear-like
-module works, quantised or offloaded. Plain `nn.Linear` modules that share an input are computed as one product: until
-`release` gives them memory of their own again, their weights are views of one tensor.
+module works, quantised or offloaded, and so do routers of experts, which compute a product by a function. Plain
+`nn.Linear` modules that share an input are computed as one product: until `release` gives them memory of their own
+again, their weights are views of one tensor.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from langchain_lora_retriever.engine.model.base_module import BaseModule
+from langchain_lora_retriever.engine.model.linear_calls import OwnProduct
 from lora_retriever_kernels.lora import LoraBatch, LoraRows, LoraStack
 
 if TYPE_CHECKING:
@@ -37,14 +39,12 @@ class LoraGroup:
         group: LinearGroup,
         num_rows: int,
         rows: LoraRows,
-        batch: LoraBatch,
         uses: Mapping[int, int],
     ) -> None:
         self.names = group.names
         self._layers = layers
         self._bases = [BaseModule(module, group.dtype, group.device) for module in modules]
         self._out_features = group.out_features
-        self._batch = batch
         self.stack = LoraStack(rows, num_rows, group.in_features, group.out_features, group.dtype)
         self._fused: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self._originals: list[nn.Parameter] = []
@@ -54,9 +54,8 @@ class LoraGroup:
         self._outputs: tuple[torch.Tensor, ...] = ()
 
     @property
-    def is_fused(self) -> bool:
-        """Whether the modules are computed as one product."""
-        return self._fused is not None
+    def _batch(self) -> LoraBatch:
+        return self._layers.batch_on(self.stack.b.device)
 
     @property
     def modules(self) -> dict[str, BaseModule]:
@@ -66,9 +65,12 @@ class LoraGroup:
     def attach(self) -> None:
         """Wrap the modules."""
         for index, base in enumerate(self._bases):
-            base.wrap(
-                partial(self._forward_single, base) if self._fused is None else partial(self._forward_slice, index)
-            )
+            if self._fused is not None:
+                base.wrap(partial(self._forward_slice, index))
+            elif hasattr(base.module, "in_features"):
+                base.wrap(partial(self._forward_single, base))
+            else:
+                base.wrap(partial(self._forward_around, base))
 
     def detach(self) -> None:
         """Give the modules their own forwards back."""
@@ -86,10 +88,23 @@ class LoraGroup:
 
     def _forward_single(self, base: BaseModule, x: torch.Tensor) -> torch.Tensor:
         y = base.forward(x)
-        flat = y.view(-1, y.shape[-1])
-        bias = base.bias if self._batch.has_gains else None
-        self._layers.add(flat, x.to(y.device).reshape(flat.shape[0], -1), self.stack, self._batch, bias)
+        self._add_to(x, y)
         return y
+
+    def _forward_around(self, base: BaseModule, *args: Any, **kwargs: Any) -> Any:
+        """A module that computes a product and goes on from there: a router of experts."""
+        if not self._layers.is_active:
+            return base.forward(*args, **kwargs)
+        weight = base.tensor("weight")
+        assert weight is not None  # by it the module was found
+        with OwnProduct(weight, self._add_to):
+            return base.forward(*args, **kwargs)
+
+    def _add_to(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Add the adapters' outputs to the one module's own, in place."""
+        flat, batch = y.view(-1, y.shape[-1]), self._batch
+        bias = self._bases[0].bias if batch.has_gains else None
+        self._layers.add(flat, x.to(y.device).reshape(flat.shape[0], -1), self.stack, batch, bias)
 
     def _forward_slice(self, index: int, x: torch.Tensor) -> torch.Tensor:
         if self._input is not x:
@@ -106,13 +121,17 @@ class LoraGroup:
         return parts
 
     def compute(self, x: torch.Tensor) -> torch.Tensor:
-        """The product of packed inputs with modules that are fused, adapters included."""
-        assert self._fused is not None
+        """The modules' outputs for packed inputs, side by side, adapters included."""
+        if self._fused is None:
+            (base,) = self._bases
+            y: torch.Tensor = base.module(x)
+            return y
         return self._layers.add_to_product(x, *self._fused, self.stack, self._batch)
 
     def compute_apart(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The product, and what is to be added to it for the adapters; see `LoraLayers.product_and_delta`."""
-        assert self._fused is not None
+        if self._fused is None:
+            return self.compute(x), None
         return self._layers.product_and_delta(x, *self._fused, self.stack, self._batch)
 
 
@@ -128,8 +147,11 @@ def split_group(model: PreTrainedModel, group: LinearGroup) -> Iterator[tuple[Li
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether its weight is simply there: not quantised, not moved around by accelerate."""
-    return type(module) is nn.Linear and not hasattr(module, "_hf_hook")
+    """Whether its weight is simply there: not quantised, not moved around by accelerate.
+
+    A quantised weight may be a tensor of a class of its own within a plain `nn.Linear` (torchao).
+    """
+    return type(module) is nn.Linear and type(module.weight) is nn.Parameter and not hasattr(module, "_hf_hook")
 
 
 def _fuse(

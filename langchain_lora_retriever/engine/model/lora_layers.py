@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -26,7 +27,7 @@ from lora_retriever_kernels.lora import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from transformers import PreTrainedModel
 
@@ -80,8 +81,11 @@ class LoraLayers:
         vocabulary: Vocabulary | None = None,
     ) -> None:
         max_rank = min(num_rows, MAX_RANK)
-        self._max_adapters_per_token = max_adapters_per_token
+        self._max_num_tokens, self._max_adapters_per_token = max_num_tokens, max_adapters_per_token
         self._is_active = False
+        self._pieces: list[dict[torch.device, LoraBatch]] = []  # as many as a step has had
+        self._num_pieces = 0
+        self._piece: dict[torch.device, LoraBatch] | None = None
         self._devices: dict[torch.device, tuple[LoraRows, LoraBatch]] = {}
         for device in {group.device for group in (*groups, *(vocabulary.groups if vocabulary is not None else ()))}:
             rows = LoraRows(max_loras, max_rank, device)
@@ -94,7 +98,7 @@ class LoraLayers:
         try:
             for shared in groups:
                 for group, modules in split_group(model, shared):
-                    self._groups.append(LoraGroup(self, modules, group, num_rows, *self._devices[group.device], uses))
+                    self._groups.append(LoraGroup(self, modules, group, num_rows, self._devices[group.device][0], uses))
             if vocabulary is not None:
                 self._vocabulary = VocabularyLayers(model, vocabulary, self._devices, num_rows)
             wrapped = self._wrapped()
@@ -182,15 +186,28 @@ class LoraLayers:
         """The highest rank of the adapters in some slots."""
         return next(iter(self._devices.values()))[0].highest_rank(slots)
 
-    def set_batch(self, spans: LoraSpans, sampled: Sequence[int], rank_bound: int | None = None) -> None:
+    @property
+    def is_active(self) -> bool:
+        """Whether any token of the step has an adapter."""
+        return self._is_active
+
+    def set_batch(
+        self,
+        spans: LoraSpans,
+        sampled: Sequence[int],
+        rank_bound: int | None = None,
+        pieces: Sequence[tuple[int, int]] = (),
+    ) -> None:
         """Say which adapters the next forward pass runs for its tokens.
 
         Args:
             spans: The packed sequences' adapters.
             sampled: The tokens after which logits are wanted.
             rank_bound: For which ranks launches are made; None takes the resident adapters'.
+            pieces: First token and number of tokens of the parts that modules are called with `on_piece`.
         """
         self._is_active = spans.num_adapters > 0
+        self._num_pieces = len(pieces) if len(pieces) > 1 else 0
         kinds = self._set_kinds(self.kinds_of(spans.active) if self._is_active else StepKinds())
         if not self._is_active:
             return
@@ -200,8 +217,34 @@ class LoraLayers:
             with on_device(device):
                 on_host = (copy_to_device(slots, device), copy_to_device(weights, device))
                 batch.update(*on_host, num_active, rank_bound, kinds.dora)
+                for index in range(self._num_pieces):
+                    start, num = pieces[index]
+                    mapping, shares = (x[start : start + num] for x in on_host)
+                    piece = self._piece_batches(index)[device]
+                    piece.update(mapping, shares, num_active, rank_bound, kinds.dora)
         if kinds.vocabulary and self._vocabulary is not None:
             self._vocabulary.set_sampled_on_host(sampled, num_active, rank_bound)
+
+    def _piece_batches(self, index: int) -> dict[torch.device, LoraBatch]:
+        """The batches of a step's piece, one for every device; made when a step first has so many."""
+        while len(self._pieces) <= index:
+            sizes = (self._max_num_tokens, self._max_adapters_per_token)
+            self._pieces.append({device: LoraBatch(rows, *sizes) for device, (rows, _) in self._devices.items()})
+        return self._pieces[index]
+
+    @contextmanager
+    def on_piece(self, index: int) -> Iterator[None]:
+        """Let modules be called with one piece of the step's tokens alone, of those that `set_batch` was told of."""
+        if self._is_active and self._num_pieces:
+            self._piece = self._pieces[index]
+        try:
+            yield
+        finally:
+            self._piece = None
+
+    def batch_on(self, device: torch.device) -> LoraBatch:
+        """Which tokens run which adapters: those of the step, or of its piece that a module is called with."""
+        return self._devices[device][1] if self._piece is None else self._piece[device]
 
     def _set_kinds(self, kinds: StepKinds) -> StepKinds:
         if self._vocabulary is not None:
@@ -232,7 +275,7 @@ class LoraLayers:
             kinds: What the step's adapters may need; what is not named here, none of them may.
             sampled: The tokens after which logits are wanted; None for all of them, in order.
         """
-        self._is_active = mapping is not None
+        self._is_active, self._num_pieces = mapping is not None, 0
         self._set_kinds(kinds if self._is_active else StepKinds())
         if mapping is not None and weights is not None:
             for _, batch in self._devices.values():
@@ -243,11 +286,18 @@ class LoraLayers:
     def find_product(self, names: tuple[str, ...]) -> Product | None:
         """The product of packed inputs `[num_tokens, in_features]` with the modules `names`, adapters included.
 
+        Modules whose weights are quantised are called one after the other.
+
         Returns:
             A function that gives the modules' outputs side by side, and what is to be added to them, see
-            `product_and_delta`; None if they are not computed as one.
+            `product_and_delta`; None if these modules do not share an input.
         """
-        return next((g.compute_apart for g in self._groups if g.names == names and g.is_fused), None)
+        groups = [group for group in self._groups if set(group.names) <= set(names)]
+        if [name for group in groups for name in group.names] != list(names):
+            return None
+        if len(groups) == 1:
+            return groups[0].compute_apart
+        return lambda x: (torch.cat([group.compute(x) for group in groups], 1), None)
 
     def attach(self) -> None:
         """Wrap the modules."""

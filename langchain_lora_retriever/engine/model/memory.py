@@ -20,7 +20,15 @@ if TYPE_CHECKING:
     from langchain_lora_retriever.engine.model.load import BaseModel
     from langchain_lora_retriever.engine.model.probe import ModelProbe
 
-__all__ = ["MemoryPlan", "longest_sequence", "plan_memory"]
+__all__ = [
+    "MemoryPlan",
+    "activation_bytes",
+    "default_lora_bytes",
+    "longest_sequence",
+    "num_state_slots",
+    "plan_memory",
+    "step_limits",
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -69,6 +77,28 @@ class MemoryPlan(NamedTuple):
     max_num_prefill_tokens: int | None
 
 
+def step_limits(config: EngineConfig, *, on_gpu: bool) -> tuple[int, int]:
+    """Most running requests, and most tokens of one step."""
+    max_num_seqs = config.max_num_seqs or (128 if on_gpu else 16)
+    return max_num_seqs, max(config.max_num_batched_tokens or (MAX_CAPTURED_TOKENS if on_gpu else 512), max_num_seqs)
+
+
+def activation_bytes(max_num_batched_tokens: int, hidden_size: int) -> int:
+    """What a step's activations take on a GPU, and those of captured steps, generously."""
+    num_tokens = max_num_batched_tokens + min(max_num_batched_tokens, MAX_CAPTURED_TOKENS)
+    return num_tokens * hidden_size * _GPU_ACTIVATION_BYTES_PER_TOKEN
+
+
+def default_lora_bytes(gpu_bytes: int | None) -> int:
+    """Memory for adapters where a configuration leaves it open: on a GPU of so many bytes, or on a CPU (None)."""
+    return _CPU_LORA_BYTES if gpu_bytes is None else int(_GPU_LORA_SHARE * gpu_bytes)
+
+
+def num_state_slots(max_num_seqs: int) -> int:
+    """Sequences whose states a model's recurrent layers keep: the running requests', and one for padding."""
+    return max_num_seqs + 1
+
+
 def longest_sequence(model: PreTrainedModel, config: EngineConfig) -> int:
     """Most tokens of one request, by the model's positions and by what the caller allows.
 
@@ -113,10 +143,7 @@ def plan_memory(base: BaseModel, probe: ModelProbe, config: EngineConfig) -> Mem
     devices = {g.device for g in probe.attention.values()} | {g.device for g in adapted}
     gpus = {device for device in devices if device.type == "cuda"}
     on_gpu = bool(gpus)
-    max_num_seqs = config.max_num_seqs or (128 if on_gpu else 16)
-    max_num_batched_tokens = max(
-        config.max_num_batched_tokens or (MAX_CAPTURED_TOKENS if on_gpu else 512), max_num_seqs
-    )
+    max_num_seqs, max_num_batched_tokens = step_limits(config, on_gpu=on_gpu)
     max_model_len = longest_sequence(base.model, config)
 
     row_bytes = _bytes_by_device(
@@ -136,9 +163,14 @@ def plan_memory(base: BaseModel, probe: ModelProbe, config: EngineConfig) -> Mem
         num_blocks = config.kv_cache_bytes // sum(block_bytes.values())
     elif on_gpu:
         torch.cuda.empty_cache()  # what this process let go of counts as free
-        num_tokens = max_num_batched_tokens + min(max_num_batched_tokens, MAX_CAPTURED_TOKENS)
-        activations = num_tokens * base.model.config.get_text_config().hidden_size * _GPU_ACTIVATION_BYTES_PER_TOKEN
-        taken = {device: num_lora_rows * row_bytes.get(device, 0) + activations for device in gpus}
+        state_bytes = _bytes_by_device(
+            (g.device, num_state_slots(max_num_seqs) * g.state_bytes) for g in probe.recurrent
+        )
+        activations = activation_bytes(max_num_batched_tokens, base.model.config.get_text_config().hidden_size)
+        taken = {
+            device: num_lora_rows * row_bytes.get(device, 0) + state_bytes.get(device, 0) + activations
+            for device in gpus
+        }
         num_blocks = _num_blocks_on_gpus(config, block_bytes, taken)
     else:
         num_tokens = max_num_seqs * min(max_model_len, _CPU_CACHE_TOKENS_PER_SEQ)
@@ -176,9 +208,7 @@ def _num_lora_rows(config: EngineConfig, row_bytes: Mapping[torch.device, int]) 
     lora_bytes, num_rows = config.lora_cache_bytes, 0
     if lora_bytes is None:
         num_rows = min(
-            int(_GPU_LORA_SHARE * torch.cuda.mem_get_info(device)[1]) // num_bytes
-            if device.type == "cuda"
-            else _CPU_LORA_BYTES // num_bytes
+            default_lora_bytes(torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None) // num_bytes
             for device, num_bytes in row_bytes.items()
         )
         lora_bytes = num_rows * all_bytes

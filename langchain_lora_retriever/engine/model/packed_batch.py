@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from langchain_lora_retriever.engine.model.recurrent import StatePiece
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
@@ -126,6 +128,13 @@ class PackedBatch(NamedTuple):
                 batch.sampled_tokens.append(len(batch.token_ids) - 1)
                 batch.sampled_requests.append(request)
         return batch
+
+    def state_pieces(self, device: torch.device) -> list[StatePiece]:
+        """How layers that keep states take the tokens."""
+        sequences = [
+            (item.request.row, item.request.num_computed_tokens, item.num_new_tokens) for item in self.scheduled
+        ]
+        return StatePiece.of(sequences, device)
 
     @property
     def tokens_with_logits(self) -> list[int]:

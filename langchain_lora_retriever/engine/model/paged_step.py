@@ -55,51 +55,56 @@ class PagedStep:
         *,
         scaling: float,
         softcap: float | None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Write the step's keys and values, then attend."""
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
         cache = self._caches[layer_idx]
         write_kv(query, key, value, cache.keys, cache.values, self._pages)
-        return self._attend(cache, query, scaling, softcap)
+        return self._attend(cache, query, scaling, softcap, sinks)
 
     def attend_projected(
         self,
         layer_idx: int,
-        projected: torch.Tensor,
+        projected: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         delta: torch.Tensor | None,
         geometry: AttentionGeometry,
         rotary: Rotary | None,
         norm: QueryKeyNorm | None,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """The same from what the projections gave, rotation and head norms included.
 
         Args:
             layer_idx: Whose cache.
-            projected: Queries, keys and values side by side `[num_tokens, ...]`; mutated.
-            delta: What is to be added to them, of the same shape, contiguous; None for nothing.
+            projected: Queries, keys and values, each `[num_tokens, ...]` with unit stride in a row; mutated.
+            delta: What is to be added to them, side by side `[num_tokens, ...]`, contiguous; None for nothing.
             geometry: The layer's.
             rotary: Rotation of the step's tokens; None leaves them as they are.
             norm: Norms of queries and keys, if the layer has them.
+            sinks: The heads' sinks, if the layer has them.
 
         Returns:
             `[num_tokens, num_heads * value_dim]`.
         """
-        num_tokens = projected.shape[0]
-        widths = (
-            geometry.num_heads * geometry.head_dim,
-            geometry.num_kv_heads * geometry.head_dim,
-            geometry.num_kv_heads * geometry.value_dim,
-        )
-        query, key, value = projected.split(widths, 1)
+        query, key, value = projected
+        num_tokens = query.shape[0]
         query = query.unflatten(1, (geometry.num_heads, geometry.head_dim))
         key = key.unflatten(1, (geometry.num_kv_heads, geometry.head_dim))
         value = value.unflatten(1, (geometry.num_kv_heads, geometry.value_dim))
         cache = self._caches[layer_idx]
         write_kv(query, key, value, cache.keys, cache.values, self._pages, rotary, norm, delta)
-        out = self._attend(cache, query, geometry.scaling, geometry.softcap)
+        out = self._attend(cache, query, geometry.scaling, geometry.softcap, sinks)
         return out.view(num_tokens, -1)
 
-    def _attend(self, cache: PagedCache, query: torch.Tensor, scaling: float, softcap: float | None) -> torch.Tensor:
+    def _attend(
+        self,
+        cache: PagedCache,
+        query: torch.Tensor,
+        scaling: float,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
         keys, values, (sliding_window, chunk_size) = cache
         num_tokens, num_heads, _ = query.shape
         out = torch.empty(num_tokens, num_heads, values.shape[-1], dtype=query.dtype, device=query.device)
@@ -107,11 +112,12 @@ class PagedStep:
         if tokens.shape[0]:
             attend_decode(
                 out, query, keys, values, self._pages, tokens, scaling=scaling, sliding_window=sliding_window,
-                chunk_size=chunk_size, softcap=softcap, num_splits=choose_num_splits(num_decodes, keys.shape[2]),
+                chunk_size=chunk_size, softcap=softcap, sinks=sinks,
+                num_splits=choose_num_splits(num_decodes, keys.shape[2]),
             )  # fmt: skip
         if tiles.shape[0]:
             attend_prefill(
                 out, query, keys, values, self._pages, tiles, scaling=scaling, sliding_window=sliding_window,
-                chunk_size=chunk_size, softcap=softcap,
+                chunk_size=chunk_size, softcap=softcap, sinks=sinks,
             )  # fmt: skip
         return out

@@ -9,25 +9,41 @@ nothing else in the step.
 from __future__ import annotations
 
 import inspect
-from collections import Counter
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers import AttentionInterface, DynamicCache
 
-from langchain_lora_retriever.engine.model.attention import ATTENTION_IMPLEMENTATION, MaskPattern, refuse_extras
+from langchain_lora_retriever.engine.model.attention import (
+    ATTENTION_IMPLEMENTATION,
+    MaskPattern,
+    attending,
+    current_step,
+    refuse_extras,
+)
+from langchain_lora_retriever.engine.model.linear_calls import (
+    LinearCall,
+    LinearGroup,
+    Vocabulary,
+    find_vocabulary,
+    group_calls,
+    is_inner,
+    recorded_products,
+)
 from langchain_lora_retriever.engine.model.mask_pattern import MaskSource, mask_source, read_pattern, register_masks
+from langchain_lora_retriever.engine.model.recurrent import RecurrentGeometry, find_recurrent, probed_recurrent
 from langchain_lora_retriever.errors import EngineError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 __all__ = [
+    "HALF_TOKENS",
     "AttentionCall",
     "AttentionGeometry",
+    "AttentionRecorder",
     "LinearGroup",
     "ModelProbe",
     "Vocabulary",
@@ -35,11 +51,15 @@ __all__ = [
     "layer_name",
     "num_embeddings",
     "probe_model",
+    "read_geometries",
+    "require_all_layers",
+    "require_groups",
+    "run_pass",
     "use_attention",
 ]
 
 _PROBE_IMPLEMENTATION = f"{ATTENTION_IMPLEMENTATION}_probe"
-_HALF = 8  # tokens of either sequence of a probing pass
+HALF_TOKENS = 8  # tokens of either sequence of a probing pass
 _TOLERANCE = 0.02  # between queries, keys and values that must not differ: two passes may round otherwise
 
 
@@ -55,6 +75,23 @@ class AttentionGeometry(NamedTuple):
     scaling: float
     pattern: MaskPattern
     softcap: float | None
+    has_sinks: bool = False
+
+    @property
+    def projected_widths(self) -> tuple[int, int, int]:
+        """Features of a token's queries, keys and values."""
+        return self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, self.num_kv_heads * self.value_dim
+
+    @property
+    def kind(self) -> str:
+        """What the layer attends to, in words."""
+        words = [
+            f"window of {self.pattern.sliding_window}" if self.pattern.sliding_window is not None
+            else f"chunks of {self.pattern.chunk_size}" if self.pattern.chunk_size is not None
+            else "full"
+        ]  # fmt: skip
+        more = {"sinks": self.has_sinks, "soft cap": self.softcap is not None}
+        return ", ".join([*words, *(word for word, holds in more.items() if holds)])
 
     @property
     def token_bytes(self) -> int:
@@ -82,50 +119,21 @@ class AttentionCall(NamedTuple):
     kwargs: Mapping[str, Any]
 
 
-class LinearGroup(NamedTuple):
-    """Linear modules that were called in a row with the very same input tensor (q, k, v; gate, up)."""
-
-    names: tuple[str, ...]
-    in_features: int
-    out_features: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-
-class Vocabulary(NamedTuple):
-    """The layers that know the vocabulary; None where the model has none, or calls it in a way that is not known.
+class ModelProbe(NamedTuple):
+    """What the probe saw.
 
     Attributes:
-        embedding: Its input is the token, one-hot: its `in_features` are the vocabulary.
-        output: Sees the tokens alone after which one is chosen. One that sees all is a linear group, and None here.
+        attention: What each attention layer keeps, by layer.
+        calls: How it attends.
+        linear_groups: The linear modules that see every token.
+        recurrent: What layers keep beside: a state of each sequence.
     """
-
-    embedding: LinearGroup | None
-    output: LinearGroup | None
-
-    @property
-    def groups(self) -> list[LinearGroup]:
-        """Those of the two that there are."""
-        return [group for group in self if group is not None]
-
-    @property
-    def module_shapes(self) -> dict[str, tuple[int, int]]:
-        """`(in_features, out_features)` by module path."""
-        return {group.names[0]: (group.in_features, group.out_features[0]) for group in self.groups}
-
-    @property
-    def sides(self) -> dict[str, int]:
-        """Which of the two is the vocabulary, by module path."""
-        return {group.names[0]: side for side, group in enumerate(self) if group is not None}
-
-
-class ModelProbe(NamedTuple):
-    """What the probe saw."""
 
     attention: dict[int, AttentionGeometry]
     calls: dict[int, AttentionCall]
     linear_groups: tuple[LinearGroup, ...]
     vocabulary: Vocabulary = Vocabulary(None, None)
+    recurrent: tuple[RecurrentGeometry, ...] = ()
 
     @property
     def module_shapes(self) -> dict[str, tuple[int, int]]:
@@ -137,19 +145,20 @@ class ModelProbe(NamedTuple):
         }
 
 
-class _LinearCall(NamedTuple):
-    name: str
-    input: torch.Tensor  # kept alive, so that its identity cannot be taken by a later tensor
-    output: torch.Tensor
-
-
-class _Recorder:
+class AttentionRecorder:
     """Takes the place of an `AttentionStep` in a probing pass: attends to nothing and writes down who called."""
 
     def __init__(self) -> None:
         self.calls: dict[int, AttentionCall] = {}
 
+    def attend(
+        self, _layer_idx: int, query: torch.Tensor, _key: torch.Tensor, value: torch.Tensor, **_: Any
+    ) -> torch.Tensor:
+        """As an `AttentionStep` attends, but to nothing."""
+        return query.new_zeros((*query.shape[:2], value.shape[2]))
+
     def record(self, module: Any, call: AttentionCall) -> torch.Tensor:
+        """Note a layer's call, and give zeros for what it attends to."""
         other = self.calls.get(module.layer_idx)
         if other is not None:
             raise EngineError(
@@ -192,21 +201,28 @@ def probe_model(model: PreTrainedModel, max_model_len: int) -> ModelProbe:
         max_model_len: Most tokens of a sequence; what is reported holds up to it.
 
     Raises:
-        EngineError: If the model keeps state between tokens that is not attention, attends in a way that is not known
-            here, has no linear module for adapters, or computes a token otherwise beside others than alone.
+        EngineError: If the model keeps state between tokens otherwise than in attention or in transformers' caches,
+            attends in a way that is not known here, has no linear module for adapters, or computes a token otherwise
+            beside others than alone.
     """
+    recurrent = find_recurrent(model, input_device(model))
+    with probed_recurrent(model, recurrent):
+        return _probe(model, max_model_len, recurrent)
+
+
+def _probe(model: PreTrainedModel, max_model_len: int, recurrent: Sequence[RecurrentGeometry]) -> ModelProbe:
     max_model_len = max(max_model_len, 2)
-    half = min(_HALF, max_model_len // 2)
+    half = min(HALF_TOKENS, max_model_len // 2)
     first, second, third, fourth = _token_ids(model, half)
     start, end = range(half), range(max_model_len - half, max_model_len)
-    passes = [_run(model, first + second, [*start, *end], None)]
-    _require_all_layers(model, passes[0][0])
+    passes = [run_pass(model, first + second, [*start, *end], None)]
+    require_all_layers(model, passes[0][0], recurrent)
     passes += [
-        _run(model, first + third, [*start, *start], None),
-        _run(model, fourth + second, range(max_model_len - 2 * half, max_model_len), max_model_len - 2 * half),
+        run_pass(model, first + third, [*start, *start], None),
+        run_pass(model, fourth + second, range(max_model_len - 2 * half, max_model_len), max_model_len - 2 * half),
     ]
     alone, beside, behind = (recorder for recorder, _ in passes)
-    _require_all_layers(model, behind)
+    require_all_layers(model, behind, recurrent)
     layer = _find_difference(alone, beside, slice(half))
     if layer is not None:
         raise EngineError(
@@ -222,14 +238,28 @@ def probe_model(model: PreTrainedModel, max_model_len: int) -> ModelProbe:
             "step cannot honour that. Where positions only matter from some length on (Llama 4: floor_scale), set "
             "max_model_len below it."
         )
-    inner = [[call for call in calls if _is_inner(call, 2 * half)] for _, calls in passes]
+    inner = [[call for call in calls if is_inner(call, 2 * half)] for _, calls in passes]
     names = [{call.name for call in calls} for calls in inner]
-    groups = tuple(_group([call for call in inner[0] if call.name in names[1] & names[2]]))
+    groups = tuple(group_calls([call for call in inner[0] if call.name in names[1] & names[2]]))
+    require_groups(model, groups)
+    geometries = read_geometries(model, behind, max_model_len)
+    vocabulary = find_vocabulary(model, [calls for _, calls in passes], 2 * half, num_embeddings(model))
+    return ModelProbe(geometries, behind.calls, groups, vocabulary, tuple(recurrent))
+
+
+def require_groups(model: PreTrainedModel, groups: Sequence[LinearGroup]) -> None:
+    """Refuse a model without modules that adapters could target."""
     if not groups:
         raise EngineError(
             f"{type(model).__name__} has no linear module that sees every token, so that no adapter could be run: its "
             f"layers are made of {_describe_modules(model)}."
         )
+
+
+def read_geometries(
+    model: PreTrainedModel, behind: AttentionRecorder, max_model_len: int
+) -> dict[int, AttentionGeometry]:
+    """What each layer keeps, read off how it called its attention."""
     patterns: dict[MaskSource | int | None, MaskPattern | None] = {}
     geometry = {}
     for layer_idx, call in sorted(behind.calls.items()):
@@ -243,15 +273,23 @@ def probe_model(model: PreTrainedModel, max_model_len: int) -> ModelProbe:
                 "window, nor made of chunks: it is not supported."
             )
         geometry[layer_idx] = _geometry(call, pattern)
-    return ModelProbe(geometry, behind.calls, groups, _vocabulary(model, [calls for _, calls in passes], 2 * half))
+    return geometry
 
 
-def _require_all_layers(model: PreTrainedModel, recorder: _Recorder) -> None:
+def require_all_layers(
+    model: PreTrainedModel, recorder: AttentionRecorder, recurrent: Sequence[RecurrentGeometry]
+) -> None:
+    """Beside layers that keep states there may be some that keep nothing; the check of the whole model finds others."""
     num_layers = model.config.get_text_config().num_hidden_layers
-    if set(recorder.calls) != set(range(num_layers)):
+    if not recorder.calls:
+        raise EngineError(
+            f"{type(model).__name__} has no layer that attends through transformers' AttentionInterface: recurrent "
+            "models without attention, and models that attend by code of their own, are not supported."
+        )
+    if not recurrent and set(recorder.calls) != set(range(num_layers)):
         raise EngineError(
             f"{type(model).__name__} has {num_layers} layers of which {len(recorder.calls)} attend through "
-            "transformers' AttentionInterface: recurrent and hybrid models are not supported."
+            "transformers' AttentionInterface, and the others keep no state that is known: it is not supported."
         )
 
 
@@ -262,11 +300,23 @@ def layer_name(model: PreTrainedModel, calls: Mapping[int, AttentionCall], layer
     return f"Layer {layer_idx} of {type(model).__name__} ({type(calls[layer_idx].module).__name__}{kind})"
 
 
-def use_attention(model: PreTrainedModel, implementation: str = ATTENTION_IMPLEMENTATION) -> str:
-    """Switch `model` to an attention implementation, by default the paged one; returns the one it had."""
-    before: str = model.config._attn_implementation  # noqa: SLF001 - transformers has a public setter but no getter
+def use_attention(
+    model: PreTrainedModel, implementation: str | dict[str, Any] = ATTENTION_IMPLEMENTATION
+) -> dict[str, Any]:
+    """Switch `model` to an attention implementation, by default the paged one; returns those that its parts had."""
+    before = _implementations(model.config)
     model.set_attn_implementation(implementation)
     return before
+
+
+def _implementations(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a model's parts attend by, as `set_attn_implementation` takes it; "" is the model itself."""
+    parts = {
+        key: _implementations(part)
+        for key in config.sub_configs
+        if (part := getattr(config, key, None)) is not None and part._attn_implementation is not None  # noqa: SLF001
+    }
+    return {"": config._attn_implementation, **parts}  # noqa: SLF001 - transformers has a public setter but no getter
 
 
 def _token_ids(model: PreTrainedModel, half: int) -> list[list[int]]:
@@ -278,25 +328,28 @@ def _token_ids(model: PreTrainedModel, half: int) -> list[list[int]]:
 
 
 @torch.inference_mode()
-def _run(
-    model: PreTrainedModel, token_ids: Sequence[int], positions: Sequence[int], num_past: int | None
-) -> tuple[_Recorder, list[_LinearCall]]:
+def run_pass(
+    model: PreTrainedModel,
+    token_ids: Sequence[int],
+    positions: Sequence[int],
+    num_past: int | None,
+    device: torch.device | None = None,
+) -> tuple[AttentionRecorder, list[LinearCall]]:
     """A pass over one row of tokens, behind a cache that claims to hold `num_past` more."""
-    calls: list[_LinearCall] = []
-    recorder = _Recorder()
-    device = input_device(model)
+    calls: list[LinearCall] = []
+    recorder = AttentionRecorder()
+    device = input_device(model) if device is None else device
     kwargs: dict[str, Any] = {"use_cache": False}
     if num_past is not None:
         parameters = inspect.signature(model.forward).parameters
         kwargs = {"use_cache": True, "cache" if "cache" in parameters else "past_key_values": _PastCache(num_past)}
     before = use_attention(model, _PROBE_IMPLEMENTATION)
     try:
-        with _recording(model, calls):
+        with recorded_products(model, calls), attending(recorder):
             model(
                 input_ids=torch.tensor([token_ids], device=device),
                 position_ids=torch.tensor([list(positions)], device=device),
                 logits_to_keep=[len(token_ids) - 1],  # a list serves on any device that the last layer lies on
-                attention_step=recorder,
                 **kwargs,
             )
     except EngineError:
@@ -312,7 +365,7 @@ def _run(
     return recorder, calls
 
 
-def _find_difference(one: _Recorder, other: _Recorder, tokens: slice) -> int | None:
+def _find_difference(one: AttentionRecorder, other: AttentionRecorder, tokens: slice) -> int | None:
     """The first layer whose queries, keys or values for the same tokens differ between two passes."""
     for layer_idx in one.calls:
         for name in ("query", "key", "value"):
@@ -343,73 +396,8 @@ def _geometry(call: AttentionCall, pattern: MaskPattern) -> AttentionGeometry:
         scaling=scaling if scaling is not None else call.query.shape[-1] ** -0.5,
         pattern=pattern,
         softcap=call.kwargs.get("softcap"),
+        has_sinks=call.kwargs.get("s_aux") is not None,
     )
-
-
-@contextmanager
-def _recording(model: PreTrainedModel, calls: list[_LinearCall]) -> Iterator[None]:
-    def record(name: str) -> Any:
-        def hook(_module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if args and isinstance(args[0], torch.Tensor) and isinstance(output, torch.Tensor):
-                calls.append(_LinearCall(name, args[0], output))
-
-        return hook
-
-    embedding = model.get_input_embeddings()
-    handles = [
-        module.register_forward_hook(record(name))
-        for name, module in model.named_modules()
-        if module is embedding or (hasattr(module, "in_features") and hasattr(module, "out_features"))
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _is_inner(call: _LinearCall, num_tokens: int) -> bool:
-    """Whether a module is linear and saw every token."""
-    return call.input.is_floating_point() and call.output.shape[:-1].numel() == num_tokens
-
-
-def _vocabulary(model: PreTrainedModel, passes: Sequence[Sequence[_LinearCall]], num_tokens: int) -> Vocabulary:
-    """The embedding and the output layer, if they are called once: with all tokens, and with the chosen ones."""
-    names = {id(module): name for name, module in model.named_modules()}
-
-    def find(module: torch.nn.Module | None, num: int) -> LinearGroup | None:
-        name = names.get(id(module))
-        found = [[call for call in calls if call.name == name] for calls in passes]
-        call = found[0][0] if found[0] else None
-        if name is None or call is None or any(len(calls) != 1 for calls in found):
-            return None
-        if any(calls[0].output.shape[:-1].numel() != num for calls in found):
-            return None
-        in_features = num_embeddings(model) if num == num_tokens else call.input.shape[-1]
-        output = call.output
-        return LinearGroup((name,), in_features, (output.shape[-1],), output.dtype, output.device)
-
-    return Vocabulary(find(model.get_input_embeddings(), num_tokens), find(model.get_output_embeddings(), 1))
-
-
-def _group(calls: list[_LinearCall]) -> Iterator[LinearGroup]:
-    """Groups by input; a module that is called more than once in a pass is a group by itself."""
-    counts = Counter(call.name for call in calls)
-    calls = list({call.name: call for call in reversed(calls)}.values())[::-1]  # each module's first
-    start = 0
-    for end in range(1, len(calls) + 1):
-        is_repeated = end == len(calls) or max(counts[calls[start].name], counts[calls[end].name]) > 1
-        if is_repeated or calls[end].input is not calls[start].input:
-            members = calls[start:end]
-            output = members[0].output  # under offloading, the input may still be elsewhere
-            yield LinearGroup(
-                tuple(call.name for call in members),
-                members[0].input.shape[-1],
-                tuple(call.output.shape[-1] for call in members),
-                output.dtype,
-                output.device,
-            )
-            start = end
 
 
 def _describe_modules(model: PreTrainedModel) -> str:
@@ -442,16 +430,9 @@ def _probe_attention_forward(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    *,
-    attention_step: _Recorder | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Transformers' attention signature; `query` is `[1, num_heads, num_tokens, head_dim]`."""
-    if attention_step is None:
-        raise EngineError(
-            f"{type(module).__name__} does not pass keywords on to its attention, which is how a layer learns where "
-            "its cache lies: it is not supported."
-        )
     refuse_extras(module, kwargs)
     source = mask_source(attention_mask) if attention_mask is not None else None
     if attention_mask is not None and source is None:
@@ -460,7 +441,8 @@ def _probe_attention_forward(
             "mask functions, so that the paged cache cannot tell what it says: it is not supported."
         )
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    return attention_step.record(module, AttentionCall(module, source, query, key, value, kwargs))[None], None
+    recorder: AttentionRecorder = current_step()
+    return recorder.record(module, AttentionCall(module, source, query, key, value, kwargs))[None], None
 
 
 AttentionInterface.register(_PROBE_IMPLEMENTATION, _probe_attention_forward)

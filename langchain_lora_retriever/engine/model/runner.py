@@ -14,10 +14,11 @@ from langchain_lora_retriever.engine.adapter_transfer import StagedStore
 from langchain_lora_retriever.engine.logits_rules import PendingTokens
 from langchain_lora_retriever.engine.model.attention import PagedCache
 from langchain_lora_retriever.engine.model.lora_layers import LoraLayers
-from langchain_lora_retriever.engine.model.memory import longest_sequence, plan_memory
+from langchain_lora_retriever.engine.model.memory import longest_sequence, num_state_slots, plan_memory
 from langchain_lora_retriever.engine.model.packed_adapter import AdapterPacking
 from langchain_lora_retriever.engine.model.packed_batch import PackedBatch
 from langchain_lora_retriever.engine.model.probe import input_device, num_embeddings, probe_model, use_attention
+from langchain_lora_retriever.engine.model.recurrent import RecurrentLayers
 from langchain_lora_retriever.engine.model.selfcheck import check_model
 from langchain_lora_retriever.engine.model.torch_executor import TorchExecutor
 from langchain_lora_retriever.engine.pending_step import PendingStep
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["ModelRunner"]
 
 _logger = logging.getLogger(__name__)
+_SHORT = 64  # tokens of a sequence that any model takes
 
 
 class ModelRunner:
@@ -81,7 +83,11 @@ class ModelRunner:
         """Make everything, and note for each change of the model how it is undone."""
         self._give_back.callback(_modes(base.model))
         base.model.eval().requires_grad_(requires_grad=False)
-        longest = longest_sequence(base.model, config)
+        try:
+            longest = longest_sequence(base.model, config)
+        except EngineError:
+            probe_model(base.model, _SHORT)  # a model that cannot be served at all is told so first
+            raise
         self.probe = probe_model(base.model, longest)
         check_model(base.model, self.probe, longest)
         self.probe = self.probe._replace(calls={})  # they hold tensors
@@ -109,6 +115,10 @@ class ModelRunner:
         self._give_back.callback(use_attention, base.model, use_attention(base.model))
         self._give_back.callback(self.lora_layers.detach)
         self.lora_layers.attach()
+        num_slots = num_state_slots(self.memory.max_num_seqs)
+        self._recurrent = RecurrentLayers(base.model, self.probe.recurrent, num_slots, self.lora_layers)
+        self._give_back.callback(self._recurrent.release)
+        self._recurrent.attach()
         self.vocab_size = num_embeddings(base.model)
         # Grammars know the tokenizer's tokens, which may be more than the model's.
         self._num_known = max(base.tokenizer.get_vocab().values(), default=-1) + 1
@@ -218,10 +228,10 @@ class ModelRunner:
         if config.attention_backend == "torch" or (config.attention_backend == "auto" and not serves):
             if self.device.type == "cuda":
                 _logger.warning("This placement of the model runs without CUDA graphs and fused kernels.")
-            return TorchExecutor(self._model, self._caches, self.lora_layers, self._chosen)
+            return TorchExecutor(self._model, self._caches, self.lora_layers, self._recurrent, self._chosen)
         from langchain_lora_retriever.engine.model.triton_executor import TritonExecutor  # noqa: PLC0415 - needs Triton
 
-        parts = (self._caches, self.lora_layers, self.memory, config, self._chosen)
+        parts = (self._caches, self.lora_layers, self._recurrent, self.memory, config, self._chosen)
         return TritonExecutor(self._model, self.probe, *parts)
 
 

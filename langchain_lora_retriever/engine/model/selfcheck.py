@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import AttentionInterface, DynamicCache
 
-from langchain_lora_retriever.engine.model.attention import GatheringStep, MaskPattern, PagedCache, QuerySpan
+from langchain_lora_retriever.engine.model.attention import GatheringStep, MaskPattern, PagedCache, QuerySpan, attending
 from langchain_lora_retriever.engine.model.probe import input_device, layer_name, num_embeddings, use_attention
+from langchain_lora_retriever.engine.model.recurrent import RecurrentLayers, StatePiece
 from langchain_lora_retriever.errors import EngineError
 
 if TYPE_CHECKING:
@@ -63,7 +64,9 @@ def check_model(model: PreTrainedModel, probe: ModelProbe, max_model_len: int) -
 def _check_caches(model: PreTrainedModel, probe: ModelProbe, max_model_len: int) -> None:
     """`generate` forgets keys beyond the window of the cache it makes, whatever the mask says."""
     caches = DynamicCache(config=model.config).layers
-    for layer_idx, cache in zip(sorted(probe.attention), caches, strict=False):
+    for layer_idx, cache in enumerate(caches):
+        if layer_idx not in probe.attention:
+            continue
         limit = getattr(cache, "sliding_window", None) if getattr(cache, "is_sliding", False) else None
         if limit is not None and limit < max_model_len and limit not in probe.attention[layer_idx].pattern:
             raise EngineError(
@@ -87,7 +90,7 @@ def _check_attention(model: PreTrainedModel, probe: ModelProbe, layer_idx: int, 
         )
     )
     num_queries = length if geometry.pattern.is_causal(length) else min(_NUM_QUERIES, length)
-    implementation = model.config._attn_implementation  # noqa: SLF001 - transformers has no public getter
+    implementation = getattr(call.module, "config", model.config)._attn_implementation  # noqa: SLF001 - transformers has no public getter
     try:
         expected = _own_attention(implementation, call, query[-num_queries:], key, value)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -95,7 +98,7 @@ def _check_attention(model: PreTrainedModel, probe: ModelProbe, layer_idx: int, 
             f"{layer_name(model, probe.calls, layer_idx)}: its own attention could not be run for comparison with the "
             f"paged one: {error!r}. It is not supported."
         ) from error
-    got = _paged_attention(geometry, query, key, value)[-num_queries:]
+    got = _paged_attention(geometry, query, key, value, call.kwargs.get("s_aux"))[-num_queries:]
     difference = float((got - expected).norm() / expected.norm())
     if not difference <= _TOLERANCE:
         raise EngineError(
@@ -137,7 +140,11 @@ def _own_attention(
 
 
 def _paged_attention(
-    geometry: AttentionGeometry, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    geometry: AttentionGeometry,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """The same over a small cache of its own: as a prompt in two chunks, and one token after the other."""
     cache = _small_cache(geometry, len(key), torch.float32)
@@ -146,7 +153,7 @@ def _paged_attention(
         tokens = slice(start, span.context_len)
         step = GatheringStep([span], {0: cache})
         states = (x[tokens] for x in (query, key, value))
-        outputs.append(step.attend(0, *states, scaling=geometry.scaling, softcap=geometry.softcap))
+        outputs.append(step.attend(0, *states, scaling=geometry.scaling, softcap=geometry.softcap, sinks=sinks))
     return torch.cat(outputs)
 
 
@@ -161,21 +168,24 @@ def _check_whole(model: PreTrainedModel, probe: ModelProbe, max_model_len: int) 
     positions = torch.arange(length, device=token_ids.device)[None]
     expected = model(input_ids=token_ids, position_ids=positions, use_cache=False).logits[0].float()
     caches = {layer: _small_cache(geometry, length, geometry.dtype) for layer, geometry in probe.attention.items()}
+    recurrent = RecurrentLayers(model, probe.recurrent, num_slots=1)
     before = use_attention(model)
+    recurrent.attach()
+    outputs = []
     try:
-        got = torch.cat(
-            [
-                model(
+        for start, span in _spans(length, is_stepwise=bool(probe.recurrent)):
+            recurrent.set_step(StatePiece.of([(0, start, span.num_queries)], token_ids.device))
+            with attending(GatheringStep([span], caches)):
+                output = model(
                     input_ids=token_ids[:, start : span.context_len],
                     position_ids=positions[:, start : span.context_len],
                     use_cache=False,
-                    attention_step=GatheringStep([span], caches),
-                ).logits[0]
-                for start, span in _spans(length, is_stepwise=False)
-            ]
-        ).float()
+                )
+            outputs.append(output.logits[0])
     finally:
+        recurrent.release()
         use_attention(model, before)
+    got = torch.cat(outputs).float()
     errors = (got - expected).norm(dim=-1) / expected.norm(dim=-1)
     is_exact = all(parameter.dtype == torch.float32 for parameter in model.parameters())
     error = float(errors.max() if is_exact else errors.median())

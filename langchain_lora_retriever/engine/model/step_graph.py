@@ -62,9 +62,18 @@ class StepShapes:
         max_num_tokens: Most tokens of a step.
         tile_size: Most tokens of a tile.
         num_adapters: Numbers of adapters per token to have graphs for.
+        has_prompts: Whether there are graphs for steps with prompts in them.
     """
 
-    def __init__(self, max_num_seqs: int, max_num_tokens: int, tile_size: int, num_adapters: Sequence[int]) -> None:
+    def __init__(
+        self,
+        max_num_seqs: int,
+        max_num_tokens: int,
+        tile_size: int,
+        num_adapters: Sequence[int],
+        *,
+        has_prompts: bool = True,
+    ) -> None:
         self._max_num_seqs = max_num_seqs
         self._tile_size = tile_size
         self._num_adapters = sorted(num_adapters)
@@ -73,7 +82,7 @@ class StepShapes:
         limit = min(max_num_tokens, MAX_CAPTURED_TOKENS)
         # Products of more tokens than some 512 take time by the 128, which is the height of their tiles.
         prompts = {16, 32, *range(64, 513, 64), *range(640, limit, 128), limit}
-        self._prompts = sorted(n for n in prompts if n <= limit)
+        self._prompts = sorted(n for n in prompts if n <= limit) if has_prompts else []
 
     @property
     def prompt_sizes(self) -> Sequence[int]:

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from langchain_lora_retriever.engine.model.attention import attending
 from langchain_lora_retriever.engine.model.block_tables import BlockTables
 from langchain_lora_retriever.engine.model.fused_check import check_fused
 from langchain_lora_retriever.engine.model.fused_layers import FusedLayers
 from langchain_lora_retriever.engine.model.lora_layers import StepKinds
+from langchain_lora_retriever.engine.model.memory import num_state_slots
 from langchain_lora_retriever.engine.model.paged_step import PagedStep, QueryTiles
+from langchain_lora_retriever.engine.model.recurrent import StatePiece
 from langchain_lora_retriever.engine.model.step_graph import CaptureError, StepGraph, StepShapes
 from langchain_lora_retriever.engine.pinned_copy import upload
 from lora_retriever_kernels.attention import Pages, queries_per_tile
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from langchain_lora_retriever.engine.model.memory import MemoryPlan
     from langchain_lora_retriever.engine.model.packed_batch import PackedBatch
     from langchain_lora_retriever.engine.model.probe import ModelProbe
+    from langchain_lora_retriever.engine.model.recurrent import RecurrentLayers
     from langchain_lora_retriever.engine.model.step_graph import StaticInputs, StepShape
 
     _GraphKey = tuple[StepShape, tuple[int, int] | None, StepKinds]
@@ -52,6 +56,7 @@ class TritonExecutor:
         probe: What is known of it.
         caches: Each layer's cache.
         lora_layers: Its adapters.
+        recurrent: Its layers that keep states: with them, steps of streams alone are captured.
         memory: Sizes.
         config: What to use.
         chosen: The last step's tokens `[>= max_num_seqs]`, int64, read for pending tokens.
@@ -63,6 +68,7 @@ class TritonExecutor:
         probe: ModelProbe,
         caches: Mapping[int, PagedCache],
         lora_layers: LoraLayers,
+        recurrent: RecurrentLayers,
         memory: MemoryPlan,
         config: EngineConfig,
         chosen: torch.Tensor,
@@ -70,6 +76,8 @@ class TritonExecutor:
         self._model = model
         self._caches = caches
         self._lora_layers = lora_layers
+        self._recurrent = recurrent
+        self._padding_slot = num_state_slots(memory.max_num_seqs) - 1
         self._device = chosen.device
         self._chosen = chosen
         self._tables = BlockTables(memory.max_num_seqs, -(-memory.max_model_len // config.block_size), self._device)
@@ -86,8 +94,9 @@ class TritonExecutor:
         self._shapes: StepShapes | None = None
         if config.enable_cuda_graphs:
             self._shapes = StepShapes(
-                memory.max_num_seqs, memory.max_num_batched_tokens, self._tile_size, self._num_adapters
-            )
+                memory.max_num_seqs, memory.max_num_batched_tokens, self._tile_size, self._num_adapters,
+                has_prompts=not recurrent,
+            )  # fmt: skip
         self._graphs: dict[_GraphKey, StepGraph] = {}
         self._told: set[tuple[int, int, StepKinds]] = set()
         self._pool: Any = None
@@ -127,8 +136,11 @@ class TritonExecutor:
         graph = self._find_graph(batch, rank_bound)
         if graph is not None:
             return graph.replay(batch, decode_tokens, prefill_tiles)
+        pieces = batch.state_pieces(self._device) if self._recurrent else []
+        self._recurrent.set_step(pieces)
         wanted = batch.tokens_with_logits
-        self._lora_layers.set_batch(batch.lora, wanted, rank_bound)
+        parts = [(piece.start, piece.num_tokens) for piece in pieces]
+        self._lora_layers.set_batch(batch.lora, wanted, rank_bound, parts)
         tokens = upload([batch.token_ids, batch.positions, batch.rows, batch.sources], torch.int64, self._device)
         tiles = QueryTiles(
             upload(decode_tokens, torch.int64, self._device),
@@ -249,6 +261,9 @@ class TritonExecutor:
         sampled = zeros[: min(num_sampled, num_tokens)]
         self._lora_layers.set_device_batch(slots, weights, rank_bound=rank_bound, kinds=kinds, sampled=sampled)
         tiles = QueryTiles(zeros[:1] - 1, zeros[:2].view(1, 2), 1)
+        if self._recurrent:
+            slot = zeros[:1] + self._padding_slot
+            self._recurrent.set_step([StatePiece(0, num_tokens, slot, True, is_decode=False)])
         return self._run(tokens, tiles, sampled)
 
     def _give_up_graphs(self, error: CaptureError) -> None:
@@ -265,6 +280,10 @@ class TritonExecutor:
         self._lora_layers.set_device_batch(*adapters, num_active, rank_bound, kinds, sampled)
         num_sequences = shape.num_decodes if shape.is_decode else min(shape.num_decodes, _USUAL_NUM_STREAMS)
         tiles = QueryTiles(inputs.decode_tokens, inputs.prefill_tiles, num_sequences)
+        if self._recurrent:
+            _, positions, rows, _ = inputs.tokens
+            slots = torch.where(rows >= 0, rows, self._padding_slot)
+            self._recurrent.set_step([StatePiece(0, shape.num_tokens, slots, positions == 0, is_decode=True)])
         logits = self._run(inputs.tokens, tiles, inputs.sampled)
         if self._device.type != "cuda":
             return logits
@@ -274,13 +293,10 @@ class TritonExecutor:
     def _run(self, tokens: torch.Tensor, tiles: QueryTiles, sampled: torch.Tensor) -> torch.Tensor:
         token_ids, positions, rows, sources = tokens
         token_ids = torch.where(sources >= 0, self._chosen[sources.clamp_min(0)], token_ids)
-        output = self._model(
-            input_ids=token_ids[None],
-            position_ids=positions[None],
-            use_cache=False,
-            logits_to_keep=sampled,
-            attention_step=PagedStep(self._caches, Pages(self._tables.tables, rows, positions), tiles),
-        )
+        with attending(PagedStep(self._caches, Pages(self._tables.tables, rows, positions), tiles)):
+            output = self._model(
+                input_ids=token_ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=sampled
+            )
         logits: torch.Tensor = output.logits[0]
         return logits
 

@@ -1,0 +1,58 @@
+"""Notice where a model asks the host for numbers that lie on the device: what a CUDA graph cannot hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["HostReads"]
+
+_READS = frozenset(
+    {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_consecutive",
+     "unique_dim", "grouped_mm_fallback"}
+)  # fmt: skip
+_INDEXING = frozenset({"index", "index_put", "index_put_", "_index_put_impl_"})
+
+
+class HostReads(TorchDispatchMode):
+    """While it is entered, notes the operations whose results the host waits for.
+
+    On the meta device, where there are no numbers, such an operation gives zero, False, or nothing at all, so that a
+    model can be followed without weights.
+
+    Attributes:
+        names: The operations met, by their names in ATen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note the operation, and run it."""
+        name = func._schema.name.split("::")[1]  # noqa: SLF001 - an operator says its name nowhere else
+        tensor = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        is_read = name in _READS or (name in _INDEXING and _has_mask(args))
+        if is_read:
+            self.names.add(name)
+        if tensor is None or not tensor.is_meta:
+            return func(*args, **(kwargs or {}))
+        if name in {"_local_scalar_dense", "is_nonzero"}:
+            return torch.zeros((), dtype=tensor.dtype, device="cpu").item()
+        if name == "equal":
+            return False
+        if name == "nonzero":
+            return tensor.new_empty((0, tensor.dim()), dtype=torch.int64)
+        if name == "_grouped_mm":  # which knows bfloat16 alone there
+            return tensor.new_empty((tensor.shape[0], args[1].shape[-1]))
+        if name == "histc":
+            return tensor.new_empty(kwargs["bins"] if kwargs and "bins" in kwargs else args[1])
+        return func(*args, **(kwargs or {}))
+
+
+def _has_mask(args: Any) -> bool:
+    """Whether an indexing operation is by a mask: how many elements that picks is not known on the host."""
+    indices = args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else ()
+    return any(isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in indices)
