@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import nn
+from transformers import BitsAndBytesConfig, TorchAoConfig
 
-from langchain_lora_retriever.engine import BaseModel, EngineConfig, EngineWorker
+from langchain_lora_retriever.engine import BaseModel, EngineConfig, EngineWorker, load_base_model
+from langchain_lora_retriever.pool.checkpoint import read_adapter
 from langchain_lora_retriever.types import Adapter, SamplingParams
-from makers import make_adapter, make_tiny_model, make_tokenizer
+from makers import make_adapter, make_checkpoint, make_tiny_model, make_tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONFIG = EngineConfig(max_num_seqs=4, kv_cache_bytes=2 << 20, lora_cache_bytes=4 << 20)
@@ -32,6 +39,33 @@ class Int8Linear(nn.Module):
         assert isinstance(self.qweight, torch.Tensor)
         assert isinstance(self.scales, torch.Tensor)
         return nn.functional.linear(x, self.qweight.to(x.dtype) * self.scales)
+
+
+class Int8Weight(torch.Tensor):
+    """A weight that is a tensor of its own kind, as torchao's are, within a plain `nn.Linear`: it has no numbers."""
+
+    @staticmethod
+    def __new__(cls, weight: torch.Tensor) -> Self:
+        """As wide as the weight, of which it keeps eight bits."""
+        made = torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype)
+        made.scales = weight.abs().amax(1, keepdim=True) / 127
+        made.numbers = (weight / made.scales).round().to(torch.int8)
+        return made
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Multiply, and nothing else with numbers."""
+        if func is nn.functional.linear:
+            x, weight, *bias = args
+            return nn.functional.linear(x, weight.numbers.to(x.dtype) * weight.scales, *bias, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Only what makes a parameter of it."""
+        if func in {torch.ops.aten.detach.default, torch.ops.aten.alias.default}:
+            return args[0]
+        raise NotImplementedError(f"{func} of quantised weights")
 
 
 def quantise(model: Any, make: Any) -> Any:
@@ -96,6 +130,17 @@ def test_dora_over_weights_that_are_no_linear_modules() -> None:
     check(quantise(model, Int8Linear), adapters)
 
 
+def test_weights_of_their_own_kind_in_plain_linear_modules() -> None:
+    """They must not be laid side by side, copied or moved as if they held numbers."""
+    model = make_tiny_model("llama").to(DEVICE)
+    adapters = [make_adapter(model, f"q{i}") for i in range(2)]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and "lm_head" not in name:
+            module.weight = nn.Parameter(Int8Weight(module.weight.data), requires_grad=False)
+    check(model, adapters)
+    assert type(model.model.layers[0].self_attn.q_proj.weight) is Int8Weight
+
+
 def test_bitsandbytes_four_bit_layers() -> None:
     """`Linear4bit` is a subclass of `nn.Linear` whose weight is packed: it must not be taken for a plain one."""
     bnb = pytest.importorskip("bitsandbytes")
@@ -110,3 +155,70 @@ def test_bitsandbytes_four_bit_layers() -> None:
     model = make_tiny_model("llama")
     adapters = [make_adapter(model, f"q{i}") for i in range(2)]
     check(quantise(model, make), adapters)
+
+
+def load_quantised(folder: Path, make_config: Callable[[], Any]) -> BaseModel:
+    """A small model, saved and loaded as transformers quantises it."""
+    make_tiny_model("llama").save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return load_base_model(folder, quantization_config=make_config())
+
+
+def int8_weights() -> Any:
+    """Torchao's int8, of weights alone: it runs anywhere."""
+    quantization = pytest.importorskip("torchao.quantization")
+    return TorchAoConfig(quantization.Int8WeightOnlyConfig())
+
+
+def test_torchao_weights_that_are_tensors_of_their_own_kind(tmp_path: Path) -> None:
+    """Within plain `nn.Linear` modules, which must not be laid side by side as if they held numbers."""
+    base = load_quantised(tmp_path, int8_weights)
+    projection = base.model.model.layers[0].self_attn.q_proj
+    assert type(projection) is nn.Linear
+    kind = type(projection.weight)
+    assert kind is not nn.Parameter
+    check(base.model, [make_adapter(base.model, f"q{i}") for i in range(2)])
+    assert type(projection.weight) is kind
+
+
+def test_torchao_weights_answer_as_peft_does(tmp_path: Path) -> None:
+    """The adapter is PEFT's own, loaded by PEFT over the quantised model, and by the engine from its folder."""
+    base = load_quantised(tmp_path / "model", int8_weights)
+    folder = make_checkpoint(tmp_path / "adapter", model=make_tiny_model("llama"), target_modules="all-linear")
+    adapted = PeftModel.from_pretrained(base.model, folder)
+    expected = [generate(adapted, prompt, []) for prompt in PROMPTS]
+    adapted.unload()
+    adapter = read_adapter(folder)
+    sampling = SamplingParams(max_tokens=12, ignore_eos=True)
+    with EngineWorker(base, CONFIG) as worker:
+        running = [worker.submit(prompt, sampling, [(adapter, 1.0)]) for prompt in PROMPTS]
+        assert [list(g.result(120).token_ids) for g in running] == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("scheme", ["int8", "float8", "nf4"])
+def test_quantised_layers_run_fused_and_captured(scheme: str, tmp_path: Path) -> None:
+    """On the Triton backend, in bf16; tokens are those of the quantised model's own `generate`."""
+
+    def make_config() -> Any:
+        if scheme == "nf4":
+            pytest.importorskip("bitsandbytes")
+            return BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+            )
+        quantization = pytest.importorskip("torchao.quantization")
+        kinds = {"int8": quantization.Int8WeightOnlyConfig, "float8": quantization.Float8WeightOnlyConfig}
+        return TorchAoConfig(kinds[scheme]())
+
+    make_tiny_model("llama").save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    base = load_base_model(tmp_path, quantization_config=make_config(), dtype=torch.float32)
+    expected = [generate(base.model, prompt, []) for prompt in PROMPTS]
+    config = EngineConfig(max_num_seqs=4, kv_cache_bytes=2 << 20, lora_cache_bytes=4 << 20, captured_ranks=(16,))
+    sampling = SamplingParams(max_tokens=12, ignore_eos=True)
+    with EngineWorker(base, config) as worker:
+        executor = worker.core.runner.executor
+        assert (executor.name, executor.is_fused, bool(executor.graphs)) == ("triton", True, True)
+        running = [worker.submit(prompt, sampling) for prompt in PROMPTS]
+        assert [list(g.result(120).token_ids) for g in running] == expected
