@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check format wheel docs langchain coverage constraints bench clean
+.PHONY: demo test check format wheel docs langchain vllm coverage constraints bench clean
 
 demo: $(INSTALLED)  ## set up, then send held-out prompts through the demo's pool of adapters
 	$(BIN)/lora-retriever demo
@@ -34,6 +34,9 @@ docs: $(INSTALLED)  ## build the site; a link or a name that leads nowhere is an
 
 langchain: $(INSTALLED)  ## the tests of LangChain's conventions on the oldest and the newest langchain-core that is supported
 	.ci/langchain $(BIN)/python
+
+vllm: $(INSTALLED)  ## the tests inside vLLM on a CPU, in an environment of their own
+	.ci/vllm $(BIN)/python
 
 coverage: $(INSTALLED)  ## the unit tests, and no less covered by them than was
 	$(BIN)/python -m pytest -q -m "not gpu" --cov --cov-report=term tests/unit tests/docs

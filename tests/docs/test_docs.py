@@ -41,7 +41,9 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
-NOT_RUN = ("load_base_model(", "ProcessEngine(", "serve.run(", "demo_test_set(25)", "BitsAndBytesConfig(")
+NOT_RUN = (
+    "load_base_model(", "ProcessEngine(", "VllmEngine(", "serve.run(", "demo_test_set(25)", "BitsAndBytesConfig(",
+)  # fmt: skip
 """What stands in blocks that are not run: they load a model of the hub, or measure for minutes."""
 SAMPLES = {
     "sql": ["How many users signed up in May?", "Select the names of all users from the table."],

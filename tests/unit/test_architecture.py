@@ -29,6 +29,7 @@ FLOORS: dict[str, set[str]] = {
     "adapter_training": GROUND | {"pool", "demo"},
     "evaluation": GROUND | {"engine", "retrieval", "pool", "chat"},
     "remote": GROUND | {"engine", "retrieval", "pool"},
+    "vllm": GROUND | {"engine"},
     "serving": GROUND | {"engine.api", "engine.config", "output", "chat", "runtime", "remote", "evaluation", "demo"},
     "demo": GROUND | {"engine", "retrieval", "pool", "chat", "registry", "evaluation"},
     "cli": GROUND
@@ -48,7 +49,8 @@ OUTSIDE: dict[str, set[str]] = {
     "peft": {"pool", "demo", "adapter_training"},
     "triton": set(),
     "tqdm": {"support", "cli"},
-    KERNELS: {"engine.model"},
+    KERNELS: {"engine.model", "vllm.layers"},
+    "vllm": {"vllm"},
     "accelerate": {"engine.model"},
 }
 # Files of `engine` that must do without torch: those above it import them.

@@ -1,0 +1,213 @@
+"""vLLM's linear layers with adapters, computed by our kernels: weights of true ranks, and a step's tokens.
+
+vLLM's layer classes stay: they run the base product, cut A and B for a tensor-parallel rank (`slice_lora_a`,
+`slice_lora_b`), and gather or reduce afterwards as without adapters. A column-parallel layer holds its own rows of B, a
+row-parallel one its own columns of A and all of B, whose partial sums its own all-reduce adds; an adapter's weight is a
+factor of both, so a mixture needs no collective of its own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import torch
+
+from lora_retriever_kernels.lora import LoraBatch, LoraRows, LoraStack, add_lora
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import numpy as np
+
+__all__ = ["LoraLayer", "LoraStep", "StepAdapters"]
+
+_layers: WeakValueDictionary[int, LoraLayer] = WeakValueDictionary()
+"""By the address of their A: an operator in a compiled graph is handed tensors alone."""
+
+
+class LoraStep:
+    """Which adapters the tokens of a step run; one for all layers of a model.
+
+    Args:
+        max_loras: Adapters in device memory at once.
+        max_rank: Largest rank, 1 to 256.
+        max_num_tokens: Most tokens of a step.
+        max_k: Most adapters per token, 1 to 8.
+        device: Where the model is.
+    """
+
+    def __init__(self, *, max_loras: int, max_rank: int, max_num_tokens: int, max_k: int, device: torch.device) -> None:
+        self.rows = LoraRows(max_loras, max_rank, device)
+        self.batch = LoraBatch(self.rows, max_num_tokens, max_k)
+        self._is_on_gpu = device.type == "cuda"
+        self._num_active = 0
+        self._k = 1
+        self._is_current = False
+        self._done: set[int] = set()  # layers that this pass has been through
+
+    def set_tokens(self, slots: np.ndarray, weights: np.ndarray) -> None:
+        """Say what the next passes' tokens run. Tokens beyond, which pad a captured graph, run nothing.
+
+        Args:
+            slots: Slot per token `[num_tokens, k]`, int32; -1 contributes nothing.
+            weights: Weight per slot, float32.
+        """
+        num_tokens, k = slots.shape
+        used = set(slots[slots >= 0].tolist())
+        self._num_active, self._k = len(used), k
+        mapping, factors = self.batch.token_lora_mapping, self.batch.token_lora_weights
+        mapping.fill_(-1)
+        mapping[:num_tokens, :k].copy_(torch.from_numpy(slots), non_blocking=True)
+        factors[:num_tokens, :k].copy_(torch.from_numpy(weights), non_blocking=True)
+        self._is_current = False
+
+    def add(self, y: torch.Tensor, x: torch.Tensor, layer: LoraLayer) -> None:
+        """Add the adapters' outputs of a layer to `y` `[num_tokens, sum(out_features)]` in place."""
+        if not self._num_active:
+            return
+        key, num_tokens = id(layer), x.shape[0]
+        # On a GPU the first layer of every pass launches the grouping: it belongs into the graph that is captured.
+        if not self._is_current or num_tokens != self.batch.num_tokens or (self._is_on_gpu and key in self._done):
+            self._group(num_tokens)
+        self._done.add(key)
+        add_lora(y, x, layer.stack, self.batch)
+
+    def _group(self, num_tokens: int) -> None:
+        mapping, weights = self.batch.token_lora_mapping[:num_tokens], self.batch.token_lora_weights[:num_tokens]
+        if not self._is_on_gpu:
+            self.batch.update(mapping[:, : self._k].contiguous(), weights[:, : self._k].contiguous(), self._num_active)
+        elif torch.cuda.is_current_stream_capturing():  # for whatever is replayed
+            self.batch.update(mapping, weights, self.rows.max_loras, self.rows.bound(self.rows.max_rank))
+        else:
+            self.batch.update(mapping, weights, self._num_active)
+        self._is_current = True
+        self._done.clear()
+
+
+class LoraLayer:
+    """The adapters of one linear layer of vLLM's, in place of its padded tensors.
+
+    Slot `s` owns the rank rows from `s * max_rank` on, of which an adapter takes its rank: the memory is vLLM's, what
+    is read and computed is the true rank.
+
+    Args:
+        module: A `BaseLinearLayerWithLoRA` whose tensors were made.
+        step: What its tokens run.
+        max_rank: Rank rows per slot.
+    """
+
+    def __init__(self, module: Any, step: LoraStep, max_rank: int) -> None:
+        first = module.lora_a_stacked[0]
+        widths = [b.shape[2] for b in module.lora_b_stacked]
+        dtype, in_features = first.dtype, first.shape[3]
+        module.lora_a_stacked = module.lora_b_stacked = ()  # given back before the others are made
+        del first
+        self._module = module
+        self._max_rank = max_rank
+        self._ranks: dict[int, int] = {}
+        self.step = step
+        self.stack = LoraStack(step.rows, step.rows.max_loras * max_rank, in_features, widths, dtype)
+        # What vLLM reads of them are shapes and dtype: `[rows, in_features]` and `[out_features, rows]` of each slice.
+        module.lora_a_stacked = tuple(self.stack.a)
+        module.lora_b_stacked = tuple(part.t() for part in self.stack.b.split(widths, 1))
+        module.set_lora, module.reset_lora = self.set_lora, self.reset_lora
+        _layers[self.stack.a.data_ptr()] = self
+
+    def rank(self, slot: int) -> int:
+        """The largest rank of the adapter in a slot here; 0 if it lacks the layer."""
+        return self._ranks.get(slot, 0)
+
+    def reset_lora(self, index: int) -> None:
+        """Forget the adapter in slot `index`; vLLM calls it where an adapter lacks the layer."""
+        self.stack.unload(index)
+        self._ranks.pop(index, None)
+
+    def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
+        """Put an adapter's weights into slot `index`; vLLM calls it, with a tensor or a list of them.
+
+        Raises:
+            ValueError: If a shape does not fit, or weights are not finite in the layer's dtype.
+        """
+        # vLLM has multiplied B by the scaling. Its warm-up adapters are as wide as one rank's part: others' is empty.
+        slices = [
+            None if a is None or b is None or not a.numel() or not b.numel() else (a, b, 1.0)
+            for a, b in zip(*self._own_part(lora_a, lora_b), strict=True)
+        ]
+        self.stack.load(index, index * self._max_rank, slices)
+        self._ranks[index] = max((entry[0].shape[0] for entry in slices if entry is not None), default=0)
+
+    def _own_part(self, lora_a: Any, lora_b: Any) -> tuple[Sequence[Any], Sequence[Any]]:
+        """A and B of each slice, as much of them as this tensor-parallel rank computes."""
+        module, num_slices = self._module, self.stack.num_slices
+        if num_slices > 1 and isinstance(lora_b, torch.Tensor):  # one module of the checkpoint for all slices
+            lora_a, lora_b = [lora_a] * num_slices, list(lora_b.split(list(module.base_layer.output_sizes)))
+        elif isinstance(lora_b, list) and len(lora_b) != num_slices:
+            lora_a, lora_b = module.expand_packed_lora(lora_a, lora_b)
+        if module.tp_size > 1:
+            lora_a, lora_b = module.slice_lora_a(lora_a), module.slice_lora_b(lora_b)
+        return ([lora_a], [lora_b]) if isinstance(lora_b, torch.Tensor) else (lora_a, lora_b)
+
+
+@torch.library.custom_op("lora_retriever_vllm::add_lora", mutates_args=("y",))
+def _add_lora(y: torch.Tensor, x: torch.Tensor, key: torch.Tensor) -> None:
+    """Run a layer's adapters from a compiled graph, which knows neither the step's tokens nor their number."""
+    layer = _layers[key.data_ptr()]
+    layer.step.add(y, x, layer)
+
+
+@_add_lora.register_fake
+def _(*args: object) -> None:
+    """Nothing to shape: `y` is mutated."""
+
+
+class StepAdapters:
+    """What vLLM calls a Punica wrapper: it is told a step's adapters and adds their outputs, on our kernels.
+
+    Args:
+        step: What the layers look at.
+        compositions: The members and weights of each composition of the step, by its number; whoever owns it keeps it
+            current.
+    """
+
+    def __init__(self, step: LoraStep, compositions: Mapping[int, Sequence[tuple[int, float]]]) -> None:
+        self._step = step
+        self._compositions = compositions
+
+    def update_metadata(
+        self, mapping: Any, lora_index_to_id: Sequence[int | None], max_loras: int, vocab_size: int, **kwargs: object
+    ) -> None:
+        """Take in which adapter or composition each token runs; vLLM calls it when that, or a slot, changes."""
+        import numpy as np  # noqa: PLC0415 - not in a compiled graph
+
+        del max_loras, vocab_size, kwargs
+        slot_of = {lora_id: slot for slot, lora_id in enumerate(lora_index_to_id) if lora_id is not None}
+        ids, rows = np.unique(np.asarray(mapping.index_mapping, dtype=np.int64), return_inverse=True)
+        members = [self._compositions.get(i, ((i, 1.0),)) if i > 0 else () for i in ids.tolist()]
+        k = max((len(entry) for entry in members), default=0) or 1
+        slots = np.full((len(ids), k), -1, dtype=np.int32)
+        weights = np.zeros((len(ids), k), dtype=np.float32)
+        for row, entry in enumerate(members):
+            for place, (lora_id, weight) in enumerate(entry):
+                slots[row, place], weights[row, place] = slot_of[lora_id], weight
+        self._step.set_tokens(slots[rows], weights[rows])
+
+    def add_lora_linear(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        lora_a_stacked: Sequence[torch.Tensor],
+        lora_b_stacked: Sequence[torch.Tensor],
+        scale: float,
+        output_slices: Sequence[int],
+        **kwargs: object,
+    ) -> torch.Tensor:
+        """Add the adapters' outputs of a linear layer to `y` in place; which layer, its first A says."""
+        del lora_b_stacked, scale, output_slices, kwargs
+        flat, inputs = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
+        if torch.compiler.is_compiling():
+            torch.ops.lora_retriever_vllm.add_lora(flat, inputs, lora_a_stacked[0])
+        else:
+            layer = _layers[lora_a_stacked[0].data_ptr()]
+            layer.step.add(flat, inputs, layer)
+        return y
