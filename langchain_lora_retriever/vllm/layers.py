@@ -11,14 +11,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
+import numpy as np
 import torch
 
 from lora_retriever_kernels.lora import LoraBatch, LoraRows, LoraStack, add_lora
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-    import numpy as np
 
 __all__ = ["LoraLayer", "LoraStep", "StepAdapters"]
 
@@ -40,11 +39,17 @@ class LoraStep:
     def __init__(self, *, max_loras: int, max_rank: int, max_num_tokens: int, max_k: int, device: torch.device) -> None:
         self.rows = LoraRows(max_loras, max_rank, device)
         self.batch = LoraBatch(self.rows, max_num_tokens, max_k)
+        self._empty: set[int] = set()  # slots whose adapter has no layer here: another pipeline stage has them
         self._is_on_gpu = device.type == "cuda"
         self._num_active = 0
         self._k = 1
         self._is_current = False
         self._done: set[int] = set()  # layers that this pass has been through
+
+    def assign(self, slot: int, rank: int) -> None:
+        """Say which rank the adapter in a slot has; call it once its layers are loaded."""
+        self.rows.assign(slot, slot * self.rows.max_rank, rank)
+        (self._empty.discard if rank else self._empty.add)(slot)
 
     def set_tokens(self, slots: np.ndarray, weights: np.ndarray) -> None:
         """Say what the next passes' tokens run. Tokens beyond, which pad a captured graph, run nothing.
@@ -54,6 +59,8 @@ class LoraStep:
             weights: Weight per slot, float32.
         """
         num_tokens, k = slots.shape
+        if self._empty:
+            slots = np.where(np.isin(slots, list(self._empty)), np.int32(-1), slots)
         used = set(slots[slots >= 0].tolist())
         self._num_active, self._k = len(used), k
         mapping, factors = self.batch.token_lora_mapping, self.batch.token_lora_weights
@@ -94,17 +101,16 @@ class LoraLayer:
     Args:
         module: A `BaseLinearLayerWithLoRA` whose tensors were made.
         step: What its tokens run.
-        max_rank: Rank rows per slot.
     """
 
-    def __init__(self, module: Any, step: LoraStep, max_rank: int) -> None:
+    def __init__(self, module: Any, step: LoraStep) -> None:
+        max_rank = step.rows.max_rank
         first = module.lora_a_stacked[0]
         widths = [b.shape[2] for b in module.lora_b_stacked]
         dtype, in_features = first.dtype, first.shape[3]
         module.lora_a_stacked = module.lora_b_stacked = ()  # given back before the others are made
         del first
         self._module = module
-        self._max_rank = max_rank
         self._ranks: dict[int, int] = {}
         self.step = step
         self.stack = LoraStack(step.rows, step.rows.max_loras * max_rank, in_features, widths, dtype)
@@ -134,7 +140,7 @@ class LoraLayer:
             None if a is None or b is None or not a.numel() or not b.numel() else (a, b, 1.0)
             for a, b in zip(*self._own_part(lora_a, lora_b), strict=True)
         ]
-        self.stack.load(index, index * self._max_rank, slices)
+        self.stack.load(index, index * self.step.rows.max_rank, slices)
         self._ranks[index] = max((entry[0].shape[0] for entry in slices if entry is not None), default=0)
 
     def _own_part(self, lora_a: Any, lora_b: Any) -> tuple[Sequence[Any], Sequence[Any]]:
@@ -178,8 +184,6 @@ class StepAdapters:
         self, mapping: Any, lora_index_to_id: Sequence[int | None], max_loras: int, vocab_size: int, **kwargs: object
     ) -> None:
         """Take in which adapter or composition each token runs; vLLM calls it when that, or a slot, changes."""
-        import numpy as np  # noqa: PLC0415 - not in a compiled graph
-
         del max_loras, vocab_size, kwargs
         slot_of = {lora_id: slot for slot, lora_id in enumerate(lora_index_to_id) if lora_id is not None}
         ids, rows = np.unique(np.asarray(mapping.index_mapping, dtype=np.int64), return_inverse=True)

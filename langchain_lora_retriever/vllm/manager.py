@@ -59,15 +59,14 @@ class KernelModelManager(LRUCacheLoRAModelManager):  # type: ignore[misc]
                 "VLLM_PLUGINS= runs vLLM without them (or names the other plug-ins)."
             )
         super().register_module(module_name, module)
-        self._layers.append(LoraLayer(module, self._step, self.lora_config.max_lora_rank))
+        self._layers.append(LoraLayer(module, self._step))
 
     def activate_adapter(self, lora_id: int) -> bool:
         """Put an adapter on the device; True if it was not there."""
         is_new: bool = super().activate_adapter(lora_id)
         if is_new:
             slot = self.lora_index_to_id.index(lora_id)
-            rank = max((layer.rank(slot) for layer in self._layers), default=0)
-            self._step.rows.assign(slot, slot * self.lora_config.max_lora_rank, rank)
+            self._step.assign(slot, max((layer.rank(slot) for layer in self._layers), default=0))
         return is_new
 
 

@@ -10,6 +10,8 @@ import pytest
 from langchain_lora_retriever.errors import EngineError, InvalidRequestError, MissingDependencyError
 from langchain_lora_retriever.vllm import limits
 from langchain_lora_retriever.vllm.compositions import composed_name, folder_of, parse_name, with_contents
+from langchain_lora_retriever.vllm.patches import _check
+from langchain_lora_retriever.vllm.plugin import register
 
 
 def test_a_name_is_read_as_it_is_written() -> None:
@@ -54,6 +56,26 @@ def test_another_vllm_is_refused(monkeypatch: Any) -> None:
     monkeypatch.setattr(limits, "_installed", lambda: None)
     with pytest.raises(MissingDependencyError, match=r"langchain-lora-retriever\[vllm\]"):
         limits.check_version()
+
+
+def test_a_vllm_that_is_not_known_is_left_as_it_is(monkeypatch: Any, caplog: Any) -> None:
+    """By the plug-in, which says so: whoever has both packages did not ask for it."""
+    monkeypatch.setattr(limits, "_installed", lambda: "0.33.0")
+    register()
+    assert "0.33.0 is installed, and left as it is" in caplog.text
+
+
+def test_what_is_replaced_is_looked_at_first() -> None:
+    """A method of other parameters, and one that is missing, are told of by name."""
+
+    class Theirs:
+        def known(self, one: int, *, two: int) -> None: ...
+
+    _check(Theirs, "known", "one two")
+    with pytest.raises(EngineError, match=r"Theirs\.known takes \(one, two\), where \(one\) was expected"):
+        _check(Theirs, "known", "one")
+    with pytest.raises(EngineError, match=r"Theirs\.gone is missing"):
+        _check(Theirs, "gone", "one")
 
 
 def _config(**changes: Any) -> Any:
