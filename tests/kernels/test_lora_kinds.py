@@ -166,6 +166,22 @@ def test_a_step_without_gains_is_what_it_was(backend: str, device: str) -> None:
 
 
 @backends
+def test_slots_without_rows_add_nothing(backend: str, device: str) -> None:
+    """Alone in a step or beside others; they may be emptied while a step still names them."""
+    home = build(backend, device)
+    home.stack.unload(3)
+    home.rows.assign(3, 0, 0)
+    x, y = torch.randn(4, IN).to(device), torch.randn(4, sum(OUT)).to(device)
+    for others in (3, 0):
+        mapping = torch.tensor([[3], [3], [others], [-1]], dtype=torch.int32, device=device)
+        home.batch.update(mapping, torch.ones(4, 1, device=device))
+        out = y.clone()
+        add_lora(out, x, home.stack, home.batch)
+        changed = (out != y).any(dim=1).tolist()
+        assert changed == [False, False, others == 0, False]
+
+
+@backends
 def test_outputs_that_are_infinite_stay_with_their_tokens(backend: str, device: str) -> None:
     """A token beside one with gains is not multiplied by a zero."""
     home = build(backend, device)

@@ -67,7 +67,7 @@ class DensePlan:
     """One step's grouping for the PyTorch path.
 
     Attributes:
-        slots: Distinct adapters in ascending order.
+        slots: Distinct adapters that have rows, in ascending order.
         row_weights: `[num_tokens, sum of their rows]`, fp32; None when `segments` is to be used.
         unused: Where these are 0, `[num_tokens, 1, sum of their rows]`; None if nowhere.
         segments: One per adapter; empty when `row_weights` is to be used.
@@ -150,8 +150,8 @@ def plan_dense(
         A plan with `row_weights` or with `segments`, whichever costs fewer operations.
     """
     gains = None if gain_rows is None else plan_gains(mapping, weights, gain_rows)
-    active = tuple(s for s in mapping.unique().tolist() if s >= 0)
     row_counts = counts.tolist()
+    active = tuple(s for s in mapping.unique().tolist() if s >= 0 and row_counts[s])
     num_rows = sum(row_counts[s] for s in active)
     dense_cost = mapping.shape[0] * (num_rows + _TOKEN_COST)
     segments: tuple[Segment, ...] = ()
