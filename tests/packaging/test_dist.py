@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -14,10 +15,15 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import langchain_lora_retriever
 
 ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROGRAMS = Path(sys.executable).parent
 is_built = pytest.mark.skipif("DIST" not in os.environ, reason="nothing was built: run `make wheel`")
 
 EXTRAS = {
@@ -154,8 +160,45 @@ def test_a_missing_extra_is_told_with_its_command(unpacked: Path, extra: str, ar
 
 
 def test_one_version_of_each_tool() -> None:
-    """pre-commit runs the linter that `make check` does."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    (ruff,) = [name for name in project["dependency-groups"]["dev"] if name.startswith("ruff==")]
-    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
-    assert f"rev: v{ruff.removeprefix('ruff==')}" in hooks
+    """pre-commit's hooks run what `make` has installed, and have no versions of their own."""
+    hooks = [
+        hook
+        for repository in yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+        for hook in repository["hooks"]
+    ]
+    assert {hook["language"] for hook in hooks} == {"system"}
+    programs = [hook["entry"].split()[0] for hook in hooks]
+    assert [program for program in programs if not program.startswith(".venv/bin/")] == []
+    assert [program for program in programs if shutil.which(Path(program).name, path=PROGRAMS) is None] == []
+
+
+def test_the_constraints_are_of_all_that_is_needed() -> None:
+    """Each requirement of every extra and group has a version there, which it allows."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    needed = [
+        Requirement(name)
+        for names in (
+            PROJECT["project"]["dependencies"],
+            *PROJECT["project"]["optional-dependencies"].values(),
+            *PROJECT["dependency-groups"].values(),
+        )
+        for name in names
+    ]
+    wrong = [
+        str(requirement)
+        for requirement in needed
+        if not requirement.specifier.contains(pins.get(canonicalize_name(requirement.name), "0"))
+    ]
+    assert wrong == []
+
+
+def test_workflows_call_what_is_there() -> None:
+    """Targets of the Makefile, scripts of `.ci`, extras and groups."""
+    called = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / ".github/workflows").glob("*.yml"))
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(re.findall(r"run: make (\w+)", called)) <= targets
+    assert [name for name in re.findall(r"run: (\.ci/\w+)", called) if not os.access(ROOT / name, os.X_OK)] == []
+    (extras,) = re.findall(r"\.\[([a-z,]+)\]", called)
+    assert set(extras.split(",")) <= PROJECT["project"]["optional-dependencies"].keys()
+    assert set(re.findall(r"--group (\w+)", called)) <= PROJECT["dependency-groups"].keys()
