@@ -173,7 +173,7 @@ def test_one_version_of_each_tool() -> None:
 
 
 def test_the_constraints_are_of_all_that_is_needed() -> None:
-    """Each requirement of every extra and group has a version there, which it allows."""
+    """Each requirement of every extra and group has a version there, which it allows; torch's build chooses Triton."""
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     needed = [
@@ -189,6 +189,7 @@ def test_the_constraints_are_of_all_that_is_needed() -> None:
         str(requirement)
         for requirement in needed
         if not requirement.specifier.contains(pins.get(canonicalize_name(requirement.name), "0"))
+        and requirement.name != "triton"
     ]
     assert wrong == []
 
