@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Unpack
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import LanguageModelInput
@@ -15,6 +16,8 @@ from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.prompt_values import PromptValue
 from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
+from langchain_core.utils.utils import LC_ID_PREFIX
+from langchain_core.utils.uuid import uuid7
 
 from langchain_lora_retriever.chat.batching import reached_engine
 from langchain_lora_retriever.chat.begin import Begun, abegin, begin, num_prompt_tokens, owned, text_to_route
@@ -30,11 +33,17 @@ from langchain_lora_retriever.chat.structured_output import structured_output
 from langchain_lora_retriever.chat.tracing import aplanner, planner
 from langchain_lora_retriever.engine import Completion, Delta, EngineClient
 from langchain_lora_retriever.errors import InvalidRequestError
+from langchain_lora_retriever.output.events import AnswerEvents
 from langchain_lora_retriever.output.stream import AnswerStream
 from langchain_lora_retriever.output.tools import to_tool_choice, to_tools
 from langchain_lora_retriever.support.shown import shown
 from langchain_lora_retriever.support.threads import Deadline, run_within
 from langchain_lora_retriever.types import Composition
+
+if TYPE_CHECKING:
+    from langchain_protocol.protocol import MessagesData
+
+Streamed = TypeVar("Streamed")
 
 __all__ = ["ChatLoraRetriever"]
 
@@ -121,30 +130,91 @@ class ChatLoraRetriever(ChatSettings):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        options = self._options(stop, kwargs, is_stream=True)
-        deadline = Deadline(options.timeout)
-        begun = run_within(deadline, lambda: self._begin(messages, options, run_manager), discard=Begun.abort)
-        (answer,) = self._answers(begun, options, tells_usage=options.stream_usage)
-        with owned(begun, deadline) as (generation,):
-            for delta in generation.deltas(deadline.remaining()):
-                yield from answer.push(delta)
+        return self._streamed(self._chunks, messages, stop, run_manager, kwargs)
 
-    async def _astream(
+    def _astream(
         self,
         messages: list[BaseMessage],
         stop: list[str] | None = None,
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
+        return self._astreamed(self._chunks, messages, stop, run_manager, kwargs)
+
+    def _stream_chat_model_events(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[MessagesData]:
+        """Stream events of content blocks, which LangChain looks for by this name."""
+        make = partial(self._events, run_manager)
+        return self._streamed(make, messages, stop, run_manager, kwargs)
+
+    def _astream_chat_model_events(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[MessagesData]:
+        """Do what `_stream_chat_model_events` does without blocking the event loop."""
+        make = partial(self._events, run_manager)
+        return self._astreamed(make, messages, stop, run_manager, kwargs)
+
+    def _streamed(
+        self,
+        make: Callable[[Begun, CallOptions], Callable[[Delta], Iterator[Streamed]]],
+        messages: Sequence[BaseMessage],
+        stop: Sequence[str] | None,
+        run_manager: CallbackManagerForLLMRun | None,
+        kwargs: Mapping[str, Any],
+    ) -> Iterator[Streamed]:
+        """Yield what the function that `make` returns makes of each delta."""
+        options = self._options(stop, kwargs, is_stream=True)
+        deadline = Deadline(options.timeout)
+        begun = run_within(deadline, lambda: self._begin(messages, options, run_manager), discard=Begun.abort)
+        push = make(begun, options)
+        with owned(begun, deadline) as (generation,):
+            for delta in generation.deltas(deadline.remaining()):
+                yield from push(delta)
+
+    async def _astreamed(
+        self,
+        make: Callable[[Begun, CallOptions], Callable[[Delta], Iterator[Streamed]]],
+        messages: Sequence[BaseMessage],
+        stop: Sequence[str] | None,
+        run_manager: AsyncCallbackManagerForLLMRun | None,
+        kwargs: Mapping[str, Any],
+    ) -> AsyncIterator[Streamed]:
+        """Do what `_streamed` does without blocking the event loop."""
         options = self._options(stop, kwargs, is_stream=True)
         deadline = Deadline(options.timeout)
         async with deadline.limit():
             begun = await self._abegin(messages, options, run_manager)
-        (answer,) = self._answers(begun, options, tells_usage=options.stream_usage)
+        push = make(begun, options)
         with owned(begun, deadline, asyncio.get_running_loop()) as (generation,):
             async for delta in generation:
-                for chunk in answer.push(delta):
-                    yield chunk
+                for streamed in push(delta):
+                    yield streamed
+
+    def _chunks(self, begun: Begun, options: CallOptions) -> Callable[[Delta], Iterator[ChatGenerationChunk]]:
+        (answer,) = self._answers(begun, options, tells_usage=options.stream_usage)
+        return answer.push
+
+    def _events(
+        self,
+        run_manager: CallbackManagerForLLMRun | AsyncCallbackManagerForLLMRun | None,
+        begun: Begun,
+        options: CallOptions,
+    ) -> Callable[[Delta], Iterator[MessagesData]]:
+        (run,) = begun.runs
+        message_id = f"{LC_ID_PREFIX}-{uuid7() if run_manager is None else run_manager.run_id}"
+        metadata, tokenizer = self._metadata(begun, options), begun.engine.tokenizer
+        return AnswerEvents(
+            run.answer, tokenizer, metadata, message_id=message_id, tells_usage=options.stream_usage
+        ).push
 
     def _options(
         self, stop: Sequence[str] | None, kwargs: Mapping[str, Any], *, is_stream: bool = False
@@ -168,13 +238,16 @@ class ChatLoraRetriever(ChatSettings):
         return begun
 
     def _answers(self, begun: Begun, options: CallOptions, *, tells_usage: bool = True) -> list[AnswerStream]:
-        metadata = {
+        metadata, tokenizer = self._metadata(begun, options), begun.engine.tokenizer
+        return [AnswerStream(run.answer, tokenizer, metadata, tells_usage=tells_usage) for run in begun.runs]
+
+    def _metadata(self, begun: Begun, options: CallOptions) -> dict[str, Any]:
+        """What `response_metadata` holds whatever the answer."""
+        return {
             "model_name": options.model or self.model_name,
             "model_provider": "lora-retriever",
             **begun.composition.to_metadata(),
         }
-        tokenizer = begun.engine.tokenizer
-        return [AnswerStream(run.answer, tokenizer, metadata, tells_usage=tells_usage) for run in begun.runs]
 
     def _to_result(self, begun: Begun, options: CallOptions, completions: Sequence[Completion]) -> ChatResult:
         answers = self._answers(begun, options)

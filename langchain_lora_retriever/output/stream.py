@@ -22,7 +22,15 @@ if TYPE_CHECKING:
     from langchain_lora_retriever.output.format import AnswerFormat
     from langchain_lora_retriever.output.readers import Piece, Reader
 
-__all__ = ["Answer", "AnswerStream", "answer_readers", "logprobs_content", "reads_special_tokens"]
+__all__ = [
+    "Answer",
+    "AnswerStream",
+    "answer_readers",
+    "finish_metadata",
+    "logprobs_content",
+    "reads_special_tokens",
+    "usage_metadata",
+]
 
 _NORMALIZED_FINISH_REASONS = {"stop": "stop", "length": "length", "tool_calls": "tool_call"}
 """OpenAI's words, and those that langchain-core (from 1.8.4 on) has for all providers.
@@ -114,13 +122,12 @@ class AnswerStream:
         if delta.logprobs:
             metadata["logprobs"] = logprobs_content(self._tokenizer, delta.logprobs)
         if finish_reason is not None:
-            normalized = _NORMALIZED_FINISH_REASONS[finish_reason]
-            metadata |= {**self._metadata, "finish_reason": finish_reason, "normalized_finish_reason": normalized}
+            metadata |= finish_metadata(self._metadata, finish_reason)
         if text or metadata:
             message = AIMessageChunk(
                 content=text,
                 response_metadata=metadata,
-                usage_metadata=_usage_metadata(delta.usage) if delta.usage and self._tells_usage else None,
+                usage_metadata=usage_metadata(delta.usage) if delta.usage and self._tells_usage else None,
                 chunk_position=None if finish_reason is None else "last",
             )
             yield ChatGenerationChunk(message=message)
@@ -134,7 +141,14 @@ def _to_message(piece: Piece) -> AIMessageChunk:
     return AIMessageChunk(content="", tool_call_chunks=[piece])
 
 
-def _usage_metadata(usage: Usage) -> UsageMetadata:
+def finish_metadata(metadata: Mapping[str, Any], finish_reason: str) -> dict[str, Any]:
+    """Return the `response_metadata` of a message that has ended, but for log-probabilities."""
+    normalized = _NORMALIZED_FINISH_REASONS[finish_reason]
+    return {**metadata, "finish_reason": finish_reason, "normalized_finish_reason": normalized}
+
+
+def usage_metadata(usage: Usage) -> UsageMetadata:
+    """Return LangChain's word for how many tokens were used."""
     return UsageMetadata(
         input_tokens=usage.num_prompt_tokens,
         output_tokens=usage.num_output_tokens,

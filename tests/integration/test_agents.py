@@ -5,33 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from langchain_core.tools import tool
-from pydantic import BaseModel
 
+from agent_tools import Weather, get_weather, multiply
 from langchain_lora_retriever.demo import demo_chat_model
 
 pytestmark = [pytest.mark.demo, pytest.mark.slow]
 
 create_agent = pytest.importorskip("langchain.agents").create_agent
-
-
-class Weather(BaseModel):
-    """The weather of a city."""
-
-    city: str
-    degrees: int
-
-
-@tool
-def get_weather(city: str) -> str:
-    """Get the current weather of a city."""
-    return f"sunny and 21 degrees in {city}"
-
-
-@tool
-def multiply(a: int, b: int) -> int:
-    """Multiply two integers."""
-    return a * b
 
 
 async def test_tools_and_a_schema_end() -> None:

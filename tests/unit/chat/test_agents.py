@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage, trim_messages
-from langchain_core.tools import tool
-from pydantic import BaseModel
 
+from agent_tools import Weather, get_weather
 from langchain_lora_retriever import ChatLoraRetriever, registry
 from langchain_lora_retriever.engine import start
 
@@ -22,19 +21,6 @@ CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Lisbon"}}\n<
 WORDS = "It is sunny in Lisbon, 21 degrees."
 JSON = '{"city": "Lisbon", "degrees": 21}'
 QUESTION = "What is the weather in Lisbon?"
-
-
-class Weather(BaseModel):
-    """The weather of a city."""
-
-    city: str
-    degrees: int
-
-
-@tool
-def get_weather(city: str) -> str:
-    """Get the current weather of a city."""
-    return f"sunny and 21 degrees in {city}"
 
 
 def done_in_words(prompt: str, names: list[str]) -> str:

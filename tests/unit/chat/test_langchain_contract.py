@@ -13,11 +13,12 @@ from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.rate_limiters import BaseRateLimiter
 from langchain_core.runnables import ConfigurableField, RunnablePassthrough
-from langchain_core.tools import tool
 from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
 
+from agent_tools import add
 from langchain_lora_retriever import ChatLoraRetriever
-from langchain_lora_retriever.errors import EngineDeadError, EngineError, UnknownAdapterError
+from langchain_lora_retriever.errors import EngineDeadError, EngineError, InvalidRequestError, UnknownAdapterError
+from makers import until
 
 if TYPE_CHECKING:
     from langchain_core.messages import AIMessageChunk
@@ -28,12 +29,6 @@ THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
     "<think>\n{% if enable_thinking is defined and not enable_thinking %}\n</think>\n\n{% endif %}"
 )
-
-
-@tool
-def add(a: int, b: int) -> int:
-    """Add."""
-    return a + b
 
 
 class Tokens(BaseCallbackHandler):
@@ -94,8 +89,79 @@ async def test_content_block_events(llm: ChatLoraRetriever, engine, tokenizer) -
     for message in (stream.output, await astream.output, bound.invoke(SQL)):
         assert [block["type"] for block in message.content_blocks] == ["reasoning", "text", "tool_call"]
         assert message.tool_calls[0]["args"] == {"a": 1, "b": 2}
+        assert message.additional_kwargs["reasoning_content"] == "Hm."
         assert message.response_metadata["adapters"]
+        assert message.response_metadata["model_name"] == "fake/base"
         assert message.usage_metadata["output_tokens"] == len(f"Hm.</think>Sure. {CALL}")
+
+
+async def in_events(llm: ChatLoraRetriever, **settings: Any) -> list[tuple[list[Any], Any]]:
+    """A call's events and its message, without an event loop and in one."""
+    stream = llm.stream_events(SQL, version="v3", **settings)
+    events = list(stream)
+    astream = await llm.astream_events(SQL, version="v3", **settings)
+    return [(events, stream.output), ([event async for event in astream], await astream.output)]
+
+
+async def test_a_block_ends_where_the_next_begins(llm: ChatLoraRetriever, engine, tokenizer) -> None:
+    """Who shows an answer while it comes knows when reasoning is over; text after a call comes after it."""
+    engine.tokenizer = copy.deepcopy(tokenizer)
+    engine.tokenizer.chat_template = THINKING
+    engine.answers = lambda prompt, names: f"Hm.</think>Sure. {CALL} Done. {CALL.replace('1', '3')}"
+    for events, message in await in_events(llm, tools=[add]):
+        kinds = [event["event"] for event in events if event["event"] != "content-block-delta"]
+        assert kinds == ["message-start", *["content-block-start", "content-block-finish"] * 5, "message-finish"]
+        assert [event["index"] for event in events if event["event"] == "content-block-start"] == list(range(5))
+        blocks = [event["content"] for event in events if event["event"] == "content-block-finish"]
+        assert [block["type"] for block in blocks] == ["reasoning", "text", "tool_call", "text", "tool_call"]
+        assert [block["type"] for block in message.content_blocks] == [block["type"] for block in blocks]
+        assert (blocks[1]["text"], blocks[3]["text"]) == ("Sure.", "Done.")
+        assert [call["args"] for call in message.tool_calls] == [{"a": 1, "b": 2}, {"a": 3, "b": 2}]
+        pieces = [event["delta"]["args"] for event in events if event.get("delta", {}).get("type") == "tool-call-delta"]
+        assert len(pieces) > 4
+        start, finish = events[0], events[-1]
+        assert start["metadata"] == {"provider": "lora-retriever", "model": "fake/base"}
+        assert start["id"] == message.id
+        assert (finish["finish_reason"], finish["normalized_finish_reason"]) == ("tool_calls", "tool_call")
+
+
+async def test_events_lose_no_log_probabilities(llm: ChatLoraRetriever) -> None:
+    """Every token's, as `invoke` has them; usage is left out where it is not wanted."""
+    whole = llm.invoke(SQL, logprobs=True).response_metadata["logprobs"]
+    for events, message in await in_events(llm, logprobs=True, stream_usage=False):
+        assert message.response_metadata["logprobs"] == whole
+        assert len(whole["content"]) == len("The answer.")
+        assert message.usage_metadata is None
+        assert "usage" not in events[-1]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [CALL[:-20], CALL.replace('{"a": 1, "b": 2}', "[1]"), CALL.replace('"add"', "7"), ""],
+    ids=["broken off", "a list", "no name", "nothing"],
+)  # fmt: skip
+async def test_events_of_a_call_that_is_none_are_what_invoke_says(llm: ChatLoraRetriever, engine, said: str) -> None:
+    """Arguments are not guessed at, and an answer without a text has no block."""
+    engine.answers = [said]
+    whole = llm.bind_tools([add]).invoke(SQL)
+    for events, message in await in_events(llm, tools=[add]):
+        assert not message.tool_calls
+        assert [call["args"] for call in message.invalid_tool_calls] == [
+            call["args"] for call in whole.invalid_tool_calls
+        ]
+        assert message.text == whole.text
+        assert events[-1]["finish_reason"] == whole.response_metadata["finish_reason"]
+
+
+async def test_events_that_fail_fail_as_a_stream_does(llm: ChatLoraRetriever, engine) -> None:
+    """What is wrong with the call is raised; an engine's error ends the events."""
+    with pytest.raises(InvalidRequestError, match="cannot be streamed"):
+        list(llm.stream_events(SQL, version="v3", n=2))
+    with pytest.raises(UnknownAdapterError):
+        list(llm.stream_events(SQL, version="v3", model="gone"))
+    engine.close()
+    with pytest.raises(EngineDeadError):
+        list(llm.stream_events(SQL, version="v3"))
 
 
 # Callbacks and traces
@@ -116,7 +182,7 @@ async def test_callbacks_hear_of_every_chunk_once(llm: ChatLoraRetriever, engine
     assert "".join(inside.tokens) == message.text
 
 
-@pytest.mark.parametrize("way", ["invoke", "stream", "ainvoke", "astream", "batch"])
+@pytest.mark.parametrize("way", ["invoke", "stream", "ainvoke", "astream", "batch", "events", "aevents"])
 async def test_the_routed_adapters_are_in_the_trace(llm: ChatLoraRetriever, way: str) -> None:
     """A trace's run holds the adapters, their scores and weights, and the settings that routed."""
     collector = RunCollectorCallbackHandler()
@@ -129,6 +195,11 @@ async def test_the_routed_adapters_are_in_the_trace(llm: ChatLoraRetriever, way:
         await llm.ainvoke(SQL, config)
     elif way == "batch":
         llm.batch([SQL], config)
+    elif way == "events":
+        list(llm.stream_events(SQL, config, version="v3"))
+    elif way == "aevents":
+        _ = [event async for event in await llm.astream_events(SQL, config, version="v3")]
+        await until(lambda: collector.traced_runs)  # LangChain ends the run in a task of its own
     else:
         llm.invoke(SQL, config)
     (run,) = collector.traced_runs

@@ -15,6 +15,7 @@ from langchain_core.tools import StructuredTool, tool
 from pydantic import BaseModel, Field
 from typing_extensions import TypedDict
 
+from agent_tools import add
 from langchain_lora_retriever.chat.messages import encode_chat
 from langchain_lora_retriever.demo.tasks import make_examples
 from langchain_lora_retriever.errors import InvalidRequestError
@@ -34,12 +35,6 @@ HERMES_TEMPLATE = (
 )
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "}\\" {"}}\n</tool_call>'
 ARGUMENTS = {"a": 1, "b": '}" {'}
-
-
-@tool
-def add(a: int, b: int) -> int:
-    """Add two numbers."""
-    return a + b
 
 
 class Person(BaseModel):
