@@ -2,8 +2,8 @@
 
     python examples/rag.py
 
-The corpus is what the Python packages installed here say of themselves, in a FAISS index, embedded by the demo's
-encoder. The prompt holds question and document; the adapters are chosen for the question alone (`route_text`), control
+The corpus is what the Python packages installed here say of themselves, in a FAISS index, embedded by the encoder that
+routes. The prompt holds question and document; the adapters are chosen for the question alone (`route_text`), control
 tokens in a document cannot end the user's turn, and the answer is JSON of a schema whatever the model.
 """
 
@@ -18,8 +18,7 @@ from langchain_core.runnables import RunnableLambda, RunnablePassthrough
 from pydantic import BaseModel
 
 from langchain_lora_retriever.demo import demo_chat_model
-from langchain_lora_retriever.demo.model import encoder_source
-from langchain_lora_retriever.retrieval.encoder import SentenceTransformerEncoder
+from langchain_lora_retriever.retrieval.encoder import DEFAULT_ENCODER, SentenceTransformerEncoder
 
 TOPICS = ("array computing", "validating data by type hints", "progress bars", "searching similar vectors", "templates")
 QUESTION = "Extract the name, version, license of this package as JSON."
@@ -38,7 +37,7 @@ class DocumentStore:
 
     def __init__(self, documents: list[str]) -> None:
         self.documents = documents
-        self._encoder = SentenceTransformerEncoder(encoder_source())
+        self._encoder = SentenceTransformerEncoder(DEFAULT_ENCODER)
         vectors = self._encoder.encode(documents)
         self._index = faiss.IndexFlatIP(vectors.shape[1])
         self._index.add(vectors)

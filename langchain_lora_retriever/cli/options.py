@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from langchain_lora_retriever.cli.terminal import status
-from langchain_lora_retriever.demo import POOL_FOLDER, demo_chat_model, model
+from langchain_lora_retriever.demo import POOL_FOLDER, demo_chat_model
 
 if TYPE_CHECKING:
     from langchain_lora_retriever.chat.model import ChatLoraRetriever
@@ -131,8 +131,10 @@ def warm_up(llm: ChatLoraRetriever) -> None:
 
 
 def encoder_source(encoder: str | None) -> str:
-    """Return the encoder that an option names, the demo's by default."""
-    return encoder or model.encoder_source()
+    """Return the encoder that an option names, or the default one's name."""
+    from langchain_lora_retriever.retrieval.encoder import DEFAULT_ENCODER  # noqa: PLC0415 - loads numpy
+
+    return encoder or DEFAULT_ENCODER
 
 
 def sees_words(encoder: str | None, words: bool | None) -> bool:
@@ -141,7 +143,7 @@ def sees_words(encoder: str | None, words: bool | None) -> bool:
 
 
 def make_encoder(encoder: str | None, *, words: bool | None = None) -> str | Encoder:
-    """Return the encoder that options name, by default the demo's; `words` as in `sees_words`."""
+    """Return the encoder that options name, or the default one; `words` as in `sees_words`."""
     from langchain_lora_retriever.retrieval.hybrid_encoder import HybridEncoder  # noqa: PLC0415 - seconds to import
 
     source = encoder_source(encoder)

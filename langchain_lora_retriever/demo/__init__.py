@@ -51,15 +51,13 @@ def demo_arguments(**kwargs: Any) -> dict[str, Any]:
 
     Without a pool of the caller's, all models of the process share one: adapters added to it are everybody's.
     """
-    from langchain_lora_retriever.demo.model import base_model_arguments, encoder  # noqa: PLC0415
+    from langchain_lora_retriever.demo.model import base_model_arguments  # noqa: PLC0415 - as little as is needed
 
     arguments = {} if kwargs.keys() & {"base_model", "engine"} else base_model_arguments()
     if not kwargs.keys() & {"pool", "encoder", "instruction", "retriever"}:
         arguments["retriever"] = _shared_retriever()
-    elif "retriever" not in kwargs:
-        arguments["encoder"] = encoder()
-        if kwargs.get("pool") is None:
-            arguments["pool"] = demo_pool()
+    elif "retriever" not in kwargs and kwargs.get("pool") is None:
+        arguments["pool"] = demo_pool()
     return arguments | kwargs
 
 
@@ -98,7 +96,6 @@ def demo_test_set(num: int = 25, *, seed: int = 0) -> list[DemoRow]:
 
 @cache
 def _shared_retriever() -> LoraRetriever:
-    from langchain_lora_retriever.demo.model import encoder  # noqa: PLC0415 - loads torch
     from langchain_lora_retriever.retrieval.retriever import LoraRetriever  # noqa: PLC0415 - loads torch
 
-    return LoraRetriever(demo_pool(), encoder())
+    return LoraRetriever(demo_pool())

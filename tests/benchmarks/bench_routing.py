@@ -23,10 +23,10 @@ import sentence_transformers
 import torch
 import transformers
 
-from langchain_lora_retriever.demo.model import base_model_arguments, encoder_source
+from langchain_lora_retriever.demo.model import base_model_arguments
 from langchain_lora_retriever.evaluation import CardPool
 from langchain_lora_retriever.pool.samples import Sample
-from langchain_lora_retriever.retrieval.encoder import SentenceTransformerEncoder
+from langchain_lora_retriever.retrieval.encoder import DEFAULT_ENCODER, SentenceTransformerEncoder
 from langchain_lora_retriever.retrieval.hybrid_encoder import HybridEncoder
 from langchain_lora_retriever.retrieval.retriever import LoraRetriever
 
@@ -106,7 +106,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     generator = random.Random(0)
-    encoder = SentenceTransformerEncoder(encoder_source(), device=arguments.device, batch_size=arguments.batch)
+    encoder = SentenceTransformerEncoder(DEFAULT_ENCODER, device=arguments.device, batch_size=arguments.batch)
     retriever = LoraRetriever(
         make_pool(generator), HybridEncoder(encoder) if arguments.hybrid else encoder, cache_size=0
     )

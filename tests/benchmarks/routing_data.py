@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from langchain_lora_retriever.demo.model import encoder_source
 from langchain_lora_retriever.evaluation import load_benchmark
-from langchain_lora_retriever.retrieval.encoder import DEFAULT_INSTRUCTION, SentenceTransformerEncoder
+from langchain_lora_retriever.retrieval.encoder import DEFAULT_ENCODER, DEFAULT_INSTRUCTION, SentenceTransformerEncoder
 from langchain_lora_retriever.retrieval.hybrid_encoder import HybridEncoder
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ def parse_arguments(text: str, **more: dict[str, Any]) -> argparse.Namespace:
     parser.add_argument(
         "data", type=Path, help="folder with cards.json and dev.json, as docs/evaluate.md describes them"
     )
-    parser.add_argument("--encoder", default=encoder_source(), help="sentence-transformers name or folder")
+    parser.add_argument("--encoder", default=DEFAULT_ENCODER, help="sentence-transformers name or folder")
     parser.add_argument("--cache", type=Path, help="folder that keeps the texts' embeddings")
     for name, options in more.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **options)

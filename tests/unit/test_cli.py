@@ -521,6 +521,20 @@ app({command!r})
     assert len(run.stderr.splitlines()) < 15
 
 
+@pytest.mark.demo
+@pytest.mark.slow
+def test_the_packaged_encoder_routes_a_pool_of_ones_own_without_the_hub(folder: Path, tmp_path: Path) -> None:
+    """With the demo's packages nothing has to be named: no base model is loaded to route, and no hub is asked."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    code = "from langchain_lora_retriever.cli import app; app()"
+    arguments = ["route", SQL, "--base-model", "nobody/has-this", "--pool", str(folder), "--json"]
+    run = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)[0]["adapters"][0]["name"] == "sql"
+
+
 def test_pool_inspect_says_who_cannot_be_used(run, folder: Path, write_adapter, engine) -> None:
     """Those that cannot be read, those that do not fit a base model, and why; the pool stays as it is."""
     pool = AdapterPool(folder)

