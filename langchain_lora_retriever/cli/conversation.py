@@ -104,10 +104,12 @@ class Conversation:
         if not text:
             hint("Nothing was said yet: /route TEXT")
             return
-        for member in self._llm.route(text, adapters=self._pinned).adapters:
-            typer.echo(
-                f"{member.name}\t{'pinned' if member.score is None else f'{member.score:.3f}'}\t{member.weight:.0%}"
-            )
+        members = self._llm.route(text, adapters=self._pinned).adapters
+        for member in members:
+            score = "pinned" if member.score is None else f"{member.score:.3f}"
+            typer.echo(f"{member.name}\t{score}\t{member.weight:.0%}")
+        if not members:
+            typer.echo("(base model)")
 
     def _pin(self, arguments: list[str]) -> None:
         names = arguments[1:]

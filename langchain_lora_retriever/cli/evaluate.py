@@ -66,7 +66,7 @@ PlotsOption = Annotated[
 ]
 
 
-@commands.command()
+@commands.command(short_help="How often is the right adapter found?")
 def retrieval(
     test: TestOption,
     *,
@@ -122,7 +122,7 @@ def retrieval(
     _print_retrieval(report, trained)
 
 
-@commands.command()
+@commands.command(short_help="How well does each composition answer?")
 def composition(
     test: TestOption,
     *,

@@ -72,7 +72,7 @@ SubfolderOption = Annotated[
 ]
 
 
-@commands.command("list")
+@commands.command("list", short_help="List the adapters; say who is not found or not used.")
 def list_adapters(folder: FolderArgument, *, as_json: JsonOption = False) -> None:
     """List a pool's adapters, those that no prompt finds, and those that were refused.
 
@@ -124,7 +124,7 @@ def list_adapters(folder: FolderArgument, *, as_json: JsonOption = False) -> Non
         warn(f"rejected: {reason}")
 
 
-@commands.command()
+@commands.command(short_help="Add an adapter, from a folder or the hub.")
 def add(
     folder: NewFolderArgument,
     name: Annotated[str, typer.Argument(help="Name of the adapter from now on.")],
@@ -151,7 +151,7 @@ def add(
     _confirm(f"Added {name!r}: {len(pool)} adapters.", {"added": name, "num_adapters": len(pool)}, as_json=as_json)
 
 
-@commands.command()
+@commands.command(short_help="Turn a pickle of weights into safetensors.")
 def convert(
     checkpoint: Annotated[
         Path,
@@ -168,7 +168,7 @@ def convert(
     _confirm(text, {"written": None if written is None else str(written)}, as_json=as_json)
 
 
-@commands.command()
+@commands.command(short_help="Replace weights, samples, or both.")
 def update(
     folder: FolderArgument,
     name: NameArgument,
@@ -191,7 +191,7 @@ def update(
     _confirm(f"Updated {name!r}.", {"updated": name, "fingerprint": adapter.fingerprint}, as_json=as_json)
 
 
-@commands.command()
+@commands.command(short_help="Have prompts find an adapter by samples.")
 def describe(
     folder: FolderArgument,
     name: NameArgument,
@@ -210,7 +210,7 @@ def describe(
     _confirm(f"Described {name!r} by {num_samples} samples.", value, as_json=as_json)
 
 
-@commands.command()
+@commands.command(short_help="Find the adapters that answer your samples best.")
 def calibrate(
     folder: FolderArgument,
     *,
@@ -269,7 +269,7 @@ def calibrate(
         hint(f"Added the task {task!r}.")
 
 
-@commands.command()
+@commands.command(short_help="Remove an adapter and its folder.")
 def remove(folder: FolderArgument, name: NameArgument, *, as_json: JsonOption = False) -> None:
     """Remove an adapter and its folder."""
     pool = _open(folder)
@@ -277,7 +277,7 @@ def remove(folder: FolderArgument, name: NameArgument, *, as_json: JsonOption = 
     _confirm(f"Removed {name!r}: {len(pool)} left.", {"removed": name, "num_adapters": len(pool)}, as_json=as_json)
 
 
-@commands.command()
+@commands.command(short_help="Show an adapter, or what samples say of the pool.")
 def inspect(
     folder: FolderArgument,
     name: Annotated[

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 __all__ = ["near_names"]
 
 _MAX_LENGTH = 200
+_PREFIX = 3
 
 
 def near_names(name: str, names: Iterable[str], num: int = 3) -> list[str]:
@@ -22,11 +23,14 @@ def near_names(name: str, names: Iterable[str], num: int = 3) -> list[str]:
         num: Maximum number of names.
 
     Returns:
-        Those that are spelled nearly so, or else those that hold it or are held by it; [] if nothing is near.
+        Those that are spelled nearly so, or else those that hold it or are held by it, or else those that begin with
+        the same three characters; [] if nothing is near.
     """
     sought = name[:_MAX_LENGTH].casefold()
     by_key = {known.casefold(): known for known in names}
     found = difflib.get_close_matches(sought, by_key, n=num)
     if not found and sought.strip():
         found = sorted((key for key in by_key if key and (sought in key or key in sought)), key=len)[:num]
+    if not found and len(sought) >= _PREFIX:
+        found = sorted(key for key in by_key if key.startswith(sought[:_PREFIX]))[:num]
     return [by_key[key] for key in found]

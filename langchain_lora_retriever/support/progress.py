@@ -1,7 +1,8 @@
-"""How far a long piece of work is: a bar where there is a terminal, lines in the log elsewhere."""
+"""How far a long piece of work is: a bar where somebody looks on, in a terminal or a notebook; lines in the log."""
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import TYPE_CHECKING, Self
 
@@ -19,7 +20,9 @@ _LOG_SECONDS = 10.0
 
 
 class Progress:
-    """Tells on standard error, and in the log at INFO, how far a loop is. For one thread.
+    """Tells on standard error, if that is a terminal or a notebook's, and in the log at INFO, how far a loop is.
+
+    For one thread.
 
     Args:
         label: What is done, such as "Embedding samples".
@@ -33,7 +36,7 @@ class Progress:
         self._logger = logger
         self._done = 0
         self._start = self._told = time.monotonic()
-        self._bar = tqdm(total=total, desc=label, disable=None, delay=_QUIET_SECONDS, leave=False)
+        self._bar = tqdm(total=total, desc=label, disable=not _is_watched(), delay=_QUIET_SECONDS, leave=False)
 
     def __enter__(self) -> Self:
         return self
@@ -56,3 +59,8 @@ class Progress:
             self._logger.info(
                 "%s: %s of %s, %.0f s left", self._label, f"{self._done:,}", f"{self._total:,}", left
             )  # fmt: skip
+
+
+def _is_watched() -> bool:
+    """Whether standard error goes to somebody's eyes: a terminal's, or, through Jupyter's kernel, a notebook's."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
