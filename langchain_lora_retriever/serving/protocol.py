@@ -1,7 +1,7 @@
 """Requests and answers of `/v1/chat/completions`, as OpenAI's protocol has them.
 
 What is asked is checked here and becomes settings of a call; what the engine gives becomes objects of the protocol. A
-parameter is honoured, or refused in words, or without effect on any answer by its meaning (`user`, `store`).
+parameter is heeded, or refused in words, or without effect on any answer by its meaning (`user`, `store`).
 """
 
 from __future__ import annotations

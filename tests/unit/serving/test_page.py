@@ -188,6 +188,26 @@ def test_near_duplicates_and_rejected(page: Page, llm: ChatLoraRetriever) -> Non
     page.wait("#rejected", "None")
 
 
+def test_no_name_on_the_map_covers_another(page: Page, llm: ChatLoraRetriever, write_adapter: Any) -> None:
+    """Of adapters that lie together as many are named as there is room for; all have their name at their point."""
+    checkpoint = write_adapter("x")
+    for index in range(12):
+        llm.pool.add(f"a_long_name_{index}", checkpoint, samples=["How many users signed up in May?"])
+    page.browser.refresh()
+    page.wait("#model", "15 adapters")
+    wait_until(lambda: len(page.browser.find_elements(By.CSS_SELECTOR, "#map circle title")) == 15)
+    boxes = [text.rect for text in page.browser.find_elements(By.CSS_SELECTOR, "#map text")]
+    assert 5 < len(boxes) < 15
+    covering = [
+        (one, other)
+        for at, one in enumerate(boxes)
+        for other in boxes[at + 1 :]
+        if abs(one["x"] - other["x"]) < min(one["width"], other["width"]) / 2
+        and abs(one["y"] - other["y"]) < min(one["height"], other["height"]) / 2
+    ]
+    assert covering == []
+
+
 def test_a_phone_and_the_dark(page: Page) -> None:
     """Nothing is wider than the screen; colours follow the system."""
     page.browser.execute_cdp_cmd(
