@@ -211,7 +211,7 @@ def check_length(tokenizer: PreTrainedTokenizerBase, chat: Sequence[ChatTurn], *
     Args:
         tokenizer: The base model's tokenizer.
         chat: Turns, oldest first.
-        max_num_tokens: Most tokens of prompt and answer together.
+        max_num_tokens: Maximum number of tokens of prompt and answer together.
 
     Raises:
         PromptTooLongError: If the prompt has more turns, characters or tokens than fit.

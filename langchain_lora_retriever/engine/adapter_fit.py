@@ -168,7 +168,7 @@ class AdapterFit:
                 is_ours = self._is_base_weight(name, theirs)
             if is_ours is None:
                 raise UnsupportedAdapterError(
-                    f"{where} brings a whole weight of the base model's ({name!r}), which is not honoured here. Save "
+                    f"{where} brings a whole weight of the base model's ({name!r}), which is not supported here. Save "
                     "it again without, or merge it into the base model (merge_and_unload) and serve that."
                 )
             if not is_ours:

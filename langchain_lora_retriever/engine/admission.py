@@ -27,7 +27,7 @@ class Admission:
     """What can ever be served. Any thread may ask; it can be pickled.
 
     Attributes:
-        max_model_len: Most tokens of prompt and answer together.
+        max_model_len: Maximum number of tokens of prompt and answer together.
         vocab_size: Tokens that the model has, from 0.
         max_adapters_per_request: Longest composition.
         fit: Which adapters can run; None lets all.

@@ -54,10 +54,10 @@ class Scheduler:
     Args:
         kv_cache: Where blocks come from.
         slots: Where device memory for adapters comes from.
-        max_num_seqs: Most requests running at once.
-        max_num_batched_tokens: Most tokens computed in one step.
-        max_num_prefill_tokens: Most tokens of one prompt in a step that also serves streams, while those are more than
-            the requests that wait for their first token; None sets no such limit.
+        max_num_seqs: Maximum number of requests running at once.
+        max_num_batched_tokens: Maximum number of tokens computed in one step.
+        max_num_prefill_tokens: Maximum number of tokens of one prompt in a step that also serves streams, while those
+            are more than the requests that wait for their first token; None sets no such limit.
         step_sizes: Numbers of tokens, ascending, to which steps with prompts in them are padded.
     """
 

@@ -115,7 +115,7 @@ def _calls_format(
     is_forced = choice != "auto"
     then = None if is_forced or schema is None else json_grammar(schema)
     if then is not None:
-        compiler_of(tokenizer).compile(then)  # what cannot be honoured is told before anything is generated
+        compiler_of(tokenizer).compile(then)  # what is not supported is told before anything is generated
     dialect = dialect_of(tokenizer)
     if dialect.form is None and is_forced:
         dialect = SECTION  # what must be constrained is asked for in a form that can be
@@ -137,7 +137,7 @@ def _calls_format(
 def _parameters(tool: Tool, tokenizer: PreTrainedTokenizerBase, *, is_strict: bool) -> Mapping[str, Any]:
     """Return the schema that a tool's arguments are constrained to.
 
-    Where nobody insists on it, a schema that cannot be honoured is let go, and the arguments may be any JSON object.
+    Where nobody insists on it, a schema that is not supported is let go, and the arguments may be any JSON object.
     """
     function = tool["function"]
     schema: Mapping[str, Any] = function["parameters"]

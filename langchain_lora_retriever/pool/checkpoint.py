@@ -1,4 +1,4 @@
-"""Read one PEFT LoRA checkpoint, and refuse by name what cannot be honoured.
+"""Read one PEFT LoRA checkpoint, and refuse by name what is not supported.
 
 The weights are read once, piece by piece, to be checked and hashed, and stay in the file until they are wanted, so a
 pool of ten thousand adapters costs neither memory for weights nor an open file per adapter.
@@ -88,7 +88,7 @@ def read_adapter(
         The adapter, its weights in the file.
 
     Raises:
-        UnsupportedAdapterError: If it needs what is not honoured here (modules_to_save, bias, pickle).
+        UnsupportedAdapterError: If it needs what is not supported here (modules_to_save, bias, pickle).
         InvalidAdapterError: If files are missing or corrupt, tensors disagree, or the base model is another.
     """
     path = Path(path)
@@ -241,7 +241,7 @@ def _split_key(key: str, where: str) -> tuple[str, str]:
         return module, next(filter(None, parts))
     if key.startswith(_PREFIX) and ".lora_" not in key:
         raise UnsupportedAdapterError(
-            f"{where} brings whole weights of the base model ({shown(key)}), which is not honoured here. "
+            f"{where} brings whole weights of the base model ({shown(key)}), which is not supported here. "
             "Train without modules_to_save, bias and resized embeddings, or merge it into the base model "
             "(merge_and_unload) and serve that."
         )

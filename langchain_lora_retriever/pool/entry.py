@@ -177,7 +177,7 @@ def read_entry(
         guard: Keeps out writers who replace the folder; entered once one of them came in between.
 
     Raises:
-        AdapterError: If any of the files cannot be honoured.
+        AdapterError: If any of the files cannot be used.
     """
 
     def read(folder: AdapterFolder) -> PoolEntry:

@@ -28,7 +28,7 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _MAX_BITS = 1000  # of an integer that is to become a float
 _LARGEST_RANK = 1 << 20
 
-# Fields that may hold any value: they are honoured here, or have done their work once training is over.
+# Fields that may hold any value: they are supported here, or have done their work once training is over.
 _FREE_FIELDS = {
     "alora_invocation_tokens", "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config",
     "ensure_weight_tying", "eva_config", "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern",
@@ -82,7 +82,7 @@ class AdapterConfig:
         recipe: Json of all that it says; the order of `target_modules` and `exclude_modules` alone does not count.
 
     Raises:
-        UnsupportedAdapterError: If it asks for what is not honoured here.
+        UnsupportedAdapterError: If it asks for what is not supported here.
         InvalidAdapterError: If a value is not what PEFT would write.
     """
 
@@ -254,7 +254,7 @@ def _is_finite(value: object) -> bool:
 def _refuse_unsupported(raw: Mapping[str, Any], where: str) -> None:
     if raw.get("peft_type") != "LORA":
         raise UnsupportedAdapterError(
-            f"{where}: peft_type is {shown(raw.get('peft_type'))}; only 'LORA' is honoured. Train LoRA, turn it into "
+            f"{where}: peft_type is {shown(raw.get('peft_type'))}; only 'LORA' is supported. Train LoRA, turn it into "
             f"LoRA where PEFT can (peft.save_as_lora), or {_MERGE}."
         )
     fields = {field.name: field for field in dataclasses.fields(LoraConfig)}
@@ -262,7 +262,7 @@ def _refuse_unsupported(raw: Mapping[str, Any], where: str) -> None:
         if key not in _FREE_FIELDS and value != _default(fields.get(key)) and not _says_nothing(key, value, fields):
             also = f" ({_KNOWN_AS[key]})" if key in _KNOWN_AS else ""
             raise UnsupportedAdapterError(
-                f"{where} needs {shown(key)[1:-1]}={shown(value)}{also}, which is not honoured here. "
+                f"{where} needs {shown(key)[1:-1]}={shown(value)}{also}, which is not supported here. "
                 f"Train it without, or {_MERGE}."
             )
     init = str(shown(raw.get("init_lora_weights", True))).lower().strip("'")

@@ -68,7 +68,7 @@ class RegularFile:
 
     Args:
         path: The file; a link is followed.
-        max_bytes: Most bytes it may have.
+        max_bytes: Maximum number of bytes it may have.
         folder: Descriptor of the folder that `path` is in, if that is open.
 
     Attributes:

@@ -110,7 +110,7 @@ def read_task(
         guard: Keeps out writers who replace the folder; entered once one of them came in between.
 
     Raises:
-        AdapterError: If any of its files cannot be honoured.
+        AdapterError: If any of its files cannot be used.
     """
     where = f"task {name!r}"
 

@@ -133,7 +133,7 @@ class AdapterStore:
     that is forgotten, or removed from its pool, is another's matter only when it is asked for again.
 
     Args:
-        max_bytes: Most bytes of adapters that were sent here. Those in a folder stay there.
+        max_bytes: Maximum number of bytes of adapters that were sent here. Those in a folder stay there.
     """
 
     def __init__(self, max_bytes: int) -> None:

@@ -103,7 +103,7 @@ class RemoteClient(ABC):
 
     Args:
         description: What it has told.
-        max_in_flight: Most requests of this caller that may be under way; one more is refused with
+        max_in_flight: Maximum number of requests of this caller that may be under way; one more is refused with
             `EngineOverloadedError`. None sets no limit.
     """
 

@@ -67,7 +67,7 @@ class EngineHost:
 
     Args:
         engine: The engine; the host neither makes nor closes it.
-        max_adapter_bytes: Most bytes of adapters that callers have sent, kept for further requests.
+        max_adapter_bytes: Maximum number of bytes of adapters that callers have sent, kept for further requests.
     """
 
     def __init__(self, engine: HostedEngine, *, max_adapter_bytes: int = MAX_ADAPTER_BYTES) -> None:

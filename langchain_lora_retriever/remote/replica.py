@@ -32,7 +32,7 @@ class EngineReplica:
 
     Args:
         make_engine: Makes the engine, in the replica: an `EngineRecipe`, mostly.
-        max_adapter_bytes: Most bytes of adapters that callers have sent, kept for further requests.
+        max_adapter_bytes: Maximum number of bytes of adapters that callers have sent, kept for further requests.
     """
 
     def __init__(self, make_engine: Callable[[], HostedEngine], max_adapter_bytes: int = MAX_ADAPTER_BYTES) -> None:
@@ -111,7 +111,7 @@ def engine_app(
         num_replicas: Replicas; with `max_replicas` the fewest.
         max_replicas: Most replicas: Serve adds some while requests queue, and takes them away again.
         target_ongoing_requests: Requests of a replica, waiting ones included, that Serve then aims at.
-        max_ongoing_requests: Most requests that a replica is given; others wait with their callers.
+        max_ongoing_requests: Maximum number of requests that a replica is given; others wait with their callers.
         max_adapter_bytes: See `EngineReplica`.
         ray_actor_options: What a replica takes: `{"num_gpus": 1}`. One CPU by default.
         **options: Further ones of `serve.deployment`.

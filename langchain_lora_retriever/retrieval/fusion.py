@@ -74,7 +74,7 @@ class FusionCache:
     """Fusions by content, the least recently used dropped. Any thread may call it; none waits for another's fusion.
 
     Args:
-        max_bytes: Most bytes of averaged weights to keep; the last ones made are kept in any case.
+        max_bytes: Maximum number of bytes of averaged weights to keep; the last ones made are kept in any case.
     """
 
     def __init__(self, max_bytes: int = 32 << 20) -> None:

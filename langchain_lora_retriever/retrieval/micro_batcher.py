@@ -56,7 +56,8 @@ class MicroBatcher:
 
     Args:
         encode: Texts to `[n, d]`.
-        max_texts: Most texts of a batch; more of one caller's are embedded in several, between which others may come.
+        max_texts: Maximum number of texts of a batch; more of one caller's are embedded in several, between which
+            others may come.
     """
 
     def __init__(self, encode: Callable[[Sequence[str]], NDArray[np.float32]], *, max_texts: int = 64) -> None:

@@ -41,8 +41,8 @@ class TextVectors:
     """The embeddings of the texts used last, by the texts' hashes. Thread-safe.
 
     Args:
-        max_texts: Most texts.
-        max_bytes: Most bytes of embeddings and keys; long texts cost no more than short ones.
+        max_texts: Maximum number of texts.
+        max_bytes: Maximum number of bytes of embeddings and keys; long texts cost no more than short ones.
     """
 
     def __init__(self, max_texts: int, *, max_bytes: int = 64 << 20) -> None:
@@ -94,7 +94,7 @@ class AdapterVectors:
         folder: Where the file lies; one that may not be written to is only read.
         encoder: Name of the encoder.
         instruction: What was put before every sample.
-        max_bytes: Most bytes of embeddings to write; those that were known longest go.
+        max_bytes: Maximum number of bytes of embeddings to write; those that were known longest go.
     """
 
     def __init__(self, folder: Path, *, encoder: str, instruction: str, max_bytes: int = 1 << 30) -> None:

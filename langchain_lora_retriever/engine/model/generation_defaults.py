@@ -69,7 +69,7 @@ class GenerationDefaults:
 
     @classmethod
     def of(cls, base: BaseModel) -> GenerationDefaults:
-        """Read a model's, and warn once of what it asks for that is not honoured.
+        """Read a model's, and warn once of what it asks for that is not supported.
 
         Raises:
             EngineError: If a value is not allowed.
@@ -95,17 +95,17 @@ class GenerationDefaults:
 
 
 def _warn(name: str, config: GenerationConfig) -> None:
-    honoured = GenerationDefaults.__dataclass_fields__.keys() | {"eos_token_id", "forced_eos_token_id"}
+    supported = GenerationDefaults.__dataclass_fields__.keys() | {"eos_token_id", "forced_eos_token_id"}
     asked = {
         field: value
         for field in GenerationConfig().to_dict()
         if not field.startswith("_")
         and (value := getattr(config, field, None)) not in (None, False, 0, [], {}, _NEUTRAL.get(field))
     }
-    ignored = asked.keys() - honoured - _WITHOUT_EFFECT
+    ignored = asked.keys() - supported - _WITHOUT_EFFECT
     if ignored:
         _logger.warning(
-            "The generation_config of %s asks for %s, which is not honoured: answers may differ from generate()'s.",
+            "The generation_config of %s asks for %s, which is not supported: answers may differ from generate()'s.",
             name,
             ", ".join(f"{field}={shown(asked[field])}" for field in sorted(ignored)),
         )

@@ -64,7 +64,7 @@ class LoraLayers:
         groups: Its linear modules, as the probe saw them.
         num_rows: Rank rows of device memory.
         max_loras: Adapter slots.
-        max_num_tokens: Most tokens of a step.
+        max_num_tokens: Maximum number of tokens of a step.
         max_adapters_per_token: Longest composition.
         vocabulary: The embedding and the output layer, if adapters may target them.
     """

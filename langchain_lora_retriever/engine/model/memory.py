@@ -58,11 +58,11 @@ class MemoryPlan(NamedTuple):
         num_lora_rows: Rank rows for adapters.
         num_staging_rows: Rank rows for adapters on their way to the device; none without a GPU.
         num_pinned_bytes: Page-locked host memory for adapters, at most.
-        max_model_len: Most tokens of one request.
-        max_num_seqs: Most running requests.
-        max_num_batched_tokens: Most tokens of one step.
-        max_num_prefill_tokens: Most tokens of one prompt in a step that serves more streams than prompts; None: no
-            limit.
+        max_model_len: Maximum number of tokens of one request.
+        max_num_seqs: Maximum number of running requests.
+        max_num_batched_tokens: Maximum number of tokens of one step.
+        max_num_prefill_tokens: Maximum number of tokens of one prompt in a step that serves more streams than
+            prompts; None: no limit.
     """
 
     num_blocks: int

@@ -26,7 +26,7 @@ class LoraSpans:
         counts: Tokens of each sequence.
         slots: Slots of each sequence's adapters.
         weights: Their weights.
-        num_adapters: Most adapters of a sequence.
+        num_adapters: Maximum number of adapters of a sequence.
         active: All the slots that the step names.
     """
 

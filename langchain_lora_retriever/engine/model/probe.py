@@ -198,7 +198,7 @@ def probe_model(model: PreTrainedModel, max_model_len: int) -> ModelProbe:
 
     Args:
         model: The model; it is left as it was.
-        max_model_len: Most tokens of a sequence; what is reported holds up to it.
+        max_model_len: Maximum number of tokens of a sequence; what is reported holds up to it.
 
     Raises:
         EngineError: If the model keeps state between tokens otherwise than in attention or in transformers' caches,
@@ -235,7 +235,7 @@ def _probe(model: PreTrainedModel, max_model_len: int, recurrent: Sequence[Recur
         raise EngineError(
             f"{layer_name(model, alone.calls, layer)} takes a token's position from the length of its cache or from "
             f"its place in the row, not from `position_ids` alone, in sequences of {max_model_len:,} tokens: a packed "
-            "step cannot honour that. Where positions only matter from some length on (Llama 4: floor_scale), set "
+            "step does not support that. Where positions only matter from some length on (Llama 4: floor_scale), set "
             "max_model_len below it."
         )
     inner = [[call for call in calls if is_inner(call, 2 * half)] for _, calls in passes]

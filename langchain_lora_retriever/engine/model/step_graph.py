@@ -33,7 +33,7 @@ class StepShape(NamedTuple):
         num_tokens: Tokens.
         num_decodes: Sequences with one token.
         num_tiles: Pieces of the sequences with several.
-        tile_size: Most tokens of such a piece.
+        tile_size: Maximum number of tokens of such a piece.
         num_sampled: Tokens after which one is chosen.
         num_adapters: Adapters per token; 0 leaves adapters out.
     """
@@ -59,8 +59,8 @@ class StepShapes:
 
     Args:
         max_num_seqs: Most running requests.
-        max_num_tokens: Most tokens of a step.
-        tile_size: Most tokens of a tile.
+        max_num_tokens: Maximum number of tokens of a step.
+        tile_size: Maximum number of tokens of a tile.
         num_adapters: Numbers of adapters per token to have graphs for.
         has_prompts: Whether there are graphs for steps with prompts in them.
     """
