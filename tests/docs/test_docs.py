@@ -7,6 +7,7 @@ import asyncio
 import inspect
 import json
 import re
+import shlex
 import shutil
 from contextlib import nullcontext
 from dataclasses import fields
@@ -16,16 +17,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import typer.main
 from langchain_core.messages import HumanMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableLambda
-from langchain_core.tools import tool
 from pydantic import BaseModel
 
+import langchain_lora_retriever
+from agent_tools import Weather, get_weather, multiply
 from langchain_lora_retriever import AdapterPool, ChatLoraRetriever, EngineConfig, LoraRetriever, registry
+from langchain_lora_retriever.chat.call import CallOptions
+from langchain_lora_retriever.cli import commands
 from langchain_lora_retriever.engine import start
 from langchain_lora_retriever.evaluation import retrieval
+from langchain_lora_retriever.output.format import OutputRequest
 from langchain_lora_retriever.pool.hub import Hub, HubAdapter
 from langchain_lora_retriever.pool.origin import HubOrigin
 from langchain_lora_retriever.retrieval import hybrid_encoder
@@ -39,12 +45,14 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 NOT_RUN = (
     "load_base_model(", "ProcessEngine(", "VllmEngine(", "serve.run(", "demo_test_set(25)", "BitsAndBytesConfig(",
+    "basicConfig(",
 )  # fmt: skip
-"""What stands in blocks that are not run: they load a model of the hub, or measure for minutes."""
+"""What stands in blocks that are not run: they load a model of the hub, measure for minutes, or stay in effect."""
 SAMPLES = {
     "sql": ["How many users signed up in May?", "Select the names of all users from the table."],
     "french": ["Translate the sentence into French.", "How do you say good morning in French?"],
@@ -70,29 +78,10 @@ class LetterEncoder:
         return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-class Weather(BaseModel):
-    """The weather of a city."""
-
-    city: str
-    degrees: int
-
-
 class Answer(BaseModel):
     """What any schema of the pages is satisfied by, in `answer`."""
 
     name: str
-
-
-@tool
-def get_weather(city: str) -> str:
-    """Get the current weather of a city."""
-    return f"sunny in {city}"
-
-
-@tool
-def multiply(a: int, b: int) -> int:
-    """Multiply."""
-    return a * b
 
 
 def answer(prompt: str, names: list[str]) -> str:
@@ -164,6 +153,26 @@ def test_the_python_of_a_page_runs(page: Path, stage: dict[str, Any]) -> None:
                 asyncio.run(made)
 
 
+def command_lines(page: str) -> list[str]:
+    """Those in a page's blocks, but for Python's, and in its sentences."""
+    blocks = "".join(body for language, body in BLOCK.findall(page) if language != "python").replace("\\\n", " ")
+    inline = re.findall(r"`(lora-retriever [^`|.]+)`", page.replace("\n", " "))
+    return re.findall(r"^(?:\$ )?(lora-retriever .*)$", blocks, re.MULTILINE) + inline
+
+
+def test_the_commands_of_the_pages_are_commands() -> None:
+    """With options that there are; what they name need not be there."""
+    lines = {line for page in PAGES for line in command_lines(page.read_text(encoding="utf-8"))}
+    assert len(lines) > 40
+    for line in lines - {"lora-retriever COMMAND --help"}:
+        command: Any = typer.main.get_command(commands)
+        context, words = command.context_class(command), shlex.split(line, comments=True)[1:]
+        while hasattr(command, "commands") and words and not words[0].startswith("-"):
+            _, command, words = command.resolve_command(context, words)
+            context = command.context_class(command, parent=context)
+        command.make_parser(context).parse_args(words)  # raises for an option that there is not
+
+
 def test_the_errors_explained_are_raised() -> None:
     """What the page on troubleshooting quotes stands in the code, but for the values in it."""
     page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
@@ -182,6 +191,32 @@ def test_every_setting_of_the_engine_is_explained() -> None:
     assert sorted(re.findall(r"^\| `(\w+)` ", page, re.MULTILINE)) == sorted(
         field.name for field in fields(EngineConfig)
     )
+
+
+def test_every_name_of_the_pages_is_in_the_reference() -> None:
+    """What a page imports can be looked up: a public name of the package, or one that the reference lists."""
+    listed = set(
+        re.findall(r"^::: [\w.]+\.(\w+)$", (ROOT / "docs/reference.md").read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    imported = {
+        alias.name
+        for page in PAGES
+        for snippet in SNIPPET.findall(page.read_text(encoding="utf-8"))
+        for node in ast.walk(compile(snippet, str(page), "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("langchain_lora_retriever")
+        for alias in node.names
+    }
+    assert len(imported) > 20
+    assert imported - listed - set(langchain_lora_retriever.__all__) == set()
+
+
+def test_the_settings_of_a_call_are_told_apart() -> None:
+    """The reference names those that the chat model does not have."""
+    page = (ROOT / "docs/reference.md").read_text(encoding="utf-8")
+    of_the_answer = {field.name for field in fields(OutputRequest)}
+    own = {field.name for field in fields(CallOptions)} - ChatLoraRetriever.model_fields.keys() - of_the_answer
+    told = page.partition("All but ")[2].partition(" and those of")[0]
+    assert set(re.findall(r"`(\w+)`", told)) == own
 
 
 def test_the_navigation_names_every_page() -> None:
