@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import warnings
 import weakref
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
@@ -16,6 +15,7 @@ from langchain_lora_retriever.retrieval.routing import Router
 from langchain_lora_retriever.support.base_names import is_same_base_model
 from langchain_lora_retriever.support.forking import begin_in_every_process
 from langchain_lora_retriever.support.threads import SingleFlight, run_in_thread
+from langchain_lora_retriever.support.warn import warn
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["EngineSource", "ReadyEngine", "Runtime"]
 
 _logger = logging.getLogger(__name__)
+_MOST_NAMED = 8
+"""Adapters that one warning names."""
 
 
 class EngineSource(Protocol):
@@ -253,37 +255,57 @@ class _PoolFit:
             adapters = {(name, entry.adapter.fingerprint): entry.adapter for name, entry in state.entries.items()}
             outcomes = {key: known[key] for key in adapters if key in known}
             new = [key for key in sorted(adapters) if key not in known]
+            strangers: dict[str, list[Adapter]] = {}  # that name another base model, by what they name
             for key, (error, missing) in zip(new, engine.register([adapters[key] for key in new]), strict=True):
                 outcomes[key] = error
                 if error is not None:
                     _warn(f"refused: {error}")
-                else:
-                    self._tell_doubts(adapters[key], engine, missing)
+                    continue
+                _tell_missing(adapters[key], missing)
+                made_for = adapters[key].base_model
+                if made_for and not self._is_known(made_for, engine):
+                    strangers.setdefault(made_for, []).append(adapters[key])
+            for made_for, those in strangers.items():
+                self._tell_strangers(made_for, those, engine)
             self._outcomes = outcomes
             self._refused = {name: error for (name, _), error in outcomes.items() if error is not None}
             self._engine, self._version = weakref.ref(engine), state.version
 
-    def _tell_doubts(self, adapter: Adapter, engine: EngineClient, missing: Sequence[str]) -> None:
-        """Warn of an adapter that runs but is incomplete, or names another base model whose shapes agree."""
-        where = f"adapter {adapter.name!r} ({adapter.path})"
-        if missing:
-            _warn(
-                f"{where} lacks {len(missing)} of the {len(missing) + len(adapter.shapes)} modules that its "
-                f"configuration targets: {', '.join(missing[:4])}{', ...' * (len(missing) > 4)}. They run as the base "
-                "model's. If its file is one shard of several, or an interrupted save, save it again."
-            )
-        names = engine.info.base_names
-        if names and adapter.base_model:
-            known = sorted({*names, self._model_name} - {""})
-            if not any(is_same_base_model(name, adapter.base_model) for name in known):
-                _warn(
-                    f"{where} was trained for the base model {adapter.base_model!r}; the one here is "
-                    f"{' or '.join(map(repr, known))}. Its tensors fit, so it is served; unless the two are the same "
-                    "model, its answers mean nothing. Pass model_name to say what the base model is, or "
-                    "AdapterPool(base_model=...) to refuse adapters of others."
-                )
+    def _known_names(self, engine: EngineClient) -> list[str]:
+        """What the base model is called; nothing where the engine does not know."""
+        return sorted({*engine.info.base_names, self._model_name} - {""}) if engine.info.base_names else []
+
+    def _is_known(self, made_for: str, engine: EngineClient) -> bool:
+        """Whether a name that adapters give their base model is this one's."""
+        known = self._known_names(engine)
+        return not known or any(is_same_base_model(name, made_for) for name in known)
+
+    def _tell_strangers(self, made_for: str, adapters: Sequence[Adapter], engine: EngineClient) -> None:
+        """Warn, once, of adapters that name one other base model whose shapes agree."""
+        names = [repr(adapter.name) for adapter in adapters]
+        if len(names) == 1:
+            who, fit = f"adapter {names[0]} ({adapters[0].path}) was", "Its tensors fit, so it is served"
+        else:
+            listed = f"{', '.join(names[:_MOST_NAMED])}{', ...' * (len(names) > _MOST_NAMED)}"
+            who, fit = f"{len(names)} adapters ({listed}) were", "Their tensors fit, so they are served"
+        _warn(
+            f"{who} trained for the base model {made_for!r}; the one here is "
+            f"{' or '.join(map(repr, self._known_names(engine)))}. {fit}; unless the two are the same model, answers "
+            "mean nothing. Pass model_name to say what the base model is, or AdapterPool(base_model=...) to refuse "
+            "adapters of others."
+        )
+
+
+def _tell_missing(adapter: Adapter, missing: Sequence[str]) -> None:
+    """Warn of an adapter that runs but is incomplete."""
+    if missing:
+        _warn(
+            f"adapter {adapter.name!r} ({adapter.path}) lacks {len(missing)} of the "
+            f"{len(missing) + len(adapter.shapes)} modules that its configuration targets: {', '.join(missing[:4])}"
+            f"{', ...' * (len(missing) > 4)}. They run as the base model's. If its file is one shard of several, or an "
+            "interrupted save, save it again."
+        )
 
 
 def _warn(message: str) -> None:
-    _logger.warning(message)
-    warnings.warn(message, UserWarning, stacklevel=5)
+    warn(_logger, message, stacklevel=5)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +19,7 @@ from langchain_lora_retriever.pool.regular_files import AdapterFolder
 from langchain_lora_retriever.pool.samples import make_samples
 from langchain_lora_retriever.pool.state import some
 from langchain_lora_retriever.support.shown import shown
+from langchain_lora_retriever.support.warn import warn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -171,5 +171,4 @@ def tell_undescribed(root: Path, undescribed: Mapping[str, str]) -> None:
 
 def warn_rejected(error: AdapterError) -> None:
     """Say why an adapter was refused, in the log and as a warning."""
-    _logger.warning("refused: %s", error)
-    warnings.warn(f"refused: {error}", UserWarning, stacklevel=4)
+    warn(_logger, f"refused: {error}", stacklevel=4)

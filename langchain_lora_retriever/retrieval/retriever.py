@@ -47,6 +47,7 @@ from langchain_lora_retriever.support.native_memory import give_back_freed
 from langchain_lora_retriever.support.nesting import check_unicode
 from langchain_lora_retriever.support.progress import Progress
 from langchain_lora_retriever.support.shown import shown
+from langchain_lora_retriever.support.warn import warn
 from langchain_lora_retriever.types import RetrievedAdapter
 
 if TYPE_CHECKING:
@@ -348,8 +349,7 @@ class LoraRetriever:
                 floors = {name: floor for name, floor in {**old.floors, **floors}.items() if name in index}
             self._view = _View(state, index, fits, floors, rejected)
         for error in refused.values():
-            _logger.warning("not found by prompts: %s", error)
-            warnings.warn(f"not found by prompts: {error}", stacklevel=3)
+            warn(_logger, f"not found by prompts: {error}", stacklevel=3)
 
     @property
     def _num_words(self) -> int:

@@ -160,3 +160,23 @@ def test_an_adapter_that_may_not_be_meant_for_the_model_is_told_once(
     assert sum("'foreign'" in str(warning.message) for warning in recwarn.list) == 2
     llm.invoke(SQL, adapters=["foreign"])
     assert [record.message for record in caplog.records] == said
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_of_one_other_base_model_are_told_in_one_warning(
+    llm: ChatLoraRetriever, engine, pool: AdapterPool, write_adapter, caplog
+) -> None:
+    """Twelve that were trained from one folder are no twelve paragraphs."""
+    for index in range(12):
+        folder = write_adapter(f"a{index:02}")
+        config = json.loads((folder / "adapter_config.json").read_text())
+        made_for = "org/one" if index < 10 else "org/other"
+        (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": made_for}))
+        pool.add(folder.name, folder, samples=[SQL])
+    llm.invoke(SQL)
+    said = [record.message for record in caplog.records if "trained for" in record.message]
+    assert len(said) == 2
+    assert said[0].startswith(
+        "10 adapters ('a00', 'a01', 'a02', 'a03', 'a04', 'a05', 'a06', 'a07', ...) were trained for"
+    )
+    assert "'a10', 'a11'" in said[1]

@@ -111,7 +111,7 @@ def test_quiet_and_loaded_models(minilm, capfd, tmp_path):
     """Loading and encoding print nothing; a loaded model is taken as it is."""
     from sentence_transformers import SentenceTransformer
 
-    folder = shutil.copytree(minilm.name.split("@")[0], tmp_path / "copy")
+    folder = shutil.copytree(source_of_model(minilm.name), tmp_path / "copy")
     vector = SentenceTransformerEncoder(folder, device="cpu").encode(["a"])
     captured = capfd.readouterr()
     assert "it/s" not in captured.err + captured.out
