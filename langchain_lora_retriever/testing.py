@@ -130,7 +130,14 @@ class FakeEngine:
             max_model_len=max_model_len,
             vocab_size=len(self.tokenizer),
             max_adapters_per_request=_MANY,
-            fit=AdapterFit(name, module_shapes, max_rank=_MAX_RANK, num_rows=_MANY, max_loras=_MANY)
+            fit=AdapterFit(
+                name,
+                module_shapes,
+                max_rank=_MAX_RANK,
+                num_rows=_MANY,
+                max_loras=_MANY,
+                vocab_size=len(self.tokenizer),
+            )
             if module_shapes
             else None,
         )

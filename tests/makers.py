@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import hashlib
 import time
 from concurrent.futures import Future
@@ -15,7 +16,7 @@ from langchain_lora_retriever.engine.api import Grammar
 from langchain_lora_retriever.types import Adapter, LoraWeights
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 VOCAB_SIZE = 320
 
@@ -139,6 +140,31 @@ def merge_adapters(model: Any, adapters: Any) -> None:
         module = model.get_submodule(path)
         changed = module.weight.data + (change.t() if isinstance(module, torch.nn.Embedding) else change)
         module.weight = torch.nn.Parameter(changed, requires_grad=False)
+
+
+def mixture_logits(model: Any, adapters: Any, prompt: list[int], answer: Sequence[int] = ()) -> torch.Tensor:
+    """Transformers' logits `[num_tokens, vocab_size]` of a prompt and an answer, each adapter from its invocation on.
+
+    Where another begins, the model with its weights merged goes on over the keys and values that are there.
+    """
+    tokens = [*prompt, *answer]
+    firsts = [_last_place(adapter.invocation_tokens, prompt) for adapter, _ in adapters]
+    begins = sorted({0, *(first for first in firsts if first is not None)})
+    past, logits = None, []
+    for begin, end in zip(begins, [*begins[1:], len(tokens)], strict=True):
+        merged = copy.deepcopy(model)
+        merge_adapters(merged, [pair for pair, f in zip(adapters, firsts, strict=True) if f is not None and f <= begin])
+        with torch.no_grad():
+            out = merged(input_ids=torch.tensor([tokens[begin:end]]), past_key_values=past, use_cache=True)
+        past = out.past_key_values
+        logits.append(out.logits[0])
+    return torch.cat(logits)
+
+
+def _last_place(wanted: Any, prompt: list[int]) -> int | None:
+    """Where an invocation begins for the last time; 0 for none at all, None if it does not occur."""
+    places = [i for i in range(len(prompt) - len(wanted) + 1) if prompt[i : i + len(wanted)] == list(wanted)]
+    return (places[-1] if places else None) if wanted else 0
 
 
 def make_checkpoint(

@@ -36,6 +36,7 @@ class AdapterFit:
         max_loras: Most distinct adapters in device memory.
         vocabulary: The paths of the embedding and of the output layer, and which of their two widths is the vocabulary:
             0 or 1. An adapter may target those that `module_shapes` has too.
+        vocab_size: Tokens that the model has, from 0; None if that is not known.
         is_base_weight: Whether a tensor is the base model's own weight of one of these two, given its path; None of
             another module. It stays behind when this is pickled: elsewhere such a weight passes, and is looked at by
             the engine.
@@ -50,10 +51,12 @@ class AdapterFit:
         num_rows: int,
         max_loras: int,
         vocabulary: Mapping[str, int] | None = None,
+        vocab_size: int | None = None,
         is_base_weight: Callable[[str, torch.Tensor], bool | None] | None = None,
     ) -> None:
         self._base_model = base_model
         self._vocabulary = vocabulary or {}
+        self._vocab_size = vocab_size
         self._is_base_weight = is_base_weight
         self._module_shapes = module_shapes
         self._max_rank = max_rank
@@ -69,7 +72,7 @@ class AdapterFit:
         """Refuse an adapter that could never run. Contents are looked at once.
 
         Raises:
-            InvalidAdapterError: If it is for another base model.
+            InvalidAdapterError: If it is for another base model, or invoked by tokens that the model lacks.
             UnsupportedAdapterError: If its rank is beyond the kernels or beyond the device memory for adapters.
         """
         if adapter.fingerprint in self._fitting:
@@ -78,6 +81,7 @@ class AdapterFit:
             self.check(member)
         if not adapter.members:
             self._check_modules(adapter)
+            self._check_invocation(adapter)
             self._check_base_weights(adapter)
         self._check_rank(adapter)
         if len(self._fitting) >= _NUM_REMEMBERED:
@@ -158,6 +162,17 @@ class AdapterFit:
             f"{self._made_for(adapter)}). It is for another base model, or for one whose vocabulary was resized: serve "
             "that, or merge the adapter into it."
         )
+
+    def _check_invocation(self, adapter: Adapter) -> None:
+        """An activated LoRA of tokens that no prompt can have would answer as the base model, whatever is asked."""
+        token_id = max(adapter.invocation_tokens, default=0)
+        if self._vocab_size is not None and token_id >= self._vocab_size:
+            raise InvalidAdapterError(
+                f"adapter {adapter.name!r} ({adapter.path}) is an activated LoRA, and its invocation has the token "
+                f"{token_id}, but the base model {self._base_model!r} has {self._vocab_size:,} tokens, from 0: no "
+                f"prompt can invoke it{self._made_for(adapter)}. It is for another base model, or for one whose "
+                "vocabulary was resized: serve that."
+            )
 
     def _check_base_weights(self, adapter: Adapter) -> None:
         """Weights of the base's own that a file repeats must be the base's: they are not served."""

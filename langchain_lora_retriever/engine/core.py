@@ -119,6 +119,7 @@ class Engine:
             num_rows=memory.num_lora_rows,
             max_loras=config.max_loras,
             vocabulary=self.runner.probe.vocabulary.sides,
+            vocab_size=self.runner.vocab_size,
             is_base_weight=self.runner.lora_layers.is_base_weight,
         )
         self.admission = Admission(

@@ -6,6 +6,7 @@ import hashlib
 import secrets
 import sys
 import time
+from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from langchain_lora_retriever.types import Adapter, SamplingParams
 
 __all__ = ["Constraint", "Request", "composition_salt", "failure", "first_active"]
+
+_TOKEN_BYTES = array("q").itemsize
 
 
 class Constraint(Protocol):
@@ -78,13 +81,14 @@ def first_active(invocation_tokens: Sequence[int], prompt_token_ids: Sequence[in
 
     Source: `peft.tuners.lora.variants.calculate_alora_offsets`.
     """
-    wanted, num = list(invocation_tokens), len(invocation_tokens)
-    if not wanted:
+    if not invocation_tokens:
         return 0
-    for first in range(len(prompt_token_ids) - num, -1, -1):
-        if prompt_token_ids[first] == wanted[0] and list(prompt_token_ids[first : first + num]) == wanted:
-            return first
-    return None
+    # Backwards, the last is the first; bytes are searched in linear time, whatever repeats in a stranger's adapter.
+    text, wanted = (array("q", reversed(ids)).tobytes() for ids in (prompt_token_ids, invocation_tokens))
+    place = text.find(wanted)
+    while place % _TOKEN_BYTES and place > 0:  # within a token
+        place = text.find(wanted, place + 1)
+    return None if place < 0 else len(prompt_token_ids) - place // _TOKEN_BYTES - len(invocation_tokens)
 
 
 @dataclass(slots=True, eq=False)

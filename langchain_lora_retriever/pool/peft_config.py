@@ -54,6 +54,7 @@ _KNOWN_AS = {
 _MERGE = "merge it into the base model (PeftModel.merge_and_unload) and serve that"
 _LARGEST_TOKEN_ID = 1 << 31
 _MAX_INVOCATION_TOKENS = 1024
+_MAX_PARTS = 4  # of a field's name, among which the name of its switch is looked for
 # These initialisations change the base model's weights, so the adapter is only right on the changed base.
 _REBASING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -259,7 +260,8 @@ def _refuse_unsupported(raw: Mapping[str, Any], where: str) -> None:
         )
     fields = {field.name: field for field in dataclasses.fields(LoraConfig)}
     for key, value in raw.items():
-        if key not in _FREE_FIELDS and value != _default(fields.get(key)) and not _says_nothing(key, value, fields):
+        is_default = value == _default(fields.get(key)) or _says_nothing(key, value, fields, raw)
+        if key not in _FREE_FIELDS and not is_default:
             also = f" ({_KNOWN_AS[key]})" if key in _KNOWN_AS else ""
             raise UnsupportedAdapterError(
                 f"{where} needs {shown(key)[1:-1]}={shown(value)}{also}, which is not supported here. "
@@ -273,12 +275,21 @@ def _refuse_unsupported(raw: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _says_nothing(key: str, value: object, fields: Mapping[str, Any]) -> bool:
-    """Whether a field is empty or off; of one that PEFT does not know yet, whether all of its own fields are."""
+def _says_nothing(key: str, value: object, fields: Mapping[str, Any], raw: Mapping[str, Any]) -> bool:
+    """Whether a field is empty or off; of one that PEFT does not know yet, whether its own fields or its switch are.
+
+    Every configuration that PEFT writes has a `qalora_group_size`, which means nothing where `use_qalora` is false.
+    """
     nothing: tuple[object, ...] = (None, False, "", [], {})
-    if key not in fields and isinstance(value, dict):
-        return all(part in nothing for part in value.values())
-    return value in nothing
+    if key not in fields and isinstance(value, dict) and all(part in nothing for part in value.values()):
+        return True
+    return value in nothing or (key not in fields and _is_switched_off(key, raw))
+
+
+def _is_switched_off(key: str, raw: Mapping[str, Any]) -> bool:
+    parts = key.split("_", _MAX_PARTS)
+    switches = ("use_" + "_".join(parts[:num]) for num in range(1, len(parts)))
+    return any(raw.get(switch, True) in (None, False) for switch in switches)
 
 
 def _default(field: dataclasses.Field[Any] | None) -> Any:

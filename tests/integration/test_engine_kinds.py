@@ -19,7 +19,7 @@ from langchain_lora_retriever.pool.pool import AdapterPool
 from langchain_lora_retriever.registry import SharedEngine
 from langchain_lora_retriever.remote import EngineRecipe
 from langchain_lora_retriever.retrieval.fusion import fuse
-from langchain_lora_retriever.types import Adapter, SamplingParams
+from langchain_lora_retriever.types import Adapter, LoraWeights, SamplingParams
 from makers import VOCAB_SIZE, make_adapter, make_checkpoint, make_tiny_model, make_tokenizer, merge_adapters
 
 if TYPE_CHECKING:
@@ -428,6 +428,27 @@ def test_an_engine_elsewhere_is_made_for_the_kinds_of_its_pool(
         with recipe() as worker:
             assert (worker.register([both])[0].error is None) == is_ready
     assert caplog.text.count("the pool cannot be read here") == 1
+
+
+def test_dora_over_rows_of_zeros_is_refused_by_name(byte_tokenizer: Any) -> None:
+    """A padded vocabulary has them: there is no direction, and PEFT would answer NaN. Others go on."""
+    model = make_tiny_model()
+    model.lm_head.weight.data[-3:] = 0
+    good = make_adapter(model, "good", targets=("q_proj", "lm_head"), is_dora=True)
+    weights = dict(good.weights)
+    head = weights["lm_head"]
+    lora_b = head.lora_B.clone()
+    lora_b[-3:] = 0
+    weights["lm_head"] = LoraWeights(head.lora_A, lora_b, head.scaling, head.magnitude)
+    padded = Adapter("padded", "padded", weights)
+    expected = by_merging(model, [(good, 1.0)], PROMPT)
+    config = EngineConfig(adapter_kinds=KINDS, **SMALL)
+    with EngineWorker(BaseModel(model.to(DEVICE), byte_tokenizer, "tiny"), config) as worker:
+        beside = worker.submit(PROMPT, sampling(), [(good, 1.0)])
+        with pytest.raises(InvalidAdapterError, match=r"'padded'.*output 317 of 'lm_head' they are 0 and 0.*Train it"):
+            worker.submit(PROMPT, sampling(), [(padded, 1.0)]).result(60)
+        assert answer_of(beside)[0] == expected
+        worker.check_integrity()
 
 
 def test_an_engine_without_room_for_the_vocabulary_says_how_to_have_it(byte_tokenizer: Any) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import logging
+import math
 import os
 import random
 import shutil
@@ -20,9 +21,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from langchain_lora_retriever.errors import AdapterError
+from langchain_lora_retriever.engine import BaseModel, EngineConfig, EngineWorker
+from langchain_lora_retriever.errors import AdapterError, InvalidRequestError, LoraRetrieverError
 from langchain_lora_retriever.pool.pool import AdapterPool
+from langchain_lora_retriever.types import SamplingParams
+from makers import make_tiny_model, make_tokenizer
 
 NUM_FOLDERS = int(os.environ.get("FOREIGN_FILES", "2000"))
 SEED = int(os.environ.get("FOREIGN_FILES_SEED", "0"))
@@ -170,6 +175,42 @@ def set_embedding(rng, folder):
     (folder / EMBEDDING).write_bytes(stream.getvalue())
 
 
+INVOCATIONS = [
+    [], [5], [5, 6], [319], [320], [1 << 30], [1 << 40], [-1], ["5"], [None], [5.0], [True], [[5]], "5", 5, {},
+    [7] * 1024, [7] * 1025, [7] * 100_000,
+]  # fmt: skip
+
+
+def set_kind(rng, folder):
+    """Say that it is of another kind than its tensors are, or invoked by other tokens."""
+    config = json.loads((folder / CONFIG).read_text())
+    field = rng.choice(["use_dora", "alora_invocation_tokens", "ensure_weight_tying", "use_rslora", "target_modules"])
+    if field == "alora_invocation_tokens":
+        config[field] = rng.choice(INVOCATIONS)
+    elif field == "target_modules":
+        config[field] = rng.choice(["all-linear", ["lm_head"], ["embed_tokens"], r".*", r".*(q_proj|embed_tokens)"])
+    else:
+        config[field] = not config[field]
+    (folder / CONFIG).write_text(json.dumps(config))
+
+
+def set_tensor(rng, folder):
+    """Drop a tensor, or change its size, its numbers, its type or its name: of a magnitude, an embedding, any other."""
+    tensors = load_file(folder / WEIGHTS)
+    key = rng.choice(sorted(tensors))
+    tensor = tensors.pop(key)
+    change = rng.choice([
+        lambda t: None, lambda t: t[:-1], lambda t: torch.cat([t, t], -1), lambda t: torch.cat([t, t[:8]]),
+        lambda t: t[None], lambda t: t * 0, lambda t: -t, lambda t: t * 1e30, lambda t: t * 1e-30, lambda t: t / 0,
+        lambda t: t * math.nan, torch.Tensor.half, torch.Tensor.double, torch.Tensor.int, torch.flatten, torch.t,
+    ])  # fmt: skip
+    changed = change(tensor)
+    if changed is not None:
+        old, new = rng.choice([("", ""), ("", ""), ("q_proj", "k_proj"), ("embed_tokens", "lm_head"), ("_A", "_B")])
+        tensors[key.replace(old, new) if old else key] = changed.clone(memory_format=torch.contiguous_format)
+    save_file(tensors, folder / WEIGHTS)
+
+
 def replace_file(rng, folder):
     """Put something in a file's place that is none, or a link."""
     file = in_file(rng, folder)
@@ -199,7 +240,7 @@ def replace_file(rng, folder):
 
 MUTATIONS = [
     flip_bytes, flip_bytes, flip_bytes, cut, write_text, swap, set_value, set_value, set_value, set_pattern, set_header,
-    set_header, set_numbers, set_embedding, replace_file,
+    set_header, set_numbers, set_embedding, replace_file, set_kind, set_kind, set_tensor, set_tensor,
 ]  # fmt: skip
 
 
@@ -235,11 +276,44 @@ def rich(tmp_path_factory, make_checkpoint):
     return add_rest(make_checkpoint(tmp_path_factory.mktemp("rich") / "rich", **lora))
 
 
-def test_whatever_lies_in_a_folder_the_others_serve(good, rich, tmp_path, caplog):
-    """Thousands of folders, each changed at random: none is unhandled, none hangs, the good ones are what they were."""
+@pytest.fixture(scope="module")
+def worker():
+    """An engine over the model that the adapters are for, ready for every kind."""
+    config = EngineConfig(
+        max_num_seqs=8, kv_cache_bytes=2 << 20, lora_cache_bytes=16 << 20, adapter_kinds=("vocabulary", "dora")
+    )
+    with EngineWorker(BaseModel(make_tiny_model(), make_tokenizer(), "tiny"), config) as worker:
+        yield worker
+        worker.check_integrity()
+
+
+def serve(worker, pool, names):
+    """What the good adapter answers beside all others that were loaded; those are refused in words, or run."""
+    sampling = SamplingParams(max_tokens=3, ignore_eos=True)
+    prompt = [5, 6, 17, 99, 5, 6, 8]
+    errors = {n: r.error for n, r in zip(names, worker.register([pool[n] for n in names]), strict=True)}
+    running = {name: worker.submit(prompt, sampling, [(pool[name], 1.0)]) for name in names if errors[name] is None}
+    for name, error in errors.items():
+        assert error is None or (isinstance(error, AdapterError) and f"{name!r}" in str(error))
+        if error is not None:
+            with pytest.raises(InvalidRequestError):
+                worker.submit(prompt, sampling, [(pool[name], 1.0)])
+    good = worker.submit(prompt, sampling, [(pool["good-a"], 1.0)]).result(60)
+    for generation in running.values():
+        with contextlib.suppress(LoraRetrieverError):
+            generation.result(60)
+    return good.token_ids
+
+
+def test_whatever_lies_in_a_folder_the_others_serve(good, rich, worker, tmp_path, caplog):
+    """Thousands of folders, each changed at random: none is unhandled, none hangs, the good ones are what they were.
+
+    Those that load are run in an engine, where they fit, and change nothing that the good ones answer.
+    """
     rng = random.Random(SEED)
     caplog.set_level(logging.CRITICAL)
-    fingerprint = AdapterPool(good.parent)["good"].fingerprint
+    alone = AdapterPool(good.parent)["good"]
+    fingerprint, answer = alone.fingerprint, None
     num_loaded = num_refused = 0
     while num_loaded + num_refused < NUM_FOLDERS:
         root = tmp_path / "pool"
@@ -268,6 +342,8 @@ def test_whatever_lies_in_a_folder_the_others_serve(good, rich, tmp_path, caplog
                 assert f"{name!r}" in str(error)
                 assert len(str(error).encode()) < 2000
                 num_refused += 1
+        served = serve(worker, pool, [name for name in names if name in pool])
+        assert served == (answer := answer or served)
         shutil.rmtree(root)
     assert num_loaded + num_refused == NUM_FOLDERS
     assert num_refused > NUM_FOLDERS // 2

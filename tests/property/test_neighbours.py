@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from langchain_lora_retriever.engine.request import Request
 
-NUM_PROMPTS, NUM_ADAPTERS = 5, 3
+NUM_PROMPTS, NUM_PLAIN, NUM_ADAPTERS = 5, 3, 7
 SAMPLINGS: tuple[dict[str, Any], ...] = ({}, {"temperature": 0.8, "top_p": 0.9, "seed": 3}, {"logprobs": 2})
 
 
@@ -30,15 +30,23 @@ def engine(*, is_async: bool = False) -> Engine:
     """An engine so small that requests wait, are preempted, and get the pages and rows of whoever was there."""
     config = EngineConfig(
         max_num_seqs=4, max_num_batched_tokens=24, block_size=4, kv_cache_bytes=24 * 4 * 512, max_loras=4,
-        lora_cache_bytes=4 << 20, enable_async_scheduling=is_async,
+        lora_cache_bytes=4 << 20, enable_async_scheduling=is_async, adapter_kinds=("vocabulary", "dora"),
     )  # fmt: skip
     return Engine(BaseModel(make_tiny_model(), make_tokenizer(), "tiny"), config)
 
 
 @cache
 def adapter(index: int) -> Adapter:
-    """Adapters of different ranks."""
-    return make_adapter(make_tiny_model(), f"a{index}", r=2 * index + 1)
+    """Adapters of different ranks and kinds."""
+    if index < NUM_PLAIN:
+        return make_adapter(make_tiny_model(), f"a{index}", r=2 * index + 1)
+    kinds: list[dict[str, Any]] = [
+        {"is_dora": True},
+        {"targets": ("embed_tokens", "lm_head", "q_proj")},
+        {"targets": ("embed_tokens", "lm_head", "down_proj"), "is_dora": True},
+        {"invocation_tokens": tuple(prompt_of(2)[9:11])},
+    ]
+    return make_adapter(make_tiny_model(), f"a{index}", r=3, **kinds[index - NUM_PLAIN])
 
 
 class Grammar:
@@ -90,10 +98,17 @@ class BrokenDetokenizer:
 
 
 def scaled(index: int, a: float, b: float) -> Adapter:
-    """An adapter of finite, huge numbers."""
-    weights = {n: LoraWeights(w.lora_A.clamp(-1, 1) * a, w.lora_B.clamp(-1, 1) * b, w.scaling)
+    """An adapter of finite, huge numbers; DoRA's magnitudes are as they were."""
+    weights = {n: LoraWeights(w.lora_A.clamp(-1, 1) * a, w.lora_B.clamp(-1, 1) * b, w.scaling, w.magnitude)
                for n, w in adapter(index).weights.items()}  # fmt: skip
     return Adapter(f"wild {index}", f"{index} {a!r} {b!r}", weights)
+
+
+def magnified(index: int, factor: float) -> Adapter:
+    """A DoRA adapter of other magnitudes."""
+    weights = {n: LoraWeights(w.lora_A, w.lora_B, w.scaling, w.magnitude * factor)
+               for n, w in adapter(index).weights.items() if w.magnitude is not None}  # fmt: skip
+    return Adapter(f"magnified {index}", f"{index} {factor!r}", weights)
 
 
 def prompt_of(prompt: int) -> list[int]:
@@ -131,6 +146,8 @@ def make_bad(kind: int, prompt: int, after: int, members: list[int]) -> Request 
         *(lambda t=t: make(prompt, pairs, Grammar(after), temperature=t) for t in (0.0, 1.0)),  # allows nothing then
         *(lambda a=a, b=b: make(prompt, [*pairs[:2], (scaled(after % NUM_ADAPTERS, a, b), 0.5)])
           for a, b in ((1e20, 1e20), (3e38, 1e-30), (3e38, 1e38), (1e-20, 1e38), (1.0, 3e38))),
+        *(lambda factor=factor: make(prompt, [*pairs[:1], (magnified(3 + after % 2 * 2, factor), 0.5)])
+          for factor in (0.0, -1.0, 1e30, 1e38, math.inf, math.nan)),
         *(lambda extreme=extreme: make(prompt, pairs, **extreme) for extreme in extremes),
         lambda: make(prompt, [(adapter(0), math.nan)]),
         lambda: engine().make_request([5, VOCAB_SIZE + after], SamplingParams()),
@@ -149,7 +166,7 @@ prompts = st.integers(0, NUM_PROMPTS - 1)
 actions = st.lists(
     st.one_of(
         st.tuples(st.just("good"), prompts, members, st.integers(0, len(SAMPLINGS) - 1), st.booleans()),
-        st.tuples(st.just("bad"), st.integers(0, 40), prompts, st.integers(0, 5), members),
+        st.tuples(st.just("bad"), st.integers(0, 50), prompts, st.integers(0, 5), members),
         st.just(("step",)),
     ),
     min_size=6,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from langchain_lora_retriever.errors import UnsupportedAdapterError
+from langchain_lora_retriever.errors import InvalidAdapterError, UnsupportedAdapterError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -63,7 +63,8 @@ class DoraGains:
 
         Raises:
             UnsupportedAdapterError: If the base model's weights cannot be read, as they lie elsewhere in a packed form.
-            InvalidAdapterError: If the adapter's file is not the one that was read any more.
+            InvalidAdapterError: If the adapter's file is not the one that was read any more, or there is no direction
+                to give a magnitude to.
         """
         if not adapter.is_dora:
             return {}
@@ -96,7 +97,16 @@ class DoraGains:
             part = slice(begin, min(begin + step, in_features))
             updated = torch.addmm(columns(part), lora_b, lora_a[:, part])
             squares += updated.square_().sum(1, dtype=torch.float64)
-        return (magnitude.to(device, torch.float64) / squares.sqrt()).float().cpu()
+        gain = (magnitude.to(device, torch.float64) / squares.sqrt()).float().cpu()
+        if not gain.isfinite().all():
+            place = int((~gain.isfinite()).nonzero()[0])
+            raise InvalidAdapterError(
+                f"adapter {adapter.name!r} ({adapter.path}) is DoRA, which divides its magnitudes by the norms of the "
+                f"updated weights; of output {place} of {name!r} they are {float(magnitude[place]):.3g} and "
+                f"{float(squares[place].sqrt()):.3g}, which gives no finite number (PEFT would answer NaN). Train it "
+                "without this module, if the base's weight has rows of zeros there, as that of a padded vocabulary."
+            )
+        return gain
 
     def _columns(self, adapter: Adapter, name: str) -> tuple[Columns, torch.device]:
         """A function that gives columns of a module's weight `[out_features, n]`, fp32, and where they lie."""

@@ -144,6 +144,19 @@ def test_unknown_fields_at_their_defaults_pass(default):
     assert make(from_a_later_peft=default).rank_and_scaling("q_proj", "here") == (4, 2.0)
 
 
+@pytest.mark.parametrize("off", [False, None])
+def test_fields_of_a_method_that_is_off_pass(off):
+    """As a later PEFT writes them, with the numbers they have by default; on, or without a switch, they are refused."""
+    fields = {"later_size": 16, "later_kind": "fast", "later_parts": {"a": 1}, "later": off}
+    assert make(use_later=off, **fields).rank_and_scaling("q_proj", "here") == (4, 2.0)
+    assert make(use_late_one=off, late_one_size=16).rank_and_scaling("q_proj", "here") == (4, 2.0)
+    for config in ({"use_later": True, "later_size": 16}, {"later_size": 16}, {"use_late": off, "later_size": 16}):
+        with pytest.raises(AdapterError, match="later"):
+            make(**config)
+    with pytest.raises(AdapterError, match="QALoRA"):
+        make(use_qalora=True)
+
+
 def test_the_recipe_keeps_the_order_that_counts():
     """Configurations of one recipe differ in the order of target_modules alone."""
     assert make(target_modules=["a", "b"]).recipe == make(target_modules=["b", "a"]).recipe
