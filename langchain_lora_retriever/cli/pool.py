@@ -70,6 +70,12 @@ SubfolderOption = Annotated[
     str | None,
     typer.Option("--subfolder", metavar="PATH", help="Where in the repository the adapter lies.", show_default=False),
 ]
+ConvertOption = Annotated[
+    bool,
+    typer.Option(
+        "--convert", metavar="", help="Where the weights are a pickle, convert it first, as `pool convert` does."
+    ),
+]
 
 
 @commands.command("list", short_help="List the adapters; say who is not found or not used.")
@@ -134,12 +140,7 @@ def add(
     samples_from: SamplesFromOption = None,
     revision: RevisionOption = None,
     subfolder: SubfolderOption = None,
-    convert: Annotated[
-        bool,
-        typer.Option(
-            "--convert", metavar="", help="Where the weights are a pickle, convert it first, as `pool convert` does."
-        ),
-    ] = False,
+    convert: ConvertOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Add an adapter, from a folder or from the Hugging Face hub; the checkpoint is copied into the pool."""
@@ -181,13 +182,15 @@ def update(
     samples_from: SamplesFromOption = None,
     revision: RevisionOption = None,
     subfolder: SubfolderOption = None,
+    convert: ConvertOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Replace an adapter's weights, its samples, or both; what is not given stays."""
     pool = _open(folder)
     adapter = pool.update(
-        name, checkpoint, samples=_read(samples), samples_from=samples_from, revision=revision, subfolder=subfolder
-    )
+        name, checkpoint, samples=_read(samples), samples_from=samples_from, revision=revision, subfolder=subfolder,
+        convert=convert,
+    )  # fmt: skip
     _confirm(f"Updated {name!r}.", {"updated": name, "fingerprint": adapter.fingerprint}, as_json=as_json)
 
 
@@ -226,7 +229,7 @@ def calibrate(
     ],
     base_model: BaseModelOption = None,
     keep: Annotated[
-        int, typer.Option("--keep", metavar="N", help="Number of adapters that a task stands for.", min=1)
+        int, typer.Option("--keep", metavar="N", help="Number of adapters that a task stands for.", min=1, max=8)
     ] = 3,
     task: Annotated[
         str | None,
@@ -236,9 +239,13 @@ def calibrate(
 ) -> None:
     """Find the adapters that answer your own samples best, and make a task that stands for them."""
     from langchain_lora_retriever.evaluation import AnswerLikelihood  # noqa: PLC0415 - seconds to import
+    from langchain_lora_retriever.pool.calibration import check_answered  # noqa: PLC0415 - loads torch
 
     given = read_samples(samples, where=str(samples))
+    check_answered(given)
     llm = make_chat_model(base_model, folder, None)
+    if task is not None:
+        llm.pool.check_free(task)  # now, and not after minutes of scoring
     with status(f"Loading {llm.model_name}"):
         engine = llm.runtime.ready()
     with new_progress() as progress:
@@ -282,7 +289,7 @@ def inspect(
     folder: FolderArgument,
     name: Annotated[
         str | None,
-        typer.Argument(help="Name of one adapter; without it the whole pool.", autocompletion=complete_adapter),
+        typer.Argument(help="Name of one adapter or task; without it the whole pool.", autocompletion=complete_adapter),
     ] = None,
     *,
     base_model: Annotated[
@@ -305,8 +312,9 @@ def inspect(
         if as_json:
             print_json(described)
         else:
-            modules = described["modules"]
-            described["modules"] = [*modules[:4], f"... {len(modules) - 4} more"] if len(modules) > 5 else modules
+            modules = described.get("modules", ())
+            if len(modules) > 5:
+                described["modules"] = [*modules[:4], f"... {len(modules) - 4} more"]
             print_facts(described)
         return
     from langchain_lora_retriever.evaluation import inspect_pool  # noqa: PLC0415 - seconds to import
@@ -384,12 +392,17 @@ def _listed(pool: AdapterPool, name: str) -> ListedAdapter:
 
 
 def _describe(pool: AdapterPool, name: str) -> dict[str, Any]:
+    if name in pool.tasks:
+        task = pool.tasks[name]
+        return {"name": name, "members": dict(task.members), "samples": [sample.input for sample in task.samples]}
     adapter, listed = pool[name], _listed(pool, name)
     return {
         **listed._asdict(),
         "is_described": pool.state[name].is_described,
         "fingerprint": adapter.fingerprint,
         "path": str(adapter.path),
+        "is_dora": adapter.is_dora,
+        "invocation_tokens": list(adapter.invocation_tokens),
         "modules": sorted(adapter.weights),
         "samples": [sample.input for sample in pool.samples(name)],
         "card_text": list(pool.state[name].card_text),

@@ -9,13 +9,14 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from langchain_lora_retriever.errors import InvalidRequestError, InvalidSamplesError
+from langchain_lora_retriever.pool.task import MAX_MEMBERS
 from langchain_lora_retriever.support.shown import shown
 
 if TYPE_CHECKING:
     from langchain_lora_retriever.pool.samples import Sample
     from langchain_lora_retriever.types import Adapter
 
-__all__ = ["CalibratedAdapter", "Calibration", "Progress", "Score", "calibrate"]
+__all__ = ["CalibratedAdapter", "Calibration", "Progress", "Score", "calibrate", "check_answered"]
 
 Score: TypeAlias = "Callable[[Sequence[tuple[Adapter | None, Sample]]], Iterable[float]]"
 """Tells the mean log-likelihood of each sample's output under an adapter, or under the base model; in their order."""
@@ -95,18 +96,11 @@ def calibrate(
     """
     if not adapters:
         raise InvalidRequestError("There is no adapter to calibrate: the pool has none, or all are left out.")
-    if not isinstance(keep, int) or isinstance(keep, bool) or keep < 1:
-        raise InvalidRequestError(f"keep={shown(keep)} is not allowed: pass an integer of 1 or more.")
+    if not isinstance(keep, int) or isinstance(keep, bool) or not 1 <= keep <= MAX_MEMBERS:
+        raise InvalidRequestError(f"keep={shown(keep)} is not allowed: pass an integer from 1 to {MAX_MEMBERS}.")
     if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
         raise InvalidRequestError(f"temperature={shown(temperature)} is not allowed: pass a finite number above 0.")
-    bare = next((place for place, sample in enumerate(samples) if not (sample.output or "").strip()), None)
-    if not samples or bare is not None:
-        raise InvalidSamplesError(
-            "A calibration has no samples: pass some dozens with an input and an output."
-            if bare is None
-            else f"sample {bare} has no output: a calibration tells how likely each adapter holds the right answer, so "
-            "every sample needs one."
-        )
+    check_answered(samples)
     shuffled = random.Random(seed).sample(list(samples), len(samples))  # noqa: S311 - no secret
     rounds = list(_rounds(len(adapters), len(shuffled), max(_MIN_SURVIVORS, keep)))
     total = len(shuffled) + sum(num * (stop - start) for num, start, stop in rounds)
@@ -121,6 +115,22 @@ def calibrate(
     powers = [math.exp((adapter.log_likelihood - best[0].log_likelihood) / temperature) for adapter in best]
     members = {a.name: power / sum(powers) for a, power in zip(best, powers, strict=True) if a.name and power}
     return Calibration(tuple(samples), tuple(table), base, members)
+
+
+def check_answered(samples: Sequence[Sample]) -> None:
+    """Refuse samples that a calibration cannot use.
+
+    Raises:
+        InvalidSamplesError: If there is none, or one has no output.
+    """
+    if not samples:
+        raise InvalidSamplesError("A calibration has no samples: pass some dozens with an input and an output.")
+    for place, sample in enumerate(samples):
+        if not (sample.output or "").strip():
+            raise InvalidSamplesError(
+                f"sample {place} has no output: a calibration tells how likely each adapter holds the right answer, so "
+                "every sample needs one."
+            )
 
 
 def _rounds(num_adapters: int, num_samples: int, num_survivors: int) -> Iterator[tuple[int, int, int]]:

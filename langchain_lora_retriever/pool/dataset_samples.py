@@ -68,7 +68,7 @@ def draw_samples(names: Sequence[str], *, where: str, hub: Hub, seed: int = 0) -
             "  pip install 'langchain-lora-retriever[train]'"
         ) from error
     try:
-        full_name = _on_the_hub(name, hub)
+        full_name = _on_the_hub(name, hub, datasets.config.HF_ENDPOINT)
         parts = datasets.load_dataset(full_name, streaming=True, token=hub.token)
         split = "train" if "train" in parts else next(iter(parts))
         rows = parts[split].shuffle(seed=seed, buffer_size=_NUM_SHUFFLED)
@@ -89,12 +89,14 @@ def draw_samples(names: Sequence[str], *, where: str, hub: Hub, seed: int = 0) -
     return make_samples(found, where=where), note
 
 
-def _on_the_hub(name: str, hub: Hub) -> str:
+def _on_the_hub(name: str, hub: Hub, datasets_endpoint: str) -> str:
     """The data set's whole name: a card must lead to the hub alone, not to a file or to a format of `datasets`."""
     from huggingface_hub import HfApi  # noqa: PLC0415 - loaded where it is needed
 
     if _NAME.fullmatch(name) is None:
         raise ValueError("that is no name of a data set on the hub")
+    if hub.endpoint is not None and hub.endpoint.rstrip("/") != datasets_endpoint.rstrip("/"):
+        raise ValueError(f"data sets are streamed from {datasets_endpoint}; set HF_ENDPOINT to {hub.endpoint}")
     whole = HfApi(endpoint=hub.endpoint, token=hub.token).dataset_info(name).id
     if _NAME.fullmatch(whole) is None or "/" not in whole or os.path.lexists(whole):
         raise ValueError(f"{shown(whole)} is no name that leads to the hub alone")

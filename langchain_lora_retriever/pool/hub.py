@@ -67,9 +67,14 @@ class HubAdapter(NamedTuple):
     origin: HubOrigin
 
 
-def is_repo_id(path: str) -> bool:
-    """Whether a path that was given names a repository: `user/name`, where no such file or folder is."""
-    return _REPO_ID.fullmatch(path) is not None and not os.path.lexists(path)
+def is_repo_id(path: object, *, is_meant: bool = False) -> bool:
+    """Whether what was given as a path names a repository: `user/name`, where no such file or folder is.
+
+    Args:
+        path: The path.
+        is_meant: Whether a repository is meant, as a revision of it was given: then whatever lies here does not count.
+    """
+    return isinstance(path, str) and _REPO_ID.fullmatch(path) is not None and (is_meant or not os.path.lexists(path))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Self
 from langchain_lora_retriever.errors import (
     AdapterError,
     DuplicateAdapterError,
+    HubError,
     InvalidRequestError,
     PoolError,
     UnknownAdapterError,
@@ -151,6 +152,7 @@ class AdapterPool:
         base_model: str | None = None,
         samples_from: str | None = None,
         hub: Hub | None = None,
+        convert: bool = False,
     ) -> Self:
         """A pool of adapters from the hub. Those that cannot be had or used are in `rejected`, and warned of.
 
@@ -162,6 +164,7 @@ class AdapterPool:
             base_model: Refuse adapters whose configuration names another base model.
             samples_from: "dataset" draws samples from the data sets that cards name; see `add`.
             hub: How the hub is reached.
+            convert: Convert those whose weights are a pickle alone; see `add`.
 
         Raises:
             PoolError: If none of them can be used.
@@ -174,7 +177,10 @@ class AdapterPool:
         def add(item: tuple[str, str]) -> None:
             name, (repo_id, _, revision) = item[0], item[1].partition("@")
             try:
-                pool.add(name, repo_id, revision=revision or None, samples_from=samples_from, hub=hub or Hub())
+                pool.add(
+                    name, repo_id, revision=revision or None, samples_from=samples_from, hub=hub or Hub(),
+                    convert=convert,
+                )  # fmt: skip
             except AdapterError as error:
                 rejected[name] = error
 
@@ -311,11 +317,10 @@ class AdapterPool:
             DuplicateAdapterError: If the pool has that name, or another process has put it into the pool's folder.
             AdapterError: If the adapter or its samples cannot be had or used. The pool is unchanged.
         """
-        check_name(name)
-        self._check_free(name)
+        self.check_free(name)
         found, source = self._find(name, path, samples_from, revision, subfolder, hub, convert=convert)
         with self._lock, self._writers():
-            self._check_free(name)
+            self.check_free(name)
             return self._put(with_routing(found, samples, embedding, encoder), source=source)
 
     def update(
@@ -330,18 +335,27 @@ class AdapterPool:
         revision: str | None = None,
         subfolder: str | None = None,
         hub: Hub | None = None,
+        convert: bool = False,
     ) -> Adapter:
         """Replace an adapter's weights, samples or embedding; what is not given stays. Arguments are as for `add`.
 
         New samples without an embedding drop the old embedding. Without any argument the adapter is read again
-        from its folder.
+        from its folder; with a revision alone its repository is fetched at that one.
 
         Raises:
             UnknownAdapterError: If no adapter has that name.
             AdapterError: If the new adapter or samples cannot be used. The pool is unchanged.
         """
-        self.state[name]
-        new = None if path is None else self._find(name, path, samples_from, revision, subfolder, hub)
+        origin = self.state[name].hub
+        if path is None and (revision is not None or subfolder is not None):
+            if origin is None:
+                raise HubError(
+                    f"adapter {name!r} is not from the hub, so it has no revision. Pass a repository, user/repo."
+                )
+            path, subfolder = origin.repo_id, origin.subfolder or None if subfolder is None else subfolder
+        new = None
+        if path is not None:
+            new = self._find(name, path, samples_from, revision, subfolder, hub, convert=convert)
         with self._lock, self._writers():
             old = self._current(name)
             source = old.adapter.path if new is None else new[1]
@@ -397,11 +411,11 @@ class AdapterPool:
             UnknownAdapterError: If a member is no adapter of the pool.
             AdapterError: If the samples cannot be used.
         """
-        check_name(name)
+        self.check_free(name)
         where = f"task {name!r}"
         task = TaskEntry(name, make_samples(samples, where=where), make_members(members, where=where))
         with self._lock, self._writers():
-            self._check_free(name)
+            self.check_free(name)
             for member, _ in task.members:
                 self.state[member]
             if self._path is not None:
@@ -410,6 +424,32 @@ class AdapterPool:
             state = self.state
             self._known = state.changed(name, tasks={**state.tasks, name: task}, rejected=without(state.rejected, name))
         return task
+
+    def check_free(self, name: str) -> None:
+        """Refuse a name that `add` and `add_task` would refuse, before anything is done for it.
+
+        Raises:
+            DuplicateAdapterError: If the pool has that name, or another process has put it into the pool's folder.
+            InvalidAdapterError: If it cannot be the name of a folder.
+        """
+        check_name(name)
+        if name in self or name in self.tasks:
+            raise DuplicateAdapterError(
+                f"the pool already has an adapter {name!r}. Choose another name, or call update({name!r}, ...)."
+                if name in self
+                else f"the pool already has a task {name!r}. Choose another name, or remove it first."
+            )
+        if self._path is None or not os.path.lexists(self._path / name):
+            return
+        if name in self.rejected:
+            try:
+                read_entry(self._path / name, name, base_model=self._base_model)
+            except AdapterError:
+                return  # it is still one that was refused
+        raise DuplicateAdapterError(
+            f"the pool's folder already has {self._path / name}, which another process may have added since this pool "
+            f"was loaded. Choose another name, or load the pool again and call update({name!r}, ...)."
+        )
 
     def remove(self, name: str) -> None:
         """Remove an adapter, a task, or one that was refused; in a pool on disk its folder is deleted.
@@ -518,9 +558,17 @@ class AdapterPool:
     ) -> tuple[PoolEntry, Path]:
         """What an adapter's folder or repository holds, and where that lies."""
         source, origin = as_path(path, name), None
-        if isinstance(path, str) and (is_repo_id(path) or revision is not None or subfolder is not None):
+        is_meant = revision is not None or subfolder is not None
+        if is_meant and not is_repo_id(path, is_meant=True):
+            raise HubError(
+                f"adapter {name!r}: a revision and a subfolder are of a repository of the hub, user/repo, and "
+                f"{shown(str(path))} is none. Leave them out; of a folder here pass the one that holds {CONFIG_FILE}."
+            )
+        if is_repo_id(path, is_meant=is_meant):
             try:
-                source, origin = (hub or Hub()).fetch(path, revision=revision, subfolder=subfolder, with_pickle=convert)
+                source, origin = (hub or Hub()).fetch(
+                    str(path), revision=revision, subfolder=subfolder, with_pickle=convert
+                )
             except AdapterError as error:
                 error.args = (f"adapter {name!r}: {error}",)
                 raise
@@ -529,25 +577,6 @@ class AdapterPool:
         found = read_entry(source, name, base_model=self._base_model)
         found = found if origin is None else replace(found, hub=origin)
         return (found if samples_from is None else with_dataset(found, source, samples_from, hub or Hub())), source
-
-    def _check_free(self, name: str) -> None:
-        if name in self or name in self.tasks:
-            raise DuplicateAdapterError(
-                f"the pool already has an adapter {name!r}. Choose another name, or call update({name!r}, ...)."
-                if name in self
-                else f"the pool already has a task {name!r}. Choose another name, or remove it first."
-            )
-        if self._path is None or not os.path.lexists(self._path / name):
-            return
-        if name in self.rejected:
-            try:
-                read_entry(self._path / name, name, base_model=self._base_model)
-            except AdapterError:
-                return  # it is still one that was refused
-        raise DuplicateAdapterError(
-            f"the pool's folder already has {self._path / name}, which another process may have added since this pool "
-            f"was loaded. Choose another name, or load the pool again and call update({name!r}, ...)."
-        )
 
     def _current(self, name: str) -> PoolEntry:
         """What there is of a name now; other processes may have changed it on disk."""

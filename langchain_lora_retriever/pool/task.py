@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
-__all__ = ["TASK_FILE", "TaskEntry", "make_members", "read_task", "write_task"]
+__all__ = ["MAX_MEMBERS", "TASK_FILE", "TaskEntry", "make_members", "read_task", "write_task"]
 
 TASK_FILE = "task.json"
 _MAX_BYTES = 1 << 16
 _MAX_CONTAINERS = 10
-_MAX_MEMBERS = 8  # as many adapters as a request may run
+MAX_MEMBERS = 8  # as many adapters as a request may run
 _MAX_NAME = 255
 
 
@@ -74,9 +74,9 @@ def make_members(members: object, *, where: str) -> tuple[tuple[str, float], ...
     Raises:
         InvalidRequestError: If they are something else.
     """
-    if not isinstance(members, Mapping) or not 0 < len(members) <= _MAX_MEMBERS:
+    if not isinstance(members, Mapping) or not 0 < len(members) <= MAX_MEMBERS:
         raise InvalidRequestError(
-            f"{where} has members={shown(members)}; allowed are shares by adapters' names, 1 to {_MAX_MEMBERS} of them."
+            f"{where} has members={shown(members)}; allowed are shares by adapters' names, 1 to {MAX_MEMBERS} of them."
         )
     for name, share in members.items():
         is_name = isinstance(name, str) and 0 < len(name) <= _MAX_NAME

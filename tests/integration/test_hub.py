@@ -21,6 +21,7 @@ from langchain_lora_retriever.errors import (
     HubError,
     InvalidAdapterError,
     InvalidRequestError,
+    InvalidSamplesError,
     PoolError,
     UnsupportedAdapterError,
 )
@@ -401,6 +402,75 @@ def test_samples_are_drawn_from_the_data_set_of_the_card(
         assert "secret" not in told[repo_id][1].replace("../secret", "")
     with pytest.raises(InvalidRequestError, match="samples_from='elsewhere'"):
         AdapterPool(tmp_path / "pool").update("sql", samples_from="elsewhere")
+
+
+def test_data_sets_are_streamed_from_where_the_environment_says(
+    server: HubServer, hub: Hub, checkpoints: list[dict[str, bytes]]
+) -> None:
+    """Not from another place than a call's hub is: that is refused before anything is drawn."""
+    pytest.importorskip("datasets")
+    server.push("user/sql", {**checkpoints[0], "README.md": PROSE.replace(b"tags:", b"datasets: user/queries\ntags:")})
+    with pytest.raises(InvalidSamplesError, match=f"streamed from https://.*set HF_ENDPOINT to {server.endpoint}"):
+        AdapterPool().add("sql", "user/sql", samples_from="dataset", hub=hub)
+
+
+def test_an_update_to_a_revision_alone_is_of_the_same_repository(
+    server: HubServer, hub: Hub, checkpoints: list[dict[str, bytes]], tmp_path: Path
+) -> None:
+    """And of the same place in it; what is not from the hub has no revision, which is said."""
+    nested = [{f"best/{name}": data for name, data in files.items()} for files in checkpoints]
+    server.models["user/sql"] = Repository()
+    first = server.push("user/sql", nested[0])
+    second = server.push("user/sql", nested[1])
+    pool = AdapterPool(tmp_path / "pool", create=True)
+    old = pool.add("sql", "user/sql", revision=first, subfolder="best", hub=hub)
+    assert pool.update("sql", revision="main", hub=hub).fingerprint != old.fingerprint
+    origin = AdapterPool(tmp_path / "pool").state["sql"].hub
+    assert (origin.commit, origin.revision, origin.subfolder) == (second, "main", "best")
+    with pytest.raises(HubError, match=r"no adapter in 'worst'. Allowed are 'best'"):
+        pool.update("sql", subfolder="worst", hub=hub)
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    for name, data in checkpoints[0].items():
+        (folder / name).write_bytes(data)
+    pool.add("own", folder)
+    for call in (lambda: pool.update("own", revision="main"), lambda: pool.update("own", subfolder="best")):
+        with pytest.raises(HubError, match=r"'own' is not from the hub, so it has no revision\. Pass a repository"):
+            call()
+    for path, arguments in ((folder, {"revision": "v1"}), (str(folder), {"subfolder": "best"})):
+        with pytest.raises(HubError, match=r"'x': a revision and a subfolder are of a repository.*is none\. Leave"):
+            pool.add("x", path, hub=hub, **arguments)  # type: ignore[arg-type]
+    assert pool.names == ("own", "sql")
+
+
+def test_pickles_of_the_hub_are_converted_if_that_is_asked_for(
+    server: HubServer, hub: Hub, checkpoints: list[dict[str, bytes]], tmp_path: Path
+) -> None:
+    """By `add`, `update` and `from_hub`; the weights are the same, and without asking each is refused unopened."""
+    import io
+
+    import torch
+    from safetensors.torch import load
+
+    stream = io.BytesIO()
+    torch.save(load(checkpoints[0]["adapter_model.safetensors"]), stream)
+    files = {name: data for name, data in checkpoints[0].items() if name != "adapter_model.safetensors"}
+    server.push("user/old", {**files, "adapter_model.bin": stream.getvalue(), "samples.jsonl": SAMPLES})
+    server.push("user/new", checkpoints[0])
+    expected = AdapterPool().add("new", "user/new", hub=hub).weights
+    with pytest.raises(UnsupportedAdapterError, match=r"a pickle.*convert=True"):
+        AdapterPool().add("old", "user/old", hub=hub)
+    with pytest.warns(UserWarning, match="convert=True"):
+        assert list(AdapterPool.from_hub(["user/new", "user/old"], hub=hub).rejected) == ["old"]
+    pool = AdapterPool.from_hub({"old": "user/old"}, hub=hub, path=tmp_path / "pool", convert=True)
+    pool.add("again", "user/old", hub=hub, convert=True)
+    pool.update("again", "user/old", hub=hub, convert=True)
+    for name in ("old", "again"):
+        weights = pool[name].weights
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[module].lora_A, expected[module].lora_A) for module in expected)
+        assert pool.state[name].described_by == "samples"
+        assert not (tmp_path / "pool" / name / "adapter_model.bin").exists()
 
 
 def test_a_folder_goes_before_a_repository_of_its_name(

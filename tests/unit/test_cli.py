@@ -185,6 +185,9 @@ def test_pool_list_and_inspect_say_what_an_adapter_is_found_by(
     assert rows["queries"][6] == "card text"
     assert (rows["poems"][1], rows["poems"][7]) == ("task", "sql 1.00")
     assert json.loads(run("pool", "list", folder, "--json"))["tasks"] == {"poems": {"sql": 1.0}}
+    task = {"name": "poems", "members": {"sql": 1.0}, "samples": ["Write a poem."]}
+    assert json.loads(run("pool", "inspect", folder, "poems", "--json")) == task
+    assert "Write a poem." in run("pool", "inspect", folder, "poems")
     samples = tmp_path / "samples.jsonl"
     samples.write_text('{"input": "Count the rows."}\n')
     described = json.loads(run("pool", "describe", folder, "queries", "--samples", samples, "--json"))
@@ -207,6 +210,37 @@ def test_pool_calibrate_makes_a_task_of_the_best_adapters(
     assert found["base"]["log_likelihood"] == -2.0
     assert AdapterPool(folder).tasks["poems"].members == (("sql", 1.0),)
     assert "the base model" in run("pool", "calibrate", folder, *options)
+
+
+@pytest.mark.parametrize(
+    ("options", "line", "status", "told"),
+    [
+        (("--task", "sql"), '{"input": "a", "output": "b"}', 1, "already has an adapter 'sql'"),
+        (("--task", "a/b"), '{"input": "a", "output": "b"}', 1, "cannot be the name of a folder"),
+        (("--task", "x"), '{"input": "a"}', 1, "sample 0 has no output"),
+        (("--keep", "9"), '{"input": "a", "output": "b"}', WRONG_ARGUMENTS, "less than or equal to 8"),
+        ((), '{"input": 3}', 1, "input=3"),
+    ],
+)
+def test_pool_calibrate_tells_mistakes_first(folder: Path, tmp_path: Path, options, line, status, told) -> None:
+    """Before it loads a model, which nobody has here: a name that is taken, samples without answers."""
+    samples = tmp_path / "mine.jsonl"
+    samples.write_text(line + "\n")
+    command = ["pool", "calibrate", str(folder), "--samples", str(samples), "--base-model", "fake/base", *options]
+    result = CliRunner().invoke(commands, command)
+    text, code = (result.stderr, result.exit_code) if result.exit_code == 2 else explain(result.exception)
+    assert code == status
+    assert told in text
+
+
+def test_pool_inspect_says_what_kind_an_adapter_is(run, folder: Path, write_adapter) -> None:
+    """Whether it is DoRA, and what invokes it."""
+    checkpoint = write_adapter("awake")
+    config = json.loads((checkpoint / "adapter_config.json").read_text())
+    (checkpoint / "adapter_config.json").write_text(json.dumps({**config, "alora_invocation_tokens": [5, 6]}))
+    run("pool", "add", folder, "awake", checkpoint)
+    seen = json.loads(run("pool", "inspect", folder, "awake", "--json"))
+    assert (seen["is_dora"], seen["invocation_tokens"]) == (False, [5, 6])
 
 
 def test_pool_inspect_says_what_the_samples_tell(run, folder: Path) -> None:

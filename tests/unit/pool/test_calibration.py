@@ -74,6 +74,7 @@ def test_members_are_weighted_by_their_likelihoods() -> None:
         ({"samples": []}, InvalidSamplesError, "no samples"),
         ({"samples": [Sample("a", "b"), Sample("Which?")]}, InvalidSamplesError, "sample 1 has no output"),
         ({"keep": 0}, InvalidRequestError, "keep=0"),
+        ({"keep": 9}, InvalidRequestError, "keep=9 is not allowed: pass an integer from 1 to 8"),
         ({"temperature": 0.0}, InvalidRequestError, r"temperature=0\.0"),
         ({"temperature": math.nan}, InvalidRequestError, "temperature=nan"),
     ],

@@ -55,6 +55,10 @@ def test_pools_convert_what_they_add_if_they_are_told_to(tmp_path, checkpoint):
     assert pool.add("a", folder, convert=True).rank == 4
     assert not (tmp_path / "pool" / "a" / PICKLE_FILE).exists()
     assert AdapterPool().add("a", folder, convert=True) == pool["a"]
+    (folder / WEIGHTS_FILE).unlink()
+    with pytest.raises(UnsupportedAdapterError, match="pickle"):
+        pool.update("a", folder)
+    assert pool.update("a", folder, convert=True) == pool["a"]
 
 
 class Bomb:
@@ -108,7 +112,13 @@ def make_bombs(marker):
     }
 
 
-@pytest.mark.parametrize("kind", ["code", "code, bare", "code, old format", "memory", "memory, old format", "a list"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "code", "code, bare", "code, old format", "memory", "memory, old format", "a list", "numbers", "nothing",
+        "noise",
+    ],
+)  # fmt: skip
 def test_a_pickle_bomb_is_refused_and_nothing_is_executed(tmp_path, checkpoint, kind):
     """In words, by the adapter's name; no file is left, and the pool goes on."""
     folder, _ = checkpoint
@@ -117,6 +127,21 @@ def test_a_pickle_bomb_is_refused_and_nothing_is_executed(tmp_path, checkpoint, 
     with pytest.raises(UnsupportedAdapterError, match=r"adapter 'old'.*is refused.*Nothing of it was executed"):
         convert_pickle(folder, "old")
     assert not marker.exists()
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "adapter_config.json", PICKLE_FILE]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is limited there alone")
+def test_an_archive_that_swells_is_refused(checkpoint):
+    """A few hundred kilobytes that would be 400 MB of numbers: its process may not have so much, and ends."""
+    folder, _ = checkpoint
+    saved = io.BytesIO()
+    torch.save({"x": torch.zeros(100 << 20)}, saved)
+    with zipfile.ZipFile(saved) as archive:
+        state = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+    (folder / PICKLE_FILE).write_bytes(as_archive(state, deflated=bytes(400 << 20)))
+    assert (folder / PICKLE_FILE).stat().st_size < 1 << 20
+    with pytest.raises(UnsupportedAdapterError, match=r"adapter 'old'.*is refused.*limits: 26\d,\d{3},\d{3} bytes"):
+        convert_pickle(folder, "old")
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "adapter_config.json", PICKLE_FILE]
 
 
