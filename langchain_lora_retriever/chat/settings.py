@@ -67,7 +67,7 @@ class GivenSettings(TypedDict, total=False):
     top_k: int
     weights: Weighting
     weight_temperature: float
-    min_score: float | None
+    min_score: float | Literal["auto"] | None
     temperature: float
     max_tokens: int
     sampling_top_k: int
@@ -116,7 +116,7 @@ class ChatSettings(ConcurrentChatModel):
         top_k: Maximum number of adapters to compose.
         weights: "similarity" or "uniform" weights of retrieved adapters.
         weight_temperature: Temperature of similarity weights; lower favours the best more.
-        min_score: Cosine similarity under which an adapter is not used.
+        min_score: Cosine similarity under which an adapter is not used; "auto" is each adapter's own, by its samples.
         temperature: 0 is greedy.
         max_tokens: Maximum number of tokens to generate.
         sampling_top_k: Keep the most probable tokens only; 0 keeps all.
@@ -150,7 +150,7 @@ class ChatSettings(ConcurrentChatModel):
     top_k: int = CallOptions.top_k
     weights: Weighting = CallOptions.weights
     weight_temperature: float = CallOptions.weight_temperature
-    min_score: float | None = None
+    min_score: float | Literal["auto"] | None = None
     temperature: float = CallOptions.temperature
     max_tokens: int = CallOptions.max_tokens
     sampling_top_k: int = CallOptions.sampling_top_k

@@ -314,6 +314,13 @@ class LoraRetriever:
         wanted = index.names if names is None else (name for name in names if name in index)
         return {name: index.vector(name) for name in sorted(wanted)}
 
+    def floor(self, name: str) -> float:
+        """The least score at which `min_score="auto"` takes a text for one of an adapter's kind, as of the last query.
+
+        -inf of adapters of fewer than five samples, and of those that came with an embedding or have a card alone.
+        """
+        return self._view.floors.get(name, -math.inf)
+
     def refresh(self) -> None:
         """Follow the pool now: embed what is new or changed in it, and forget what is gone. Every query does.
 
@@ -345,8 +352,7 @@ class LoraRetriever:
             if self.answer_weight:
                 new = {n: LabelPenalty(_spread(e.samples)) for n, e in there.items() if e is not known(n)}
                 fits = {name: fit for name, fit in {**old.fits, **new}.items() if name in index}
-            if self.min_score == "auto":
-                floors = {name: floor for name, floor in {**old.floors, **floors}.items() if name in index}
+            floors = {name: floor for name, floor in {**old.floors, **floors}.items() if name in index}
             self._view = _View(state, index, fits, floors, rejected)
         for error in refused.values():
             warn(_logger, f"not found by prompts: {error}", stacklevel=3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -40,7 +40,8 @@ class RoutingOptions:
         top_k: Maximum number of adapters to compose.
         weights: "similarity" or "uniform" weights of retrieved adapters.
         weight_temperature: Temperature of the similarity weights; lower favours the best more.
-        min_score: Cosine similarity under which an adapter is not used; None uses whatever is nearest.
+        min_score: Cosine similarity under which an adapter is not used, or "auto" for each adapter's own, by its
+            samples (`LoraRetriever.floor`); None uses whatever is nearest.
         model: An adapter's name to pin, or the base model's for no adapter, as OpenAI-style servers take it.
     """
 
@@ -50,7 +51,10 @@ class RoutingOptions:
     top_k: Annotated[int, Field(ge=1, description="an integer >= 1")] = 3
     weights: Weighting = "similarity"
     weight_temperature: Annotated[float, Field(gt=0, description="a finite number > 0")] = 0.05
-    min_score: Annotated[float | None, Field(ge=-1, le=1, description="a cosine similarity, from -1 to 1")] = None
+    min_score: Annotated[
+        Annotated[float, Field(ge=-1, le=1)] | Literal["auto"] | None,
+        Field(description="a cosine similarity, from -1 to 1, 'auto', or None"),
+    ] = None
     model: Annotated[
         str | None,
         Field(
@@ -168,7 +172,9 @@ class Router:
         self._check_known(options.exclude_adapters)
 
     def _composed(self, retrieved: Sequence[RetrievedAdapter], options: RoutingOptions) -> Composition:
-        if options.min_score is not None:
+        if options.min_score == "auto":
+            retrieved = [adapter for adapter in retrieved if adapter.score >= self._retriever.floor(adapter.name)]
+        elif options.min_score is not None:
             retrieved = [adapter for adapter in retrieved if adapter.score >= options.min_score]
         tasks = self._pool.state.members(self._excluded(options))
         return compose(

@@ -47,7 +47,7 @@ class RoutingFields(BaseModel):
     top_k: int | None = None
     weights: str | None = None
     weight_temperature: float | None = None
-    min_score: float | None = None
+    min_score: float | Literal["auto"] | None = None
     route_text: str | None = None
 
     def arguments(self) -> dict[str, Any]:

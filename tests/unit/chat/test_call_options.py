@@ -59,6 +59,7 @@ def test_langchains_own_arguments_are_let_through() -> None:
         ("weight_temperature", float("nan")),
         ("min_score", 1.5),
         ("min_score", float("nan")),
+        ("min_score", "low"),
         ("timeout", -1),
         ("stop", "text"),
         ("stop", [""]),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
-from langchain_lora_retriever import AdapterPool, ChatLoraRetriever, Composition
+from langchain_lora_retriever import AdapterPool, ChatLoraRetriever, Composition, LoraRetriever
 from langchain_lora_retriever.engine import Registration
 from langchain_lora_retriever.errors import (
     InvalidAdapterError,
@@ -98,6 +99,21 @@ def test_an_unknown_adapter_raises(llm: ChatLoraRetriever, engine, argument: str
 def test_min_score_leaves_the_base_model_alone(llm: ChatLoraRetriever) -> None:
     """Under the minimum similarity nothing is composed."""
     assert llm.route(SQL, min_score=0.999).names == ()
+
+
+def test_an_automatic_min_score_may_be_asked_for_by_a_call(llm: ChatLoraRetriever) -> None:
+    """It is that of a retriever with such a setting; a chat model may have it too."""
+    alike = [f"Write the date {day} May in ISO form please now" for day in range(1, 13)]
+    llm.pool.update("dates", samples=alike)
+    automatic = LoraRetriever(llm.pool, llm.retriever.encoder, min_score="auto")
+    for text in ("Write the date 30 May in ISO form please now", "now please in May", SQL):
+        expected = tuple(adapter.name for adapter in automatic.retrieve(text))
+        assert llm.route(text, min_score="auto", weights="uniform").names == expected
+    assert "dates" in llm.route("now please in May", weights="uniform").names
+    assert "dates" not in llm.route("now please in May", min_score="auto", weights="uniform").names
+    assert llm.retriever.floor("dates") > llm.retriever.floor("sql") == -math.inf
+    with pytest.raises(InvalidRequestError, match=r"min_score='low' is not allowed: pass a cosine.*'auto', or None"):
+        llm.route(SQL, min_score="low")
 
 
 def test_top_k_larger_than_the_pool(llm: ChatLoraRetriever) -> None:

@@ -368,6 +368,32 @@ def test_embeddings_survive_a_restart(pool, tmp_path):
     assert other.encoder.num_texts == 10
 
 
+def test_another_default_encoder_moves_in_without_a_word(pool, tmp_path, caplog):
+    """Embeddings of meaning alone stay where they are; those with words are made once, and then read.
+
+    So it is with a file of an earlier form, which had no floors.
+    """
+    LoraRetriever(pool, UnitEncoder(), cache_dir=tmp_path).refresh()
+    (before,) = tmp_path.iterdir()
+    content = before.read_bytes()
+    expected = LoraRetriever(pool, HybridEncoder(UnitEncoder())).retrieve("the table", top_k=9)
+    with warnings.catch_warnings(), caplog.at_level("WARNING"):
+        warnings.simplefilter("error")
+        for num_texts in (10, 1):
+            moved = LoraRetriever(pool, HybridEncoder(UnitEncoder()), cache_dir=tmp_path)
+            assert moved.retrieve("the table", top_k=9) == expected
+            assert moved.encoder.meaning.num_texts == num_texts
+        (after,) = set(tmp_path.iterdir()) - {before}
+        with np.load(after) as arrays:
+            np.savez(after, hashes=arrays["hashes"], vectors=arrays["vectors"])
+        for num_texts in (10, 1):
+            moved = LoraRetriever(pool, HybridEncoder(UnitEncoder()), cache_dir=tmp_path)
+            assert moved.retrieve("the table", top_k=9) == expected
+            assert moved.encoder.meaning.num_texts == num_texts
+    assert not caplog.records
+    assert before.read_bytes() == content
+
+
 def test_given_embeddings(pool, checkpoint):
     """An adapter may come with an embedding in place of samples."""
     retriever = LoraRetriever(pool, WordEncoder())
