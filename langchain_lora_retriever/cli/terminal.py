@@ -155,6 +155,8 @@ def logging_to_terminal(*, is_verbose: bool) -> Iterator[None]:
             yield
             return
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it sets its own level when it is imported
+        if not sys.stderr.isatty():
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the hub's bars are for a terminal
         for name in _LOUD_LIBRARIES:
             logging.getLogger(name).setLevel(logging.ERROR)
         with warnings.catch_warnings():

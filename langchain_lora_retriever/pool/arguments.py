@@ -37,6 +37,7 @@ __all__ = [
     "check_name",
     "check_printable",
     "check_same",
+    "check_samples_from",
     "named_repositories",
     "tell_undescribed",
     "warn_rejected",
@@ -70,10 +71,14 @@ def with_routing(
     return entry
 
 
-def with_dataset(entry: PoolEntry, source: Path, samples_from: str, hub: Hub) -> PoolEntry:
-    """The entry with samples of the data set that its card names, unless it brings samples or an embedding."""
-    if samples_from != "dataset":
+def check_samples_from(samples_from: object) -> None:
+    """Refuse what samples cannot be had from."""
+    if samples_from not in (None, "dataset"):
         raise InvalidRequestError(f"samples_from={shown(samples_from)} is not allowed: pass 'dataset', or None.")
+
+
+def with_dataset(entry: PoolEntry, source: Path, hub: Hub) -> PoolEntry:
+    """The entry with samples of the data set that its card names, unless it brings samples or an embedding."""
     if entry.described_by in ("samples", "embedding"):
         return entry
     with AdapterFolder(source) as folder:

@@ -213,7 +213,9 @@ def _place_of(files: Iterable[str], subfolder: str | None, where: str) -> str:
             "push_to_hub() or save_pretrained() wrote."
         )
     if "" not in places and len(places) > 1:
-        raise HubError(f"{where} holds {len(places)} adapters: {_listed(places)}. Say which one with subfolder=.")
+        raise HubError(
+            f"{where} holds {len(places)} adapters: {_listed(places)}. Say which one: subfolder=, or --subfolder."
+        )
     return places[0]
 
 

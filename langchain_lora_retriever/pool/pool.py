@@ -32,6 +32,7 @@ from langchain_lora_retriever.pool.arguments import (
     check_name,
     check_printable,
     check_same,
+    check_samples_from,
     named_repositories,
     tell_undescribed,
     warn_rejected,
@@ -347,6 +348,7 @@ class AdapterPool:
             AdapterError: If the new adapter or samples cannot be used. The pool is unchanged.
         """
         origin = self.state[name].hub
+        check_samples_from(samples_from)
         if path is None and (revision is not None or subfolder is not None):
             if origin is None:
                 raise HubError(
@@ -364,7 +366,7 @@ class AdapterPool:
             if new is None and samples is None and embedding is None:
                 found = read_entry(source, name, base_model=self._base_model)
                 if samples_from is not None:
-                    found = with_dataset(found, source, samples_from, hub or Hub())
+                    found = with_dataset(found, source, hub or Hub())
             if found.described_by in _BY_CARD and old.described_by not in _BY_CARD:
                 found = replace(old, adapter=found.adapter, hub=found.hub)
             return self._put(with_routing(found, samples, embedding, encoder), source=source)
@@ -557,6 +559,7 @@ class AdapterPool:
         convert: bool = False,
     ) -> tuple[PoolEntry, Path]:
         """What an adapter's folder or repository holds, and where that lies."""
+        check_samples_from(samples_from)
         source, origin = as_path(path, name), None
         is_meant = revision is not None or subfolder is not None
         if is_meant and not is_repo_id(path, is_meant=True):
@@ -576,7 +579,7 @@ class AdapterPool:
             convert_pickle(source, name)
         found = read_entry(source, name, base_model=self._base_model)
         found = found if origin is None else replace(found, hub=origin)
-        return (found if samples_from is None else with_dataset(found, source, samples_from, hub or Hub())), source
+        return (found if samples_from is None else with_dataset(found, source, hub or Hub())), source
 
     def _current(self, name: str) -> PoolEntry:
         """What there is of a name now; other processes may have changed it on disk."""

@@ -217,7 +217,7 @@ def test_bad_repositories_are_refused_in_words(
         ("user/private", {}, HubError, "no repository 'user/private', or it is private and needs a token"),
         ("user/gated", {}, HubError, "gated: accept its terms"),
         ("user/none", {}, HubError, "holds no adapter: it has no adapter_config.json"),
-        ("user/two", {}, HubError, "holds 2 adapters: 'first', 'second'.*subfolder="),
+        ("user/two", {}, HubError, "holds 2 adapters: 'first', 'second'.*subfolder=, or --subfolder"),
         ("user/two", {"subfolder": "third"}, HubError, "no adapter in 'third'. Allowed are 'first', 'second'"),
         ("user/half", {}, HubError, "no adapter_model.safetensors"),
         ("user/pickle", {}, UnsupportedAdapterError, "a pickle"),
@@ -400,8 +400,15 @@ def test_samples_are_drawn_from_the_data_set_of_the_card(
         assert told[repo_id][0] == "InvalidSamplesError", told[repo_id]
         assert match in told[repo_id][1]
         assert "secret" not in told[repo_id][1].replace("../secret", "")
-    with pytest.raises(InvalidRequestError, match="samples_from='elsewhere'"):
-        AdapterPool(tmp_path / "pool").update("sql", samples_from="elsewhere")
+    server.paths.clear()
+    pool = AdapterPool(tmp_path / "pool")
+    for call in (
+        lambda: pool.update("sql", samples_from="elsewhere"),
+        lambda: pool.add("x", "user/sql", samples_from=""),
+    ):
+        with pytest.raises(InvalidRequestError, match=r"samples_from='(elsewhere)?'"):
+            call()
+    assert not server.paths
 
 
 def test_data_sets_are_streamed_from_where_the_environment_says(

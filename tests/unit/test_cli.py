@@ -212,6 +212,18 @@ def test_pool_calibrate_makes_a_task_of_the_best_adapters(
     assert "the base model" in run("pool", "calibrate", folder, *options)
 
 
+def test_bars_of_downloads_are_not_drawn_into_a_pipe(monkeypatch) -> None:
+    """As long as a command runs, unless the user says otherwise."""
+    name = "HF_HUB_DISABLE_PROGRESS_BARS"
+    monkeypatch.delenv(name, raising=False)
+    with logging_to_terminal(is_verbose=False):
+        assert os.environ[name] == "1"
+    assert name not in os.environ
+    monkeypatch.setenv(name, "0")
+    with logging_to_terminal(is_verbose=False):
+        assert os.environ[name] == "0"
+
+
 @pytest.mark.parametrize(
     ("options", "line", "status", "told"),
     [
