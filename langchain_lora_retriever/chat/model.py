@@ -18,6 +18,7 @@ from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
 from langchain_core.utils.utils import LC_ID_PREFIX
 from langchain_core.utils.uuid import uuid7
+from langchain_protocol.protocol import MessagesData
 
 from langchain_lora_retriever.chat.batching import reached_engine
 from langchain_lora_retriever.chat.begin import Begun, abegin, begin, num_prompt_tokens, owned, text_to_route
@@ -39,9 +40,6 @@ from langchain_lora_retriever.output.tools import to_tool_choice, to_tools
 from langchain_lora_retriever.support.shown import shown
 from langchain_lora_retriever.support.threads import Deadline, run_within
 from langchain_lora_retriever.types import Composition
-
-if TYPE_CHECKING:
-    from langchain_protocol.protocol import MessagesData
 
 Streamed = TypeVar("Streamed")
 
