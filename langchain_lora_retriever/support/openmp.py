@@ -22,9 +22,9 @@ __all__ = ["openmp_team", "run_aside"]
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_PERIOD = 100_000_000  # nanoseconds of running and waiting between two looks
-_CONTENDED = 0.15  # share of them spent waiting for a core, from which the team sleeps; idle machines have 0.01
-_FREE = 0.08  # below which it spins again
+_PERIOD = 300_000_000  # nanoseconds of running and waiting between two looks
+_CONTENDED = 0.25  # share of them spent waiting for a core, from which the team sleeps: 0.4 beside one busy process
+_FREE = 0.12  # below which it spins again: asleep on an idle machine it has 0.05
 _MAX_IDLE_TEAMS = 16
 _logger = logging.getLogger(__name__)
 

@@ -55,7 +55,7 @@ def spinning(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[openmp._
 
 def test_it_sleeps_while_others_use_the_cores(clock: Clock, spinning: openmp._Spinning) -> None:
     """It spins again once they are gone, and in between keeps what it does."""
-    steps = [(0.01, True), (0.45, False), (0.4, False), (0.12, False), (0.05, True), (0.12, True), (0.5, False)]
+    steps = [(0.01, True), (0.45, False), (0.4, False), (0.2, False), (0.05, True), (0.2, True), (0.5, False)]
     for share, spins in steps:
         clock.pass_time(1, share_waited=share)
         spinning.look()
@@ -64,12 +64,12 @@ def test_it_sleeps_while_others_use_the_cores(clock: Clock, spinning: openmp._Sp
 
 
 def test_one_bad_moment_is_not_looked_at(clock: Clock, spinning: openmp._Spinning) -> None:
-    """A look is taken at a tenth of a second, however many steps that is."""
+    """A look is taken every 0.3 s of running and waiting, however many steps that is."""
     for _ in range(9):
-        clock.pass_time(0.01, share_waited=1)
+        clock.pass_time(0.03, share_waited=1)
         spinning.look()
     assert spinning.is_on
-    clock.pass_time(0.01, share_waited=1)
+    clock.pass_time(0.03, share_waited=1)
     spinning.look()
     assert not spinning.is_on
 
