@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ from langchain_lora_retriever.engine.admission import Admission
 from langchain_lora_retriever.engine.api import Delta, EngineInfo, Grammar, Registration, TokenLogprob, Usage
 from langchain_lora_retriever.engine.generation import Generation
 from langchain_lora_retriever.engine.grammar import compiler_of
-from langchain_lora_retriever.engine.stats import EngineStats, Percentiles
+from langchain_lora_retriever.engine.stats import EngineStats
 from langchain_lora_retriever.errors import EngineDeadError, InvalidRequestError
 from langchain_lora_retriever.support.shown import shown
 
@@ -201,24 +200,12 @@ class FakeEngine:
 
     def stats(self) -> EngineStats:
         """A snapshot: requests and tokens are counted, the rest is 0."""
-        nothing = Percentiles(math.nan, math.nan, math.nan)
         with self._lock:
             return EngineStats(
                 num_running=len(self._running),
-                num_waiting=0,
-                num_free_blocks=0,
-                num_resident_adapters=0,
-                num_steps=0,
                 num_finished=self._num_finished,
                 num_prompt_tokens=self._num_prompt_tokens,
-                num_cached_tokens=0,
                 num_output_tokens=self._num_output_tokens,
-                output_tokens_per_second=0.0,
-                num_preemptions=0,
-                num_adapter_hits=0,
-                num_adapter_loads=0,
-                time_to_first_token=nothing,
-                inter_token=nothing,
             )
 
     def close(self) -> None:

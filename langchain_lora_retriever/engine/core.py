@@ -299,17 +299,12 @@ class Engine:
             num_free_blocks=self.kv_cache.num_free_blocks,
             num_resident_adapters=self.slots.num_resident,
             num_steps=recorder.num_steps,
-            num_finished=recorder.num_finished,
-            num_prompt_tokens=recorder.num_prompt_tokens,
-            num_cached_tokens=recorder.num_cached_tokens,
-            num_output_tokens=recorder.num_output_tokens,
             output_tokens_per_second=recorder.output_tokens_per_second,
             num_preemptions=self.scheduler.num_preemptions,
             num_adapter_hits=self.slots.num_hits,
             num_adapter_loads=self.slots.num_loads,
-            time_to_first_token=recorder.time_to_first_token,
-            inter_token=recorder.inter_token,
             num_blocks=self.runner.memory.num_blocks,
+            **recorder.told(),
         )
 
     def close(self) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
     from langchain_lora_retriever.engine.request import Request
 
-__all__ = ["EngineStats", "Percentiles", "StatsRecorder", "percentiles"]
+__all__ = ["EngineStats", "Percentiles", "RequestCounts", "StatsRecorder"]
 
 _WINDOW = 4096  # latencies kept for the percentiles
 _RATE_WINDOW_SECONDS = 10.0
@@ -22,13 +23,19 @@ _RATE_WINDOW_SECONDS = 10.0
 class Percentiles(NamedTuple):
     """Median, 95th and 99th percentile in milliseconds; NaN before there is a value."""
 
-    p50_ms: float
-    p95_ms: float
-    p99_ms: float
+    p50_ms: float = math.nan
+    p95_ms: float = math.nan
+    p99_ms: float = math.nan
+
+    @classmethod
+    def of(cls, seconds: Iterable[float]) -> Percentiles:
+        """Percentiles of durations."""
+        values = list(seconds)
+        return cls(*(1e3 * np.percentile(values, (50, 95, 99))).tolist()) if values else cls()
 
 
 class EngineStats(NamedTuple):
-    """A snapshot.
+    """A snapshot. What an engine does not count is 0.
 
     Attributes:
         num_running: Requests in the batch.
@@ -49,35 +56,58 @@ class EngineStats(NamedTuple):
         num_blocks: KV-cache blocks there are; 0 if unknown.
     """
 
-    num_running: int
-    num_waiting: int
-    num_free_blocks: int
-    num_resident_adapters: int
-    num_steps: int
-    num_finished: int
-    num_prompt_tokens: int
-    num_cached_tokens: int
-    num_output_tokens: int
-    output_tokens_per_second: float
-    num_preemptions: int
-    num_adapter_hits: int
-    num_adapter_loads: int
-    time_to_first_token: Percentiles
-    inter_token: Percentiles
+    num_running: int = 0
+    num_waiting: int = 0
+    num_free_blocks: int = 0
+    num_resident_adapters: int = 0
+    num_steps: int = 0
+    num_finished: int = 0
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_output_tokens: int = 0
+    output_tokens_per_second: float = 0.0
+    num_preemptions: int = 0
+    num_adapter_hits: int = 0
+    num_adapter_loads: int = 0
+    time_to_first_token: Percentiles = Percentiles()
+    inter_token: Percentiles = Percentiles()
     num_blocks: int = 0
 
 
-class StatsRecorder:
-    """Counts and latencies; the engine's thread writes, any thread may read."""
+class RequestCounts:
+    """Counts and latencies of requests; one thread at a time writes, any may read.
+
+    Attributes:
+        first_token: Seconds from submission to the first token, of the requests counted last.
+        inter_token: Seconds between consecutive tokens of a request, likewise.
+    """
 
     def __init__(self) -> None:
-        self.num_steps = 0
         self.num_finished = 0
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0
         self.num_output_tokens = 0
-        self._first_token: deque[float] = deque(maxlen=_WINDOW)
-        self._inter_token: deque[float] = deque(maxlen=_WINDOW)
+        self.first_token: deque[float] = deque(maxlen=_WINDOW)
+        self.inter_token: deque[float] = deque(maxlen=_WINDOW)
+
+    def told(self) -> dict[str, Any]:
+        """The fields of `EngineStats` that it knows."""
+        return {
+            "num_finished": self.num_finished,
+            "num_prompt_tokens": self.num_prompt_tokens,
+            "num_cached_tokens": self.num_cached_tokens,
+            "num_output_tokens": self.num_output_tokens,
+            "time_to_first_token": Percentiles.of(self.first_token),
+            "inter_token": Percentiles.of(self.inter_token),
+        }
+
+
+class StatsRecorder(RequestCounts):
+    """Counts and latencies of an engine; its thread writes, any thread may read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_steps = 0
         self._recent: deque[tuple[float, int]] = deque(maxlen=_WINDOW)
         self._submitted: dict[int, float] = {}
         self._last_token: dict[int, float] = {}
@@ -87,16 +117,6 @@ class StatsRecorder:
         """Generated tokens per second over the last ten seconds."""
         now = time.monotonic()
         return sum(n for at, n in tuple(self._recent) if now - at <= _RATE_WINDOW_SECONDS) / _RATE_WINDOW_SECONDS
-
-    @property
-    def time_to_first_token(self) -> Percentiles:
-        """From submission to the first sampled token."""
-        return percentiles(self._first_token)
-
-    @property
-    def inter_token(self) -> Percentiles:
-        """Between consecutive sampled tokens of a request."""
-        return percentiles(self._inter_token)
 
     def on_added(self, request: Request) -> None:
         """A request was queued."""
@@ -113,10 +133,10 @@ class StatsRecorder:
             submitted = self._submitted.pop(request.request_id, None)
             last = self._last_token.get(request.request_id)
             if submitted is not None:
-                self._first_token.append(now - submitted)
+                self.first_token.append(now - submitted)
                 self.num_cached_tokens += request.num_cached_tokens or 0
             elif last is not None:
-                self._inter_token.append(now - last)
+                self.inter_token.append(now - last)
             self._last_token[request.request_id] = now
 
     def on_finished(self, request: Request) -> None:
@@ -124,11 +144,3 @@ class StatsRecorder:
         self.num_finished += 1
         self._submitted.pop(request.request_id, None)
         self._last_token.pop(request.request_id, None)
-
-
-def percentiles(seconds: Iterable[float]) -> Percentiles:
-    """Percentiles of durations; NaN if there is none."""
-    values = list(seconds)
-    if not values:
-        return Percentiles(float("nan"), float("nan"), float("nan"))
-    return Percentiles(*(1e3 * np.percentile(values, (50, 95, 99))).tolist())

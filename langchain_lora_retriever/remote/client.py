@@ -10,13 +10,12 @@ import threading
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections import deque
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from langchain_lora_retriever.engine.generation import Delta, Generation, deliver
-from langchain_lora_retriever.engine.stats import EngineStats, percentiles
+from langchain_lora_retriever.engine.stats import EngineStats, RequestCounts
 from langchain_lora_retriever.errors import EngineDeadError, EngineError, EngineOverloadedError
 from langchain_lora_retriever.remote.adapters import AdapterContents
 from langchain_lora_retriever.remote.peer import Peer
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 __all__ = ["RemoteClient", "RemoteRequest"]
 
 _logger = logging.getLogger(__name__)
-_WINDOW = 4096  # latencies kept for the percentiles
 _MAX_ADAPTERS = 8192  # that may still be asked for
 _CALL_SECONDS = 60.0
 
@@ -117,9 +115,7 @@ class RemoteClient(ABC):
         self._peers: dict[Peer, EngineStats | None] = {}
         self._adapters: dict[str, Adapter] = {}  # by content: what an engine may ask for
         self._answers: dict[int, tuple[Peer, Future[Any]]] = {}
-        self._num_finished = self._num_prompt_tokens = self._num_cached_tokens = self._num_output_tokens = 0
-        self._first_token: deque[float] = deque(maxlen=_WINDOW)
-        self._inter_token: deque[float] = deque(maxlen=_WINDOW)
+        self._counts = RequestCounts()
         self._death: EngineDeadError | None = None
         _clients.add(self)
 
@@ -172,7 +168,7 @@ class RemoteClient(ABC):
             for adapter, _ in adapters:
                 self._remember(adapter)
             self._requests[request.key] = request
-            self._num_prompt_tokens += len(token_ids)
+            self._counts.num_prompt_tokens += len(token_ids)
         self._begin(request)
         return request.generation
 
@@ -187,17 +183,12 @@ class RemoteClient(ABC):
                 num_free_blocks=sum(stats.num_free_blocks for stats in known),
                 num_resident_adapters=sum(stats.num_resident_adapters for stats in known),
                 num_steps=sum(stats.num_steps for stats in known),
-                num_finished=self._num_finished,
-                num_prompt_tokens=self._num_prompt_tokens,
-                num_cached_tokens=self._num_cached_tokens,
-                num_output_tokens=self._num_output_tokens,
                 output_tokens_per_second=sum(stats.output_tokens_per_second for stats in known),
                 num_preemptions=sum(stats.num_preemptions for stats in known),
                 num_adapter_hits=sum(stats.num_adapter_hits for stats in known),
                 num_adapter_loads=sum(stats.num_adapter_loads for stats in known),
-                time_to_first_token=percentiles(self._first_token),
-                inter_token=percentiles(self._inter_token),
                 num_blocks=sum(stats.num_blocks for stats in known),
+                **self._counts.told(),
             )
 
     def engine_stats(self) -> list[EngineStats]:
@@ -260,7 +251,7 @@ class RemoteClient(ABC):
         with self._lock:
             if self._requests.pop(request.key, None) is None:
                 return False
-            self._num_finished += 1
+            self._counts.num_finished += 1
             return True
 
     def _leave(self, request: RemoteRequest) -> None:
@@ -276,7 +267,7 @@ class RemoteClient(ABC):
             self._death = told_later
             requests, peers = list(self._requests.values()), list(self._peers)
             self._requests.clear()
-            self._num_finished += len(requests)
+            self._counts.num_finished += len(requests)
         for request in requests:
             request.generation.fail(EngineDeadError(str(death)))
             self._cancel(request)
@@ -338,16 +329,16 @@ class RemoteClient(ABC):
         """Count a delta. Call under the lock."""
         request.output_token_ids += delta.token_ids
         request.has_prompt_logprobs |= delta.prompt_logprobs is not None
-        self._num_output_tokens += len(delta.token_ids)
+        self._counts.num_output_tokens += len(delta.token_ids)
         if request.last_news is None:
-            self._first_token.append(now - request.arrival)
+            self._counts.first_token.append(now - request.arrival)
         elif delta.token_ids:
-            self._inter_token.append((now - request.last_news) / len(delta.token_ids))
+            self._counts.inter_token.append((now - request.last_news) / len(delta.token_ids))
         request.last_news = now
         if delta.finish_reason is not None:
             del self._requests[request.key]
-            self._num_finished += 1
-            self._num_cached_tokens += delta.usage.num_cached_tokens if delta.usage is not None else 0
+            self._counts.num_finished += 1
+            self._counts.num_cached_tokens += delta.usage.num_cached_tokens if delta.usage is not None else 0
         return delta
 
     def _on_close(self, peer: Peer, reason: BaseException | None) -> None:

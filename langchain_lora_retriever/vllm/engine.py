@@ -7,7 +7,6 @@ import atexit
 import itertools
 import threading
 import time
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from langchain_lora_retriever.engine.detokenizer import Vocabulary
 from langchain_lora_retriever.engine.generation import Generation
 from langchain_lora_retriever.engine.grammar import compiler_of
 from langchain_lora_retriever.engine.request import failure
-from langchain_lora_retriever.engine.stats import EngineStats, percentiles
+from langchain_lora_retriever.engine.stats import EngineStats, RequestCounts
 from langchain_lora_retriever.errors import (
     AdapterError,
     EngineDeadError,
@@ -48,8 +47,6 @@ if TYPE_CHECKING:
     from langchain_lora_retriever.vllm.compositions import Member
 
 __all__ = ["VllmEngine"]
-
-_WINDOW = 4096  # latencies kept for the percentiles
 
 
 class VllmEngine:
@@ -107,9 +104,7 @@ class VllmEngine:
         self._requests: set[VllmRequest] = set()
         self._ids = itertools.count()
         self._compositions = Compositions()
-        self._num_finished = self._num_prompt_tokens = self._num_cached_tokens = self._num_output_tokens = 0
-        self._first_token: deque[float] = deque(maxlen=_WINDOW)
-        self._inter_token: deque[float] = deque(maxlen=_WINDOW)
+        self._counts = RequestCounts()
         self._death: EngineDeadError | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-engine", daemon=True)
@@ -219,7 +214,7 @@ class VllmEngine:
         with self._lock:
             self._check_alive()
             self._requests.add(request)
-            self._num_prompt_tokens += len(token_ids)
+            self._counts.num_prompt_tokens += len(token_ids)
         self._loop.call_soon_threadsafe(self._begin, request)
         return request.generation
 
@@ -228,21 +223,7 @@ class VllmEngine:
         with self._lock:
             num_running = sum(request.has_begun for request in self._requests)
             return EngineStats(
-                num_running=num_running,
-                num_waiting=len(self._requests) - num_running,
-                num_free_blocks=0,
-                num_resident_adapters=0,
-                num_steps=0,
-                num_finished=self._num_finished,
-                num_prompt_tokens=self._num_prompt_tokens,
-                num_cached_tokens=self._num_cached_tokens,
-                num_output_tokens=self._num_output_tokens,
-                output_tokens_per_second=0.0,
-                num_preemptions=0,
-                num_adapter_hits=0,
-                num_adapter_loads=0,
-                time_to_first_token=percentiles(self._first_token),
-                inter_token=percentiles(self._inter_token),
+                num_running=num_running, num_waiting=len(self._requests) - num_running, **self._counts.told()
             )
 
     def close(self) -> None:
@@ -275,7 +256,7 @@ class VllmEngine:
                 return False
             self._death = told_later
             requests, self._requests = self._requests, set()
-            self._num_finished += len(requests)
+            self._counts.num_finished += len(requests)
         for request in requests:
             request.generation.fail(EngineDeadError(str(death)))
         return True
@@ -305,7 +286,7 @@ class VllmEngine:
             if request not in self._requests:
                 return False
             self._requests.discard(request)
-            self._num_finished += 1
+            self._counts.num_finished += 1
             return True
 
     async def _serve(self, request: VllmRequest) -> None:
@@ -351,14 +332,15 @@ class VllmEngine:
             f"lora-retriever-{next(self._ids)}",
             lora_request=await self._lora_request(request, held),
         )
-        arrival = last = time.monotonic()
+        last = time.monotonic()
         async with aclosing(outputs):  # a stop string ends it here; vLLM hears of that
             async for output in outputs:
                 is_first = not request.has_begun
                 delta = request.take(output)
                 now = time.monotonic()
                 with self._lock:
-                    (self._first_token if is_first else self._inter_token).append(now - (arrival if is_first else last))
+                    counted = self._counts.first_token if is_first else self._counts.inter_token
+                    counted.append(now - last)
                 last = now
                 if delta is not None and self._deliver(request, delta):
                     return
@@ -381,9 +363,9 @@ class VllmEngine:
     def _deliver(self, request: VllmRequest, delta: Delta) -> bool:
         """Hand out a delta; True if it was the last."""
         with self._lock:
-            self._num_output_tokens += len(delta.token_ids)
+            self._counts.num_output_tokens += len(delta.token_ids)
             if delta.usage is not None:
-                self._num_cached_tokens += delta.usage.num_cached_tokens
+                self._counts.num_cached_tokens += delta.usage.num_cached_tokens
         if delta.finish_reason is not None:
             self._forget(request)
         request.generation.put(delta)
