@@ -37,6 +37,7 @@ class AdapterFit:
         vocabulary: The paths of the embedding and of the output layer, and which of their two widths is the vocabulary:
             0 or 1. An adapter may target those that `module_shapes` has too.
         vocab_size: Tokens that the model has, from 0; None if that is not known.
+        plain_alone: Who runs the adapters, for error texts, if it runs neither DoRA nor activated LoRA.
         is_base_weight: Whether a tensor is the base model's own weight of one of these two, given its path; None of
             another module. It stays behind when this is pickled: elsewhere such a weight passes, and is looked at by
             the engine.
@@ -52,11 +53,13 @@ class AdapterFit:
         max_loras: int,
         vocabulary: Mapping[str, int] | None = None,
         vocab_size: int | None = None,
+        plain_alone: str | None = None,
         is_base_weight: Callable[[str, torch.Tensor], bool | None] | None = None,
     ) -> None:
         self._base_model = base_model
         self._vocabulary = vocabulary or {}
         self._vocab_size = vocab_size
+        self._plain_alone = plain_alone
         self._is_base_weight = is_base_weight
         self._module_shapes = module_shapes
         self._max_rank = max_rank
@@ -73,13 +76,15 @@ class AdapterFit:
 
         Raises:
             InvalidAdapterError: If it is for another base model, or invoked by tokens that the model lacks.
-            UnsupportedAdapterError: If its rank is beyond the kernels or beyond the device memory for adapters.
+            UnsupportedAdapterError: If its rank is beyond the kernels or beyond the device memory for adapters, or its
+                kind is not run.
         """
         if adapter.fingerprint in self._fitting:
             return
         for member, _ in adapter.members:
             self.check(member)
         if not adapter.members:
+            self._check_kind(adapter)
             self._check_modules(adapter)
             self._check_invocation(adapter)
             self._check_base_weights(adapter)
@@ -121,6 +126,14 @@ class AdapterFit:
                 f"The adapters {names} need {len(distinct)} slots and {num_rows} rank rows of device memory, but the "
                 f"engine has {self._max_loras} and {self._num_rows}: raise EngineConfig.max_loras or lora_cache_bytes, "
                 "or compose fewer of them (top_k)."
+            )
+
+    def _check_kind(self, adapter: Adapter) -> None:
+        kind = "a DoRA" if adapter.is_dora else "an activated LoRA" if adapter.invocation_tokens else None
+        if kind is not None and self._plain_alone is not None:
+            raise UnsupportedAdapterError(
+                f"adapter {adapter.name!r} ({adapter.path}) is {kind}, which {self._plain_alone} does not run: "
+                "serve it with our own engine, or merge it into the base model."
             )
 
     def _check_modules(self, adapter: Adapter) -> None:

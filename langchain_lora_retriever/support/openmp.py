@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, NamedTuple, ParamSpec, TypeVar
 
 import joblib
@@ -59,25 +59,29 @@ def openmp_team(*, is_wanted: bool) -> Iterator[Callable[[], None]]:
     Yields:
         What the computing thread calls after every step; it takes some microseconds.
     """
-    if not is_wanted:
-        yield lambda: None
-        return
+    with ExitStack() as undo:
+        yield _follow_cores(undo) if is_wanted else _do_nothing
+
+
+def _follow_cores(undo: ExitStack) -> Callable[[], None]:
+    """Set the number of this thread's threads; returns what sees to how they wait. `undo` gets what is to be undone."""
     num_before = torch.get_num_threads()
     num_threads = min(num_before, joblib.cpu_count())
     if num_threads < num_before:
         _logger.info("computing with %d threads in place of %d: no more cores are granted", num_threads, num_before)
         torch.set_num_threads(num_threads)
-    waits = None if num_threads == 1 else _Waits.of_this_thread()
-    spinning = None if waits is None else _Spinning(waits.read, num_threads)
-    try:
-        yield (lambda: None) if spinning is None else spinning.look
-    finally:
-        if spinning is not None:
-            spinning.close()
-        if waits is not None:
-            waits.close()
-        if num_threads < num_before:
-            torch.set_num_threads(num_before)
+        undo.callback(torch.set_num_threads, num_before)
+    waits = _Waits.of_this_thread() if num_threads > 1 else None
+    if waits is None:
+        return _do_nothing
+    undo.callback(waits.close)
+    spinning = _Spinning(waits.read, num_threads)
+    undo.callback(spinning.close)
+    return spinning.look
+
+
+def _do_nothing() -> None:
+    pass
 
 
 class _Times(NamedTuple):

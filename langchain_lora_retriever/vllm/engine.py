@@ -26,7 +26,6 @@ from langchain_lora_retriever.errors import (
     EngineDeadError,
     EngineError,
     InvalidRequestError,
-    UnsupportedAdapterError,
     fresh,
 )
 from langchain_lora_retriever.support.forking import after_fork
@@ -47,6 +46,8 @@ if TYPE_CHECKING:
     from langchain_lora_retriever.vllm.compositions import Member
 
 __all__ = ["VllmEngine"]
+
+_DEAD = "vLLM's engine has died; its log says why. Create a new VllmEngine."
 
 
 class VllmEngine:
@@ -153,6 +154,7 @@ class VllmEngine:
                 max_rank=lora.max_lora_rank,
                 num_rows=lora.max_loras * lora.max_lora_rank,
                 max_loras=lora.max_loras,
+                plain_alone="vLLM",
             ),
         )
 
@@ -164,14 +166,7 @@ class VllmEngine:
 
     def register(self, adapters: Sequence[Adapter]) -> list[Registration]:
         """Say of each adapter whether it can run here; see `EngineClient.register`."""
-        return [self._registration(adapter) for adapter in adapters]
-
-    def _registration(self, adapter: Adapter) -> Registration:
-        try:
-            _check_kind(adapter)
-        except AdapterError as error:
-            return Registration(error)
-        return self.admission.register([adapter])[0]
+        return self.admission.register(adapters)
 
     def submit(
         self,
@@ -188,11 +183,6 @@ class VllmEngine:
             InvalidRequestError: Also if an answer that was sampled or constrained is to go on after its beginning.
         """
         self._check_alive()
-        for adapter, _ in adapters:
-            try:
-                _check_kind(adapter)
-            except AdapterError as error:
-                raise InvalidRequestError(str(error)) from error
         token_ids = self.admission.check(prompt_token_ids, sampling, adapters, output_token_ids)
         if output_token_ids and (sampling.temperature > 0 or grammar is not None):
             what = "a grammar" if grammar is not None else f"temperature={sampling.temperature}"
@@ -247,7 +237,7 @@ class VllmEngine:
         if self._death is not None:
             raise EngineDeadError(str(self._death))
         if not self.is_alive:
-            raise EngineDeadError("vLLM's engine has died; its log says why. Create a new VllmEngine.")
+            raise EngineDeadError(_DEAD)
 
     def _die(self, death: EngineDeadError, told_later: EngineDeadError) -> bool:
         """End the requests that run with `death`, refuse later ones with `told_later`; False if it has died before."""
@@ -301,8 +291,7 @@ class VllmEngine:
             if not request.generation.is_done:
                 raise
         except VllmDeadError:
-            dead = "vLLM's engine has died; its log says why. Create a new VllmEngine."
-            self._die(EngineDeadError(dead), EngineDeadError(dead))
+            self._die(EngineDeadError(_DEAD), EngineDeadError(_DEAD))
         except (VLLMClientError, ValueError) as cause:
             error = cause if isinstance(cause, InvalidRequestError | AdapterError) else InvalidRequestError(str(cause))
             self._fail(request, error)
@@ -388,22 +377,6 @@ async def _stop(llm: Any) -> None:
     for task in rest:
         task.cancel()
     await asyncio.gather(*rest, return_exceptions=True)
-
-
-def _check_kind(adapter: Adapter) -> None:
-    """Refuse a kind of adapter that vLLM's layers do not run.
-
-    Raises:
-        UnsupportedAdapterError: If it is DoRA or an activated LoRA.
-    """
-    kind = "a DoRA" if adapter.is_dora else "an activated LoRA" if adapter.invocation_tokens else None
-    for member, _ in adapter.members:
-        _check_kind(member)
-    if kind is not None:
-        raise UnsupportedAdapterError(
-            f"adapter {adapter.name!r} ({adapter.path}) is {kind}, which vLLM does not run: serve it with our own "
-            "engine, or merge it into the base model."
-        )
 
 
 _engines: WeakSet[VllmEngine] = WeakSet()

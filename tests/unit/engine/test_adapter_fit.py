@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from langchain_lora_retriever.engine.adapter_fit import AdapterFit
-from langchain_lora_retriever.errors import AdapterError, InvalidRequestError
+from langchain_lora_retriever.errors import AdapterError, InvalidRequestError, UnsupportedAdapterError
 from langchain_lora_retriever.types import Adapter, LoraWeights
 
 SHAPES = {"layers.0.q": (4, 6), "layers.1.q": (4, 6)}
@@ -44,6 +44,23 @@ def test_an_adapter_that_can_never_run_is_refused(adapter: Adapter, message: str
     """By name, with what was met and what is allowed; the first thing wrong gives the reason."""
     with pytest.raises(AdapterError, match=message):
         make_fit().check(adapter)
+
+
+def test_an_engine_may_run_plain_adapters_alone() -> None:
+    """Others are refused there by their kind."""
+    weights = {"q": LoraWeights(torch.ones(2, 4), torch.ones(6, 2), 1.0)}
+    dora = {"q": weights["q"]._replace(magnitude=torch.ones(6))}
+    sizes = {"max_rank": 16, "num_rows": 12, "max_loras": 3}
+    anything = AdapterFit("base", {"q": (4, 6)}, **sizes)
+    plain = AdapterFit("base", {"q": (4, 6)}, **sizes, plain_alone="that engine")
+    plain.check(Adapter("plain", "f0", weights))
+    for adapter, kind in (
+        (Adapter("dora", "f1", dora), "a DoRA"),
+        (Adapter("activated", "f2", weights, invocation_tokens=(5,)), "an activated LoRA"),
+    ):
+        anything.check(adapter)
+        with pytest.raises(UnsupportedAdapterError, match=f"'{adapter.name}' .* is {kind}, which that engine does not"):
+            plain.check(adapter)
 
 
 def test_knows_what_an_adapter_lacks() -> None:
