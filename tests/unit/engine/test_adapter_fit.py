@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -49,7 +51,7 @@ def test_an_adapter_that_can_never_run_is_refused(adapter: Adapter, message: str
 def test_an_engine_may_run_plain_adapters_alone() -> None:
     """Others are refused there by their kind."""
     weights = {"q": LoraWeights(torch.ones(2, 4), torch.ones(6, 2), 1.0)}
-    dora = {"q": weights["q"]._replace(magnitude=torch.ones(6))}
+    dora = {"q": replace(weights["q"], magnitude=torch.ones(6))}
     sizes = {"max_rank": 16, "num_rows": 12, "max_loras": 3}
     anything = AdapterFit("base", {"q": (4, 6)}, **sizes)
     plain = AdapterFit("base", {"q": (4, 6)}, **sizes, plain_alone="that engine")
