@@ -16,7 +16,7 @@ would be with zeros, so there each adapter visits its own tokens only.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -170,22 +170,26 @@ def plan_dense(
     return DensePlan(active, row_weights, (), unused[:, None] if unused.any() else None, gains)
 
 
-def gather(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    ranks: torch.Tensor,
-    starts: torch.Tensor,
-    counts: torch.Tensor,
-    out_features: Sequence[int],
-    slots: Sequence[int],
-) -> tuple[torch.Tensor, torch.Tensor]:
+class Adapters(NamedTuple):
+    """The tensors of a `LoraStack`, and of its rows; in a compiled graph there is no more of it than these."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    ranks: torch.Tensor
+    starts: torch.Tensor
+    counts: torch.Tensor
+    out_features: Sequence[int]
+
+
+def gather(adapters: Adapters, slots: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Copy the rows of `slots` side by side; rows past a slice's own rank become zero.
 
     Returns:
         `A_active [in_features, num_slices * R]`, and `B_active`: block-diagonal `[num_slices * R, sum(out_features)]`
         where R is small, else `[R, sum(out_features)]`.
     """
-    first, count, rank = starts.tolist(), counts.tolist(), ranks.tolist()
+    a, b, out_features = adapters.a, adapters.b, adapters.out_features
+    first, count, rank = adapters.starts.tolist(), adapters.counts.tolist(), adapters.ranks.tolist()
     index = [row for s in slots for row in range(first[s], first[s] + count[s])]
     rows = torch.tensor(index, dtype=torch.int64, device=a.device)
     a_active, b_active = a.index_select(1, rows), b.index_select(0, rows)
@@ -206,11 +210,7 @@ def gather(
 def add_step(
     y: torch.Tensor,
     x: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    ranks: torch.Tensor,
-    starts: torch.Tensor,
-    out_features: Sequence[int],
+    adapters: Adapters,
     step: DensePlan,
     batch: Sequence[torch.Tensor],
     gathered: Callable[[], tuple[torch.Tensor, torch.Tensor]],
@@ -223,11 +223,7 @@ def add_step(
     Args:
         y: Outputs.
         x: Inputs.
-        a: Of the stack.
-        b: Of the stack.
-        ranks: Of the stack.
-        starts: First row of each slot.
-        out_features: Of the stack.
+        adapters: The stack's tensors.
         step: The plan.
         batch: Mapping and weights that it was made from.
         gathered: What `gather` returns for the plan's slots; asked for where it is needed.
@@ -236,11 +232,11 @@ def add_step(
     if not step.slots:
         return
     if step.gains is not None:
-        apply_gains(y, b, step.gains, bias)
+        apply_gains(y, adapters.b, step.gains, bias)
     if x.dim() == 1 or step.row_weights is None:
-        add_segments(y, x, a, b, ranks, starts, out_features, step.segments or plan_segments(*batch))
+        add_segments(y, x, adapters, step.segments or plan_segments(*batch))
     else:
-        add_dense(y, x, *gathered(), out_features, step.row_weights, step.unused)
+        add_dense(y, x, *gathered(), adapters.out_features, step.row_weights, step.unused)
 
 
 def add_dense(
@@ -271,27 +267,19 @@ def add_dense(
         out.addmm_(v_slice, b_slice)
 
 
-def add_segments(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    ranks: torch.Tensor,
-    starts: torch.Tensor,
-    out_features: Sequence[int],
-    segments: Sequence[Segment],
-) -> None:
+def add_segments(y: torch.Tensor, x: torch.Tensor, adapters: Adapters, segments: Sequence[Segment]) -> None:
     """Add the adapters' outputs to `y` in place, adapter by adapter.
 
     Inputs `[num_tokens]` of integers are one-hot: each names the input feature that is 1.
     """
-    first, rank = starts.tolist(), ranks.tolist()
+    a, b = adapters.a, adapters.b
+    first, rank = adapters.starts.tolist(), adapters.ranks.tolist()
     for segment in segments:
         end = segment.begin + segment.weights.shape[0]
         x_part = x[segment.begin : end] if segment.tokens is None else x[segment.tokens]
         lo = first[segment.slot]
         offset = 0
-        for i, width in enumerate(out_features):
+        for i, width in enumerate(adapters.out_features):
             hi = lo + rank[segment.slot][i]
             if hi > lo:
                 v = torch.mm(x_part, a[i, lo:hi].t()) if x.dim() == 2 else a[i, lo:hi].index_select(1, x_part).t()

@@ -127,10 +127,9 @@ def _gain_arguments(
 
 def _add_torch(y: torch.Tensor, x: torch.Tensor, stack: LoraStack, batch: LoraBatch, bias: torch.Tensor | None) -> None:
     """Run the PyTorch path with the gathered rows of the step before, where they still fit."""
-    step, rows = batch.dense, stack.rows
-    gathered = partial(stack.gather, (step.slots, rows.version), step.slots)
-    tensors = (stack.a, stack.b, stack.ranks, rows.starts, stack.out_features)
-    dense.add_step(y, x, *tensors, step, batch.tensors(), gathered, bias)
+    step = batch.dense
+    gathered = partial(stack.gather, (step.slots, stack.rows.version), step.slots)
+    dense.add_step(y, x, stack.adapters, step, batch.tensors(), gathered, bias)
 
 
 @torch.library.custom_op("lora_retriever_kernels::add_lora", mutates_args=("y",))
@@ -153,8 +152,8 @@ def _add_lora(
         return
     if len(batch) == 2:
         step = dense.plan_dense(batch[0], batch[1], counts, gain_rows=gains)
-        gathered = partial(dense.gather, a, b, ranks, starts, counts, out_features, step.slots)
-        dense.add_step(y, x, a, b, ranks, starts, out_features, step, batch, gathered, bias)
+        adapters = dense.Adapters(a, b, ranks, starts, counts, out_features)
+        dense.add_step(y, x, adapters, step, batch, partial(dense.gather, adapters, step.slots), bias)
         return
     v = _lora_shrink(x, a, ranks, starts, max_rank, block_m, batch)
     _lora_expand(y, v, b, ranks, starts, out_features, block_m, [], batch, gains, bias)

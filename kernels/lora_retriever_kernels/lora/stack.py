@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from lora_retriever_kernels.host_memory import lazy_zeros
-from lora_retriever_kernels.lora.dense import gather
+from lora_retriever_kernels.lora.dense import Adapters, gather
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -211,12 +211,14 @@ class LoraStack:
         self.ranks[slot] = 0
         self.note_user(slot, is_one=False)
 
+    @property
+    def adapters(self) -> Adapters:
+        """Its tensors, as the PyTorch path takes them."""
+        rows = self.rows
+        return Adapters(self.a, self.b, self.ranks, rows.starts, rows.counts, self.out_features)
+
     def gather(self, key: tuple[object, ...], slots: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Copy the rows of `slots` side by side, once per `key` (see `dense.gather`)."""
         if self._gathered is None or self._gathered[0] != key:
-            rows = self.rows
-            self._gathered = (
-                key,
-                *gather(self.a, self.b, self.ranks, rows.starts, rows.counts, self.out_features, slots),
-            )
+            self._gathered = (key, *gather(self.adapters, slots))
         return self._gathered[1], self._gathered[2]
