@@ -30,6 +30,7 @@ from engine_gpu.kinds import activated, kinds
 from engine_gpu.peers import peers
 from engine_gpu.registry import registry
 from engine_gpu.speed import alone, long_prompt, products, throughput
+from engine_gpu.spread import spread
 from engine_gpu.timeline import timeline
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 GATES: tuple[Callable[[Bench], None], ...] = (tokens, storm, logits)
 SECTIONS: tuple[Callable[[Bench], None], ...] = (
     *GATES, peers, products, throughput, alone, long_prompt, kinds, activated, timeline, registry, chat,
+    spread,
 )  # fmt: skip
 
 

@@ -5,9 +5,10 @@
     ... bench_replicas_gpu.py one
 
 `replicas`: an 8B-shaped Llama of random weights in bf16, one replica for each GPU behind Ray Serve, reached through a
-`RemoteEngine`. Streams ask one request after the other, mixtures of three of adapters drawn zipf-wise. For each count
-of replicas tokens a second, time to first token and the share of adapters found resident; then every stream once
-undisturbed (twice, for what batching alone changes) and once with a replica killed in its middle. `stub`: the same
+`RemoteEngine` in each of some calling processes. Streams ask one request after the other, mixtures of three of adapters
+drawn zipf-wise. For each count of replicas tokens a second that arrive in a window of time, time to first token and the
+share of adapters found resident; then every stream once undisturbed (twice, for what batching alone changes) and once
+with a replica killed in its middle. `stub`: the same
 without a model or a GPU: requests a second through several calling processes, and where they land. `one`: a single
 GPU: the engine alone, 64 and 256 streams through the HTTP server over it, and `abatch` of 64 with the engine in a
 process of its own. `--tiny` tries the script anywhere. Ray is needed by the first two, FastAPI and uvicorn by `one`.
@@ -24,6 +25,7 @@ import random
 import signal
 import statistics
 import sys
+import tempfile
 import threading
 import time
 from collections import OrderedDict
@@ -304,58 +306,137 @@ def replicas(options: argparse.Namespace, put: Callable[[str, Any], None]) -> No
     is_tiny, has_gpu = options.tiny, DEVICE.type == "cuda"
     num_in, num_out = (16, 12) if is_tiny else (128, options.tokens)
     start = time.perf_counter()
-    adapters = make_adapters(options.adapters, is_tiny=is_tiny, folder=options.folder)
-    put("adapters", f"{len(adapters)} in {options.folder or 'memory'}, {time.perf_counter() - start:.1f} s to make")
-    start_ray(num_cpus=64)
+    folder = Path(tempfile.mkdtemp()) / "adapters" if options.folder is None else options.folder
+    adapters = make_adapters(options.adapters, is_tiny=is_tiny, folder=folder)
+    put("adapters", f"{len(adapters)} in {folder}, {time.perf_counter() - start:.1f} s to make")
+    start_ray(num_cpus=256)
     recipe = partial(make_engine, is_tiny=is_tiny, max_num_seqs=options.max_num_seqs,
                      lora_cache_bytes=options.lora_cache_gb << 30)  # fmt: skip
-    baseline = 0.0
+    make = partial(make_rows, num_in=num_in, num_out=num_out, is_tiny=is_tiny)
+    known = [(adapter.path, adapter.fingerprint) for adapter in adapters]
+    medians: dict[int, float] = {}
     engine: Any = None
     try:
         for count in options.counts:
             start = time.perf_counter()
             app = engine_app(
                 recipe, num_replicas=count, max_ongoing_requests=2 * options.max_num_seqs,
-                max_adapter_bytes=64 << 30, ray_actor_options={"num_cpus": 1, "num_gpus": int(has_gpu)},
-                graceful_shutdown_timeout_s=5.0,
+                ray_actor_options={"num_cpus": 1, "num_gpus": int(has_gpu)}, graceful_shutdown_timeout_s=5.0,
             )  # fmt: skip
             handle = serve.run(app, name="bench", route_prefix=None)
-            if engine is not None:
-                engine.close()
-            engine = RemoteEngine(handle)
+            if engine is None:
+                engine = RemoteEngine(handle)
             put(f"{count} replicas: seconds to start", round(time.perf_counter() - start, 1))
             num_streams = options.streams_each * count if options.streams_each else options.streams
-            make = partial(make_rows, adapters, num_in=num_in, num_out=num_out, is_tiny=is_tiny)
-            # Every adapter once or more, and the shapes of full batches.
-            asyncio.run(closed_loop(engine, make(2 * num_streams + len(adapters), seed=1), num_streams))
-            time.sleep(2.0)
+            num_callers = -(-num_streams // options.streams_per_caller)
+            callers = [
+                ray.remote(num_cpus=1)(Caller).remote("bench", known, make, 100 * i)  # type: ignore[attr-defined]
+                for i in range(num_callers)
+            ]
+            shares = [num_streams // num_callers + (i < num_streams % num_callers) for i in range(num_callers)]
+            start = time.perf_counter()
+            ray.get([caller.warm.remote(share, i, num_callers)
+                     for i, (caller, share) in enumerate(zip(callers, shares, strict=True))])  # fmt: skip
+            put(f"{count} replicas: seconds to warm up, {num_callers} callers", round(time.perf_counter() - start, 1))
             rates = []
-            for round_ in range(options.rounds):
-                before = counts(engine.engine_stats())
-                rows = make(options.requests_each * num_streams, seed=10 + round_)
-                answers, seconds = asyncio.run(closed_loop(engine, rows, num_streams))
-                assert all(len(answer.token_ids) == num_out for answer in answers)
-                after = counts(engine.engine_stats())
-                hits, loads = (after[name] - before[name] for name in ("num_adapter_hits", "num_adapter_loads"))
-                rates.append(len(rows) * num_out / seconds)
+            for round_ in range(1 + options.rounds):
+                begin = time.time() + (0.5 if is_tiny else 3.0)  # streams begin at once, and are all under way by then
+                each = ray.get([caller.run.remote(share, round_, begin, options.seconds)
+                                for caller, share in zip(callers, shares, strict=True)])  # fmt: skip
+                firsts = [first for one in each for first in one["firsts"]]
+                found = max((one["counts"] for one in each), key=lambda sums: sums["num_finished"])
+                hits, loads = found["num_adapter_hits"], found["num_adapter_loads"]
+                if round_ == 0:
+                    continue
+                rates.append(sum(one["num_tokens"] for one in each) / options.seconds)
                 put(f"{count} replicas, {num_streams} streams, round {round_}", {
                     "tok/s": round(rates[-1]),
-                    "first token ms p50/p99": [round(1e3 * percentile([a.first for a in answers], q))
-                                               for q in (0.5, 0.99)],
+                    "first token ms p50/p99": [round(1e3 * percentile(firsts, q)) for q in (0.5, 0.99)],
                     "adapters found resident": round(hits / max(hits + loads, 1), 3), "loads": loads,
+                    "CPU share of a caller": round(statistics.median(one["cpu"] for one in each), 2),
                 })  # fmt: skip
-            rate = statistics.median(rates)
-            baseline = baseline or rate / count
-            put(f"{count} replicas: times one", round(rate / baseline, 3))
-        if options.kill and options.counts[-1] > 1:
-            kill(options, engine, make, num_streams, put)
+            medians[count] = statistics.median(rates)
+            for caller in callers:
+                ray.kill(caller)
+            if options.kill and count == max(options.counts) > 1:
+                kill(options, engine, partial(make, adapters), num_streams, put)
         engine.check_integrity()
+        fewest = min(medians)
+        for count, rate in sorted(medians.items()):
+            put(f"{count} replicas: tok/s, and times one", (round(rate), round(rate / medians[fewest] * fewest, 3)))
         put("integrity", "holds on all replicas")
     finally:
         if engine is not None:
             engine.close()
         serve.shutdown()
         ray.shutdown()
+
+
+class Caller:
+    """A process whose streams ask the replicas one request after the other.
+
+    Args:
+        app: Name of the replicas' application.
+        known: Folders and fingerprints of the adapters.
+        make: Makes requests, see `make_rows`.
+        seed: Its requests are no other's.
+    """
+
+    def __init__(
+        self, app: str, known: Sequence[tuple[Path, str]], make: Callable[..., list[Row]], seed: int
+    ) -> None:
+        from langchain_lora_retriever.pool.checkpoint import read_adapter
+        from langchain_lora_retriever.remote import RemoteEngine
+
+        self._engine = RemoteEngine(app)
+        self._adapters = [read_adapter(path, fingerprint=fingerprint) for path, fingerprint in known]
+        self._make, self._seed = make, seed
+
+    def warm(self, num_streams: int, index: int, num_callers: int) -> None:
+        """Ask for its share of the adapters once, and for full batches."""
+        rows = self._make(self._adapters, 2 * num_streams, seed=self._seed)
+        of_each = [
+            rows[i % len(rows)]._replace(adapters=[(adapter, 1.0)])
+            for i, adapter in enumerate(self._adapters[index::num_callers])
+        ]
+        asyncio.run(closed_loop(self._engine, [*of_each, *rows], num_streams))
+
+    def run(self, num_streams: int, round_: int, begin: float, seconds: float) -> dict[str, Any]:
+        """Ask until the window ends, and count what comes within it."""
+        rows = iter(self._make(self._adapters, 2048, seed=self._seed + 1 + round_))
+        end = begin + seconds
+        num_tokens, firsts = 0, []
+
+        async def ask() -> None:
+            nonlocal num_tokens
+            while (asked := time.time()) < end:
+                row = next(rows)
+                generation = self._engine.submit(row.prompt, row.sampling, row.adapters)
+                is_first = begin <= asked
+                async for delta in generation:
+                    now = time.time()
+                    if begin <= now < end:
+                        num_tokens += len(delta.token_ids)
+                    if is_first:
+                        firsts.append(now - asked)
+                        is_first = False
+                assert len(generation.result(0).token_ids) == row.sampling.max_tokens
+
+        async def ask_all() -> tuple[dict[str, int], float]:
+            streams = [asyncio.create_task(ask()) for _ in range(num_streams)]
+            await asyncio.sleep(begin - time.time())
+            before, cpu = await asyncio.to_thread(self._counts), time.process_time()
+            await asyncio.sleep(end - time.time())
+            cpu = time.process_time() - cpu
+            after = await asyncio.to_thread(self._counts)
+            await asyncio.gather(*streams)
+            return {name: after[name] - before[name] for name in after}, cpu
+
+        sums, cpu = asyncio.run(ask_all())
+        return {"num_tokens": num_tokens, "firsts": firsts, "counts": sums, "cpu": cpu / seconds}
+
+    def _counts(self) -> dict[str, int]:
+        return counts(self._engine.engine_stats())
 
 
 def kill(
@@ -608,13 +689,13 @@ def main() -> None:
     """Measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", choices=MODES)
-    parser.add_argument("--counts", type=int, nargs="*", default=[1, 2], help="numbers of replicas")
+    parser.add_argument("--counts", type=int, nargs="*", default=[1, 2], help="numbers of replicas; the largest first is soonest")
     parser.add_argument("--streams", type=int, default=256, help="streams in all")
     parser.add_argument("--streams-each", type=int, default=0, help="or streams for each replica")
+    parser.add_argument("--streams-per-caller", type=int, default=64, help="of each calling process")
     parser.add_argument("--adapters", type=int, help="32 by default, 500 for stubs")
     parser.add_argument("--folder", type=Path, help="empty folder for adapters that all replicas read")
     parser.add_argument("--tokens", type=int, default=64, help="of each answer")
-    parser.add_argument("--requests-each", type=int, default=4, help="requests that a stream asks in a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-num-seqs", type=int, default=128)
     parser.add_argument("--lora-cache-gb", type=int, default=6)
@@ -622,13 +703,14 @@ def main() -> None:
     parser.add_argument("--callers", type=int, nargs="*", default=[1, 2], help="stub: calling processes")
     parser.add_argument("--streams-stub", type=int, default=64, help="stub: streams for each replica")
     parser.add_argument("--rate", type=float, default=10_000, help="stub: tokens a second of a replica")
-    parser.add_argument("--seconds", type=float, default=6.0, help="stub: of each measurement")
+    parser.add_argument("--seconds", type=float, default=6.0, help="of each measurement")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path, help="folder for bench_replicas.json")
     options = parser.parse_args()
     options.adapters = options.adapters or (500 if options.mode == "stub" else 32)
     if options.tiny:
         options.streams, options.max_num_seqs, options.rounds, options.adapters = 8, 8, 1, min(options.adapters, 80)
+        options.streams_per_caller = 4
     results: dict[str, Any] = {}
 
     def put(name: str, value: Any) -> None:

@@ -157,19 +157,28 @@ def examine(family: Family, model: Any, folder: Path) -> Row:
         both = [[adapter], [adapter], []]
         assert answers(worker, PROMPTS, both) == [*adapted, expected[2]], "as PEFT, beside the base"
         worker.check_integrity()
-        executor, probe = worker.core.runner.executor, worker.core.runner.probe
+        probe, attention = worker.core.runner.probe, describe_attention(worker)
         model.config.save_pretrained(folder / "config")
         check_told(look_ahead(folder / "config", dtype=torch.float32), model, probe)
-        can_capture = bool(executor.graphs) if model.device.type == "cuda" else not num_reads
-        return Row(
-            family.title,
-            f"`{family.model_type}`",
-            describe_attention(worker),
-            "yes",
-            "yes" if num_shared else "no",
-            TABLE[family.title].fused if family.title in TABLE else "?",
-            ("decode" if probe.recurrent else "yes") if can_capture else "no",
-        )
+    can_capture = captures_steps(model) if model.device.type == "cuda" else not num_reads
+    return Row(
+        family.title,
+        f"`{family.model_type}`",
+        attention,
+        "yes",
+        "yes" if num_shared else "no",
+        TABLE[family.title].fused if family.title in TABLE else "?",
+        ("decode" if probe.recurrent else "yes") if can_capture else "no",
+    )
+
+
+def captures_steps(model: Any) -> bool:
+    """Whether steps are captured on a GPU, in the dtype of models there.
+
+    In float32 torch's grouped product of experts reads on the host how many tokens each has.
+    """
+    with make_worker(model.to(torch.bfloat16)) as worker:
+        return bool(worker.core.runner.executor.graphs)
 
 
 def check_told(told: ModelOutlook, model: Any, probe: ModelProbe) -> None:
