@@ -1,17 +1,18 @@
 """Engines in other processes: how throughput grows with replicas, what a killed one costs, and what one process costs.
 
     PYTHONPATH=.:kernels:tests:tests/benchmarks python tests/benchmarks/bench_replicas_gpu.py replicas --counts 1 2
+    ... bench_replicas_gpu.py kill --counts 2
     ... bench_replicas_gpu.py stub --counts 1 2 4 8 --callers 1 4
     ... bench_replicas_gpu.py one
 
 `replicas`: an 8B-shaped Llama of random weights in bf16, one replica for each GPU behind Ray Serve, reached through a
 `RemoteEngine` in each of some calling processes. Streams ask one request after the other, mixtures of three of adapters
 drawn zipf-wise. For each count of replicas tokens a second that arrive in a window of time, time to first token and the
-share of adapters found resident; then every stream once undisturbed (twice, for what batching alone changes) and once
-with a replica killed in its middle. `stub`: the same
-without a model or a GPU: requests a second through several calling processes, and where they land. `one`: a single
-GPU: the engine alone, 64 and 256 streams through the HTTP server over it, and `abatch` of 64 with the engine in a
-process of its own. `--tiny` tries the script anywhere. Ray is needed by the first two, FastAPI and uvicorn by `one`.
+share of adapters found resident. `kill`: every stream twice undisturbed and once with a replica killed in its middle,
+in float32, where what runs beside changes no token. `stub`: without a model or a GPU, requests a second through several
+calling processes, and where they land. `one`: a single GPU: the engine alone, 64 and 256 streams through the HTTP
+server over it, and `abatch` of 64 with the engine in a process of its own. `--tiny` tries the script anywhere. Ray is
+needed by the first three, FastAPI and uvicorn by `one`.
 """
 
 from __future__ import annotations
@@ -73,11 +74,30 @@ class Timed(NamedTuple):
 # Engines
 
 
-def make_engine(*, is_tiny: bool, max_num_seqs: int = 128, lora_cache_bytes: int | None = None) -> Any:
-    """The engine of a replica."""
-    bench = Bench(None, is_tiny=is_tiny)
-    size = {} if lora_cache_bytes is None or is_tiny else {"lora_cache_bytes": lora_cache_bytes}
+def make_engine(
+    *, is_tiny: bool, max_num_seqs: int = 128, lora_cache_bytes: int | None = None, is_exact: bool = False
+) -> Any:
+    """The engine of a replica.
+
+    Args:
+        is_tiny: Whether everything is small.
+        max_num_seqs: Requests at once.
+        lora_cache_bytes: For resident adapters, of which 190 take 16 GiB.
+        is_exact: Of few layers, in float32: what it answers does not depend on what runs beside.
+    """
+    bench = make_bench(is_tiny=is_tiny, is_exact=is_exact)
+    size: dict[str, Any] = {}
+    if lora_cache_bytes is not None and not is_tiny:
+        num_loras = int(lora_cache_bytes / (90 << 20))
+        size = {"lora_cache_bytes": lora_cache_bytes, "max_loras": num_loras, "pinned_lora_bytes": 2 * lora_cache_bytes}
     return bench.engine(max_num_seqs=8 if is_tiny else max_num_seqs, **size)
+
+
+def make_bench(*, is_tiny: bool, is_exact: bool = False) -> Bench:
+    """The model's shape and dtype."""
+    if not is_exact:
+        return Bench(None, is_tiny=is_tiny)
+    return Bench(None, is_tiny=is_tiny, dtype=torch.float32, **({} if is_tiny else {"num_hidden_layers": 4}))
 
 
 class StubEngine(FakeEngine):
@@ -160,13 +180,13 @@ class StubEngine(FakeEngine):
 # Adapters and requests
 
 
-def make_adapters(num: int, *, is_tiny: bool, folder: Path | None) -> list[Adapter]:
+def make_adapters(num: int, *, is_tiny: bool, folder: Path | None, is_exact: bool = False) -> list[Adapter]:
     """Random adapters of rank 16 on all seven projections; number `i` is the same every time.
 
     More than `NUM_DISTINCT` are these tensors under other scalings, which makes other contents of them. With a folder
     they are PEFT checkpoints that share files of weights, and every replica reads them there.
     """
-    bench = Bench(None, is_tiny=is_tiny)
+    bench = make_bench(is_tiny=is_tiny, is_exact=is_exact)
     with torch.device("meta"):  # shapes alone: the model is the replicas'
         bench._model = bench_model_shapes(bench)
     distinct = bench.make_adapters(min(num, NUM_DISTINCT))
@@ -185,7 +205,7 @@ def bench_model_shapes(bench: Bench) -> Any:
     """The timed model without its weights."""
     import transformers
 
-    config = transformers.LlamaConfig(**bench._shape, tie_word_embeddings=False)
+    config = transformers.LlamaConfig(**bench.shape, tie_word_embeddings=False)
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(config)
 
@@ -241,7 +261,7 @@ def make_rows(
 # Measuring
 
 
-async def stream(engine: EngineClient, row: Row) -> Timed:
+async def stream(engine: EngineClient, row: Row, on_tokens: Callable[[int], None] = lambda _: None) -> Timed:
     """Run one request, token by token."""
     start = last = time.perf_counter()
     first = pause = 0.0
@@ -253,7 +273,7 @@ async def stream(engine: EngineClient, row: Row) -> Timed:
         else:
             first = now - start
         last = now
-        del delta
+        on_tokens(len(delta.token_ids))
     done = generation.result(0)
     return Timed(done.token_ids, done.text, first, pause, done)
 
@@ -358,8 +378,6 @@ def replicas(options: argparse.Namespace, put: Callable[[str, Any], None]) -> No
             medians[count] = statistics.median(rates)
             for caller in callers:
                 ray.kill(caller)
-            if options.kill and count == max(options.counts) > 1:
-                kill(options, engine, partial(make, adapters), num_streams, put)
         engine.check_integrity()
         fewest = min(medians)
         for count, rate in sorted(medians.items()):
@@ -439,74 +457,69 @@ class Caller:
         return counts(self._engine.engine_stats())
 
 
-def kill(
-    options: argparse.Namespace, engine: Any, make: Callable[..., list[Row]], num_streams: int,
-    put: Callable[[str, Any], None],
-) -> None:  # fmt: skip
+def kill(options: argparse.Namespace, put: Callable[[str, Any], None]) -> None:
     """All streams at once, greedy and seeded by turns; a replica is killed when half of the tokens have come."""
-    rows = make(num_streams, seed=99, logprobs=20)
-    rows = [row if i % 2 else row._replace(sampling=replace(row.sampling, temperature=0.7, seed=i)) for i, row in
-            enumerate(rows)]  # fmt: skip
-    runs = [asyncio.run(closed_loop(engine, rows, num_streams))[0] for _ in range(2)]
-    moved: set[int] = set()
-    on_moved = engine._next_key
+    import ray
+    from ray import serve
 
-    def note(request: Any) -> None:
-        moved.add(id(request.generation))
-        on_moved(request)
+    from langchain_lora_retriever.remote import RemoteEngine, engine_app
 
-    engine._next_key = note
+    is_tiny, num_streams = options.tiny, options.streams
+    folder = Path(tempfile.mkdtemp()) / "adapters"
+    adapters = make_adapters(options.adapters, is_tiny=is_tiny, folder=folder, is_exact=True)
+    start_ray(num_cpus=256)
+    recipe = partial(make_engine, is_tiny=is_tiny, max_num_seqs=options.max_num_seqs, is_exact=True)
+    app = engine_app(
+        recipe, num_replicas=max(options.counts), max_ongoing_requests=num_streams,
+        ray_actor_options={"num_cpus": 1, "num_gpus": int(DEVICE.type == "cuda")}, graceful_shutdown_timeout_s=5.0,
+    )  # fmt: skip
+    engine = RemoteEngine(serve.run(app, name="bench", route_prefix=None))
+    try:
+        num_in, num_out = (16, 12) if is_tiny else (128, 2 * options.tokens)
+        rows = make_rows(
+            adapters, num_streams, num_in=num_in, num_out=num_out, is_tiny=is_tiny, seed=99, logprobs=20
+        )
+        rows = [row if i % 2 else row._replace(sampling=replace(row.sampling, temperature=0.7, seed=i)) for i, row in
+                enumerate(rows)]  # fmt: skip
+        _kill(engine, rows, put)
+        engine.check_integrity()
+        put("integrity", "holds on the replicas that are left")
+    finally:
+        engine.close()
+        serve.shutdown()
+        ray.shutdown()
+
+
+def _kill(engine: Any, rows: list[Row], put: Callable[[str, Any], None]) -> None:
+    """Every stream twice undisturbed, and once with a replica killed."""
+    runs = [asyncio.run(closed_loop(engine, rows, len(rows)))[0] for _ in range(2)]
     victim = max(engine.doors, key=lambda door: door.replica_id)
-    total = num_streams * rows[0].sampling.max_tokens
-    killed_at = []
+    num_left = len(rows) * rows[0].sampling.max_tokens // 2
+    num_moved = engine.num_moved
 
-    async def disturbed() -> tuple[list[Timed], list[int]]:
-        generations: list[int] = []
-        submit, before = engine.submit, engine.stats().num_output_tokens
-
-        def noted(*arguments: Any, **more: Any) -> Generation:
-            generation = submit(*arguments, **more)
-            generations.append(id(generation))
-            keep.append(generation)
-            return generation
-
-        async def shoot() -> None:
-            while engine.stats().num_output_tokens - before < total // 2:  # noqa: ASYNC110 - nobody tells
-                await asyncio.sleep(0.002)
+    def count(num_tokens: int) -> None:
+        nonlocal num_left
+        was_left, num_left = num_left, num_left - num_tokens
+        if was_left > 0 >= num_left:
             os.kill(victim.pid, signal.SIGKILL)
-            killed_at.append(time.perf_counter())
 
-        keep: list[Generation] = []
-        engine.submit = noted
-        shot = asyncio.create_task(shoot())
-        try:
-            answers = await asyncio.gather(*(stream(engine, row) for row in rows))
-        finally:
-            del engine.submit
-            await shot
-        return list(answers), generations
+    async def disturbed() -> list[Timed]:
+        return list(await asyncio.gather(*(stream(engine, row, count) for row in rows)))
 
-    answers, generations = asyncio.run(disturbed())
-    same = [a.text == b.text for a, b in zip(runs[0], answers, strict=True)]
-    undisturbed_same = [a.text == b.text for a, b in zip(*runs, strict=True)]
-    of_moved = [i for i, generation in enumerate(generations) if generation in moved]
-    prompts = [_first_difference(runs[0][i], answers[i]) for i in of_moved if not same[i]]
+    answers = asyncio.run(disturbed())
+    others = [i for i, (a, b) in enumerate(zip(runs[0], answers, strict=True)) if a.text != b.text]
     put("a replica killed in mid-stream", {
-        "streams": len(rows), "moved": len(of_moved), "complete": sum(len(a.token_ids) == rows[0].sampling.max_tokens
-                                                                      for a in answers),
-        "texts equal to the undisturbed run": sum(same),
-        "of the moved": sum(same[i] for i in of_moved),
-        "texts equal in two undisturbed runs": sum(undisturbed_same),
-        "first differences of moved streams, nats between the two tokens": prompts,
-        "longest pause ms of a moved stream": round(1e3 * max((answers[i].pause for i in of_moved), default=0.0)),
-        "median of the moved": round(1e3 * statistics.median([answers[i].pause for i in of_moved] or [0.0])),
-        "longest pause ms of the others": round(1e3 * max((a.pause for i, a in enumerate(answers) if i not in
-                                                           set(of_moved)), default=0.0)),
+        "streams": len(rows), "moved": engine.num_moved - num_moved,
+        "complete": sum(len(a.token_ids) == rows[0].sampling.max_tokens for a in answers),
+        "texts equal to the undisturbed run": len(rows) - len(others),
+        "texts equal in two undisturbed runs": sum(a.text == b.text for a, b in zip(*runs, strict=True)),
+        "first differences, nats between the two tokens": [_first_difference(runs[0][i], answers[i]) for i in others],
+        "longest pauses ms": [round(1e3 * pause) for pause in sorted(a.pause for a in answers)[-5:]],
         "longest pause ms undisturbed": round(1e3 * max(a.pause for a in runs[1])),
     })  # fmt: skip
-    for i in of_moved:
-        logprobs = answers[i].completion.logprobs
-        assert [item.token_id for item in logprobs] == list(answers[i].token_ids), "a token came twice, or not at all"
+    for answer in answers:
+        told = [item.token_id for item in answer.completion.logprobs]
+        assert told == list(answer.token_ids), "a token came twice, or not at all"
 
 
 def _first_difference(one: Timed, other: Timed) -> list[float]:
@@ -682,7 +695,7 @@ def _rate_streamed(engine: EngineClient, make: Callable[..., list[Row]], size: i
     return statistics.median(rates[1:])
 
 
-MODES = {"replicas": replicas, "stub": stub, "one": one}
+MODES = {"replicas": replicas, "kill": kill, "stub": stub, "one": one}
 
 
 def main() -> None:
@@ -699,7 +712,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-num-seqs", type=int, default=128)
     parser.add_argument("--lora-cache-gb", type=int, default=6)
-    parser.add_argument("--no-kill", dest="kill", action="store_false")
     parser.add_argument("--callers", type=int, nargs="*", default=[1, 2], help="stub: calling processes")
     parser.add_argument("--streams-stub", type=int, default=64, help="stub: streams for each replica")
     parser.add_argument("--rate", type=float, default=10_000, help="stub: tokens a second of a replica")

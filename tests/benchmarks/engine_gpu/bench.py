@@ -40,6 +40,8 @@ class Bench:
     Args:
         out: Folder for results, or None.
         is_tiny: Whether to shrink everything, so that the script itself can be tried anywhere.
+        dtype: Of the model and the adapters.
+        **shape: What differs in the model's configuration.
 
     Attributes:
         batch: Requests of a run.
@@ -49,15 +51,16 @@ class Bench:
         rows: Results by name.
     """
 
-    def __init__(self, out: Path | None, *, is_tiny: bool) -> None:
+    def __init__(self, out: Path | None, *, is_tiny: bool, dtype: torch.dtype = DTYPE, **shape: Any) -> None:
         self.out = out
         self.is_tiny = is_tiny
+        self.dtype = dtype
         self.batch = 4 if is_tiny else 64
         self.num_in, self.num_out = (16, 6) if is_tiny else (128, 64)
         self.rounds = 1 if is_tiny else 3
         self.num_adapters = 6 if is_tiny else 32
         self.rows: dict[str, Any] = {}
-        self._shape: dict[str, Any] = dict(_TINY if is_tiny else _EIGHT_B)
+        self._shape: dict[str, Any] = {**(_TINY if is_tiny else _EIGHT_B), **shape}
         self._tokenizer: Any = None
         self._adapters: list[Adapter] = []
         self._model: Any = None
@@ -69,6 +72,11 @@ class Bench:
         """Keep a result, and print it at once."""
         self.rows[name] = value
         print(f"{name}: {value}", flush=True)
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The model's configuration."""
+        return self._shape
 
     @property
     def tokenizer(self) -> Any:
@@ -101,7 +109,7 @@ class Bench:
         config = transformers.LlamaConfig(**self._shape, rope_theta=500000.0, tie_word_embeddings=False)
         torch.manual_seed(0)
         with torch.device(DEVICE):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=DTYPE).eval()
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.15 if self.is_tiny else 0.02)
@@ -129,7 +137,7 @@ class Bench:
             for path, num_in, num_out in shapes:
                 a = torch.randn(RANK, num_in, generator=generator, device=DEVICE) * num_in**-0.5
                 b = torch.randn(num_out, RANK, generator=generator, device=DEVICE) * 0.02
-                weights[path] = LoraWeights(a.to(DTYPE).cpu(), b.to(DTYPE).cpu(), 2.0)
+                weights[path] = LoraWeights(a.to(self.dtype).cpu(), b.to(self.dtype).cpu(), 2.0)
             adapters.append(Adapter(name=f"a{index}", fingerprint=f"bench-{index}", weights=weights))
         return adapters
 

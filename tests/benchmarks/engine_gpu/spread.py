@@ -30,7 +30,7 @@ def spread(bench: Bench) -> None:
         return
     bench.close_engine()
     _check_small(bench)
-    large = _Placed(bench, _SEVENTY_B)
+    large = _Placed(is_tiny=bench.is_tiny, **({} if bench.is_tiny else _SEVENTY_B))
     num_bytes = sum(p.numel() * p.element_size() for p in large.model.parameters())
     bench.put("the placed model", f"{num_bytes / 2**30:.1f} GiB over {_num_places(large.model)} devices")
     worker = large.engine(max_loras=16)
@@ -51,7 +51,7 @@ def _check_small(bench: Bench) -> None:
     """Greedy tokens of a small model in float32, placed and not."""
     found = []
     for is_placed in (False, True):
-        small = _Placed(bench, None, is_placed=is_placed, dtype=torch.float32)
+        small = _Placed(is_tiny=True, is_placed=is_placed, dtype=torch.float32)
         worker = small.engine(max_loras=8)
         running = [
             worker.submit(small.prompt(i), small.greedy(24), small.mixture(i, 6) if i % 2 else []) for i in range(8)
@@ -67,26 +67,22 @@ class _Placed(Bench):
     """The bench with a model whose layers lie on all devices, one part after the other.
 
     Args:
-        bench: Whether it is tiny.
-        shape: The model's; the tiny one's if None.
+        is_tiny: Whether the model is.
         is_placed: Or whether all lies on the first.
         dtype: Of the weights.
+        **shape: What differs in the model's configuration.
     """
 
-    def __init__(
-        self, bench: Bench, shape: dict[str, Any] | None, *, is_placed: bool = True, dtype: torch.dtype = DTYPE
-    ) -> None:
-        super().__init__(None, is_tiny=bench.is_tiny or shape is None)
-        if not self.is_tiny and shape is not None:
-            self._shape = shape
-            self.num_adapters = 8
-        self._is_placed, self._dtype = is_placed, dtype
+    def __init__(self, *, is_tiny: bool, is_placed: bool = True, dtype: torch.dtype = DTYPE, **shape: Any) -> None:
+        super().__init__(None, is_tiny=is_tiny, dtype=dtype, **shape)
+        self.num_adapters = min(self.num_adapters, 8)
+        self._is_placed = is_placed
 
     def make_model(self) -> Any:
         """Made where it lies."""
-        config = transformers.LlamaConfig(**self._shape, rope_theta=500000.0, tie_word_embeddings=False)
+        config = transformers.LlamaConfig(**self.shape, rope_theta=500000.0, tie_word_embeddings=False)
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=self._dtype).eval()
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
         num_devices = max(torch.cuda.device_count(), 1) if self._is_placed else 1
         places = _places(config.num_hidden_layers, num_devices)
         generator = {place: torch.Generator(place).manual_seed(0) for place in set(places.values())}
@@ -94,8 +90,9 @@ class _Placed(Bench):
             place = next((places[name] for name in places if f"{path}.".startswith(f"{name}.")), None)
             for name, parameter in list(module.named_parameters(recurse=False)):
                 assert place is not None, path
-                made = torch.empty(parameter.shape, dtype=self._dtype, device=place)
-                made = made.normal_(std=0.02, generator=generator[place]) if made.dim() > 1 else made.fill_(1.0)
+                made = torch.empty(parameter.shape, dtype=self.dtype, device=place)
+                std = 0.15 if self.is_tiny else 0.02  # of the tiny one so that no two tokens are as good as each other
+                made = made.normal_(std=std, generator=generator[place]) if made.dim() > 1 else made.fill_(1.0)
                 setattr(module, name, nn.Parameter(made, requires_grad=False))
         model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(places["model.rotary_emb"])
         model.generation_config.eos_token_id = None
