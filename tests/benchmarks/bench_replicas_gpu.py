@@ -358,24 +358,9 @@ def replicas(options: argparse.Namespace, put: Callable[[str, Any], None]) -> No
             ray.get([caller.warm.remote(share, i, num_callers)
                      for i, (caller, share) in enumerate(zip(callers, shares, strict=True))])  # fmt: skip
             put(f"{count} replicas: seconds to warm up, {num_callers} callers", round(time.perf_counter() - start, 1))
-            rates = []
-            for round_ in range(1 + options.rounds):
-                begin = time.time() + (0.5 if is_tiny else 3.0)  # streams begin at once, and are all under way by then
-                each = ray.get([caller.run.remote(share, round_, begin, options.seconds)
-                                for caller, share in zip(callers, shares, strict=True)])  # fmt: skip
-                firsts = [first for one in each for first in one["firsts"]]
-                found = max((one["counts"] for one in each), key=lambda sums: sums["num_finished"])
-                hits, loads = found["num_adapter_hits"], found["num_adapter_loads"]
-                if round_ == 0:
-                    continue
-                rates.append(sum(one["num_tokens"] for one in each) / options.seconds)
-                put(f"{count} replicas, {num_streams} streams, round {round_}", {
-                    "tok/s": round(rates[-1]),
-                    "first token ms p50/p99": [round(1e3 * percentile(firsts, q)) for q in (0.5, 0.99)],
-                    "adapters found resident": round(hits / max(hits + loads, 1), 3), "loads": loads,
-                    "CPU share of a caller": round(statistics.median(one["cpu"] for one in each), 2),
-                })  # fmt: skip
-            medians[count] = statistics.median(rates)
+            medians[count] = statistics.median(
+                _rounds(f"{count} replicas, {num_streams} streams", callers, shares, options, put)
+            )
             for caller in callers:
                 ray.kill(caller)
         engine.check_integrity()
@@ -390,6 +375,33 @@ def replicas(options: argparse.Namespace, put: Callable[[str, Any], None]) -> No
         ray.shutdown()
 
 
+def _rounds(
+    name: str, callers: Sequence[Any], shares: Sequence[int], options: argparse.Namespace,
+    put: Callable[[str, Any], None],
+) -> list[float]:  # fmt: skip
+    """Tokens a second of each round, after one that does not count."""
+    import ray
+
+    rates = []
+    for round_ in range(1 + options.rounds):
+        begin = time.time() + (0.5 if options.tiny else 3.0)  # streams begin at once, and are all under way by then
+        each = ray.get([caller.run.remote(share, round_, begin, options.seconds)
+                        for caller, share in zip(callers, shares, strict=True)])  # fmt: skip
+        if round_ == 0:
+            continue
+        firsts = [first for one in each for first in one["firsts"]]
+        found = max((one["counts"] for one in each), key=lambda sums: sums["num_finished"])
+        hits, loads = found["num_adapter_hits"], found["num_adapter_loads"]
+        rates.append(sum(one["num_tokens"] for one in each) / options.seconds)
+        put(f"{name}, round {round_}", {
+            "tok/s": round(rates[-1]),
+            "first token ms p50/p99": [round(1e3 * percentile(firsts, q)) for q in (0.5, 0.99)],
+            "adapters found resident": round(hits / max(hits + loads, 1), 3), "loads": loads,
+            "CPU share of a caller": round(statistics.median(one["cpu"] for one in each), 2),
+        })  # fmt: skip
+    return rates
+
+
 class Caller:
     """A process whose streams ask the replicas one request after the other.
 
@@ -400,9 +412,7 @@ class Caller:
         seed: Its requests are no other's.
     """
 
-    def __init__(
-        self, app: str, known: Sequence[tuple[Path, str]], make: Callable[..., list[Row]], seed: int
-    ) -> None:
+    def __init__(self, app: str, known: Sequence[tuple[Path, str]], make: Callable[..., list[Row]], seed: int) -> None:
         from langchain_lora_retriever.pool.checkpoint import read_adapter
         from langchain_lora_retriever.remote import RemoteEngine
 
@@ -476,9 +486,7 @@ def kill(options: argparse.Namespace, put: Callable[[str, Any], None]) -> None:
     engine = RemoteEngine(serve.run(app, name="bench", route_prefix=None))
     try:
         num_in, num_out = (16, 12) if is_tiny else (128, 2 * options.tokens)
-        rows = make_rows(
-            adapters, num_streams, num_in=num_in, num_out=num_out, is_tiny=is_tiny, seed=99, logprobs=20
-        )
+        rows = make_rows(adapters, num_streams, num_in=num_in, num_out=num_out, is_tiny=is_tiny, seed=99, logprobs=20)
         rows = [row if i % 2 else row._replace(sampling=replace(row.sampling, temperature=0.7, seed=i)) for i, row in
                 enumerate(rows)]  # fmt: skip
         _kill(engine, rows, put)
@@ -702,7 +710,7 @@ def main() -> None:
     """Measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", choices=MODES)
-    parser.add_argument("--counts", type=int, nargs="*", default=[1, 2], help="numbers of replicas; the largest first is soonest")
+    parser.add_argument("--counts", type=int, nargs="*", default=[1, 2], help="of replicas; largest first is soonest")
     parser.add_argument("--streams", type=int, default=256, help="streams in all")
     parser.add_argument("--streams-each", type=int, default=0, help="or streams for each replica")
     parser.add_argument("--streams-per-caller", type=int, default=64, help="of each calling process")

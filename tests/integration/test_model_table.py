@@ -158,9 +158,11 @@ def examine(family: Family, model: Any, folder: Path) -> Row:
         assert answers(worker, PROMPTS, both) == [*adapted, expected[2]], "as PEFT, beside the base"
         worker.check_integrity()
         probe, attention = worker.core.runner.probe, describe_attention(worker)
-        model.config.save_pretrained(folder / "config")
-        check_told(look_ahead(folder / "config", dtype=torch.float32), model, probe)
-    can_capture = captures_steps(model) if model.device.type == "cuda" else not num_reads
+    model.config.save_pretrained(folder / "config")
+    told = look_ahead(folder / "config", dtype=torch.float32)
+    check_told(told, model, probe)
+    assert told.host_reads or not num_reads, "the engine's step waits for the host where nothing was told"
+    can_capture = captures_steps(model) if model.device.type == "cuda" else not told.host_reads
     return Row(
         family.title,
         f"`{family.model_type}`",

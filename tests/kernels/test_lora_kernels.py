@@ -387,7 +387,7 @@ def test_gathered_rows_survive_a_request_that_ends():
     for slots in ([0, 1, 2, 3], [0, 1, 2, -1], [4, 1, 2, 3]):
         model.batch.update(torch.tensor(slots, dtype=torch.int32)[:, None], torch.ones(4, 1))
         add_lora(y, x, model.stack, model.batch)
-        gathered.append(model.stack.gather((model.batch.dense.slots, model.rows.version), model.batch.dense.slots)[0])
+        gathered.append(model.stack.gather((model.batch.dense.slots, model.rows.version), model.batch.dense.slots).a)
     assert gathered[0] is gathered[1]
     assert gathered[1] is not gathered[2]
 

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from lora_retriever_kernels.packed_matrix import can_pack, multiply, pack
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -181,13 +183,27 @@ class Adapters(NamedTuple):
     out_features: Sequence[int]
 
 
-def gather(adapters: Adapters, slots: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Copy the rows of `slots` side by side; rows past a slice's own rank become zero.
+class Gathered(NamedTuple):
+    """The rows of some adapters side by side; those past a slice's own rank are zero.
 
-    Returns:
-        `A_active [in_features, num_slices * R]`, and `B_active`: block-diagonal `[num_slices * R, sum(out_features)]`
-        where R is small, else `[R, sum(out_features)]`.
+    Attributes:
+        a: `[num_slices * R, in_features]`.
+        b: One block-diagonal `[sum(out_features), num_slices * R]` where R is small, else of each slice
+            `[out_features, R]`.
     """
+
+    a: torch.Tensor
+    b: tuple[torch.Tensor, ...]
+
+    def packed(self) -> Gathered:
+        """The same for many products, where a CPU has a faster layout for it."""
+        if not can_pack(self.a):
+            return self
+        return Gathered(pack(self.a), tuple(pack(b.contiguous()) for b in self.b))
+
+
+def gather(adapters: Adapters, slots: Sequence[int]) -> Gathered:
+    """Copy the rows of `slots` side by side."""
     a, b, out_features = adapters.a, adapters.b, adapters.out_features
     first, count, rank = adapters.starts.tolist(), adapters.counts.tolist(), adapters.ranks.tolist()
     index = [row for s in slots for row in range(first[s], first[s] + count[s])]
@@ -201,10 +217,10 @@ def gather(adapters: Adapters, slots: Sequence[int]) -> tuple[torch.Tensor, torc
             b_active[lo + rank[s][i] : lo + count[s], offset : offset + width] = 0
             offset += width
         lo += count[s]
+    slices = b_active.split(list(out_features), dim=1)
     if len(index) <= _MAX_BLOCK_DIAGONAL_ROWS:
-        slices = b_active.split(list(out_features), dim=1)
-        b_active = torch.block_diag(*slices)
-    return a_active.flatten(0, 1).t().contiguous(), b_active
+        slices = (torch.block_diag(*slices),)
+    return Gathered(a_active.flatten(0, 1), tuple(part.t() for part in slices))
 
 
 def add_step(
@@ -213,7 +229,7 @@ def add_step(
     adapters: Adapters,
     step: DensePlan,
     batch: Sequence[torch.Tensor],
-    gathered: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+    gathered: Callable[[], Gathered],
     bias: torch.Tensor | None,
 ) -> None:
     """Add the adapters' outputs to `y` in place, in the way that the step was planned; see `ops.add_lora`.
@@ -236,35 +252,33 @@ def add_step(
     if x.dim() == 1 or step.row_weights is None:
         add_segments(y, x, adapters, step.segments or plan_segments(*batch))
     else:
-        add_dense(y, x, *gathered(), adapters.out_features, step.row_weights, step.unused)
+        add_dense(y, x, gathered(), adapters.out_features, step.row_weights, step.unused)
 
 
 def add_dense(
     y: torch.Tensor,
     x: torch.Tensor,
-    a_active: torch.Tensor,
-    b_active: torch.Tensor,
+    gathered: Gathered,
     out_features: Sequence[int],
     row_weights: torch.Tensor,
     unused: torch.Tensor | None,
 ) -> None:
-    """Add the adapters' outputs to `y` in place; see `gather` and `DensePlan` for the operands."""
+    """Add the adapters' outputs to `y` in place; see `Gathered` and `DensePlan` for the operands."""
     num_tokens, num_rows = row_weights.shape
-    v = torch.mm(x, a_active).view(num_tokens, -1, num_rows) * row_weights[:, None]
+    v = _product(x, gathered.a).view(num_tokens, -1, num_rows) * row_weights[:, None]
     if unused is not None:
         v.masked_fill_(unused, 0.0)
     v = v.to(y.dtype).flatten(1)
-    if b_active.shape[0] == v.shape[1]:
-        y.addmm_(v, b_active)
+    if len(gathered.b) == 1:
+        y.add_(_product(v, *gathered.b))
         return
-    slices = zip(
-        v.split(num_rows, dim=1),
-        y.split(list(out_features), dim=1),
-        b_active.split(list(out_features), dim=1),
-        strict=True,
-    )
-    for v_slice, out, b_slice in slices:
-        out.addmm_(v_slice, b_slice)
+    parts = zip(v.split(num_rows, dim=1), y.split(list(out_features), dim=1), gathered.b, strict=True)
+    for v_slice, out, b in parts:
+        out.add_(_product(v_slice, b))
+
+
+def _product(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    return multiply(x, matrix) if matrix.is_mkldnn else torch.mm(x, matrix.t())
 
 
 def add_segments(y: torch.Tensor, x: torch.Tensor, adapters: Adapters, segments: Sequence[Segment]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from lora_retriever_kernels.host_memory import lazy_zeros
-from lora_retriever_kernels.lora.dense import Adapters, gather
+from lora_retriever_kernels.lora.dense import Adapters, Gathered, gather
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -130,7 +130,7 @@ class LoraStack:
         self.b = lazy_zeros((num_rows, sum(self.out_features)), dtype=dtype, device=rows.device)
         self.ranks = torch.zeros(rows.max_loras, len(self.out_features), dtype=torch.int32, device=rows.device)
         self._users: set[int] = set()
-        self._gathered: tuple[tuple[object, ...], torch.Tensor, torch.Tensor] | None = None
+        self._gathered: tuple[tuple[object, ...], Gathered] | None = None
 
     @property
     def num_slices(self) -> int:
@@ -217,8 +217,9 @@ class LoraStack:
         rows = self.rows
         return Adapters(self.a, self.b, self.ranks, rows.starts, rows.counts, self.out_features)
 
-    def gather(self, key: tuple[object, ...], slots: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def gather(self, key: tuple[object, ...], slots: Sequence[int]) -> Gathered:
         """Copy the rows of `slots` side by side, once per `key` (see `dense.gather`)."""
         if self._gathered is None or self._gathered[0] != key:
-            self._gathered = (key, *gather(self.adapters, slots))
-        return self._gathered[1], self._gathered[2]
+            self._gathered = None  # not beside the next
+            self._gathered = (key, gather(self.adapters, slots).packed())
+        return self._gathered[1]

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from langchain_lora_retriever.engine.model.joint_linears import PackedWeight, give_forward_back
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["BaseModule", "give_forward_back"]
+__all__ = ["BaseModule"]
 
 
 class BaseModule:
@@ -41,7 +43,7 @@ class BaseModule:
         give_forward_back(self.module, self.forward)
 
     def tensor(self, name: str) -> torch.Tensor | None:
-        """A parameter, also where accelerate keeps it elsewhere until it is used; None if there is none."""
+        """A parameter, also where it is packed or accelerate keeps it elsewhere; None if there is none."""
         hook: Any = getattr(self.module, "_hf_hook", None)
         for part in getattr(hook, "hooks", (hook,)):
             weights_map = getattr(part, "weights_map", None)
@@ -50,6 +52,8 @@ class BaseModule:
                 assert isinstance(found, torch.Tensor)
                 return found
         tensor = getattr(self.module, name, None)
+        if isinstance(tensor, PackedWeight):
+            return tensor.dense()
         return tensor if isinstance(tensor, torch.Tensor) else None
 
     @cached_property
@@ -57,10 +61,3 @@ class BaseModule:
         """What the outputs hold beside the product, where and in what the module computes; None if there is none."""
         bias = None if isinstance(self.module, nn.Embedding) else self.tensor("bias")
         return None if bias is None else bias.to(self.device, self.dtype)
-
-
-def give_forward_back(module: nn.Module, forward: Callable[..., Any]) -> None:
-    """Let a module compute by the `forward` that it had before another took its place."""
-    vars(module).pop("forward", None)
-    if getattr(forward, "__func__", None) is not type(module).forward:
-        module.forward = forward  # accelerate's own wrapper, an attribute of the instance too

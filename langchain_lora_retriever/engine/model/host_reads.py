@@ -1,4 +1,4 @@
-"""Notice where a model asks the host for numbers that lie on the device: what a CUDA graph cannot hold."""
+"""Notice where a model and the host ask each other for numbers within a step: what a CUDA graph cannot hold."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _INDEXING = frozenset({"index", "index_put", "index_put_", "_index_put_impl_"})
 
 
 class HostReads(TorchDispatchMode):
-    """While it is entered, notes the operations whose results the host waits for.
+    """While it is entered, notes the operations whose results the host waits for, and copies of tensors of the host's.
 
     On the meta device, where there are no numbers, such an operation gives zero, False, or nothing at all, so that a
     model can be followed without weights.
@@ -37,8 +37,11 @@ class HostReads(TorchDispatchMode):
         is_read = name in _READS or (name in _INDEXING and _has_mask(args))
         if is_read:
             self.names.add(name)
-        if tensor is None or not tensor.is_meta:
-            return func(*args, **(kwargs or {}))
+        if tensor is None or not tensor.is_meta or name == "copy_":
+            output = func(*args, **(kwargs or {}))
+            if _is_upload(name, args, output):
+                self.names.add(name)
+            return output
         if name in {"_local_scalar_dense", "is_nonzero"}:
             return torch.zeros((), dtype=tensor.dtype, device="cpu").item()
         if name == "equal":
@@ -56,3 +59,11 @@ def _has_mask(args: Any) -> bool:
     """Whether an indexing operation is by a mask: how many elements that picks is not known on the host."""
     indices = args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else ()
     return any(isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in indices)
+
+
+def _is_upload(name: str, args: Any, output: Any) -> bool:
+    """Whether a tensor of the host's was copied to another device; it is not page-locked."""
+    if name not in {"to", "_to_copy", "copy_"}:
+        return False
+    source = args[1] if name == "copy_" else args[0]
+    return isinstance(source, torch.Tensor) and source.device.type == "cpu" != output.device.type

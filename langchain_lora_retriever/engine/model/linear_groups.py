@@ -2,8 +2,7 @@
 
 Modules are changed in place: their `forward` is replaced, their names and accelerate hooks stay, so any Linear-like
 module works, quantised or offloaded, and so do routers of experts, which compute a product by a function. Plain
-`nn.Linear` modules that share an input are computed as one product: until `release` gives them memory of their own
-again, their weights are views of one tensor.
+`nn.Linear` modules that share an input are computed as one product, see `joint_linears`.
 """
 
 from __future__ import annotations
@@ -11,16 +10,16 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
 from langchain_lora_retriever.engine.model.base_module import BaseModule
+from langchain_lora_retriever.engine.model.joint_linears import is_plain, join_linears
 from langchain_lora_retriever.engine.model.linear_calls import OwnProduct
 from lora_retriever_kernels.lora import LoraBatch, LoraRows, LoraStack
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    import torch
+    from torch import nn
     from transformers import PreTrainedModel
 
     from langchain_lora_retriever.engine.model.lora_layers import LoraLayers
@@ -30,7 +29,13 @@ __all__ = ["LoraGroup", "split_group"]
 
 
 class LoraGroup:
-    """Linear modules that share an input: computed together when the first of them is called."""
+    """Linear modules that share an input: computed together when the first of them is called.
+
+    Attributes:
+        names: Their paths.
+        stack: The adapters' tensors.
+        product: Computes the modules at once; None where each is called for itself.
+    """
 
     def __init__(
         self,
@@ -46,10 +51,7 @@ class LoraGroup:
         self._bases = [BaseModule(module, group.dtype, group.device) for module in modules]
         self._out_features = group.out_features
         self.stack = LoraStack(rows, num_rows, group.in_features, group.out_features, group.dtype)
-        self._fused: tuple[torch.Tensor, torch.Tensor | None] | None = None
-        self._originals: list[nn.Parameter] = []
-        if all(_is_plain(module) for module in modules):
-            self._fused, self._originals = _fuse(modules, uses)
+        self.product = join_linears(modules, uses) if all(is_plain(module) for module in modules) else None
         self._input: torch.Tensor | None = None
         self._outputs: tuple[torch.Tensor, ...] = ()
 
@@ -65,7 +67,7 @@ class LoraGroup:
     def attach(self) -> None:
         """Wrap the modules."""
         for index, base in enumerate(self._bases):
-            if self._fused is not None:
+            if self.product is not None:
                 base.wrap(partial(self._forward_slice, index))
             elif hasattr(base.module, "in_features"):
                 base.wrap(partial(self._forward_single, base))
@@ -79,12 +81,9 @@ class LoraGroup:
 
     def release(self) -> None:
         """Give the modules weights of their own again."""
-        for base, original in zip(self._bases, self._originals, strict=False):
-            if base.module.weight is original:
-                original.data = original.data.clone(memory_format=torch.contiguous_format)
-            else:  # others use it too, and it was left as it was
-                base.module.weight = original
-        self._originals, self._fused = [], None
+        if self.product is not None:
+            self.product.release()
+        self.product = None
 
     def _forward_single(self, base: BaseModule, x: torch.Tensor) -> torch.Tensor:
         y = base.forward(x)
@@ -108,77 +107,39 @@ class LoraGroup:
 
     def _forward_slice(self, index: int, x: torch.Tensor) -> torch.Tensor:
         if self._input is not x:
-            self._outputs = self._forward_fused(x)
+            self._outputs = self._forward_joint(x)
             self._input = x
         output = self._outputs[index]
         if index == len(self._bases) - 1:
             self._input, self._outputs = None, ()
         return output
 
-    def _forward_fused(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _forward_joint(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         y = self.compute(x.reshape(-1, x.shape[-1]))
         parts: tuple[torch.Tensor, ...] = y.view(*x.shape[:-1], -1).split(self._out_features, -1)
         return parts
 
     def compute(self, x: torch.Tensor) -> torch.Tensor:
         """The modules' outputs for packed inputs, side by side, adapters included."""
-        if self._fused is None:
+        if self.product is None:
             (base,) = self._bases
             y: torch.Tensor = base.module(x)
             return y
-        return self._layers.add_to_product(x, *self._fused, self.stack, self._batch)
+        return self._layers.add_to_product(x, self.product, self.stack, self._batch)
 
     def compute_apart(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The product, and what is to be added to it for the adapters; see `LoraLayers.product_and_delta`."""
-        if self._fused is None:
+        if self.product is None:
             return self.compute(x), None
-        return self._layers.product_and_delta(x, *self._fused, self.stack, self._batch)
+        return self._layers.product_and_delta(x, self.product, self.stack, self._batch)
 
 
 def split_group(model: PreTrainedModel, group: LinearGroup) -> Iterator[tuple[LinearGroup, list[nn.Module]]]:
     """The group as it is if its modules can be computed as one; else a group for each of them."""
     modules = [model.get_submodule(name) for name in group.names]
     is_biased = {getattr(module, "bias", None) is not None for module in modules}
-    if len(is_biased) == 1 and all(_is_plain(module) for module in modules):
+    if len(is_biased) == 1 and all(is_plain(module) for module in modules):
         yield group, modules
     else:
         for name, out_features, module in zip(group.names, group.out_features, modules, strict=True):
             yield group._replace(names=(name,), out_features=(out_features,)), [module]
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether its weight is simply there: not quantised, not moved around by accelerate.
-
-    A quantised weight may be a tensor of a class of its own within a plain `nn.Linear` (torchao).
-    """
-    return type(module) is nn.Linear and type(module.weight) is nn.Parameter and not hasattr(module, "_hf_hook")
-
-
-def _fuse(
-    modules: Sequence[nn.Module], uses: Mapping[int, int]
-) -> tuple[tuple[torch.Tensor, torch.Tensor | None], list[nn.Parameter]]:
-    """Lay the weights side by side and let each module's weight be a view of its part; biases likewise.
-
-    On a CPU they lie transposed, `[in_features, sum(out_features)]`: a decode step's product of few rows runs up to
-    twice as fast over that layout, a prefill's as fast.
-
-    Args:
-        modules: The linear modules.
-        uses: In how many places a parameter is used, by identity. One that others use too (tied embeddings) is left to
-            them, and the module gets another.
-
-    Returns:
-        The joint weight and bias, and the modules' own parameters.
-    """
-    linears = [module for module in modules if isinstance(module, nn.Linear)]
-    originals: list[Any] = [module.weight for module in linears]
-    weight = torch.cat([parameter.detach() for parameter in originals])
-    if weight.device.type == "cpu":
-        weight = weight.t().contiguous().t()
-    for module, part in zip(linears, weight.split([m.out_features for m in linears]), strict=True):
-        if uses[id(module.weight)] > 1:
-            module.weight = nn.Parameter(part, requires_grad=False)
-        else:
-            module.weight.data = part
-    bias = None if linears[0].bias is None else torch.cat([module.bias.detach() for module in linears])
-    return (weight, bias), originals

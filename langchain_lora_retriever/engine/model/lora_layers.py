@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeVar
 
 import torch
-from torch.nn.functional import linear
 
 from langchain_lora_retriever.engine.model.dora import DoraGains
+from langchain_lora_retriever.engine.model.joint_linears import count_uses
 from langchain_lora_retriever.engine.model.linear_groups import LoraGroup, split_group
 from langchain_lora_retriever.engine.model.vocabulary_layers import VocabularyLayers
 from langchain_lora_retriever.engine.pinned_copy import copy_to_device, on_device
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from langchain_lora_retriever.engine.model.joint_linears import JointLinears
     from langchain_lora_retriever.engine.model.packed_batch import LoraSpans
     from langchain_lora_retriever.engine.model.probe import LinearGroup, Vocabulary
     from langchain_lora_retriever.types import Adapter, LoraWeights
@@ -92,7 +92,7 @@ class LoraLayers:
             self._devices[device] = (rows, LoraBatch(rows, max_num_tokens, max_adapters_per_token))
         is_on_one_gpu = [device.type for device in self._devices] == ["cuda"]
         self._side = torch.cuda.Stream(*self._devices) if is_on_one_gpu else None
-        uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())  # noqa: SLF001 - parameters() names a shared one once
+        uses = count_uses(model)
         self._groups: list[LoraGroup] = []
         self._vocabulary: VocabularyLayers | None = None
         try:
@@ -344,9 +344,9 @@ class LoraLayers:
         return self._side if is_captured else None
 
     def product_and_delta(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stack: LoraStack, batch: LoraBatch
+        self, x: torch.Tensor, product: JointLinears, stack: LoraStack, batch: LoraBatch
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`linear(x, weight, bias)` for packed inputs `x`, and what is still to be added to it for the adapters.
+        """A product of packed inputs `x`, and what is still to be added to it for the adapters.
 
         In a captured step they are computed side by side: the base's product of few tokens mostly waits for memory, and
         of many it leaves memory alone.
@@ -356,48 +356,44 @@ class LoraLayers:
         """
         side = self._side_to_capture()
         if side is None or batch.has_gains:  # gains multiply the base's outputs
-            return self.add_to_product(x, weight, bias, stack, batch), None
+            return self.add_to_product(x, product, stack, batch), None
 
         def apart() -> torch.Tensor:
             v = lora_shrink(x, stack, batch)
             return lora_delta(v, stack, batch, lora_mix(v, stack, batch))
 
-        return _product_beside(side, apart, x, weight, bias)
+        return _product_beside(side, apart, x, product)
 
     def add_to_product(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stack: LoraStack, batch: LoraBatch
+        self, x: torch.Tensor, product: JointLinears, stack: LoraStack, batch: LoraBatch
     ) -> torch.Tensor:
-        """`linear(x, weight, bias)` and the adapters' outputs for packed inputs `x`.
+        """A product and the adapters' outputs for packed inputs `x`.
 
         In a captured decode step the adapters' first product runs beside the base's, which mostly waits for memory.
         """
         side = self._side_to_capture()
         if side is None:
-            y = linear(x, weight, bias)
-            self.add(y, x, stack, batch, bias)
+            y = product(x)
+            self.add(y, x, stack, batch, product.bias)
             return y
 
         def begin() -> tuple[torch.Tensor, list[torch.Tensor]]:
             v = lora_shrink(x, stack, batch)
             return v, lora_mix(v, stack, batch)
 
-        y, (v, mixed) = _product_beside(side, begin, x, weight, bias)
-        lora_expand(y, v, stack, batch, mixed, bias)
+        y, (v, mixed) = _product_beside(side, begin, x, product)
+        lora_expand(y, v, stack, batch, mixed, product.bias)
         return y
 
 
 def _product_beside(
-    side: torch.cuda.Stream,
-    compute: Callable[[], T],
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    side: torch.cuda.Stream, compute: Callable[[], T], x: torch.Tensor, product: JointLinears
 ) -> tuple[torch.Tensor, T]:
-    """`linear(x, weight, bias)`, and what is computed on a second stream meanwhile."""
+    """A product, and what is computed on a second stream meanwhile."""
     main = torch.cuda.current_stream()
     side.wait_stream(main)
     with torch.cuda.stream(side):
         beside = compute()
-    y = linear(x, weight, bias)
+    y = product(x)
     main.wait_stream(side)
     return y, beside

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def products(bench: Bench) -> None:
     """The matrix products of a decode step alone, the last one over the vocabulary included, in graph replay."""
     runner = bench.engine().core.runner
-    weights = [group._fused[0] for group in runner.lora_layers._groups]
+    weights = [group.product.weight for group in runner.lora_layers._groups]
     weights.append(bench.model.get_output_embeddings().weight)
     for num_tokens in (1, bench.batch):
         inputs = {w.shape[1]: torch.randn(num_tokens, w.shape[1], device=DEVICE, dtype=w.dtype) for w in weights}

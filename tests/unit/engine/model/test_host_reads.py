@@ -48,3 +48,24 @@ def test_a_model_without_numbers_can_be_followed() -> None:
         weights = torch.ones(2, 3, 8, device="meta")
         assert torch.nn.functional.grouped_mm(x, weights, offs=offsets).shape == (4, 8)
     assert "nonzero" in reads.names
+
+
+@pytest.mark.parametrize(
+    "upload",
+    [
+        lambda x, table: x + table.to(x.device),
+        lambda x, table: x + table.to(device=x.device, dtype=torch.float64),
+        lambda x, table: x.copy_(table),
+    ],
+)
+def test_a_table_that_the_host_makes_anew_is_noticed(upload: Callable[[torch.Tensor, torch.Tensor], object]) -> None:
+    """A rotation worked out on the CPU in every step is copied in every step; one that lies on the device is not."""
+    x = torch.ones(4, device="meta")
+    with HostReads() as reads:
+        upload(x, torch.arange(4.0))
+    assert len(reads.names) == 1
+    with HostReads() as reads:
+        upload(x, torch.ones(4, device="meta"))
+        x + 3.0
+        x * torch.tensor(2.0)
+    assert reads.names == set()

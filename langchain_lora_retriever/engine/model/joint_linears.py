@@ -1,0 +1,217 @@
+"""Linear modules that share an input, computed as one product: their weights side by side, in the fastest layout.
+
+Both kinds change the modules' parameters in place until `release`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from functools import partial
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+
+from lora_retriever_kernels.packed_matrix import can_pack, multiply, pack
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from transformers import PreTrainedModel
+
+__all__ = [
+    "JointLinears",
+    "PackedWeight",
+    "count_uses",
+    "give_forward_back",
+    "is_plain",
+    "join_linears",
+    "pack_output_layer",
+]
+
+
+class JointLinears(Protocol):
+    """The modules' outputs side by side."""
+
+    bias: torch.Tensor | None
+    """`[sum(out_features)]`, if they have one."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., in_features]` -> `[..., sum(out_features)]`, bias included."""
+
+    def release(self) -> None:
+        """Give the modules weights of their own again."""
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether its weight is simply there: not quantised, not moved around by accelerate.
+
+    A quantised weight may be a tensor of a class of its own within a plain `nn.Linear` (torchao).
+    """
+    return type(module) is nn.Linear and type(module.weight) is nn.Parameter and not hasattr(module, "_hf_hook")
+
+
+def join_linears(modules: Sequence[nn.Module], uses: Mapping[int, int]) -> JointLinears:
+    """Join plain modules, in the layout for where they are.
+
+    Args:
+        modules: `nn.Linear` modules of one dtype and device, with a bias or all without.
+        uses: In how many places a parameter is used, by identity. One that others use too (tied embeddings) is left to
+            them, and the module gets another.
+    """
+    linears = [module for module in modules if isinstance(module, nn.Linear)]
+    return (_Packed if can_pack(linears[0].weight) else _SideBySide)(linears, uses)
+
+
+def pack_output_layer(model: PreTrainedModel) -> Callable[[], None]:
+    """Compute a model's output layer over a packed weight, where that can be; returns what undoes it.
+
+    A weight that is the embedding's too stays there beside.
+    """
+    module: Any = model.get_output_embeddings()
+    if module is None or not is_plain(module) or not can_pack(module.weight):
+        return lambda: None
+    product, forward = _Packed([module], count_uses(model)), module.forward
+    module.forward = product
+
+    def undo() -> None:
+        give_forward_back(module, forward)
+        product.release()
+
+    return undo
+
+
+def count_uses(model: nn.Module) -> Counter[int]:
+    """In how many places each parameter is used, by identity: `parameters()` names a shared one once."""
+    return Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())  # noqa: SLF001
+
+
+def give_forward_back(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Let a module compute by the `forward` that it had before another took its place."""
+    vars(module).pop("forward", None)
+    if getattr(forward, "__func__", None) is not type(module).forward:
+        module.forward = forward  # accelerate's own wrapper, an attribute of the instance too
+
+
+class _SideBySide:
+    """One weight `[sum(out_features), in_features]`, of which each module's is a view.
+
+    On a CPU it lies transposed: a product of few rows runs up to twice as fast over that layout, one of many as fast.
+
+    Args:
+        linears: The modules.
+        uses: See `join_linears`.
+
+    Attributes:
+        weight: What they are views of.
+    """
+
+    def __init__(self, linears: Sequence[nn.Linear], uses: Mapping[int, int]) -> None:
+        self._linears = linears
+        self._originals = [module.weight for module in linears]
+        self.weight = torch.cat([parameter.detach() for parameter in self._originals])
+        if self.weight.device.type == "cpu":
+            self.weight = self.weight.t().contiguous().t()
+        self.bias = _joint_bias(linears)
+        for module, part in zip(linears, self.weight.split([m.out_features for m in linears]), strict=True):
+            if uses[id(module.weight)] > 1:
+                module.weight = nn.Parameter(part, requires_grad=False)
+            else:
+                module.weight.data = part
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+    def release(self) -> None:
+        """Give the modules weights of their own again."""
+        for module, original in zip(self._linears, self._originals, strict=True):
+            if module.weight is original:
+                original.data = original.data.clone(memory_format=torch.contiguous_format)
+            else:  # others use it too, and it was left as it was
+                module.weight = original
+
+
+class PackedWeight(nn.Parameter):
+    """Stands where a module's weight was: it tells what that was, and has no numbers.
+
+    Raises:
+        RuntimeError: From every computation with it.
+    """
+
+    _read: Callable[[], torch.Tensor]
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, read: Callable[[], torch.Tensor]) -> PackedWeight:
+        """Stand for a weight whose numbers `read` gives."""
+        nothing = weight.new_full((1,), math.nan).expand(weight.shape)
+        made: PackedWeight = torch.Tensor._make_subclass(cls, nothing)  # noqa: SLF001 - as nn.Parameter makes itself
+        made._read = read
+        return made
+
+    def dense(self) -> torch.Tensor:
+        """The numbers `[out_features, in_features]`, in memory of their own."""
+        return self._read()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Answer what is asked of it, and refuse the rest."""
+        if func not in _TOLD:
+            raise RuntimeError(
+                f"{getattr(func, '__name__', func)} of a weight that an engine has packed for as long as it serves the "
+                "model. Close the engine first, or use a copy of the model made before."
+            )
+        with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - as Tensor does
+            return func(*args, **(kwargs or {}))
+
+
+_GETTERS = (
+    "shape", "dtype", "device", "layout", "ndim", "nbytes", "itemsize", "requires_grad", "grad", "grad_fn", "is_leaf",
+    "is_meta", "is_cuda", "is_cpu", "is_sparse", "is_quantized", "is_mkldnn",
+)  # fmt: skip
+_TOLD = frozenset(
+    [getattr(torch.Tensor, name).__get__ for name in _GETTERS]
+    + [getattr(torch.Tensor, name) for name in ("size", "numel", "nelement", "dim", "element_size", "__hash__",
+                                                "is_floating_point", "is_complex", "requires_grad_")]
+)  # fmt: skip
+
+
+class _Packed:
+    """One weight, packed, see `packed_matrix`; the modules' own are dropped meanwhile.
+
+    Args:
+        linears: The modules.
+        uses: See `join_linears`.
+    """
+
+    def __init__(self, linears: Sequence[nn.Linear], uses: Mapping[int, int]) -> None:
+        self._linears = linears
+        self._originals = [module.weight for module in linears]
+        joint = torch.cat([parameter.detach() for parameter in self._originals])
+        self._weight = pack(joint)
+        self.bias = _joint_bias(linears)
+        self._ends = list(accumulate((module.out_features for module in linears), initial=0))
+        for module, original, (begin, end) in zip(linears, self._originals, pairwise(self._ends), strict=True):
+            module.weight = PackedWeight.of(original, partial(self._part, begin, end))
+            if uses[id(original)] <= 1:
+                original.data = original.data.new_empty(0)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return multiply(x, self._weight, self.bias)
+
+    def release(self) -> None:
+        """Give the modules weights of their own again."""
+        joint: Any = self._weight.to_dense()
+        for module, original, (begin, end) in zip(self._linears, self._originals, pairwise(self._ends), strict=True):
+            if not original.numel():
+                original.data = joint[begin:end].clone()
+            module.weight = original
+
+    def _part(self, begin: int, end: int) -> torch.Tensor:
+        dense: torch.Tensor = self._weight.to_dense()
+        return dense[begin:end].clone()
+
+
+def _joint_bias(linears: Sequence[nn.Linear]) -> torch.Tensor | None:
+    return None if linears[0].bias is None else torch.cat([module.bias.detach() for module in linears])
