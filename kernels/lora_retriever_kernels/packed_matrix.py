@@ -6,6 +6,8 @@ over a plain tensor, over its output layer 0.2; 512 rows take 0.8.
 
 from __future__ import annotations
 
+import platform
+
 import torch
 
 __all__ = ["can_pack", "multiply", "pack"]
@@ -13,10 +15,13 @@ __all__ = ["can_pack", "multiply", "pack"]
 _USUAL_NUM_ROWS = 8  # what oneDNN chooses the layout for: it is within 10 % of the best for any number from 2 to 1,024
 
 
+_IS_X86 = platform.machine().lower() in {"x86_64", "amd64"}  # elsewhere nobody has measured it
+
+
 def can_pack(matrix: torch.Tensor) -> bool:
-    """Whether this build of torch packs such a matrix: on a CPU, in float32."""
+    """Whether this build of torch packs such a matrix: on an x86 CPU, in float32."""
     is_known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return is_known and matrix.device.type == "cpu" and matrix.dtype == torch.float32
+    return _IS_X86 and is_known and matrix.device.type == "cpu" and matrix.dtype == torch.float32
 
 
 def pack(matrix: torch.Tensor) -> torch.Tensor:

@@ -167,6 +167,18 @@ def test_a_model_that_cannot_be_served_is_given_back() -> None:
     model(torch.arange(5)[None]).logits.sum().backward()
 
 
+def test_a_model_has_one_engine_at_a_time() -> None:
+    """Another is refused by name, before it touches anything; the first goes on, and after it another may come."""
+    base = BaseModel(make_tiny_model(), make_tokenizer(), "tiny")
+    with EngineWorker(base, CONFIG) as engine:
+        expected = engine.submit([5, 6], SHORT).result(30).token_ids
+        with pytest.raises(EngineError, match="is served by another engine"):
+            EngineWorker(base, CONFIG)
+        assert engine.submit([5, 6], SHORT).result(30).token_ids == expected
+    with EngineWorker(base, CONFIG) as engine:
+        assert engine.submit([5, 6], SHORT).result(30).token_ids == expected
+
+
 START = """
 from langchain_lora_retriever.engine import BaseModel, EngineConfig, EngineWorker
 from langchain_lora_retriever.types import SamplingParams

@@ -17,6 +17,7 @@ from torch import nn
 from torch.func import functional_call
 
 from langchain_lora_retriever.engine.model.attention import GatheringStep, PagedCache, QuerySpan, attending
+from langchain_lora_retriever.engine.model.joint_linears import PackedWeight
 from langchain_lora_retriever.engine.model.paged_step import PagedStep, QueryTiles
 from langchain_lora_retriever.engine.model.probe import input_device, num_embeddings
 from langchain_lora_retriever.engine.pinned_copy import upload
@@ -218,6 +219,8 @@ def _own_forwards(layer: nn.Module) -> Iterator[None]:
 
 def _to_float32(value: Any) -> Any:
     """The same with every tensor of floating-point numbers in float32."""
+    if isinstance(value, PackedWeight):
+        return value.dense()
     if isinstance(value, torch.Tensor):
         return value.float() if value.is_floating_point() else value
     if type(value) in {tuple, list}:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import threading
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal
+from weakref import WeakSet
 
 import torch
 
@@ -45,6 +48,8 @@ __all__ = ["ModelRunner"]
 
 _logger = logging.getLogger(__name__)
 _SHORT = 64  # tokens of a sequence that any model takes
+_claimed: WeakSet[PreTrainedModel] = WeakSet()
+_claims = threading.Lock()
 
 
 class ModelRunner:
@@ -82,6 +87,7 @@ class ModelRunner:
 
     def _take(self, base: BaseModel, config: EngineConfig, expected: Sequence[Adapter]) -> None:
         """Make everything, and note for each change of the model how it is undone."""
+        self._give_back.callback(_claim(base.model))
         self._give_back.callback(_modes(base.model))
         base.model.eval().requires_grad_(requires_grad=False)
         try:
@@ -235,6 +241,23 @@ class ModelRunner:
 
         parts = (self._caches, self.lora_layers, self._recurrent, self.memory, config, self._chosen)
         return TritonExecutor(self._model, self.probe, *parts)
+
+
+def _claim(model: PreTrainedModel) -> Callable[[], None]:
+    """Take a model for one runner, which changes its modules; returns what lets it go.
+
+    Raises:
+        EngineError: If another has it.
+    """
+    with _claims:
+        if model in _claimed:
+            raise EngineError(
+                f"This {type(model).__name__} is served by another engine, which has changed its modules. Close that "
+                "one first (llm.close()), share it (ChatLoraRetriever(engine=llm.runtime.engine, ...)), or give each a "
+                "model of its own."
+            )
+        _claimed.add(model)
+    return partial(_claimed.discard, model)
 
 
 def _kinds_of(adapters: Sequence[Adapter], vocabulary: Vocabulary) -> tuple[Literal["vocabulary", "dora"], ...]:
