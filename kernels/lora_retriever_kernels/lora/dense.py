@@ -190,16 +190,18 @@ class Gathered(NamedTuple):
         a: `[num_slices * R, in_features]`.
         b: One block-diagonal `[sum(out_features), num_slices * R]` where R is small, else of each slice
             `[out_features, R]`.
+        is_small: Whether R is.
     """
 
     a: torch.Tensor
     b: tuple[torch.Tensor, ...]
+    is_small: bool
 
     def packed(self) -> Gathered:
-        """The same for many products, where a CPU has a faster layout for it."""
-        if not can_pack(self.a):
+        """The same for many products, where a CPU has a faster layout for it. Many rows would take too much memory."""
+        if not self.is_small or not can_pack(self.a):
             return self
-        return Gathered(pack(self.a), tuple(pack(b.contiguous()) for b in self.b))
+        return self._replace(a=pack(self.a), b=tuple(pack(b.contiguous()) for b in self.b))
 
 
 def gather(adapters: Adapters, slots: Sequence[int]) -> Gathered:
@@ -218,9 +220,10 @@ def gather(adapters: Adapters, slots: Sequence[int]) -> Gathered:
             offset += width
         lo += count[s]
     slices = b_active.split(list(out_features), dim=1)
-    if len(index) <= _MAX_BLOCK_DIAGONAL_ROWS:
+    is_small = len(index) <= _MAX_BLOCK_DIAGONAL_ROWS
+    if is_small:
         slices = (torch.block_diag(*slices),)
-    return Gathered(a_active.flatten(0, 1), tuple(part.t() for part in slices))
+    return Gathered(a_active.flatten(0, 1), tuple(part.t() for part in slices), is_small)
 
 
 def add_step(
