@@ -20,8 +20,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from lora_retriever_kernels.packed_matrix import can_pack, multiply, pack
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -187,21 +185,13 @@ class Gathered(NamedTuple):
     """The rows of some adapters side by side; those past a slice's own rank are zero.
 
     Attributes:
-        a: `[num_slices * R, in_features]`.
-        b: One block-diagonal `[sum(out_features), num_slices * R]` where R is small, else of each slice
-            `[out_features, R]`.
-        is_small: Whether R is.
+        a: `[in_features, num_slices * R]`.
+        b: One block-diagonal `[num_slices * R, sum(out_features)]` where R is small, else of each slice
+            `[R, out_features]`.
     """
 
     a: torch.Tensor
     b: tuple[torch.Tensor, ...]
-    is_small: bool
-
-    def packed(self) -> Gathered:
-        """The same for many products, where a CPU has a faster layout for it. Many rows would take too much memory."""
-        if not self.is_small or not can_pack(self.a):
-            return self
-        return self._replace(a=pack(self.a), b=tuple(pack(b.contiguous()) for b in self.b))
 
 
 def gather(adapters: Adapters, slots: Sequence[int]) -> Gathered:
@@ -220,10 +210,9 @@ def gather(adapters: Adapters, slots: Sequence[int]) -> Gathered:
             offset += width
         lo += count[s]
     slices = b_active.split(list(out_features), dim=1)
-    is_small = len(index) <= _MAX_BLOCK_DIAGONAL_ROWS
-    if is_small:
+    if len(index) <= _MAX_BLOCK_DIAGONAL_ROWS:
         slices = (torch.block_diag(*slices),)
-    return Gathered(a_active.flatten(0, 1), tuple(part.t() for part in slices), is_small)
+    return Gathered(a_active.flatten(0, 1).t().contiguous(), slices)
 
 
 def add_step(
@@ -268,20 +257,16 @@ def add_dense(
 ) -> None:
     """Add the adapters' outputs to `y` in place; see `Gathered` and `DensePlan` for the operands."""
     num_tokens, num_rows = row_weights.shape
-    v = _product(x, gathered.a).view(num_tokens, -1, num_rows) * row_weights[:, None]
+    v = torch.mm(x, gathered.a).view(num_tokens, -1, num_rows) * row_weights[:, None]
     if unused is not None:
         v.masked_fill_(unused, 0.0)
     v = v.to(y.dtype).flatten(1)
     if len(gathered.b) == 1:
-        y.add_(_product(v, *gathered.b))
+        y.addmm_(v, *gathered.b)
         return
     parts = zip(v.split(num_rows, dim=1), y.split(list(out_features), dim=1), gathered.b, strict=True)
     for v_slice, out, b in parts:
-        out.add_(_product(v_slice, b))
-
-
-def _product(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    return multiply(x, matrix) if matrix.is_mkldnn else torch.mm(x, matrix.t())
+        out.addmm_(v_slice, b)
 
 
 def add_segments(y: torch.Tensor, x: torch.Tensor, adapters: Adapters, segments: Sequence[Segment]) -> None:

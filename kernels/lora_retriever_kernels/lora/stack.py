@@ -221,5 +221,5 @@ class LoraStack:
         """Copy the rows of `slots` side by side, once per `key` (see `dense.gather`)."""
         if self._gathered is None or self._gathered[0] != key:
             self._gathered = None  # not beside the next
-            self._gathered = (key, gather(self.adapters, slots).packed())
+            self._gathered = (key, gather(self.adapters, slots))
         return self._gathered[1]
