@@ -11,11 +11,9 @@ from bisect import bisect_left, bisect_right
 
 import torch
 
-__all__ = ["can_pack", "multiply", "pack", "split_rows"]
+__all__ = ["can_pack", "multiply", "pack"]
 
 _USUAL_NUM_ROWS = 8  # what oneDNN chooses the layout for: it is within 10 % of the best for any number from 2 to 1,024
-
-
 _MAX_EXACT = 16  # rows; every number up to this has a kernel of its own
 _SIZES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 _MAX_PADDING = 1.15
@@ -40,13 +38,24 @@ def multiply(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = 
     For each number of rows that it meets oneDNN compiles a kernel and keeps it, 0.5 to 1.5 MB: so above some there are
     few numbers, and rows of zeros are put behind.
     """
+    if x.numel() <= _MAX_EXACT * x.shape[-1]:
+        return _linear(x, packed, bias)
     rows = x.reshape(-1, x.shape[-1])
-    parts = [_linear(part, packed, bias) for part in rows.split(split_rows(len(rows)))]
+    parts = []
+    for part in rows.split(_split_rows(len(rows))):
+        num_more = _padded(len(part)) - len(part)
+        padded = torch.nn.functional.pad(part, (0, 0, 0, num_more)) if num_more else part
+        parts.append(_linear(padded, packed, bias)[: len(part)])
     y = parts[0] if len(parts) == 1 else torch.cat(parts)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def split_rows(num_rows: int) -> list[int]:
+def _linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")  # noqa: SLF001
+    return y
+
+
+def _split_rows(num_rows: int) -> list[int]:
     """Into how many rows each a product is split: one part where few rows of zeros are to be added, else mostly two."""
     parts = []
     while num_rows > _SIZES[-1]:
@@ -61,12 +70,3 @@ def split_rows(num_rows: int) -> list[int]:
 def _padded(num_rows: int) -> int:
     """The number of rows that a product of so many has."""
     return num_rows if num_rows <= _MAX_EXACT else _SIZES[bisect_left(_SIZES, num_rows)]
-
-
-def _linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    num_rows = len(x)
-    more = _padded(num_rows) - num_rows
-    y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(  # noqa: SLF001
-        torch.nn.functional.pad(x, (0, 0, 0, more)) if more else x, packed, bias, "none", [], ""
-    )
-    return y[:num_rows]

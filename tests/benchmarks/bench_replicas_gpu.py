@@ -31,6 +31,7 @@ import threading
 import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -45,7 +46,7 @@ from langchain_lora_retriever.testing import FakeEngine
 from langchain_lora_retriever.types import Adapter, LoraWeights, SamplingParams
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from langchain_lora_retriever.engine.api import EngineClient
 
@@ -303,49 +304,58 @@ def counts(stats: Sequence[Any]) -> dict[str, int]:
     return {name: sum(getattr(each, name) for each in stats) for name in names}
 
 
-def start_ray(num_cpus: float) -> None:
-    """A cluster of this machine alone, without a dashboard."""
+@contextmanager
+def ray_cluster() -> Iterator[None]:
+    """A cluster of this machine alone, without a dashboard; as many replicas and callers as are wanted fit."""
     import ray
     from ray import serve
 
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # what replicas see
     ray.init(
-        address="local", num_cpus=num_cpus, include_dashboard=False, object_store_memory=512 << 20,
+        address="local", num_cpus=256, include_dashboard=False, object_store_memory=512 << 20,
         log_to_driver=bool(os.environ.get("BENCH_LOGS")),
     )  # fmt: skip
-    serve.start(proxy_location="Disabled")
+    try:
+        serve.start(proxy_location="Disabled")
+        yield
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def deploy(recipe: Callable[[], Any], num_replicas: int, max_ongoing_requests: int) -> Any:
+    """A handle of so many replicas, each with a GPU if there are some; those that run already stay."""
+    from ray import serve
+
+    from langchain_lora_retriever.remote import engine_app
+
+    options = {"num_cpus": 1, "num_gpus": int(DEVICE.type == "cuda")}
+    app = engine_app(
+        recipe, num_replicas=num_replicas, max_ongoing_requests=max_ongoing_requests, ray_actor_options=options,
+        graceful_shutdown_timeout_s=5.0,
+    )  # fmt: skip
+    return serve.run(app, name="bench", route_prefix=None)
 
 
 def replicas(options: argparse.Namespace, put: Callable[[str, Any], None]) -> None:
     """The engine of `make_engine` on 1, 2, 4, ... GPUs."""
     import ray
-    from ray import serve
 
-    from langchain_lora_retriever.remote import RemoteEngine, engine_app
-
-    is_tiny, has_gpu = options.tiny, DEVICE.type == "cuda"
+    is_tiny = options.tiny
     num_in, num_out = (16, 12) if is_tiny else (128, options.tokens)
     start = time.perf_counter()
     folder = Path(tempfile.mkdtemp()) / "adapters" if options.folder is None else options.folder
     adapters = make_adapters(options.adapters, is_tiny=is_tiny, folder=folder)
     put("adapters", f"{len(adapters)} in {folder}, {time.perf_counter() - start:.1f} s to make")
-    start_ray(num_cpus=256)
     recipe = partial(make_engine, is_tiny=is_tiny, max_num_seqs=options.max_num_seqs,
                      lora_cache_bytes=options.lora_cache_gb << 30)  # fmt: skip
     make = partial(make_rows, num_in=num_in, num_out=num_out, is_tiny=is_tiny)
     known = [(adapter.path, adapter.fingerprint) for adapter in adapters]
     medians: dict[int, float] = {}
-    engine: Any = None
-    try:
+    with ray_cluster():
         for count in options.counts:
             start = time.perf_counter()
-            app = engine_app(
-                recipe, num_replicas=count, max_ongoing_requests=2 * options.max_num_seqs,
-                ray_actor_options={"num_cpus": 1, "num_gpus": int(has_gpu)}, graceful_shutdown_timeout_s=5.0,
-            )  # fmt: skip
-            handle = serve.run(app, name="bench", route_prefix=None)
-            if engine is None:
-                engine = RemoteEngine(handle)
+            deploy(recipe, count, max_ongoing_requests=2 * options.max_num_seqs)
             put(f"{count} replicas: seconds to start", round(time.perf_counter() - start, 1))
             num_streams = options.streams_each * count if options.streams_each else options.streams
             num_callers = -(-num_streams // options.streams_per_caller)
@@ -361,18 +371,13 @@ def replicas(options: argparse.Namespace, put: Callable[[str, Any], None]) -> No
             medians[count] = statistics.median(
                 _rounds(f"{count} replicas, {num_streams} streams", callers, shares, options, put)
             )
+            checked = max(ray.get([caller.check_integrity.remote() for caller in callers]))
+            put(f"{count} replicas: integrity holds on", checked)
             for caller in callers:
                 ray.kill(caller)
-        engine.check_integrity()
         fewest = min(medians)
         for count, rate in sorted(medians.items()):
             put(f"{count} replicas: tok/s, and times one", (round(rate), round(rate / medians[fewest] * fewest, 3)))
-        put("integrity", "holds on all replicas")
-    finally:
-        if engine is not None:
-            engine.close()
-        serve.shutdown()
-        ray.shutdown()
 
 
 def _rounds(
@@ -463,39 +468,33 @@ class Caller:
         sums, cpu = asyncio.run(ask_all())
         return {"num_tokens": num_tokens, "firsts": firsts, "counts": sums, "cpu": cpu / seconds}
 
+    def check_integrity(self) -> int:
+        """Check the replicas that it has asked; how many they are."""
+        self._engine.check_integrity()
+        return len(self._engine.doors)
+
     def _counts(self) -> dict[str, int]:
         return counts(self._engine.engine_stats())
 
 
 def kill(options: argparse.Namespace, put: Callable[[str, Any], None]) -> None:
     """All streams at once, greedy and seeded by turns; a replica is killed when half of the tokens have come."""
-    import ray
-    from ray import serve
-
-    from langchain_lora_retriever.remote import RemoteEngine, engine_app
+    from langchain_lora_retriever.remote import RemoteEngine
 
     is_tiny, num_streams = options.tiny, options.streams
     folder = Path(tempfile.mkdtemp()) / "adapters"
     adapters = make_adapters(options.adapters, is_tiny=is_tiny, folder=folder, is_exact=True)
-    start_ray(num_cpus=256)
+    num_in, num_out = (16, 12) if is_tiny else (128, 2 * options.tokens)
+    rows = make_rows(adapters, num_streams, num_in=num_in, num_out=num_out, is_tiny=is_tiny, seed=99, logprobs=20)
+    rows = [row if i % 2 else row._replace(sampling=replace(row.sampling, temperature=0.7, seed=i)) for i, row in
+            enumerate(rows)]  # fmt: skip
     recipe = partial(make_engine, is_tiny=is_tiny, max_num_seqs=options.max_num_seqs, is_exact=True)
-    app = engine_app(
-        recipe, num_replicas=max(options.counts), max_ongoing_requests=num_streams,
-        ray_actor_options={"num_cpus": 1, "num_gpus": int(DEVICE.type == "cuda")}, graceful_shutdown_timeout_s=5.0,
-    )  # fmt: skip
-    engine = RemoteEngine(serve.run(app, name="bench", route_prefix=None))
-    try:
-        num_in, num_out = (16, 12) if is_tiny else (128, 2 * options.tokens)
-        rows = make_rows(adapters, num_streams, num_in=num_in, num_out=num_out, is_tiny=is_tiny, seed=99, logprobs=20)
-        rows = [row if i % 2 else row._replace(sampling=replace(row.sampling, temperature=0.7, seed=i)) for i, row in
-                enumerate(rows)]  # fmt: skip
-        _kill(engine, rows, put)
-        engine.check_integrity()
-        put("integrity", "holds on the replicas that are left")
-    finally:
-        engine.close()
-        serve.shutdown()
-        ray.shutdown()
+    with ray_cluster():
+        handle = deploy(recipe, max(options.counts), max_ongoing_requests=num_streams)
+        with closing(RemoteEngine(handle)) as engine:
+            _kill(engine, rows, put)
+            engine.check_integrity()
+            put("integrity holds on", len(engine.doors))
 
 
 def _kill(engine: Any, rows: list[Row], put: Callable[[str, Any], None]) -> None:
@@ -593,16 +592,14 @@ def stub(options: argparse.Namespace, put: Callable[[str, Any], None]) -> None:
 
     from langchain_lora_retriever.remote import engine_app
 
-    start_ray(num_cpus=256)
-    try:
+    with ray_cluster():
         caller = ray.remote(num_cpus=0.1)(call_stub)
         for count in options.counts:
             app = engine_app(
                 partial(StubEngine, rate=options.rate), num_replicas=count, max_ongoing_requests=128,
                 ray_actor_options={"num_cpus": 0.1}, graceful_shutdown_timeout_s=1.0,
             )  # fmt: skip
-            handle = serve.run(app, name="stub", route_prefix=None)
-            del handle
+            serve.run(app, name="stub", route_prefix=None)
             for num_callers in options.callers:
                 for what, num_out in (("short answers", 8), ("long answers", 400)):
                     num_streams = max(1, options.streams_stub * count // num_callers)
@@ -619,9 +616,6 @@ def stub(options: argparse.Namespace, put: Callable[[str, Any], None]) -> None:
                         "requests that found their adapter": round(
                             whole["num_preemptions"] / max(whole["num_finished"], 1), 3),
                     })  # fmt: skip
-    finally:
-        serve.shutdown()
-        ray.shutdown()
 
 
 # One GPU

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_retriever_kernels.packed_matrix import _padded, can_pack, multiply, pack, split_rows
+from lora_retriever_kernels.packed_matrix import _padded, _split_rows, can_pack, multiply, pack
 
 packs = pytest.mark.skipif(not can_pack(torch.zeros(1, 1)), reason="nothing is packed here")
 
@@ -30,7 +30,7 @@ def test_there_are_few_numbers_of_rows() -> None:
     """Of each of which oneDNN keeps a kernel; and few rows of zeros are computed."""
     met = set()
     for num_rows in range(1, 5000):
-        parts = split_rows(num_rows)
+        parts = _split_rows(num_rows)
         assert sum(parts) == num_rows
         assert len(parts) <= 2 + num_rows // 2048
         met |= {_padded(part) for part in parts}

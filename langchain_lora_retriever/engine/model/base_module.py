@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from langchain_lora_retriever.engine.model.joint_linears import PackedWeight, give_forward_back
+from langchain_lora_retriever.engine.model.packed_weight import PackedWeight
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["BaseModule"]
+__all__ = ["BaseModule", "give_forward_back"]
 
 
 class BaseModule:
@@ -61,3 +61,10 @@ class BaseModule:
         """What the outputs hold beside the product, where and in what the module computes; None if there is none."""
         bias = None if isinstance(self.module, nn.Embedding) else self.tensor("bias")
         return None if bias is None else bias.to(self.device, self.dtype)
+
+
+def give_forward_back(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Let a module compute by the `forward` that it had before another took its place."""
+    vars(module).pop("forward", None)
+    if getattr(forward, "__func__", None) is not type(module).forward:
+        module.forward = forward  # accelerate's own wrapper, an attribute of the instance too

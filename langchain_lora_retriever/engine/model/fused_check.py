@@ -17,7 +17,7 @@ from torch import nn
 from torch.func import functional_call
 
 from langchain_lora_retriever.engine.model.attention import GatheringStep, PagedCache, QuerySpan, attending
-from langchain_lora_retriever.engine.model.joint_linears import PackedWeight
+from langchain_lora_retriever.engine.model.packed_weight import PackedWeight
 from langchain_lora_retriever.engine.model.paged_step import PagedStep, QueryTiles
 from langchain_lora_retriever.engine.model.probe import input_device, num_embeddings
 from langchain_lora_retriever.engine.pinned_copy import upload

@@ -33,26 +33,28 @@ class HostReads(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note the operation, and run it."""
         name = func._schema.name.split("::")[1]  # noqa: SLF001 - an operator says its name nowhere else
-        tensor = args[0] if args and isinstance(args[0], torch.Tensor) else None
-        is_read = name in _READS or (name in _INDEXING and _has_mask(args))
-        if is_read:
+        output = _run(name, func, args, kwargs or {})
+        if name in _READS or (name in _INDEXING and _has_mask(args)) or _is_upload(name, args, output):
             self.names.add(name)
-        if tensor is None or not tensor.is_meta or name == "copy_":
-            output = func(*args, **(kwargs or {}))
-            if _is_upload(name, args, output):
-                self.names.add(name)
-            return output
-        if name in {"_local_scalar_dense", "is_nonzero"}:
-            return torch.zeros((), dtype=tensor.dtype, device="cpu").item()
-        if name == "equal":
-            return False
-        if name == "nonzero":
-            return tensor.new_empty((0, tensor.dim()), dtype=torch.int64)
-        if name == "_grouped_mm":  # which knows bfloat16 alone there
-            return tensor.new_empty((tensor.shape[0], args[1].shape[-1]))
-        if name == "histc":
-            return tensor.new_empty(kwargs["bins"] if kwargs and "bins" in kwargs else args[1])
-        return func(*args, **(kwargs or {}))
+        return output
+
+
+def _run(name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Run an operation, or say what it gives where there are no numbers."""
+    tensor = args[0] if args and isinstance(args[0], torch.Tensor) else None
+    if tensor is None or not tensor.is_meta:
+        return func(*args, **kwargs)
+    if name in {"_local_scalar_dense", "is_nonzero"}:
+        return torch.zeros((), dtype=tensor.dtype, device="cpu").item()
+    if name == "equal":
+        return False
+    if name == "nonzero":
+        return tensor.new_empty((0, tensor.dim()), dtype=torch.int64)
+    if name == "_grouped_mm":  # which knows bfloat16 alone there
+        return tensor.new_empty((tensor.shape[0], args[1].shape[-1]))
+    if name == "histc":
+        return tensor.new_empty(kwargs["bins"] if "bins" in kwargs else args[1])
+    return func(*args, **kwargs)
 
 
 def _has_mask(args: Any) -> bool:

@@ -5,7 +5,6 @@ Both kinds change the modules' parameters in place until `release`.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from functools import partial
 from itertools import accumulate, pairwise
@@ -14,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
+from langchain_lora_retriever.engine.model.base_module import BaseModule
+from langchain_lora_retriever.engine.model.packed_weight import PackedWeight
 from lora_retriever_kernels.packed_matrix import can_pack, multiply, pack
 
 if TYPE_CHECKING:
@@ -21,15 +22,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-__all__ = [
-    "JointLinears",
-    "PackedWeight",
-    "count_uses",
-    "give_forward_back",
-    "is_plain",
-    "join_linears",
-    "pack_output_layer",
-]
+__all__ = ["JointLinears", "count_uses", "is_plain", "join_linears", "pack_output_layer"]
 
 
 class JointLinears(Protocol):
@@ -73,11 +66,12 @@ def pack_output_layer(model: PreTrainedModel) -> Callable[[], None]:
     module: Any = model.get_output_embeddings()
     if module is None or not is_plain(module) or not can_pack(module.weight):
         return lambda: None
-    product, forward = _Packed([module], count_uses(model)), module.forward
-    module.forward = product
+    base = BaseModule(module, module.weight.dtype, module.weight.device)
+    product = _Packed([module], count_uses(model))
+    base.wrap(product)
 
     def undo() -> None:
-        give_forward_back(module, forward)
+        base.unwrap()
         product.release()
 
     return undo
@@ -86,13 +80,6 @@ def pack_output_layer(model: PreTrainedModel) -> Callable[[], None]:
 def count_uses(model: nn.Module) -> Counter[int]:
     """In how many places each parameter is used, by identity: `parameters()` names a shared one once."""
     return Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())  # noqa: SLF001
-
-
-def give_forward_back(module: nn.Module, forward: Callable[..., Any]) -> None:
-    """Let a module compute by the `forward` that it had before another took its place."""
-    vars(module).pop("forward", None)
-    if getattr(forward, "__func__", None) is not type(module).forward:
-        module.forward = forward  # accelerate's own wrapper, an attribute of the instance too
 
 
 class _SideBySide:
@@ -133,50 +120,6 @@ class _SideBySide:
                 module.weight = original
 
 
-class PackedWeight(nn.Parameter):
-    """Stands where a module's weight was: it tells what that was, and has no numbers.
-
-    Raises:
-        RuntimeError: From every computation with it.
-    """
-
-    _read: Callable[[], torch.Tensor]
-
-    @classmethod
-    def of(cls, weight: torch.Tensor, read: Callable[[], torch.Tensor]) -> PackedWeight:
-        """Stand for a weight whose numbers `read` gives."""
-        nothing = weight.new_full((1,), math.nan).expand(weight.shape)
-        made: PackedWeight = torch.Tensor._make_subclass(cls, nothing)  # noqa: SLF001 - as nn.Parameter makes itself
-        made._read = read
-        return made
-
-    def dense(self) -> torch.Tensor:
-        """The numbers `[out_features, in_features]`, in memory of their own."""
-        return self._read()
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Answer what is asked of it, and refuse the rest."""
-        if func not in _TOLD:
-            raise RuntimeError(
-                f"{getattr(func, '__name__', func)} of a weight that an engine has packed for as long as it serves the "
-                "model. Close the engine first, or use a copy of the model made before."
-            )
-        with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - as Tensor does
-            return func(*args, **(kwargs or {}))
-
-
-_GETTERS = (
-    "shape", "dtype", "device", "layout", "ndim", "nbytes", "itemsize", "requires_grad", "grad", "grad_fn", "is_leaf",
-    "is_meta", "is_cuda", "is_cpu", "is_sparse", "is_quantized", "is_mkldnn",
-)  # fmt: skip
-_TOLD = frozenset(
-    [getattr(torch.Tensor, name).__get__ for name in _GETTERS]
-    + [getattr(torch.Tensor, name) for name in ("size", "numel", "nelement", "dim", "element_size", "__hash__",
-                                                "is_floating_point", "is_complex", "requires_grad_")]
-)  # fmt: skip
-
-
 class _Packed:
     """One weight, packed, see `packed_matrix`; the modules' own are dropped meanwhile.
 
@@ -210,7 +153,7 @@ class _Packed:
 
     def _part(self, begin: int, end: int) -> torch.Tensor:
         dense: torch.Tensor = self._weight.to_dense()
-        return dense[begin:end].clone()
+        return dense[begin:end]
 
 
 def _joint_bias(linears: Sequence[nn.Linear]) -> torch.Tensor | None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from transformers import DynamicCache, cache_utils
 
-from langchain_lora_retriever.engine.model.joint_linears import give_forward_back
+from langchain_lora_retriever.engine.model.base_module import give_forward_back
 from langchain_lora_retriever.engine.pinned_copy import upload
 from langchain_lora_retriever.errors import EngineError
 

@@ -11,12 +11,8 @@ from torch import nn
 
 from langchain_lora_retriever.engine.model import joint_linears
 from langchain_lora_retriever.engine.model.base_module import BaseModule
-from langchain_lora_retriever.engine.model.joint_linears import (
-    PackedWeight,
-    count_uses,
-    join_linears,
-    pack_output_layer,
-)
+from langchain_lora_retriever.engine.model.joint_linears import count_uses, join_linears, pack_output_layer
+from langchain_lora_retriever.engine.model.packed_weight import PackedWeight
 from lora_retriever_kernels.packed_matrix import can_pack
 from makers import make_tiny_model
 
