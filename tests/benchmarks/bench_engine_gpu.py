@@ -32,14 +32,15 @@ from engine_gpu.registry import registry
 from engine_gpu.speed import alone, long_prompt, products, throughput
 from engine_gpu.spread import spread
 from engine_gpu.timeline import timeline
+from engine_gpu.workload import log_normal, online
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 GATES: tuple[Callable[[Bench], None], ...] = (tokens, storm, logits)
 SECTIONS: tuple[Callable[[Bench], None], ...] = (
-    *GATES, peers, products, throughput, alone, long_prompt, kinds, activated, timeline, registry, chat,
-    spread,
+    *GATES, peers, products, throughput, alone, long_prompt, log_normal, online, kinds, activated, timeline,
+    registry, chat, spread,
 )  # fmt: skip
 
 

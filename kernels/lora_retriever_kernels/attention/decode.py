@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from lora_retriever_kernels.launch import pdl_options, wait_for_earlier_launches
+
 if TYPE_CHECKING:
     from lora_retriever_kernels.attention.pages import Pages
 
@@ -31,8 +33,10 @@ def _decode_kernel(
     GROUP: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_CHUNKED: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr, IS_SPLIT: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence, key head and split. A split without keys says so with a maximum of -inf."""
+    wait_for_earlier_launches(PDL)
     sequence = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -107,9 +111,10 @@ def _decode_kernel(
 @triton.jit(do_not_specialize=["num_splits"], do_not_specialize_on_alignment=["tokens"])
 def _combine_kernel(
     out, partial, stats, tokens, out_stride, num_heads, num_splits,
-    VALUE_DIM: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_VALUE: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_VALUE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence and head: the splits' outputs, weighted by their share of the softmax."""
+    wait_for_earlier_launches(PDL)
     sequence = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     token = tl.load(tokens + sequence)
@@ -213,6 +218,7 @@ def attend_decode(
         BLOCK_VALUE=max(16, triton.next_power_of_2(value_dim)),
         num_warps=4,
         num_stages=2,
+        **pdl_options(out.device),
     )
     if num_splits > 1:
         _combine_kernel[(num_sequences, num_heads)](
@@ -227,4 +233,5 @@ def attend_decode(
             BLOCK_SPLITS=triton.next_power_of_2(num_splits),
             BLOCK_VALUE=triton.next_power_of_2(value_dim),
             num_warps=2,
+            **pdl_options(out.device),
         )

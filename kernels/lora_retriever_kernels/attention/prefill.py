@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
+from lora_retriever_kernels.launch import pdl_options, wait_for_earlier_launches
+
 if TYPE_CHECKING:
     import torch
 
@@ -31,8 +33,10 @@ def _prefill_kernel(
     GROUP: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_CHUNKED: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per tile and key head; row m is query `m // BLOCK_GROUP`, head `m % BLOCK_GROUP` of the group."""
+    wait_for_earlier_launches(PDL)
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     first = tl.load(tiles + tile * 2)
@@ -179,4 +183,5 @@ def attend_prefill(
         BLOCK_VALUE=max(16, triton.next_power_of_2(value_dim)),
         num_warps=4,
         num_stages=2,
+        **pdl_options(out.device),
     )

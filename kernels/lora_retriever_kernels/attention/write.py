@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import triton
 import triton.language as tl
 
+from lora_retriever_kernels.launch import pdl_options, wait_for_earlier_launches
+
 if TYPE_CHECKING:
     import torch
 
@@ -89,9 +91,10 @@ def _write_kernel(
     rotary_stride, num_heads, num_kv_heads,
     HAS_DELTA: tl.constexpr, HAS_ROTARY: tl.constexpr, HAS_NORM: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
-    BLOCK_TAIL: tl.constexpr, BLOCK_VALUE: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr, BLOCK_VALUE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per token and group of heads: first the groups of key heads, then those of query heads."""
+    wait_for_earlier_launches(PDL)
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     row = tl.load(rows + token)
@@ -209,4 +212,5 @@ def write_kv(
         BLOCK_TAIL=triton.next_power_of_2(max(dim - rotary_dim, 1)),
         BLOCK_VALUE=triton.next_power_of_2(value_dim),
         num_warps=2,
+        **pdl_options(query.device),
     )

@@ -9,15 +9,18 @@ import torch
 import triton
 import triton.language as tl
 
+from lora_retriever_kernels.launch import pdl_options, wait_for_earlier_launches
+
 # Names as in the configurations of transformers.
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu": 2}
 
 
 @triton.jit
 def _activation_kernel(
-    out, x, delta, width, x_stride, HAS_DELTA: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr
+    out, x, delta, width, x_stride, HAS_DELTA: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):
     """One program per token and block of columns."""
+    wait_for_earlier_launches(PDL)
     token = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ok = d < width
@@ -60,5 +63,6 @@ def gated_activation(x: torch.Tensor, name: str, delta: torch.Tensor | None = No
             KIND=ACTIVATIONS[name],
             BLOCK=block,
             num_warps=max(1, block // 256),
+            **pdl_options(x.device),
         )
     return out

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from lora_retriever_kernels.launch import pdl_options, wait_for_earlier_launches
+
 
 class RmsNorm(NamedTuple):
     """`x * rsqrt(mean(x^2) + eps) * (weight + offset)`."""
@@ -24,11 +26,14 @@ class RmsNorm(NamedTuple):
 def _norm_kernel(
     out, total, x, delta, residual, weight, inner_weight, eps, offset, inner_eps, inner_offset, width, x_stride,
     HAS_DELTA: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_INNER: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per token."""
     token = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     ok = d < width
+    w = tl.load(weight + d, mask=ok, other=0.0).to(tl.float32) + offset
+    wait_for_earlier_launches(PDL)
     y = tl.load(x + token * x_stride + d, mask=ok, other=0.0).to(tl.float32)
     if HAS_DELTA:
         y += tl.load(delta + token * width + d, mask=ok, other=0.0).to(tl.float32)
@@ -41,7 +46,6 @@ def _norm_kernel(
         rounded = y.to(total.dtype.element_ty)
         tl.store(total + token * width + d, rounded, mask=ok)
         y = rounded.to(tl.float32)
-    w = tl.load(weight + d, mask=ok, other=0.0).to(tl.float32) + offset
     y = y * tl.rsqrt(tl.sum(y * y, 0) / width + eps) * w
     tl.store(out + token * width + d, y.to(out.dtype.element_ty), mask=ok)
 
@@ -113,4 +117,5 @@ def _launch(
         HAS_INNER=inner is not None,
         BLOCK=block,
         num_warps=max(1, min(16, block // 512)),
+        **pdl_options(x.device),
     )

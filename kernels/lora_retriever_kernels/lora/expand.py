@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from lora_retriever_kernels.launch import pdl_options, wait_for_earlier_launches
 from lora_retriever_kernels.lora import plan
-from lora_retriever_kernels.lora.launch import pdl_options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,7 +42,7 @@ def _locate(block, OUT: tl.constexpr, NUM_SLICES: tl.constexpr, BLOCK_N: tl.cons
 
 
 @triton.jit
-def _expand_token_kernel(  # noqa: C901 - what is not asked for is not compiled
+def _expand_token_kernel(
     y,
     v,
     b,
@@ -55,12 +55,12 @@ def _expand_token_kernel(  # noqa: C901 - what is not asked for is not compiled
     stride_y,
     stride_b,
     stride_split,
+    max_rank,
     K: tl.constexpr,
     K_PADDED: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     OUT: tl.constexpr,
     NUM_SLICES: tl.constexpr,
-    MAX_RANK: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -83,9 +83,7 @@ def _expand_token_kernel(  # noqa: C901 - what is not asked for is not compiled
     y_ptr = y + token.to(tl.int64) * stride_y + n
     acc = tl.zeros([BLOCK_N], tl.float32)
     if highest == 0:
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
+        wait_for_earlier_launches(PDL)
         if not ADD:
             tl.store(y_ptr, acc.to(y.dtype.element_ty), mask=n < end)
         return
@@ -94,11 +92,8 @@ def _expand_token_kernel(  # noqa: C901 - what is not asked for is not compiled
         has_row = r < rank
         b_ptr = b + (start + r).to(tl.int64)[:, None] * stride_b + n[None, :]
         b_part = tl.load(b_ptr, mask=has_row[:, None] & (n < end)[None, :], other=0.0)
-        if PDL:
-            # B does not depend on the shrink: its loads are in flight before the wait.
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
-        v_ptr = v + ((token.to(tl.int64) * K + j) * NUM_SLICES + index) * MAX_RANK + r
+        wait_for_earlier_launches(PDL)  # B does not depend on the shrink: its loads are in flight before the wait
+        v_ptr = v + ((token.to(tl.int64) * K + j) * NUM_SLICES + index) * max_rank + r
         v_part = tl.zeros([K_PADDED * BLOCK_R], tl.float32)
         for s in tl.static_range(NUM_SPLITS):
             v_part += tl.load(v_ptr + s * stride_split, mask=has_row, other=0.0)
@@ -119,7 +114,7 @@ def _expand_token_kernel(  # noqa: C901 - what is not asked for is not compiled
     tl.store(y_ptr, acc.to(y.dtype.element_ty), mask=n < end)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "max_items"])
+@triton.jit(do_not_specialize=["num_tokens", "max_items", "parts"])
 def _mix_kernel(
     mixed,
     rows,
@@ -135,15 +130,15 @@ def _mix_kernel(
     max_items,
     max_rows,
     stride_split,
+    max_rank,
+    parts,
     K: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     NUM_SLICES: tl.constexpr,
-    MAX_RANK: tl.constexpr,
     ITEM_ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     MIX_M: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
-    PARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """mixed[tile, slice, m, row] = the weighted sum of `v` for the row's adapter, 0 where the token does not use it.
@@ -154,15 +149,13 @@ def _mix_kernel(
     index = tl.program_id(1)
     m = tl.program_id(0) % (BLOCK_M // MIX_M) * MIX_M + tl.arange(0, MIX_M)
     count = tl.load(num_items + tile)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_for_earlier_launches(PDL)
     t = tile * BLOCK_M + m
     token = tl.load(order + t, mask=t < num_tokens, other=-1)
     i = tl.arange(0, BLOCK_ROWS)
     out = (tile * NUM_SLICES + index).to(tl.int64)
     step: tl.constexpr = BLOCK_ROWS // ITEM_ROWS
-    for first in range(tl.program_id(2) * step, count, PARTS * step):
+    for first in range(tl.program_id(2) * step, count, parts * step):
         position = first + i // ITEM_ROWS
         item = tl.load(items + tile * max_items + position, mask=position < count, other=-1)
         slot = item >> 4
@@ -179,7 +172,7 @@ def _mix_kernel(
             chosen = tl.where(hit, j, chosen)
             weight += tl.where(hit, w[:, None], 0.0)
         pair = token.to(tl.int64)[:, None] * K + chosen
-        v_ptr = v + (pair * NUM_SLICES + index) * MAX_RANK + r[None, :]
+        v_ptr = v + (pair * NUM_SLICES + index) * max_rank + r[None, :]
         v_mask = (chosen >= 0) & has_row[None, :]
         total = tl.load(v_ptr, mask=v_mask, other=0.0)
         for s in tl.static_range(1, NUM_SPLITS):
@@ -220,14 +213,15 @@ def _expand_tile_kernel(
     """A tile of tokens, one column block: a product over the rows of all adapters in the tile, y touched once."""
     tile = tl.program_id(1)
     count = tl.load(num_items + tile)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    if count == 0:
-        return
+    wait_for_earlier_launches(PDL)
+    if ADD:  # noqa: SIM102 - only this one is decided at compile time
+        if count == 0:
+            return
     index, column, end = _locate(tl.program_id(0), OUT, NUM_SLICES, BLOCK_N)
     t = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     token = tl.load(order + t, mask=t < num_tokens, other=-1)
+    if not ADD:  # tokens without adapters get zeros
+        token = tl.where(token < -1, -2 - token, token)
     n = tl.multiple_of(column, ALIGN) + tl.arange(0, BLOCK_N)
     i = tl.arange(0, BLOCK_ROWS)
     y_ptr = y + token.to(tl.int64)[:, None] * stride_y + n[None, :]
@@ -281,8 +275,6 @@ def expand(
     if block_m == 1:
         _expand_tokens(y, v, b, ranks, starts, out_features, batch, p, gains, bias, add=add)
     else:
-        if not add:
-            y.zero_()  # tiles hold the tokens that have adapters, and no others
         mixed = mixed or mix(v, b, ranks, starts, out_features, block_m, batch)
         _expand_tiles(y, mixed, b, out_features, batch, p, gains, bias, k, add=add)
 
@@ -340,11 +332,11 @@ def _expand_tokens(
         stride_y=y.stride(0),
         stride_b=b.stride(0),
         stride_split=v.stride(0),
+        max_rank=max_rank,
         K=k,
         K_PADDED=plan.power_of_2(k),
         NUM_SPLITS=num_splits,
         NUM_SLICES=num_slices,
-        MAX_RANK=max_rank,
         BLOCK_R=p.block_rows,
         ADD=add,
         **options,
@@ -404,15 +396,15 @@ def mix(
         max_items,
         max_rows,
         v.stride(0),
+        max_rank,
+        parts,
         K=k,
         NUM_SPLITS=num_splits,
         NUM_SLICES=num_slices,
-        MAX_RANK=max_rank,
         ITEM_ROWS=plan.ITEM_ROWS,
         BLOCK_M=block_m,
         MIX_M=mix_m,
         BLOCK_ROWS=p.block_rows,
-        PARTS=parts,
         num_stages=1,
         **pdl_options(b.device),
     )

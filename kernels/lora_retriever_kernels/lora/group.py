@@ -16,6 +16,16 @@ if TYPE_CHECKING:
     import torch
 
 
+@triton.jit
+def _first_slots(mapping, tokens, num_tokens, K: tl.constexpr, BLOCK: tl.constexpr):
+    """The first slot that each of some tokens names, -1 for none."""
+    first = tl.full([BLOCK], -1, tl.int32)
+    for j in tl.static_range(K):
+        slot = tl.load(mapping + tokens * K + K - 1 - j, mask=tokens < num_tokens, other=-1)
+        first = tl.where(slot >= 0, slot, first)
+    return first
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def _sort_kernel(  # noqa: C901 - two scans over pairs, two over tokens
     mapping,
@@ -33,7 +43,8 @@ def _sort_kernel(  # noqa: C901 - two scans over pairs, two over tokens
     """Counting sort, one program per slot: pairs by slot, and tokens by their first slot.
 
     Each program counts for itself what comes before its slot, so none waits for another and ties keep their order. The
-    program past the last slot copies the step's mapping and marks the end of `order` with -1.
+    program past the last slot copies the step's mapping and ends `order` with the tokens without adapters, `t` as
+    `-2 - t`.
     """
     slot = tl.program_id(0)
     i = tl.arange(0, BLOCK)
@@ -59,26 +70,23 @@ def _sort_kernel(  # noqa: C901 - two scans over pairs, two over tokens
                 offset += tl.sum(hit)
     offset = 0
     for lo in range(0, num_tokens, BLOCK):
-        first = tl.full([BLOCK], -1, tl.int32)
-        for j in tl.static_range(K):
-            m = tl.load(mapping + (lo + i) * K + K - 1 - j, mask=lo + i < num_tokens, other=-1)
-            first = tl.where(m >= 0, m, first)
+        first = _first_slots(mapping, lo + i, num_tokens, K, BLOCK)
         offset += tl.sum(((first >= 0) & (first < slot)).to(tl.int32))
     if slot == max_loras:
         for lo in range(0, num_tokens, BLOCK):
-            tl.store(order + lo + i, -1, mask=(lo + i >= offset) & (lo + i < num_tokens))
+            first = _first_slots(mapping, lo + i, num_tokens, K, BLOCK)
+            hit = ((first < 0) & (lo + i < num_tokens)).to(tl.int32)
+            tl.store(order + offset + tl.cumsum(hit) - 1, -2 - lo - i, mask=hit > 0)
+            offset += tl.sum(hit)
     elif count > 0:
         for lo in range(0, num_tokens, BLOCK):
-            first = tl.full([BLOCK], -1, tl.int32)
-            for j in tl.static_range(K):
-                m = tl.load(mapping + (lo + i) * K + K - 1 - j, mask=lo + i < num_tokens, other=-1)
-                first = tl.where(m >= 0, m, first)
+            first = _first_slots(mapping, lo + i, num_tokens, K, BLOCK)
             hit = (first == slot).to(tl.int32)
             tl.store(order + offset + tl.cumsum(hit) - 1, lo + i, mask=hit > 0)
             offset += tl.sum(hit)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_pair_tiles", "num_token_tiles", "max_items"])
+@triton.jit(do_not_specialize=["num_tokens", "num_pair_tiles", "num_token_tiles", "max_items", "max_blocks"])
 def _tile_kernel(
     mapping,
     counts,
@@ -92,10 +100,10 @@ def _tile_kernel(
     num_pair_tiles,
     num_token_tiles,
     max_items,
+    max_blocks,
     K: tl.constexpr,
     PAIR_BLOCK: tl.constexpr,
     TOKEN_BLOCK: tl.constexpr,
-    MAX_BLOCKS: tl.constexpr,
     ITEM_ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
@@ -126,7 +134,7 @@ def _tile_kernel(
                 hits += tl.sum((m[:, None] == slots[None, :]).to(tl.int32), 0)
             blocks = tl.cdiv(tl.load(counts + slots, mask=ok & (hits > 0), other=0), ITEM_ROWS)
             base = items + i * max_items + tl.cumsum(blocks) - blocks
-            for block in range(MAX_BLOCKS):
+            for block in range(max_blocks):
                 tl.store(base + block, slots * 16 + block, mask=block < blocks)
             tl.store(num_items + i, tl.sum(blocks))
 
@@ -184,10 +192,10 @@ def group_tokens(
         num_pair_tiles,
         num_token_tiles,
         plan.max_items(block_m, k, max_loras, max_rank),
+        plan.cdiv(max_rank, plan.ITEM_ROWS),
         K=k,
         PAIR_BLOCK=plan.pair_block(num_tokens, k),
         TOKEN_BLOCK=block_m,
-        MAX_BLOCKS=plan.cdiv(max_rank, plan.ITEM_ROWS),
         ITEM_ROWS=plan.ITEM_ROWS,
         SLOTS=max(16, plan.power_of_2(max_loras + 1)),
     )

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
+from lora_retriever_kernels.launch import pdl_options, stages_that_fit, wait_for_earlier_launches
 from lora_retriever_kernels.lora import plan
-from lora_retriever_kernels.lora.launch import pdl_options, stages_that_fit
 
 if TYPE_CHECKING:
     import torch
 
 
-@triton.jit
+# What changes with ranks and widths alone is no constant: each variant would be compiled when it is first met.
+@triton.jit(do_not_specialize=["chunk", "rank_blocks"])
 def _shrink_kernel(
     v,
     x,
@@ -30,23 +31,20 @@ def _shrink_kernel(
     stride_slice,
     stride_split,
     in_features,
+    max_rank,
+    rank_blocks,
+    chunk,
     K: tl.constexpr,
     NUM_SLICES: tl.constexpr,
-    MAX_RANK: tl.constexpr,
     SLICES: tl.constexpr,
-    RANK_BLOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    CHUNK: tl.constexpr,
     EVEN_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """v[split, pair, slice, r] = x[token(pair), chunk(split)] . a[slice, start(slot) + r, chunk(split)]."""
-    if PDL:
-        # Every program waits, also one without work: a later kernel trusts this one to end after its predecessors.
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_for_earlier_launches(PDL)
     tile = tl.program_id(0)
     part = tl.program_id(1)
     split = tl.program_id(2)
@@ -54,8 +52,8 @@ def _shrink_kernel(
     if slot < 0:
         return
     column = tl.arange(0, SLICES * BLOCK_R)
-    index = part // RANK_BLOCKS * SLICES + column // BLOCK_R
-    r = part % RANK_BLOCKS * BLOCK_R + column % BLOCK_R
+    index = part // rank_blocks * SLICES + column // BLOCK_R
+    r = part % rank_blocks * BLOCK_R + column % BLOCK_R
     rank = tl.load(ranks + slot * NUM_SLICES + index, mask=index < NUM_SLICES, other=0)
     has_row = r < rank
     if tl.max(has_row.to(tl.int32)) == 0:
@@ -66,12 +64,13 @@ def _shrink_kernel(
     position = begin + tl.arange(0, BLOCK_M)
     has_pair = position < end
     pair = tl.load(pairs + position, mask=has_pair, other=0)
-    k = split * CHUNK + tl.arange(0, BLOCK_K)
+    first_k = tl.multiple_of(split * chunk, BLOCK_K)
+    k = first_k + tl.arange(0, BLOCK_K)
     x_ptr = x + (pair // K).to(tl.int64)[:, None] * stride_x + k[None, :]
     a_ptr = a + (index.to(tl.int64) * stride_slice + row.to(tl.int64) * in_features)[None, :] + k[:, None]
     acc = tl.zeros([BLOCK_M, SLICES * BLOCK_R], tl.float32)
-    remaining = in_features - split * CHUNK
-    for k0 in range(0, tl.minimum(CHUNK, remaining), BLOCK_K):
+    remaining = in_features - first_k
+    for k0 in range(0, tl.minimum(chunk, remaining), BLOCK_K):
         x_mask = has_pair[:, None]
         a_mask = has_row[None, :]
         if not EVEN_K:
@@ -81,8 +80,8 @@ def _shrink_kernel(
         x_part = tl.load(x_ptr + k0, mask=x_mask, other=0.0)
         a_part = tl.load(a_ptr + k0, mask=a_mask, other=0.0)
         acc = tl.dot(x_part, a_part, acc, input_precision="ieee")
-    v_ptr = v + split.to(tl.int64) * stride_split + pair.to(tl.int64)[:, None] * (NUM_SLICES * MAX_RANK)
-    tl.store(v_ptr + (index * MAX_RANK + r)[None, :], acc, mask=has_pair[:, None] & has_row[None, :])
+    v_ptr = v + split.to(tl.int64) * stride_split + pair.to(tl.int64)[:, None] * (NUM_SLICES * max_rank)
+    tl.store(v_ptr + (index * max_rank + r)[None, :], acc, mask=has_pair[:, None] & has_row[None, :])
 
 
 def shrink(
@@ -118,15 +117,15 @@ def shrink(
         a.stride(0),
         v.stride(0),
         in_features,
+        max_rank,
+        rank_blocks,
+        p.chunk,
         K=k,
         NUM_SLICES=num_slices,
-        MAX_RANK=max_rank,
         SLICES=p.slices,
-        RANK_BLOCKS=rank_blocks,
         BLOCK_M=block_m,
         BLOCK_R=p.block_r,
         BLOCK_K=p.block_k,
-        CHUNK=p.chunk,
         EVEN_K=in_features % p.block_k == 0,
         num_warps=p.num_warps,
         num_stages=stages_that_fit(x.device, p.num_stages, stage_bytes),
@@ -151,9 +150,7 @@ def _look_up_kernel(
     PDL: tl.constexpr,
 ):
     """v[pair, slice, r] = a[slice, start(slot) + r, x[token(pair)]], one program per pair and slice."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_for_earlier_launches(PDL)
     pair = tl.program_id(0)
     index = tl.program_id(1)
     slot = tl.load(mapping + pair)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import zlib
 from typing import Any
 
 import accelerate
@@ -85,14 +86,15 @@ class _Placed(Bench):
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
         num_devices = max(torch.cuda.device_count(), 1) if self._is_placed else 1
         places = _places(config.num_hidden_layers, num_devices)
-        generator = {place: torch.Generator(place).manual_seed(0) for place in set(places.values())}
         for path, module in list(model.named_modules()):
             place = next((places[name] for name in places if f"{path}.".startswith(f"{name}.")), None)
             for name, parameter in list(module.named_parameters(recurse=False)):
                 assert place is not None, path
                 made = torch.empty(parameter.shape, dtype=self.dtype, device=place)
+                # By name: the same weights wherever they lie.
+                generator = torch.Generator(place).manual_seed(zlib.crc32(f"{path}.{name}".encode()))
                 std = 0.15 if self.is_tiny else 0.02  # of the tiny one so that no two tokens are as good as each other
-                made = made.normal_(std=std, generator=generator[place]) if made.dim() > 1 else made.fill_(1.0)
+                made = made.normal_(std=std, generator=generator) if made.dim() > 1 else made.fill_(1.0)
                 setattr(module, name, nn.Parameter(made, requires_grad=False))
         model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(places["model.rotary_emb"])
         model.generation_config.eos_token_id = None

@@ -1,3 +1,4 @@
+# mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False
 """What the Triton launches have in common."""
 
 from __future__ import annotations
@@ -5,6 +6,8 @@ from __future__ import annotations
 import functools
 
 import torch
+import triton
+import triton.language as tl
 
 
 @functools.cache
@@ -25,3 +28,14 @@ def stages_that_fit(device: torch.device, wanted: int, stage_bytes: int) -> int:
         return wanted
     available: int = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 49152)
     return max(1, min(wanted, available // stage_bytes))
+
+
+@triton.jit
+def wait_for_earlier_launches(PDL: tl.constexpr) -> None:
+    """Wait for the results of all kernels launched before, and let the next one be launched meanwhile.
+
+    Every program calls it, also one without work: a later kernel trusts this one to end after its predecessors.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
