@@ -32,6 +32,8 @@ _FAILURES_OF_ALL = (EncoderError, MissingDependencyError)
 # How long an encoder may fail without any success before a batch is given up: each attempt of one that is away may
 # take long.
 _PATIENCE_SECONDS = 30.0
+# Callers of an event loop that go on at once when their batch is there; each then has a millisecond of work, or two.
+_AT_ONCE = 4
 
 
 class _Batch:
@@ -40,7 +42,27 @@ class _Batch:
     def __init__(self) -> None:
         self.texts: dict[str, None] = {}
         self.outcomes: Future[dict[str, Outcome]] = Future()
-        self.arrivals: dict[asyncio.AbstractEventLoop, asyncio.Event] = {}
+        self.arrivals: dict[asyncio.AbstractEventLoop, _Arrival] = {}
+
+
+class _Arrival:
+    """A batch's end, as the callers of one event loop wait for it: they go on a few at a time, as they came."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+        self._num_callers = 0
+
+    def announce(self) -> None:
+        """Wake those who wait; to be called in the loop."""
+        self._event.set()
+
+    async def wait(self) -> None:
+        """Wait for the end, and then while those before have their turn of the loop, and whatever else is ready."""
+        num_turns = self._num_callers // _AT_ONCE
+        self._num_callers += 1
+        await self._event.wait()
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
 
 
 class MicroBatcher:
@@ -48,8 +70,9 @@ class MicroBatcher:
 
     Callers put their texts into the open batch, where equal texts are one. The first of them to get the encoder closes
     the batch and embeds it, so the others find their vectors made; an event loop is woken once for all that wait in
-    it. A batch that fails is embedded again in halves, so that a text on which the encoder fails fails alone; unless
-    the encoder says of itself that it cannot work (`EncoderError`), or fails over everything for half a minute.
+    it, who go on a few at a time, so that whatever else it runs goes on between them. A batch that fails is embedded
+    again in halves, so that a text on which the encoder fails fails alone; unless the encoder says of itself that it
+    cannot work (`EncoderError`), or fails over everything for half a minute.
 
     An interrupt (`KeyboardInterrupt`, or what a signal's handler raises) ends the call that it meets in the main
     thread; whoever waits with it embeds the batch. In any other thread it is the encoder's failure.
@@ -89,7 +112,7 @@ class MicroBatcher:
             batch = self._join(part)
             if loop not in batch.arrivals:
                 self.executor.submit(self._embed, batch)
-                arrival = batch.arrivals[loop] = asyncio.Event()
+                arrival = batch.arrivals[loop] = _Arrival()
                 batch.outcomes.add_done_callback(partial(_announce, loop, arrival))
             await batch.arrivals[loop].wait()
             made = batch.outcomes.result()
@@ -161,6 +184,6 @@ def _is_interrupt(error: BaseException) -> bool:
     return not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime"
 
 
-def _announce(loop: asyncio.AbstractEventLoop, arrival: asyncio.Event, _: object) -> None:
+def _announce(loop: asyncio.AbstractEventLoop, arrival: _Arrival, _: object) -> None:
     with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-        loop.call_soon_threadsafe(arrival.set)
+        loop.call_soon_threadsafe(arrival.announce)

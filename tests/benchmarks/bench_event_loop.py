@@ -77,14 +77,15 @@ async def idle(_: int) -> Callable[[], Awaitable[Any]]:
 
 async def load(_: int) -> Callable[[], Awaitable[Any]]:
     """The first call of a process: imports done, the model and the encoder still to be loaded."""
-    llm = demo_chat_model(max_tokens=4)
-    return lambda: llm.ainvoke(prompts(1)[0])
+    llm, (prompt,) = demo_chat_model(max_tokens=4), prompts(1)
+    return lambda: llm.ainvoke(prompt)
 
 
 async def fusion(_: int) -> Callable[[], Awaitable[Any]]:
     """Fifty fusions, none of them averaged before."""
     llm = await warm(demo_chat_model(max_tokens=8, composition="fusion"))
-    return lambda: asyncio.gather(*map(llm.ainvoke, prompts(50)))
+    texts = prompts(50)
+    return lambda: asyncio.gather(*map(llm.ainvoke, texts))
 
 
 async def constrained(_: int) -> Callable[[], Awaitable[Any]]:
@@ -111,6 +112,7 @@ async def change(_: int) -> Callable[[], Awaitable[Any]]:
     """Adapters replaced while fifty calls run."""
     pool = demo_pool()
     llm = await warm(demo_chat_model(max_tokens=8, pool=pool))
+    texts = prompts(50)
     source = next(pool[name].path for name in pool.names if pool[name].path is not None)
 
     async def replace() -> None:
@@ -118,7 +120,7 @@ async def change(_: int) -> Callable[[], Awaitable[Any]]:
             await asyncio.to_thread(lambda index=index: pool.add(f"new-{index}", source, samples=[f"sample {index}"]))
 
     async def run() -> Any:
-        answers, _ = await asyncio.gather(asyncio.gather(*map(llm.ainvoke, prompts(50))), replace())
+        answers, _ = await asyncio.gather(asyncio.gather(*map(llm.ainvoke, texts)), replace())
         return answers
 
     return run

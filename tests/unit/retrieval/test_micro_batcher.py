@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -45,6 +46,26 @@ async def test_the_first_of_many_do_not_wait_for_the_last():
     outcomes = await asyncio.gather(*(batcher.arun([str(i), str(i + 100)]) for i in range(9)))
     assert [values(each) for each in outcomes] == [[i, i + 100] for i in range(9)]
     assert max(map(len, encoder.batches)) == 4
+
+
+async def test_a_loop_goes_on_between_those_who_waited_together():
+    """They go on a few at a time, as they came, each with work of its own: whatever else is ready has its turn."""
+    batcher = MicroBatcher(Encoder())
+    done = []
+    turns = []
+
+    async def call(number):
+        await batcher.arun([str(number)])
+        done.append(number)
+
+    async def others():
+        while len(done) < 40:
+            turns.append(len(done))
+            await asyncio.sleep(0)
+
+    await asyncio.gather(others(), *map(call, range(40)))
+    assert done == [*range(40)]
+    assert max(after - before for before, after in pairwise(turns)) < 8
 
 
 async def test_more_texts_than_a_batch_takes():
