@@ -378,8 +378,12 @@ def _read_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
             f"The answer cannot be constrained: {type(tokenizer).__name__} has no fast (tokenizers) backend. "
             "Load the tokenizer with use_fast=True, or ask for free text."
         )
-    # In two parts, each of which holds the interpreter to its end: other threads run between them.
-    tokens = hf.from_tokenizer(cast("Any", tokenizer), slices=[])
+    # In parts, each of which holds the interpreter to its end: other threads run between them.
+    backend = cast("PreTrainedTokenizerFast", tokenizer).backend_tokenizer
+    if backend.padding is None and backend.truncation is None:
+        tokens = LLTokenizer(backend.to_str(), eos_token=cast("Any", tokenizer).eos_token_id, slices=[])
+    else:
+        tokens = hf.from_tokenizer(cast("Any", tokenizer), slices=[])  # takes both off a copy, which is one part more
     tokens = tokens.with_slices(LLTokenizer.general_slices())
     special = {text: id_ for text, id_ in tokenizer.get_added_vocab().items() if tokens.is_special_token(id_)}
     return Vocabulary(tokens, special, ClosingTokens.of(tokens))

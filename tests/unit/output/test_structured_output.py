@@ -31,7 +31,7 @@ from langchain_lora_retriever.output.format import answer_format
 from langchain_lora_retriever.output.grammars import calls_grammar, choice_grammar, json_grammar, regex_grammar
 from langchain_lora_retriever.output.json_check import violation
 from langchain_lora_retriever.output.tools import to_json_schema
-from makers import wait_until
+from makers import make_tokenizer, wait_until
 
 if TYPE_CHECKING:
     from langchain_lora_retriever import ChatLoraRetriever
@@ -75,6 +75,21 @@ def write_calls(tokenizer: Any, tools: Any, **options: Any) -> str:
     """Write the grammar of tool calls for a tokenizer."""
     special = compiler_of(tokenizer).vocabulary.special
     return calls_grammar(tools, special=special, eos_token_id=tokenizer.eos_token_id, **options)
+
+
+def test_a_tokenizer_that_pads_and_cuts_is_read_as_any() -> None:
+    """What it was last told about batches has no part in its vocabulary, and stays as it was."""
+    plain, told = make_tokenizer(), make_tokenizer()
+    told.backend_tokenizer.enable_padding(length=64)
+    told.backend_tokenizer.enable_truncation(4)
+    words = [compiler_of(each).vocabulary.tokens for each in (plain, told)]
+    assert told.backend_tokenizer.padding is not None
+    assert told.backend_tokenizer.truncation is not None
+    one, other = (each.tokenize_str("the answer is forty-two, more or less") for each in words)
+    assert one == other == plain.encode("the answer is forty-two, more or less", add_special_tokens=False)
+    assert {each.eos_token for each in words} == {plain.eos_token_id}
+    tokens, again = ([each.decode_bytes([i]) for i in range(each.vocab_size)] for each in words)
+    assert tokens == again
 
 
 def follows(tokenizer: Any, grammar: str, text: str) -> bool:
