@@ -6,10 +6,10 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
-from langchain_lora_retriever.engine.gc_freeze import frozen_heap
 from langchain_lora_retriever.engine.grammar import compiler_of
 from langchain_lora_retriever.engine.model.load import load_base_model
 from langchain_lora_retriever.engine.worker import EngineWorker
+from langchain_lora_retriever.support.gc_freeze import frozen_heap, without_full_collections
 from langchain_lora_retriever.support.native_memory import give_back_freed
 from langchain_lora_retriever.support.openmp import run_aside
 
@@ -48,7 +48,8 @@ def _start(
     _logger.info("loading the base model %s", "given by its caller" if isinstance(source, tuple) else source)
     start = time.perf_counter()
     # A model is a million objects: the collector would visit all of the process again and again while they are made.
-    with frozen_heap(is_wanted=config.freeze_heap, collects=False):
+    is_wanted = config.freeze_heap
+    with frozen_heap(is_wanted=is_wanted, collects=False), without_full_collections(is_wanted=is_wanted):
         base = load_base_model(source, **model_kwargs)
         # llguidance holds the interpreter while it reads a vocabulary: here, and not in somebody's first call.
         compiler_of(base.tokenizer).prepare()

@@ -17,13 +17,13 @@ import torch
 from langchain_lora_retriever.engine.api import EngineInfo
 from langchain_lora_retriever.engine.config import EngineConfig
 from langchain_lora_retriever.engine.core import Engine, StepFailedError
-from langchain_lora_retriever.engine.gc_freeze import frozen_heap
 from langchain_lora_retriever.engine.generation import Generation, deliver
 from langchain_lora_retriever.engine.grammar import compiler_of
 from langchain_lora_retriever.engine.pinned_copy import on_device
 from langchain_lora_retriever.engine.request import failure
 from langchain_lora_retriever.errors import EngineDeadError, EngineOverloadedError, fresh
 from langchain_lora_retriever.support.forking import after_fork
+from langchain_lora_retriever.support.gc_freeze import frozen_heap
 from langchain_lora_retriever.support.openmp import openmp_team
 
 if TYPE_CHECKING:

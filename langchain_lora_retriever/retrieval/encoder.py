@@ -14,6 +14,7 @@ import numpy as np
 
 from langchain_lora_retriever.errors import EncoderError, InvalidRequestError, MissingDependencyError
 from langchain_lora_retriever.support.forking import begin_in_every_process
+from langchain_lora_retriever.support.gc_freeze import freeze_what_came, without_full_collections
 from langchain_lora_retriever.support.openmp import run_aside
 from langchain_lora_retriever.support.quiet_loading import quiet_loading
 
@@ -138,17 +139,21 @@ class SentenceTransformerEncoder:
 
     def _load(self) -> SentenceTransformer:
         if self._model is None:
-            from sentence_transformers import SentenceTransformer  # noqa: PLC0415  # seconds to import
-
-            if isinstance(self._source, SentenceTransformer):
-                self._model = self._source
-            else:
-                try:
-                    with quiet_loading:
-                        self._model = SentenceTransformer(source_of_model(self._source), device=self._device)
-                except Exception as error:  # the hub's, the files', torch's
-                    raise _not_loaded(str(self._source), error) from error
+            with without_full_collections():
+                self._model = self._load_now()
+                freeze_what_came()
         return self._model
+
+    def _load_now(self) -> SentenceTransformer:
+        from sentence_transformers import SentenceTransformer  # noqa: PLC0415  # seconds to import
+
+        if isinstance(self._source, SentenceTransformer):
+            return self._source
+        try:
+            with quiet_loading:
+                return SentenceTransformer(source_of_model(self._source), device=self._device)
+        except Exception as error:  # the hub's, the files', torch's
+            raise _not_loaded(str(self._source), error) from error
 
 
 def _not_loaded(source: str, error: Exception) -> EncoderError | MissingDependencyError:

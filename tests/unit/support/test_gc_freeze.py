@@ -8,7 +8,7 @@ import weakref
 import pytest
 
 from langchain_lora_retriever.engine import BaseModel, EngineConfig, EngineWorker
-from langchain_lora_retriever.engine.gc_freeze import frozen_heap
+from langchain_lora_retriever.support.gc_freeze import freeze_what_came, frozen_heap, without_full_collections
 from langchain_lora_retriever.types import SamplingParams
 from makers import make_tiny_model, make_tokenizer
 
@@ -45,6 +45,47 @@ def test_garbage_of_before_is_gone_first() -> None:
     knot = weakref.ref(Knot())
     with frozen_heap():
         assert knot() is None
+
+
+def test_what_came_to_stay_is_frozen_too() -> None:
+    """Where the heap is frozen, and only there."""
+    freeze_what_came()
+    assert gc.get_freeze_count() == 0
+    with frozen_heap():
+        before = gc.get_freeze_count()
+        came = [[] for _ in range(1000)]
+        freeze_what_came()
+        assert gc.get_freeze_count() >= before + len(came)
+
+
+def test_no_full_collection_begins_by_itself() -> None:
+    """Blocks may overlap in any order; new garbage is collected meanwhile, and all of it as ever behind the last."""
+    before = gc.get_threshold()
+    generations: list[int] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            generations.append(info["generation"])
+
+    one, other = without_full_collections(), without_full_collections()
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    knot = weakref.ref(Knot())
+    gc.callbacks.append(note)
+    try:
+        kept = [[] for _ in range(300_000)]
+    finally:
+        gc.callbacks.remove(note)
+    assert generations
+    assert 2 not in generations
+    assert knot() is None
+    assert gc.get_threshold()[:2] == before[:2]
+    other.__exit__(None, None, None)
+    assert gc.get_threshold() == before
+    with without_full_collections(is_wanted=False):
+        assert gc.get_threshold() == before
+    assert len(kept) == 300_000
 
 
 @pytest.mark.parametrize("freezes", [True, False])
