@@ -7,11 +7,10 @@ import math
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from functools import partial
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from langchain_lora_retriever.errors import EncoderError, MissingDependencyError
+from langchain_lora_retriever.retrieval.arrival import Arrival
 from langchain_lora_retriever.support.forking import begin_in_every_process
 
 if TYPE_CHECKING:
@@ -32,8 +31,6 @@ _FAILURES_OF_ALL = (EncoderError, MissingDependencyError)
 # How long an encoder may fail without any success before a batch is given up: each attempt of one that is away may
 # take long.
 _PATIENCE_SECONDS = 30.0
-# Callers of an event loop that go on at once when their batch is there; each then has a millisecond of work, or two.
-_AT_ONCE = 4
 
 
 class _Batch:
@@ -42,27 +39,7 @@ class _Batch:
     def __init__(self) -> None:
         self.texts: dict[str, None] = {}
         self.outcomes: Future[dict[str, Outcome]] = Future()
-        self.arrivals: dict[asyncio.AbstractEventLoop, _Arrival] = {}
-
-
-class _Arrival:
-    """A batch's end, as the callers of one event loop wait for it: they go on a few at a time, as they came."""
-
-    def __init__(self) -> None:
-        self._event = asyncio.Event()
-        self._num_callers = 0
-
-    def announce(self) -> None:
-        """Wake those who wait; to be called in the loop."""
-        self._event.set()
-
-    async def wait(self) -> None:
-        """Wait for the end, and then while those before have their turn of the loop, and whatever else is ready."""
-        num_turns = self._num_callers // _AT_ONCE
-        self._num_callers += 1
-        await self._event.wait()
-        for _ in range(num_turns):
-            await asyncio.sleep(0)
+        self.arrivals: dict[asyncio.AbstractEventLoop, Arrival] = {}
 
 
 class MicroBatcher:
@@ -112,8 +89,7 @@ class MicroBatcher:
             batch = self._join(part)
             if loop not in batch.arrivals:
                 self.executor.submit(self._embed, batch)
-                arrival = batch.arrivals[loop] = _Arrival()
-                batch.outcomes.add_done_callback(partial(_announce, loop, arrival))
+                batch.arrivals[loop] = Arrival(batch.outcomes, loop)
             await batch.arrivals[loop].wait()
             made = batch.outcomes.result()
             outcomes += [made[text] for text in part]
@@ -182,8 +158,3 @@ class MicroBatcher:
 def _is_interrupt(error: BaseException) -> bool:
     """Whether an error was meant for the thread and not raised over a text, as the panics of Rust tokenizers are."""
     return not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime"
-
-
-def _announce(loop: asyncio.AbstractEventLoop, arrival: _Arrival, _: object) -> None:
-    with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-        loop.call_soon_threadsafe(arrival.announce)

@@ -5,7 +5,6 @@ Source: LoraRetriever, arXiv:2402.09997, section 3.2.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 import pickle
@@ -30,6 +29,7 @@ from langchain_lora_retriever.errors import (
     LoraRetrieverError,
     fresh,
 )
+from langchain_lora_retriever.retrieval.arrival import SharedWork
 from langchain_lora_retriever.retrieval.encoder import (
     DEFAULT_ENCODER,
     DEFAULT_INSTRUCTION,
@@ -175,6 +175,7 @@ class LoraRetriever:
 
     def _begin(self) -> None:
         self._refresh_lock = threading.Lock()  # one thread follows the pool
+        self._refreshing = SharedWork(lambda: self._batcher.executor.submit(self.refresh))
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in _SETTINGS and name in self.__dict__:
@@ -265,8 +266,9 @@ class LoraRetriever:
         vectors = self._texts.get(texts)
         if not vectors:
             vectors = self._remember(texts, await self._batcher.arun(texts))
-        if self._view.version != self.pool.version:
-            await asyncio.wrap_future(self._batcher.executor.submit(self.refresh))
+        for _ in range(2):  # what was under way already may have looked before the last change
+            if self._view.version != self.pool.version:
+                await self._refreshing.join()
         return self._search(texts, vectors[texts[0]][None], top_k, exclusions)[0]
 
     async def aprepare(self, texts: Sequence[str]) -> None:
