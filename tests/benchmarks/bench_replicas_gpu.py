@@ -244,9 +244,22 @@ def _written(distinct: list[Adapter], num: int, folder: Path) -> list[Adapter]:
 
 
 def make_rows(
-    adapters: Sequence[Adapter], num: int, *, num_in: int, num_out: int, seed: int, is_tiny: bool, **sampling: Any
-) -> list[Row]:
-    """Requests: random prompts, mixtures of three adapters drawn zipf-wise."""
+    adapters: Sequence[Adapter], num: int, *, num_in: int, num_out: int, seed: int, is_tiny: bool,
+    varies: bool = False, **sampling: Any,
+) -> list[Row]:  # fmt: skip
+    """Requests: random prompts, mixtures of three adapters drawn zipf-wise.
+
+    Args:
+        adapters: To draw from.
+        num: How many.
+        num_in: Tokens of a prompt.
+        num_out: Tokens of an answer.
+        seed: Of the draws.
+        is_tiny: Whether the vocabulary is.
+        varies: Whether lengths lie between half of that and half as much again, or are all the same: then streams that
+            ask one request after the other end together and ask together, and an engine idles in between.
+        **sampling: Other settings of the answers.
+    """
     rng = random.Random(seed)
     weights = [1 / rank for rank in range(1, len(adapters) + 1)]
     rows = []
@@ -255,8 +268,9 @@ def make_rows(
         while adapters and len(members) < 3:
             (adapter,) = rng.choices(adapters, weights)
             members[adapter.fingerprint] = adapter
-        prompt = [rng.randrange(3, 300 if is_tiny else 100_000) for _ in range(num_in)]
-        params = SamplingParams(max_tokens=num_out, ignore_eos=True, **sampling)
+        scales = (rng.uniform(0.5, 1.5), rng.uniform(0.5, 1.5)) if varies else (1.0, 1.0)
+        prompt = [rng.randrange(3, 300 if is_tiny else 100_000) for _ in range(round(num_in * scales[0]))]
+        params = SamplingParams(max_tokens=round(num_out * scales[1]), ignore_eos=True, **sampling)
         rows.append(Row(prompt, params, [(adapter, 1 / 3) for adapter in members.values()]))
     return rows
 
@@ -351,7 +365,7 @@ def replicas(options: argparse.Namespace, put: Callable[[str, Any], None]) -> No
     put("adapters", f"{len(adapters)} in {folder}, {time.perf_counter() - start:.1f} s to make")
     recipe = partial(make_engine, is_tiny=is_tiny, max_num_seqs=options.max_num_seqs,
                      lora_cache_bytes=options.lora_cache_gb << 30)  # fmt: skip
-    make = partial(make_rows, num_in=num_in, num_out=num_out, is_tiny=is_tiny)
+    make = partial(make_rows, num_in=num_in, num_out=num_out, is_tiny=is_tiny, varies=True)
     known = [(adapter.path, adapter.fingerprint) for adapter in adapters]
     medians: dict[int, float] = {}
     with ray_cluster():

@@ -234,14 +234,14 @@ def test_what_vllm_cannot_do_is_refused_in_words(engine: Any) -> None:
 
 
 def test_a_chat_model_routes_and_composes_over_it(engine: Any, tmp_path: Any) -> None:
-    """`ChatLoraRetriever(engine=VllmEngine(...))`: retrieval, a mixture, tokens streamed; structured output."""
+    """`ChatLoraRetriever(engine=VllmEngine(...))`: retrieval, a mixture, tokens streamed; structured output, a tool."""
     from langchain_lora_retriever import AdapterPool, ChatLoraRetriever
     from makers import make_checkpoint
 
     pool = AdapterPool(tmp_path / "pool", create=True)
     for name, samples in {"sql": ["How many users are there?"], "dates": ["Write the date as ISO."]}.items():
         pool.add(name, make_checkpoint(tmp_path / name, model=tiny_model(), seed=len(name)), samples=samples)
-    engine.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    engine.tokenizer.chat_template = "{% for m in messages %}{{ m['content'][-40:] }}{% endfor %}"  # few tokens
     mixed = {"composition": "mixture", "top_k": 2, "weights": "uniform"}
     llm = ChatLoraRetriever(engine=engine, pool=pool, encoder=_Words(), max_tokens=16, **mixed)
     chunks = list(llm.stream("How many dates are there?"))
@@ -251,6 +251,11 @@ def test_a_chat_model_routes_and_composes_over_it(engine: Any, tmp_path: Any) ->
     assert len(metadata["adapters"]) == 2
     schema = {"title": "Flag", "type": "object", "properties": {"x": {"type": "boolean"}}, "required": ["x"]}
     assert llm.with_structured_output(schema).invoke("Is it?")["x"] in {True, False}
+    tool = {"type": "function", "function": {"name": "flip", "parameters": {**schema, "additionalProperties": False}}}
+    answer = llm.bind_tools([tool], tool_choice="flip").bind(max_tokens=60).invoke("Is it?")
+    assert [call["name"] for call in answer.tool_calls] == ["flip"]
+    assert answer.tool_calls[0]["args"]["x"] in {True, False}
+    assert len(answer.response_metadata["adapters"]) == 2
 
 
 class _Words:
