@@ -7,10 +7,10 @@ many adapters is two plain products per group of projections:
     y += (v * row_weights) @ B_active
 
 A row that is not used is left out by its mask and not by its weight of 0: inputs that overflow over it are NaN there.
-`B_active` is finite. It is block-diagonal: the rows of a slice reach its own outputs only. With many rows the zeros
-would cost more than the calls they save, and each slice has a product of its own. `row_weights[t, i]` is the weight
-token `t` gives to the adapter that owns row `i`, 0 where it does not use it. In a long prefill most of these products
-would be with zeros, so there each adapter visits its own tokens only.
+`B_active` is finite. It is block-diagonal: the rows of a slice reach its own outputs only. With more than a few rows
+the zeros would cost more than the calls they save, and each slice has a product of its own. `row_weights[t, i]` is the
+weight token `t` gives to the adapter that owns row `i`, 0 where it does not use it. In a long prefill most of these
+products would be with zeros, so there each adapter visits its own tokens only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 # over a token's inputs and outputs.
 _SEGMENT_COST = 512
 _TOKEN_COST = 40
-_MAX_BLOCK_DIAGONAL_ROWS = 128
+# For 8 tokens of SmolLM2-135M one product of 8 rows takes 1.2 ms a step, slices apart 2.3; of 64 rows 10.5 and 6.3.
+_MAX_BLOCK_DIAGONAL_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -210,8 +211,8 @@ def gather(adapters: Adapters, slots: Sequence[int]) -> Gathered:
             offset += width
         lo += count[s]
     slices = b_active.split(list(out_features), dim=1)
-    if len(index) <= _MAX_BLOCK_DIAGONAL_ROWS:
-        slices = (torch.block_diag(*slices),)
+    is_small = len(index) <= _MAX_BLOCK_DIAGONAL_ROWS
+    slices = (torch.block_diag(*slices),) if is_small else tuple(part.contiguous() for part in slices)
     return Gathered(a_active.flatten(0, 1).t().contiguous(), slices)
 
 
