@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from engine_gpu.bench import DEVICE, RANK, TARGETS, Bench, free_memory
+from engine_gpu.bench import DEVICE, RANK, TARGETS, Bench, free_memory, percentile
 
 from langchain_lora_retriever.engine.api import Delta, Usage
 from langchain_lora_retriever.engine.generation import Generation, deliver
@@ -309,11 +309,6 @@ async def closed_loop(engine: EngineClient, rows: Sequence[Row], num_streams: in
     return [answers[i] for i in range(len(rows))], time.perf_counter() - start
 
 
-def percentile(values: Sequence[float], share: float) -> float:
-    """A percentile."""
-    return sorted(values)[min(int(share * len(values)), len(values) - 1)]
-
-
 def counts(stats: Sequence[Any]) -> dict[str, int]:
     """Sums over replicas."""
     names = ("num_finished", "num_preemptions", "num_adapter_hits", "num_adapter_loads")
@@ -340,7 +335,7 @@ def ray_cluster() -> Iterator[None]:
 
 
 def deploy(recipe: Callable[[], Any], num_replicas: int, max_ongoing_requests: int) -> Any:
-    """A handle of so many replicas, each with a GPU if there are some; those that run already stay."""
+    """A handle of so many replicas, each with a GPU if there are some; Serve makes those anew that run."""
     from ray import serve
 
     from langchain_lora_retriever.remote import engine_app
@@ -720,7 +715,7 @@ def main() -> None:
     """Measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", choices=MODES)
-    parser.add_argument("--counts", type=int, nargs="*", default=[1, 2], help="of replicas; largest first is soonest")
+    parser.add_argument("--counts", type=int, nargs="*", default=[1, 2], help="of replicas, in this order")
     parser.add_argument("--streams", type=int, default=256, help="streams in all")
     parser.add_argument("--streams-each", type=int, default=0, help="or streams for each replica")
     parser.add_argument("--streams-per-caller", type=int, default=64, help="of each calling process")

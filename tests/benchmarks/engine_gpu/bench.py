@@ -237,6 +237,11 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value below which this share of them lies."""
+    return sorted(values)[min(int(share * len(values)), len(values) - 1)]
+
+
 def median_ms(run: Callable[[], object], repeats: int) -> float:
     """Median wall-clock milliseconds of a call, after three calls that do not count."""
     times = []

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch.nn.functional import linear
 
-from engine_gpu.bench import DEVICE, Bench, Pairs, median_ms
+from engine_gpu.bench import DEVICE, Bench, Pairs, median_ms, percentile
 from langchain_lora_retriever.retrieval.fusion import fuse
 
 if TYPE_CHECKING:
@@ -94,9 +94,9 @@ def long_prompt(bench: Bench) -> None:
                 first = time.perf_counter() - start
             for generation in running:
                 generation.abort()
-            results.append((statistics.median(before.pauses()), sorted(during.pauses()), first))
+            results.append((statistics.median(before.pauses()), during.pauses(), first))
         undisturbed, pauses, first = results[-1]
-        p50, p95, p99 = (pauses[min(int(q * len(pauses)), len(pauses) - 1)] for q in (0.5, 0.95, 0.99))
+        p50, p95, p99 = (percentile(pauses, share) for share in (0.5, 0.95, 0.99))
         bench.put(
             f"{length}-token prompt beside {num_streams} streams, {kind}",
             f"inter-token ms of the streams: {undisturbed:.2f} before; p50 {p50:.2f}, p95 {p95:.2f}, p99 {p99:.2f} "

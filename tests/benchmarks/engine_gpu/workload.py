@@ -9,6 +9,8 @@ import statistics
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
+from engine_gpu.bench import percentile
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -28,11 +30,10 @@ class Asked(NamedTuple):
 
 
 class Answered(NamedTuple):
-    """Seconds from the arrival to the first token, between the later ones, and to the end."""
+    """Milliseconds from the arrival to the first token, and between the later ones."""
 
     first: float
     pauses: list[float]
-    end: float
 
 
 def log_normal(bench: Bench) -> None:
@@ -65,10 +66,10 @@ def online(bench: Bench) -> None:
         most = len(asked) / (time.perf_counter() - start)
         for name, rate in ((f"{RATE:.0f} a second", RATE), (f"{0.9 * most:.1f} a second, 0.9 of all", 0.9 * most)):
             answers = asyncio.run(_arrive(bench, worker, asked, kind, rate))
-            firsts = sorted(answer.first for answer in answers)
-            pauses = sorted(pause for answer in answers for pause in answer.pauses)
-            first = f"first token {_at(firsts, 0.5):.1f} / {_at(firsts, 0.99):.1f}"
-            between = f"between tokens {_at(pauses, 0.5):.2f} / {_at(pauses, 0.99):.2f}"
+            firsts = [answer.first for answer in answers]
+            pauses = [pause for answer in answers for pause in answer.pauses]
+            first = f"first token {percentile(firsts, 0.5):.1f} / {percentile(firsts, 0.99):.1f}"
+            between = f"between tokens {percentile(pauses, 0.5):.2f} / {percentile(pauses, 0.99):.2f}"
             bench.put(f"online, {kind}, {name}, ms p50 / p99", f"{first}, {between}")
 
 
@@ -107,15 +108,10 @@ async def _arrive(bench: Bench, worker: EngineWorker, asked: Sequence[Asked], ki
         ):
             times += [time.perf_counter()] * len(delta.token_ids)
         assert len(times) == request.num_out
-        return Answered(times[0] - begin - at, [b - a for a, b in itertools.pairwise(times)], times[-1] - begin)
+        return Answered(1e3 * (times[0] - begin - at), [1e3 * (b - a) for a, b in itertools.pairwise(times)])
 
     waits, at = [], 0.0
     for request in asked:
         at += rng.expovariate(rate)
         waits.append(ask(request, at))
     return list(await asyncio.gather(*waits))
-
-
-def _at(ordered: Sequence[float], share: float) -> float:
-    """A percentile, in milliseconds."""
-    return 1e3 * ordered[min(int(share * len(ordered)), len(ordered) - 1)]
