@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from langchain_lora_retriever import AdapterPool, HybridEncoder, LoraRetriever
-from langchain_lora_retriever.demo.model import base_model_arguments, encoder_source
+from langchain_lora_retriever.demo.model import base_model_arguments
 from langchain_lora_retriever.engine import EngineConfig, EngineWorker, load_base_model
 from langchain_lora_retriever.evaluation import AnswerLikelihood, Setting, benchmark_from_pool, evaluate_composition
 from langchain_lora_retriever.evaluation.metrics import bootstrap_difference, bootstrap_macro
-from langchain_lora_retriever.retrieval.encoder import SentenceTransformerEncoder
+from langchain_lora_retriever.retrieval.encoder import DEFAULT_ENCODER, SentenceTransformerEncoder
 
 if TYPE_CHECKING:
     from langchain_lora_retriever.evaluation import Benchmark
@@ -49,7 +49,7 @@ class Bench:
         self.pool = AdapterPool()
         for name in AdapterPool(folder).names:
             self.pool.add(name, folder / name)
-        meaning = SentenceTransformerEncoder(encoder_source())
+        meaning = SentenceTransformerEncoder(DEFAULT_ENCODER)
         encoders = (meaning, HybridEncoder(meaning))
         self.retrievers = {n: LoraRetriever(self.pool, e) for n, e in zip(ENCODERS, encoders, strict=True)}
         source = base_model_arguments()
