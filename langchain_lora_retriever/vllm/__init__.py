@@ -1,4 +1,4 @@
-"""Our kernels and compositions inside vLLM, and vLLM as an `EngineClient`. Experimental; vLLM 0.32.
+"""Our kernels and compositions inside vLLM, and vLLM as an `EngineClient`. Experimental; vLLM 0.26 and 0.32.
 
 vLLM loads `plugin.register` in each of its processes by the entry point `vllm.general_plugins`. What has an official
 hook uses it; the rest is replaced in one place (`patches.py`), which looks at what it replaces first. A composition

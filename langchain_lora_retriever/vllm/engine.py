@@ -34,6 +34,7 @@ from langchain_lora_retriever.vllm.compositions import Compositions
 from langchain_lora_retriever.vllm.limits import PLUGIN_NAME, check_plugin, check_version, why_not
 from langchain_lora_retriever.vllm.modules import module_shapes
 from langchain_lora_retriever.vllm.request import VllmRequest, vllm_sampling
+from langchain_lora_retriever.vllm.versions import client_errors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -280,8 +281,7 @@ class VllmEngine:
             return True
 
     async def _serve(self, request: VllmRequest) -> None:
-        from vllm.exceptions import VLLMClientError  # noqa: PLC0415 - vLLM may be absent
-        from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError  # noqa: PLC0415
+        from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError  # noqa: PLC0415 - vLLM may be absent
 
         held: list[Adapter] = []
         error: BaseException
@@ -292,7 +292,7 @@ class VllmEngine:
                 raise
         except VllmDeadError:
             self._die(EngineDeadError(_DEAD), EngineDeadError(_DEAD))
-        except (VLLMClientError, ValueError) as cause:
+        except (*client_errors(), ValueError) as cause:
             error = cause if isinstance(cause, InvalidRequestError | AdapterError) else InvalidRequestError(str(cause))
             self._fail(request, error)
         except BaseException as cause:  # noqa: BLE001 - panics of native code too; it ends the request it came from

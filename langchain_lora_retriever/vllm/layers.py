@@ -14,12 +14,24 @@ from weakref import WeakValueDictionary
 import numpy as np
 import torch
 
-from lora_retriever_kernels.lora import LoraBatch, LoraRows, LoraStack, add_lora
+from lora_retriever_kernels.lora import (
+    LoraBatch,
+    LoraRows,
+    LoraStack,
+    add_lora,
+    lora_delta,
+    lora_expand,
+    lora_mix,
+    lora_shrink,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 __all__ = ["LoraLayer", "LoraStep", "StepAdapters"]
+
+_MAX_DELTA_TOKENS = 256  # beyond, a second array of outputs costs more than what its computing apart hides
+_MIN_HIDDEN_TOKENS = 2048  # of a step that is not captured; below, it waits for the host, not for the device
 
 _layers: WeakValueDictionary[int, LoraLayer] = WeakValueDictionary()
 """By the address of their A: an operator in a compiled graph is handed tensors alone."""
@@ -34,13 +46,25 @@ class LoraStep:
         max_num_tokens: Most tokens of a step.
         max_k: Most adapters per token, 1 to 8.
         device: Where the model is.
+        max_captured_tokens: Most tokens of a step that vLLM captures in a CUDA graph; 0 if it captures none.
     """
 
-    def __init__(self, *, max_loras: int, max_rank: int, max_num_tokens: int, max_k: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        *,
+        max_loras: int,
+        max_rank: int,
+        max_num_tokens: int,
+        max_k: int,
+        device: torch.device,
+        max_captured_tokens: int = 0,
+    ) -> None:
         self.rows = LoraRows(max_loras, max_rank, device)
         self.batch = LoraBatch(self.rows, max_num_tokens, max_k)
         self._empty: set[int] = set()  # slots whose adapter has no layer here: another pipeline stage has them
         self._is_on_gpu = device.type == "cuda"
+        self._max_captured_tokens = max_captured_tokens
+        self._side = torch.cuda.Stream(device) if self._is_on_gpu else None
         self._num_active = 0
         self._k = 1
         self._is_current = False
@@ -49,6 +73,7 @@ class LoraStep:
     def assign(self, slot: int, rank: int) -> None:
         """Say which rank the adapter in a slot has; call it once its layers are loaded."""
         self.rows.assign(slot, slot * self.rows.max_rank, rank)
+        self._is_current = False
         (self._empty.discard if rank else self._empty.add)(slot)
 
     def set_tokens(self, slots: np.ndarray, weights: np.ndarray) -> None:
@@ -69,25 +94,33 @@ class LoraStep:
         factors[:num_tokens, :k].copy_(torch.from_numpy(weights), non_blocking=True)
         self._is_current = False
 
-    def add(self, y: torch.Tensor, x: torch.Tensor, layer: LoraLayer) -> None:
-        """Add the adapters' outputs of a layer to `y` `[num_tokens, sum(out_features)]` in place."""
+    def begin(self, layer: LoraLayer, num_tokens: int) -> bool:
+        """Have the step's tokens grouped for a layer that comes next; False if none of them runs an adapter."""
         if not self._num_active:
-            return
-        key, num_tokens = id(layer), x.shape[0]
+            return False
+        key = id(layer)
         # On a GPU the first layer of every pass launches the grouping: it belongs into the graph that is captured.
         if not self._is_current or num_tokens != self.batch.num_tokens or (self._is_on_gpu and key in self._done):
             self._group(num_tokens)
         self._done.add(key)
-        add_lora(y, x, layer.stack, self.batch)
+        return True
+
+    def side_stream(self, num_tokens: int) -> torch.cuda.Stream | None:
+        """Where a layer's adapters run beside its base product; None if behind it."""
+        is_worth_it = self._is_captured(num_tokens) or num_tokens >= _MIN_HIDDEN_TOKENS
+        return self._side if is_worth_it else None
+
+    def _is_captured(self, num_tokens: int) -> bool:
+        return num_tokens <= self._max_captured_tokens
 
     def _group(self, num_tokens: int) -> None:
         mapping, weights = self.batch.token_lora_mapping[:num_tokens], self.batch.token_lora_weights[:num_tokens]
-        if not self._is_on_gpu:
-            self.batch.update(mapping[:, : self._k].contiguous(), weights[:, : self._k].contiguous(), self._num_active)
-        elif torch.cuda.is_current_stream_capturing():  # for whatever is replayed
+        if self._is_captured(num_tokens):
+            # For whatever is replayed; also in the pass before the capture, which compiles the kernels.
             self.batch.update(mapping, weights, self.rows.max_loras, self.rows.bound(self.rows.max_rank))
         else:
-            self.batch.update(mapping, weights, self._num_active)
+            k = self._k
+            self.batch.update(mapping[:, :k].contiguous(), weights[:, :k].contiguous(), self._num_active)
         self._is_current = True
         self._done.clear()
 
@@ -117,7 +150,7 @@ class LoraLayer:
         # What vLLM reads of them are shapes and dtype: `[rows, in_features]` and `[out_features, rows]` of each slice.
         module.lora_a_stacked = tuple(self.stack.a)
         module.lora_b_stacked = tuple(part.t() for part in self.stack.b.split(widths, 1))
-        module.set_lora, module.reset_lora = self.set_lora, self.reset_lora
+        module.set_lora, module.reset_lora, module.apply = self.set_lora, self.reset_lora, self.apply
         _layers[self.stack.a.data_ptr()] = self
 
     def rank(self, slot: int) -> int:
@@ -143,6 +176,52 @@ class LoraLayer:
         self.stack.load(index, index * self.step.rows.max_rank, slices)
         self._ranks[index] = max((entry[0].shape[0] for entry in slices if entry is not None), default=0)
 
+    def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """The base product and the adapters' outputs for `x` `[..., in_features]`; vLLM calls it in `forward`."""
+        if torch.compiler.is_compiling():
+            module = self._module
+            linear = torch.ops.lora_retriever_vllm.linear
+            return linear(x, bias, module.lora_a_stacked[0], sum(self.stack.out_features))  # type: ignore[no-any-return]
+        return self.run(x, bias)
+
+    def run(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The same at once. On a GPU both are computed side by side where that is worth it."""
+        inputs, step, stack = x.view(-1, x.shape[-1]), self.step, self.stack
+        num_tokens, batch = inputs.shape[0], step.batch
+        if not step.begin(self, num_tokens):
+            return self._product(x, bias)
+        side = step.side_stream(num_tokens)
+        if side is None:
+            y = self._product(x, bias)
+            add_lora(y.view(-1, y.shape[-1]), inputs, stack, batch)
+            return y
+        main = torch.cuda.current_stream()
+        side.wait_stream(main)
+        delta = None
+        with torch.cuda.stream(side):
+            v = lora_shrink(inputs, stack, batch)
+            mixed = lora_mix(v, stack, batch)
+            if num_tokens <= _MAX_DELTA_TOKENS:
+                delta = lora_delta(v, stack, batch, mixed)
+        y = self._product(x, bias)
+        main.wait_stream(side)
+        flat = y.view(-1, y.shape[-1])
+        if delta is not None:
+            flat.add_(delta)
+        else:
+            lora_expand(flat, v, stack, batch, mixed)
+        return y
+
+    def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
+        """Add the adapters' outputs to `y` `[num_tokens, sum(out_features)]` in place."""
+        if self.step.begin(self, x.shape[0]):
+            add_lora(y, x, self.stack, self.step.batch)
+
+    def _product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        base = self._module.base_layer
+        y: torch.Tensor = self._module._get_quant_method().apply(base, x, bias)  # noqa: SLF001 - as its `apply` does
+        return y
+
     def _own_part(self, lora_a: Any, lora_b: Any) -> tuple[Sequence[Any], Sequence[Any]]:
         """A and B of each slice, as much of them as this tensor-parallel rank computes."""
         module, num_slices = self._module, self.stack.num_slices
@@ -155,11 +234,21 @@ class LoraLayer:
         return ([lora_a], [lora_b]) if isinstance(lora_b, torch.Tensor) else (lora_a, lora_b)
 
 
+@torch.library.custom_op("lora_retriever_vllm::linear", mutates_args=())
+def _linear(x: torch.Tensor, bias: torch.Tensor | None, key: torch.Tensor, out_features: int) -> torch.Tensor:  # noqa: ARG001 - the schema's
+    """Run a layer from a compiled graph, which knows neither the step's tokens' adapters nor their number."""
+    return _layers[key.data_ptr()].run(x, bias)
+
+
+@_linear.register_fake
+def _(x: torch.Tensor, bias: torch.Tensor | None, key: torch.Tensor, out_features: int) -> torch.Tensor:  # noqa: ARG001 - the schema's
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
 @torch.library.custom_op("lora_retriever_vllm::add_lora", mutates_args=("y",))
 def _add_lora(y: torch.Tensor, x: torch.Tensor, key: torch.Tensor) -> None:
-    """Run a layer's adapters from a compiled graph, which knows neither the step's tokens nor their number."""
-    layer = _layers[key.data_ptr()]
-    layer.step.add(y, x, layer)
+    """Run a layer's adapters from a compiled graph; for layers whose base product is not made by `apply`."""
+    _layers[key.data_ptr()].add(y, x)
 
 
 @_add_lora.register_fake
@@ -212,6 +301,5 @@ class StepAdapters:
         if torch.compiler.is_compiling():
             torch.ops.lora_retriever_vllm.add_lora(flat, inputs, lora_a_stacked[0])
         else:
-            layer = _layers[lora_a_stacked[0].data_ptr()]
-            layer.step.add(flat, inputs, layer)
+            _layers[lora_a_stacked[0].data_ptr()].add(flat, inputs)
         return y

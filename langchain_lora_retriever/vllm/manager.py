@@ -1,7 +1,7 @@
 """The worker's side: which adapters are on the device, and compositions taken apart into them.
 
 vLLM has no official hook for these two classes; `patches.py` puts `CompositionWorkerManager` in the place of its own.
-They override methods of vLLM 0.32 and leave all else (loading, LRU caches, pinning, warm-up) to it.
+They override methods of vLLM's and leave all else (loading, LRU caches, pinning, warm-up) to it.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class KernelModelManager(LRUCacheLoRAModelManager):  # type: ignore[misc]
             max_num_tokens=max_num_batched_tokens,
             max_k=PluginConfig.of(vllm_config).max_adapters_per_request,
             device=self.device,
+            max_captured_tokens=_max_captured_tokens(vllm_config),
         )
         self.supports_mm = False
         self.punica_wrapper_mapping = {DEFAULT_LANGUAGE_WRAPPER_KEY: StepAdapters(self._step, self.compositions)}
@@ -68,6 +69,14 @@ class KernelModelManager(LRUCacheLoRAModelManager):  # type: ignore[misc]
             slot = self.lora_index_to_id.index(lora_id)
             self._step.assign(slot, max((layer.rank(slot) for layer in self._layers), default=0))
         return is_new
+
+
+def _max_captured_tokens(vllm_config: Any) -> int:
+    """Most tokens of a step that becomes a CUDA graph; 0 if none does."""
+    compilation, device = vllm_config.compilation_config, vllm_config.device_config.device_type
+    if device != "cuda" or compilation.cudagraph_mode is None or compilation.cudagraph_mode.name == "NONE":
+        return 0
+    return compilation.max_cudagraph_capture_size or 0
 
 
 class CompositionWorkerManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]

@@ -3,6 +3,7 @@
 - `LRUCacheWorkerLoRAManager`, as the model runners make it, by one that takes compositions apart (`manager.py`).
 - `SchedulerConfig.get_scheduler_cls`: the class that it gives counts adapters by composition (`scheduler.py`). A
   scheduler set by `--scheduler-cls`, the official hook, would turn vLLM's asynchronous scheduling off.
+- `LoRAConfig.compute_hash`: graphs that vLLM compiled and keeps on the disk are found by it, and ours call our operators.
 - `BaseServing._check_model` and the adapters that `OpenAIServingModels` knows by name (`serving.py`).
 """
 
@@ -12,7 +13,9 @@ import inspect
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
+from langchain_lora_retriever import __version__
 from langchain_lora_retriever.errors import EngineError, InvalidRequestError
+from langchain_lora_retriever.vllm.versions import waiting_methods
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,7 +31,8 @@ def apply_patches() -> None:
     Raises:
         EngineError: If one of them is not as it is in the vLLM that this was tested with. Nothing is replaced then.
     """
-    from vllm.config.scheduler import SchedulerConfig  # noqa: PLC0415 - vLLM may be absent
+    from vllm.config.lora import LoRAConfig  # noqa: PLC0415 - vLLM may be absent
+    from vllm.config.scheduler import SchedulerConfig  # noqa: PLC0415
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels  # noqa: PLC0415
     from vllm.entrypoints.serve.engine.serving import BaseServing  # noqa: PLC0415
     from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA  # noqa: PLC0415
@@ -56,6 +60,8 @@ def apply_patches() -> None:
         (LRUCacheLoRAModelManager, "_init_punica_wrapper", "max_num_batched_tokens vllm_config"),
         (LRUCacheLoRAModelManager, "register_module", "module_name module"),
         (LRUCacheLoRAModelManager, "activate_adapter", "lora_id"),
+        (BaseLinearLayerWithLoRA, "apply", "x bias"),
+        (BaseLinearLayerWithLoRA, "_get_quant_method", ""),
         (BaseLinearLayerWithLoRA, "set_lora", "index lora_a lora_b"),
         (BaseLinearLayerWithLoRA, "reset_lora", "index"),
         (BaseLinearLayerWithLoRA, "slice_lora_a", "lora_a"),
@@ -66,9 +72,10 @@ def apply_patches() -> None:
             "add_lora_linear",
             "y x lora_a_stacked lora_b_stacked scale output_slices buffer kwargs",
         ),
-        (Scheduler, "_handle_blocked_waiting_request", "request"),
+        *((Scheduler, name, parameters) for name, parameters in waiting_methods(Scheduler)),
         (Scheduler, "schedule", "throttle_prefills"),
         (SchedulerConfig, "get_scheduler_cls", ""),
+        (LoRAConfig, "compute_hash", ""),
         (BaseServing, "_check_model", "request"),
         (OpenAIServingModels, "__init__", "engine_client base_model_paths lora_modules"),
     ):
@@ -77,12 +84,14 @@ def apply_patches() -> None:
     runner.LRUCacheWorkerLoRAManager = CompositionWorkerManager
     OpenAIServingModels.__init__ = _naming(OpenAIServingModels.__init__, NamedAdapters)
     BaseServing._check_model = _composing(BaseServing._check_model, NamedAdapters)  # noqa: SLF001 - the patch
+    LoRAConfig.compute_hash = _hashing(LoRAConfig.compute_hash)
     SchedulerConfig.get_scheduler_cls = _counting(SchedulerConfig.get_scheduler_cls, counting)
 
 
 def _check(owner: type, name: str, parameters: str) -> None:
     found = getattr(owner, name, None)
-    met = list(inspect.signature(found).parameters)[1:] if callable(found) else None
+    num_bound = 0 if isinstance(inspect.getattr_static(owner, name, None), staticmethod) else 1
+    met = list(inspect.signature(found).parameters)[num_bound:] if callable(found) else None
     if met != parameters.split():
         what = "is missing" if met is None else f"takes ({', '.join(met)})"
         raise EngineError(
@@ -112,6 +121,14 @@ def _composing(check_model: Callable[..., Any], names: type) -> Callable[..., An
         return await check_model(self, request)
 
     return with_compositions
+
+
+def _hashing(compute_hash: Callable[..., str]) -> Callable[..., str]:
+    @wraps(compute_hash)
+    def hashed(self: Any) -> str:
+        return f"{compute_hash(self)}-lora-retriever-{__version__}"
+
+    return hashed
 
 
 def _counting(get_scheduler_cls: Callable[..., type], counting: Callable[[type], type]) -> Callable[..., type]:

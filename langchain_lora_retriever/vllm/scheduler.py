@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from langchain_lora_retriever.vllm.compositions import members_of
 from langchain_lora_retriever.vllm.limits import why_not
+from langchain_lora_retriever.vllm.versions import waiting_methods
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -37,10 +38,9 @@ class _AdapterCount:
         self._in_use, self._num_counted = set(), 0
         return super().schedule(*args, **kwargs)  # type: ignore[misc]
 
-    def _handle_blocked_waiting_request(self, request: Request) -> bool:
-        """Whether a waiting request may be scheduled now. Within a step `running` only grows from here on."""
-        is_ready: bool = super()._handle_blocked_waiting_request(request)  # type: ignore[misc]
-        return is_ready and (not self._max_loras or request.lora_request is None or self._has_room(request))
+    def _admits(self, request: Request) -> bool:
+        """Whether there is room for a waiting request's adapters. Within a step `running` only grows from here on."""
+        return not self._max_loras or request.lora_request is None or self._has_room(request)
 
     def _has_room(self, request: Request) -> bool:
         for running in self.running[self._num_counted :]:
@@ -48,6 +48,37 @@ class _AdapterCount:
         self._num_counted = len(self.running)
         wanted = self._in_use | _adapter_ids(request)
         return len(wanted) <= self._max_loras
+
+
+class _AskedOfEach(_AdapterCount):
+    """Where vLLM asks one method of every waiting request (0.32)."""
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        is_ready: bool = super()._handle_blocked_waiting_request(request)  # type: ignore[misc]
+        return is_ready and self._admits(request)
+
+
+class _AskedOfBlocked(_AdapterCount):
+    """Where vLLM asks a method of those whose status blocks them (0.26): while it schedules, each one's does."""
+
+    _is_scheduling = False
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        self._is_scheduling = True
+        try:
+            return super().schedule(*args, **kwargs)
+        finally:
+            self._is_scheduling = False
+
+    def _is_blocked_waiting_status(self, status: Any) -> bool:
+        return self._is_scheduling or bool(super()._is_blocked_waiting_status(status))  # type: ignore[misc]
+
+    def _try_promote_blocked_waiting_request(self, request: Request) -> bool:
+        if super()._is_blocked_waiting_status(request.status):  # type: ignore[misc]
+            is_ready: bool = super()._try_promote_blocked_waiting_request(request)  # type: ignore[misc]
+            if not is_ready:
+                return False
+        return self._admits(request)
 
 
 def _adapter_ids(request: Request) -> set[int]:
@@ -60,4 +91,5 @@ def _adapter_ids(request: Request) -> set[int]:
 @cache
 def counting(scheduler: type) -> type:
     """A scheduler of vLLM's that counts adapters right."""
-    return type(scheduler.__name__, (_AdapterCount, scheduler), {"__module__": __name__})
+    counted = _AskedOfEach if len(waiting_methods(scheduler)) == 1 else _AskedOfBlocked
+    return type(scheduler.__name__, (counted, scheduler), {"__module__": __name__})

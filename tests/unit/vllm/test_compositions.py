@@ -47,20 +47,21 @@ def test_a_folder_is_known_by_its_contents(tmp_path: Any) -> None:
 
 def test_another_vllm_is_refused(monkeypatch: Any) -> None:
     """By version, saying which is tested; none at all says what to install."""
-    monkeypatch.setattr(limits, "_installed", lambda: "0.32.1.dev3")
-    limits.check_version()
-    for version in ("0.31.9", "0.33.0", "1.0", "dev"):
-        monkeypatch.setattr(limits, "_installed", lambda version=version: version)
-        with pytest.raises(EngineError, match=r"works inside vLLM 0\.32, .*" + version):
+    for version in ("0.26.0", "0.32.1.dev3"):
+        monkeypatch.setattr(limits, "installed_version", lambda version=version: version)
+        limits.check_version()
+    for version in ("0.2.6", "0.25.1", "0.27.1", "0.31.9", "0.33.0", "1.0", "dev"):
+        monkeypatch.setattr(limits, "installed_version", lambda version=version: version)
+        with pytest.raises(EngineError, match=r"works inside vLLM 0\.26 and 0\.32, .*" + version):
             limits.check_version()
-    monkeypatch.setattr(limits, "_installed", lambda: None)
+    monkeypatch.setattr(limits, "installed_version", lambda: None)
     with pytest.raises(MissingDependencyError, match=r"langchain-lora-retriever\[vllm\]"):
         limits.check_version()
 
 
 def test_a_vllm_that_is_not_known_is_left_as_it_is(monkeypatch: Any, caplog: Any) -> None:
     """By the plug-in, which says so: whoever has both packages did not ask for it."""
-    monkeypatch.setattr(limits, "_installed", lambda: "0.33.0")
+    monkeypatch.setattr(limits, "installed_version", lambda: "0.33.0")
     register()
     assert "0.33.0 is installed, and left as it is" in caplog.text
 
