@@ -285,6 +285,7 @@ class VllmEngine:
 
         held: list[Adapter] = []
         error: BaseException
+        at_fault: tuple[type[Exception], ...] = (*client_errors(), ValueError)
         try:
             await self._answer(request, held)
         except asyncio.CancelledError:
@@ -292,7 +293,7 @@ class VllmEngine:
                 raise
         except VllmDeadError:
             self._die(EngineDeadError(_DEAD), EngineDeadError(_DEAD))
-        except (*client_errors(), ValueError) as cause:
+        except at_fault as cause:
             error = cause if isinstance(cause, InvalidRequestError | AdapterError) else InvalidRequestError(str(cause))
             self._fail(request, error)
         except BaseException as cause:  # noqa: BLE001 - panics of native code too; it ends the request it came from

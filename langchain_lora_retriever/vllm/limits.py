@@ -58,8 +58,8 @@ def check_version() -> None:
         raise MissingDependencyError('vLLM is not installed: pip install "langchain-lora-retriever[vllm]".')
     if not is_tested(found):
         raise EngineError(
-            f"This works inside vLLM {' and '.join(TESTED)}, of which it replaces parts; {found} is installed, and left "
-            f"as it is. Install vllm=={TESTED[-1]}.*, or serve with our own engine (EngineWorker, ProcessEngine, "
+            f"This works inside vLLM {' and '.join(TESTED)}, of which it replaces parts; {found} is installed, and "
+            f"left as it is. Install vllm=={TESTED[-1]}.*, or serve with our own engine (EngineWorker, ProcessEngine, "
             "RemoteEngine)."
         )
 

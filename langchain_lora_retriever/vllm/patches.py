@@ -3,7 +3,7 @@
 - `LRUCacheWorkerLoRAManager`, as the model runners make it, by one that takes compositions apart (`manager.py`).
 - `SchedulerConfig.get_scheduler_cls`: the class that it gives counts adapters by composition (`scheduler.py`). A
   scheduler set by `--scheduler-cls`, the official hook, would turn vLLM's asynchronous scheduling off.
-- `LoRAConfig.compute_hash`: graphs that vLLM compiled and keeps on the disk are found by it, and ours call our operators.
+- `LoRAConfig.compute_hash`: vLLM finds compiled graphs on the disk by it, and those of ours call our operators.
 - `BaseServing._check_model` and the adapters that `OpenAIServingModels` knows by name (`serving.py`).
 """
 

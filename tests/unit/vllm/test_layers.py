@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -149,3 +150,33 @@ def test_a_compiled_graph_knows_neither_step_nor_adapters() -> None:
         adapters.update_metadata(mapping(*[slot + 1] * 4), [1, 2, None], 4, 100)
         torch.testing.assert_close(forward(x), base + delta(x, weights[slot]), atol=1e-4, rtol=1e-4)
     assert num_graphs == 1
+
+
+@pytest.mark.parametrize("num_tokens", [5, 300])
+def test_a_layer_makes_its_base_product_and_the_adapters_outputs(monkeypatch: Any, num_tokens: int) -> None:
+    """In `apply`, which vLLM's `forward` calls: at once, compiled, and on a second stream as on a GPU."""
+    weight, bias = torch.randn(sum(WIDTHS), IN), torch.randn(sum(WIDTHS))
+    method = SimpleNamespace(apply=lambda base, x, bias: torch.nn.functional.linear(x, base.weight, bias))
+    module = make_module(base_layer=SimpleNamespace(weight=weight), _get_quant_method=lambda: method)
+    device = torch.device("cpu")
+    step = LoraStep(max_loras=3, max_rank=MAX_RANK, max_num_tokens=512, max_k=2, device=device, max_captured_tokens=512)
+    layer, adapters = LoraLayer(module, step), StepAdapters(step, {9: [(1, 0.5), (2, 2.0)]})
+    first, second = load(step, layer, 0, 3, seed=1), load(step, layer, 1, 8, seed=2)
+    x = torch.randn(num_tokens, IN)
+    base = torch.nn.functional.linear(x, weight, bias)
+    torch.testing.assert_close(module.apply(x, bias), base)  # nothing runs yet
+    adapters.update_metadata(mapping(*[0, 1, 9, 2, 0][:5]), [1, 2, None], 4, 100)
+    expected = base.clone()
+    expected[1] += delta(x[1], first)
+    expected[2] += 0.5 * delta(x[2], first) + 2 * delta(x[2], second)
+    expected[3] += delta(x[3], second)
+    compiled = torch.compile(lambda x: module.apply(x, bias), backend="eager", fullgraph=True)
+    streams: list[str] = []
+    main, side = (SimpleNamespace(wait_stream=lambda _, name=name: streams.append(name)) for name in ("main", "side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    for run in (module.apply, lambda x, bias: compiled(x)):
+        for step._side in (None, side):
+            for entry, want in ((x, expected), (x[None], expected[None])):
+                torch.testing.assert_close(run(entry, bias), want, atol=1e-4, rtol=1e-4)
+    assert streams == ["side", "main"] * 4
