@@ -78,6 +78,7 @@ def start(options: Any, model: str, max_num_seqs: int, **more: Any) -> Any:
         "compilation_config": {"cudagraph_capture_sizes": [n for n in CAPTURED if n < max_num_seqs] + [max_num_seqs]},
         "tensor_parallel_size": 2 if options.child.endswith("_two") else 1,
         **more,
+        **options.vllm,
     }
     began = time.perf_counter()
     llm = LLM(model, **arguments)
@@ -408,6 +409,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--root", type=Path, help="where models and adapters are written")
     parser.add_argument("--logs", type=Path)
+    parser.add_argument("--vllm", type=json.loads, default={}, help="further arguments of vLLM's, as JSON")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
