@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +14,7 @@ from langchain_lora_retriever.cli.terminal import hint, status
 from langchain_lora_retriever.errors import MissingDependencyError
 
 if TYPE_CHECKING:
+    from langchain_lora_retriever.chat.model import ChatLoraRetriever
     from langchain_lora_retriever.serving.config import ServeConfig
 
 __all__ = ["serve"]
@@ -38,6 +39,12 @@ def serve(
         Path | None,
         typer.Option(
             "--api-key-file", metavar="FILE", help="File of keys that may ask, one per line.", show_default=False
+        ),
+    ] = None,
+    engine_process: Annotated[
+        bool | None,
+        typer.Option(
+            "--engine-process", help="Run the engine in a process of its own: for many streams.", show_default=False
         ),
     ] = None,
     replicas: Annotated[
@@ -66,23 +73,40 @@ def serve(
         host=host,
         port=port,
         api_key_file=api_key_file,
+        engine_process=engine_process,
         replicas=replicas,
     )
     if settings.replicas is not None:
         _serve_cluster(settings)
         return
-    limits = settings.chat.setdefault("engine_config", {})
-    if isinstance(limits, dict):
-        limits.setdefault("max_waiting", MAX_WAITING)
-    with status("Reading the pool"):
-        llm = make_chat_model(settings.base_model, settings.pool, settings.encoder, **settings.chat)
-    warm_up(llm)
+    with ExitStack() as until_the_end:
+        if settings.engine_process:
+            llm = _make_apart(settings, until_the_end)
+        else:
+            limits = settings.chat.setdefault("engine_config", {})
+            if isinstance(limits, dict):
+                limits.setdefault("max_waiting", MAX_WAITING)
+            with status("Reading the pool"):
+                llm = make_chat_model(settings.base_model, settings.pool, settings.encoder, **settings.chat)
+        warm_up(llm)
 
-    def on_ready(address: str) -> None:
-        hint(f"{llm.model_name} with {len(llm.pool)} adapters is served at {address}/v1")
+        def on_ready(address: str) -> None:
+            hint(f"{llm.model_name} with {len(llm.pool)} adapters is served at {address}/v1")
 
-    with interrupts.raising():  # the server has an orderly end of its own
-        run(llm, settings, on_ready=on_ready)
+        with interrupts.raising():  # the server has an orderly end of its own
+            run(llm, settings, on_ready=on_ready)
+
+
+def _make_apart(settings: ServeConfig, until_the_end: ExitStack) -> ChatLoraRetriever:
+    """A chat model over an engine in a process of its own, which ends with the server."""
+    from langchain_lora_retriever.remote import ProcessEngine  # noqa: PLC0415 - seconds to import
+    from langchain_lora_retriever.serving.engines import EngineElsewhere  # noqa: PLC0415 - the same
+
+    elsewhere = EngineElsewhere.of(settings)
+    with status("Starting the engine's process"):
+        max_in_flight = elsewhere.num_seqs + elsewhere.max_waiting
+        engine = until_the_end.enter_context(closing(ProcessEngine(elsewhere.recipe, max_in_flight=max_in_flight)))
+    return elsewhere.make_chat_model(engine=engine)
 
 
 def _serve_cluster(settings: ServeConfig) -> None:

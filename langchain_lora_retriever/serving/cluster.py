@@ -12,14 +12,11 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray import serve
 
-from langchain_lora_retriever.chat.model import ChatLoraRetriever
-from langchain_lora_retriever.demo import demo_chat_model
-from langchain_lora_retriever.demo.model import base_model_arguments
-from langchain_lora_retriever.engine.config import config_of
 from langchain_lora_retriever.errors import EngineError
-from langchain_lora_retriever.remote import EngineRecipe, RemoteEngine, engine_app
+from langchain_lora_retriever.remote import RemoteEngine, engine_app
 from langchain_lora_retriever.serving.app import create_app
-from langchain_lora_retriever.serving.config import MAX_WAITING, ServeConfig, address_of, read_config
+from langchain_lora_retriever.serving.config import ServeConfig, address_of, read_config
+from langchain_lora_retriever.serving.engines import EngineElsewhere
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,7 +29,6 @@ __all__ = ["app", "cluster_app", "serve_cluster"]
 _NAME = "lora-retriever"
 _ENGINE = "engine"
 _MAX_HTTP_REQUESTS = 4096  # of an ingress replica; what may wait is `max_waiting`
-_USUAL_NUM_SEQS = 128
 
 
 def app(args: dict[str, Any]) -> Application:
@@ -51,33 +47,17 @@ def cluster_app(config: ServeConfig) -> Application:
     Args:
         config: The server's settings. Files and folders are looked for on the nodes that the replicas run on.
     """
-    settings = dict(config.chat)
-    limits: dict[str, Any] = dict(settings.pop("engine_config", {}))
-    max_waiting = limits.pop("max_waiting", MAX_WAITING)
-    model: dict[str, Any] = base_model_arguments() if config.base_model is None else {"base_model": config.base_model}
-    model_kwargs = {**model.get("model_kwargs", {}), **settings.pop("model_kwargs", {})}
-    engine_config = config_of(limits)
-    recipe = EngineRecipe(
-        base_model=str(model["base_model"]),
-        model_kwargs=model_kwargs,
-        config=engine_config,
-        pool=None if config.pool is None else str(config.pool),
-    )
-    num_seqs = engine_config.max_num_seqs or _USUAL_NUM_SEQS
-    num_replicas = config.replicas or 1
-    settings.setdefault("model_name", model.get("model_name", config.base_model))
-    settings |= {"pool": config.pool, "encoder": config.encoder}
-    settings = {name: value for name, value in settings.items() if value is not None}
+    elsewhere = EngineElsewhere.of(config)
+    num_seqs, num_replicas = elsewhere.num_seqs, config.replicas or 1
 
     def build() -> FastAPI:
         handle = serve.get_deployment_handle(_ENGINE, app_name=serve.get_replica_context().app_name)
-        max_in_flight = max_waiting + num_seqs * (config.max_replicas or num_replicas)
+        max_in_flight = elsewhere.max_waiting + num_seqs * (config.max_replicas or num_replicas)
         engine = RemoteEngine(handle, max_in_flight=max_in_flight)
-        make = demo_chat_model if config.base_model is None else ChatLoraRetriever
-        return create_app(make(engine=engine, **settings), config)
+        return create_app(elsewhere.make_chat_model(engine=engine), config)
 
     engines = engine_app(
-        recipe,
+        elsewhere.recipe,
         num_replicas=num_replicas,
         max_replicas=config.max_replicas,
         target_ongoing_requests=num_seqs,

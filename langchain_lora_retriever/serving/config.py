@@ -37,6 +37,8 @@ class ServeConfig(BaseModel):
         pool_seconds: Seconds after which the pool's folder is looked at again, for what others have changed; 0 never
             does.
         drain_seconds: Seconds that open requests have when the server is told to stop.
+        engine_process: Whether the engine runs in a process of its own, where it shares no interpreter lock with HTTP:
+            for a hundred streams and more on a GPU.
         replicas: Engine replicas of a Ray Serve application; None serves from this process alone.
         max_replicas: Most of them: Serve adds some while requests queue. None keeps `replicas`.
         ingress_replicas: Processes that speak HTTP, encode and route, before the engine replicas.
@@ -60,6 +62,7 @@ class ServeConfig(BaseModel):
     timeout: float = Field(default=600.0, gt=0)
     pool_seconds: float = Field(default=1.0, ge=0)
     drain_seconds: int = Field(default=30, ge=0)
+    engine_process: bool = False
     replicas: int | None = Field(default=None, ge=1)
     max_replicas: int | None = Field(default=None, ge=1)
     ingress_replicas: int = Field(default=1, ge=1)
@@ -103,6 +106,11 @@ def read_config(path: Path | None, **given: Any) -> ServeConfig:
         raise InvalidRequestError(
             f"host={config.host!r} lets others reach this server: pass --api-key-file with the keys that may ask, or "
             "listen on 127.0.0.1."
+        )
+    if config.engine_process and config.replicas is not None:
+        raise InvalidRequestError(
+            f"engine_process=True and replicas={config.replicas} exclude each other: replicas have processes of their "
+            "own. Drop one of the two."
         )
     if config.max_replicas is not None and config.max_replicas < (config.replicas or 1):
         raise InvalidRequestError(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 import openai
+import psutil
 import pytest
 from langchain_openai import ChatOpenAI
 
@@ -22,10 +23,11 @@ pytestmark = [pytest.mark.demo, pytest.mark.slow]
 CABLE = "A cable measures 730.1 km. How long is it in m?"
 
 
-@pytest.fixture
-def server() -> Iterator[tuple[subprocess.Popen[str], str]]:
+@pytest.fixture(params=[[], ["--engine-process"]], ids=["one process", "two processes"])
+def server(request: pytest.FixtureRequest) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The process, and its address once it has said that it is ready."""
     command = [sys.executable, "-c", "from langchain_lora_retriever.cli import app; app()", "serve", "--port", "0"]
+    command += request.param
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "200"})
     try:
         said = ""
@@ -43,6 +45,7 @@ def server() -> Iterator[tuple[subprocess.Popen[str], str]]:
 def test_a_server_from_its_start_to_its_end(server: tuple[subprocess.Popen[str], str]) -> None:
     """It answers OpenAI's client and LangChain's, whole and streamed; told to stop, it lets an open stream end."""
     process, address = server
+    children = psutil.Process(process.pid).children(recursive=True)
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=120)
     messages = [{"role": "user", "content": CABLE}]
     answer = client.chat.completions.create(model="auto", messages=messages)
@@ -61,5 +64,6 @@ def test_a_server_from_its_start_to_its_end(server: tuple[subprocess.Popen[str],
     assert chunks[-1].choices[0].finish_reason in {"stop", "length"}
     assert len("".join(texts)) > 16
     assert process.wait(60) == 0
+    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{address}/health")

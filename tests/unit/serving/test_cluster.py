@@ -65,6 +65,8 @@ def test_settings_that_cannot_be_are_refused(tmp_path: Path) -> None:
         cluster.app({"base_model": "org/model", "host": "127.0.0.1", "replicas": 0})
     with pytest.raises(InvalidRequestError, match="max_num_seq"):
         cluster.app({"base_model": "org/model", "host": "127.0.0.1", "chat": {"engine_config": {"max_num_seq": 3}}})
+    with pytest.raises(InvalidRequestError, match="exclude each other"):
+        cluster.app({"base_model": "org/model", "host": "127.0.0.1", "engine_process": True})
     with pytest.raises(InvalidRequestError, match="max_replicas"):
         cluster.app({"base_model": "org/model", "host": "127.0.0.1", "replicas": 3, "max_replicas": 2})
 
