@@ -218,10 +218,12 @@ def _own_forwards(layer: nn.Module) -> Iterator[None]:
 
 
 def _to_float32(value: Any) -> Any:
-    """The same with every tensor of floating-point numbers in float32."""
+    """The same with every tensor of floating-point numbers in float32, quantised ones included."""
     if isinstance(value, PackedWeight):
         return value.dense()
     if isinstance(value, torch.Tensor):
+        if type(value).dequantize is not torch.Tensor.dequantize:  # a class of torchao's, which may know no other way
+            value = value.dequantize()
         return value.float() if value.is_floating_point() else value
     if type(value) in {tuple, list}:
         return type(value)(_to_float32(item) for item in value)
