@@ -7,7 +7,8 @@ device memory after loading and with the engine; how many of some greedy answers
 (PEFT), are token for token those of `generate` of the same quantised model (products of other shapes round otherwise:
 random weights have near-ties, at which a few answers part); tokens per second of 64 requests, 128 tokens in, 64 out,
 base and 32 adapters of rank 16; and one layer's products by themselves, without which a slower engine cannot be
-judged. A scheme whose package is not installed, or does not run here, is told and left out.
+judged. NF4 is loaded and served with no more than 16 GiB of device memory for PyTorch. A scheme whose package is not
+installed, or does not run here, is told and left out; so are those whose turn has not come after `--seconds`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import shutil
+import statistics
 import tempfile
 import time
 import traceback
@@ -24,12 +27,17 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import save_file
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from langchain_lora_retriever.engine import EngineConfig, EngineWorker, load_base_model
 from langchain_lora_retriever.pool.checkpoint import read_adapter
-from langchain_lora_retriever.types import SamplingParams
-from makers import make_checkpoint, make_tokenizer
+from langchain_lora_retriever.types import Adapter, SamplingParams
+from makers import make_tokenizer
+
+HAS_GPU = torch.cuda.is_available()  # the script can be tried without
+DEVICE = "cuda" if HAS_GPU else "cpu"
 
 SIZES: dict[str, dict[str, int]] = {
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -39,7 +47,9 @@ SIZES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8,
              "num_key_value_heads": 4, "vocab_size": 512},
 }  # fmt: skip
-NUM_REQUESTS, NUM_IN, NUM_OUT = 64, 128, 64
+NUM_REQUESTS, NUM_IN, NUM_OUT = (64, 128, 64) if HAS_GPU else (4, 16, 6)
+NUM_ADAPTERS, NUM_DISTINCT, RANK = 32, 4, 16
+CAPPED, CAP = "nf4", 16 << 30
 
 
 def torchao(kind: str, **settings: Any) -> Any:
@@ -52,7 +62,7 @@ def torchao(kind: str, **settings: Any) -> Any:
 SCHEMES: dict[str, Any] = {
     "bf16": lambda: None,
     "int8": lambda: torchao("Int8WeightOnlyConfig"),
-    "int4": lambda: torchao("Int4WeightOnlyConfig", group_size=128),
+    "int4": lambda: torchao("Int4WeightOnlyConfig", group_size=128, int4_packing_format="tile_packed_to_4d"),
     "float8": lambda: torchao("Float8WeightOnlyConfig"),
     "float8-dynamic": lambda: torchao("Float8DynamicActivationFloat8WeightConfig"),
     "nf4": lambda: transformers.BitsAndBytesConfig(
@@ -66,10 +76,36 @@ def make_model(folder: Path, size: str) -> None:
     """Random weights whose activations keep their size from layer to layer, in bf16."""
     torch.manual_seed(0)
     config = AutoConfig.for_model("llama", **SIZES[size], max_position_embeddings=4096, tie_word_embeddings=False)
-    with torch.device("cuda"):
+    with torch.device(DEVICE):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
+
+
+def make_adapters(folder: Path) -> list[Path]:
+    """Random adapters on all linear modules, in bf16; those that share a file of weights have other scalings."""
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder / "model"))
+    linears = {n: m for n, m in skeleton.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
+    for seed in range(NUM_DISTINCT):
+        generator = torch.Generator(DEVICE).manual_seed(seed)
+        tensors = {}
+        for name, module in linears.items():
+            a = torch.randn(RANK, module.in_features, generator=generator, device=DEVICE) * module.in_features**-0.5
+            b = torch.randn(module.out_features, RANK, generator=generator, device=DEVICE) * 0.02
+            tensors[f"base_model.model.{name}.lora_A.weight"] = a.bfloat16().cpu()
+            tensors[f"base_model.model.{name}.lora_B.weight"] = b.bfloat16().cpu()
+        save_file(tensors, folder / f"weights{seed}.safetensors")
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "base_model_name_or_path": "random",
+        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in linears}),
+    }  # fmt: skip
+    paths = [folder / f"a{i}" for i in range(NUM_ADAPTERS)]
+    for i, path in enumerate(paths):
+        path.mkdir()
+        (path / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 2.0 * RANK + 0.01 * i}))
+        os.link(folder / f"weights{i % NUM_DISTINCT}.safetensors", path / "adapter_model.safetensors")
+    return paths
 
 
 def make_prompts(num: int, length: int) -> list[list[int]]:
@@ -80,7 +116,7 @@ def make_prompts(num: int, length: int) -> list[list[int]]:
 
 def generate(model: Any, prompt: list[int]) -> list[int]:
     """What the model answers by itself."""
-    ids = torch.tensor([prompt], device="cuda")
+    ids = torch.tensor([prompt], device=DEVICE)
     out = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False, eos_token_id=None,
         pad_token_id=0,
@@ -88,8 +124,8 @@ def generate(model: Any, prompt: list[int]) -> list[int]:
     return list(out[0, len(prompt) :].tolist())
 
 
-def tokens_per_second(worker: EngineWorker, adapters: list[Any]) -> float:
-    """Median of three rounds after one."""
+def tokens_per_second(worker: EngineWorker, adapters: list[Adapter]) -> list[float]:
+    """Median, least and most of three rounds after one."""
     sampling = SamplingParams(max_tokens=NUM_OUT, ignore_eos=True)
     times = []
     for round_ in range(4):
@@ -102,11 +138,14 @@ def tokens_per_second(worker: EngineWorker, adapters: list[Any]) -> float:
         for generation in running:
             generation.result(600)
         times.append(time.perf_counter() - start)
-    return NUM_REQUESTS * NUM_OUT / sorted(times[1:])[1]
+    rates = [NUM_REQUESTS * NUM_OUT / seconds for seconds in times[1:]]
+    return [statistics.median(rates), min(rates), max(rates)]
 
 
 def product_ms(model: Any) -> float:
     """One layer's seven products over 64 tokens, in a CUDA graph as the engine runs them; without one if it must."""
+    if not HAS_GPU:
+        return 0.0
     layer = model.model.layers[0]
     modules = [m for m in layer.modules() if hasattr(m, "in_features")]
     inputs = [torch.randn(NUM_REQUESTS, m.in_features, device="cuda", dtype=torch.bfloat16) for m in modules]
@@ -135,27 +174,52 @@ def product_ms(model: Any) -> float:
     return float(start.elapsed_time(end) / 50)
 
 
-def measure(scheme: str, folder: Path, adapters: list[Path]) -> dict[str, Any]:
+def begin(scheme: str) -> None:
+    """Give back what the scheme before has held, and say how much memory this one may have."""
+    gc.collect()
+    if HAS_GPU:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, CAP / total) if scheme == CAPPED else 1.0)
+
+
+def gib_on_device() -> float:
+    """What is taken of the device, by whatever: PyTorch, the libraries, the context."""
+    free, total = torch.cuda.mem_get_info() if HAS_GPU else (0, 0)
+    return (total - free) / 2**30
+
+
+def measure(scheme: str, folder: Path, adapters: list[Path], chosen: list[Adapter]) -> dict[str, Any]:
     """Everything of one scheme."""
     from peft import PeftModel
 
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+    begin(scheme)
     config = SCHEMES[scheme]()
     kwargs = {} if config is None else {"quantization_config": config}
+    start = time.perf_counter()
     base = load_base_model(folder, dtype=torch.bfloat16, **kwargs)
-    row: dict[str, Any] = {"weights GiB": torch.cuda.memory_allocated() / 2**30, "products ms": product_ms(base.model)}
+    seconds = time.perf_counter() - start
+    row: dict[str, Any] = {
+        "seconds to load": seconds, "weights GiB": torch.cuda.memory_allocated() / 2**30,
+        "products ms": product_ms(base.model),
+    }  # fmt: skip
     prompts = make_prompts(6, 24)
     expected = [generate(base.model, prompt) for prompt in prompts]
     adapted = PeftModel.from_pretrained(base.model, adapters[0])
     expected += [generate(adapted, prompt) for prompt in prompts]
     adapted.unload()
-    chosen = [read_adapter(path) for path in adapters]
-    limits = EngineConfig(kv_cache_bytes=4 << 30, lora_cache_bytes=4 << 30, captured_num_adapters=(0, 1))
+    size = 4 << 30 if HAS_GPU else 16 << 20
+    limits = EngineConfig(
+        kv_cache_bytes=size, lora_cache_bytes=size, captured_num_adapters=(0, 1), captured_ranks=(RANK,)
+    )
+    start = time.perf_counter()
     with EngineWorker(base, limits) as worker:
         executor = worker.core.runner.executor
-        row |= {"fused": executor.num_fused_layers, "graphs": len(executor.graphs)}
+        row |= {
+            "seconds to start": time.perf_counter() - start, "fused": getattr(executor, "num_fused_layers", 0),
+            "graphs": len(executor.graphs),
+        }  # fmt: skip
         sampling = SamplingParams(max_tokens=16, ignore_eos=True)
         pairs: list[list[Any]] = [[]] * len(prompts) + [[(chosen[0], 1.0)]] * len(prompts)
         running = [worker.submit(p, sampling, pair) for p, pair in zip(prompts * 2, pairs, strict=True)]
@@ -166,8 +230,16 @@ def measure(scheme: str, folder: Path, adapters: list[Path]) -> dict[str, Any]:
         )
         row["base tok/s"] = tokens_per_second(worker, [])
         row["32 adapters tok/s"] = tokens_per_second(worker, chosen)
-        row["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
+        row["adapters resident"] = len(worker.resident_fingerprints)
+        row |= {"peak GiB": torch.cuda.max_memory_allocated() / 2**30, "GiB on the device": gib_on_device()}
     return row
+
+
+def rounded(value: Any) -> Any:
+    """The same with no more digits than are of interest."""
+    if isinstance(value, list):
+        return [round(each) for each in value]
+    return round(value, 3) if isinstance(value, float) else value
 
 
 def main() -> None:
@@ -175,26 +247,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="8b")
     parser.add_argument("--only", nargs="*", choices=SCHEMES, default=list(SCHEMES))
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="after which no scheme is begun")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    start = time.perf_counter()
     root = Path(tempfile.mkdtemp())
     make_model(root / "model", arguments.size)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(root / "model"))
-    adapters = [
-        make_checkpoint(root / f"a{i}", seed=i, model=skeleton, r=16, lora_alpha=32, target_modules="all-linear")
-        for i in range(32)
-    ]
-    del skeleton
-    about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "size": arguments.size}
+    adapters = make_adapters(root)
+    chosen = [read_adapter(path) for path in adapters]
+    print(f"model and adapters made in {time.perf_counter() - start:.1f} s", flush=True)
+    name = torch.cuda.get_device_name() if HAS_GPU else "CPU"
+    about = {"device": name, "torch": torch.__version__, "transformers": transformers.__version__,
+             "size": arguments.size}  # fmt: skip
     lines = []
     for scheme in arguments.only:
         try:
-            row = measure(scheme, root / "model", adapters)
+            is_due = time.perf_counter() - start <= arguments.seconds
+            row = measure(scheme, root / "model", adapters, chosen) if is_due else {"failed": "its turn did not come"}
         except Exception:  # noqa: BLE001 - told, and the others are measured
             row = {"failed": traceback.format_exc(limit=-3)}
-        rounded = {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
-        lines.append(json.dumps({"scheme": scheme, **about, **rounded}))
+        lines.append(json.dumps({"scheme": scheme, **about, **{key: rounded(value) for key, value in row.items()}}))
         print(lines[-1], flush=True)
     if arguments.out is not None:
         arguments.out.write_text("\n".join(lines) + "\n")

@@ -78,7 +78,7 @@ class Timed(NamedTuple):
 def make_engine(
     *, is_tiny: bool, max_num_seqs: int = 128, lora_cache_bytes: int | None = None, is_exact: bool = False
 ) -> Any:
-    """The engine of a replica.
+    """The engine of a replica. It captures steps for what it is asked here alone: three adapters of one rank.
 
     Args:
         is_tiny: Whether everything is small.
@@ -87,12 +87,11 @@ def make_engine(
         is_exact: Of few layers, in float32: what it answers does not depend on what runs beside.
     """
     bench = make_bench(is_tiny=is_tiny, is_exact=is_exact)
-    size: dict[str, Any] = {}
+    size: dict[str, Any] = {"captured_num_adapters": (3,), "captured_ranks": (RANK,)}
     if lora_cache_bytes is not None and not is_tiny:
         num_loras = int(lora_cache_bytes / (90 << 20))
-        size = {"lora_cache_bytes": lora_cache_bytes, "max_loras": num_loras, "pinned_lora_bytes": 2 * lora_cache_bytes}
-    if is_exact:  # whatever it is asked has these three; the rest would have to be compiled for nothing
-        size = {"captured_num_adapters": (3,), "captured_ranks": (RANK,)}
+        pinned = {"pinned_lora_bytes": 2 * lora_cache_bytes}
+        size |= {"lora_cache_bytes": lora_cache_bytes, "max_loras": num_loras, **pinned}
     return bench.engine(max_num_seqs=8 if is_tiny else max_num_seqs, **size)
 
 
@@ -100,7 +99,7 @@ def make_bench(*, is_tiny: bool, is_exact: bool = False) -> Bench:
     """The model's shape and dtype."""
     if not is_exact:
         return Bench(None, is_tiny=is_tiny)
-    return Bench(None, is_tiny=is_tiny, dtype=torch.float32, **({} if is_tiny else {"num_hidden_layers": 4}))
+    return Bench(None, is_tiny=is_tiny, dtype=torch.float32, **({} if is_tiny else {"num_hidden_layers": 8}))
 
 
 class StubEngine(FakeEngine):
@@ -496,7 +495,7 @@ def kill(options: argparse.Namespace, put: Callable[[str, Any], None]) -> None:
     folder = Path(tempfile.mkdtemp()) / "adapters"
     adapters = make_adapters(options.adapters, is_tiny=is_tiny, folder=folder, is_exact=True)
     num_in, num_out = (16, 12) if is_tiny else (128, 2 * options.tokens)
-    rows = make_rows(adapters, num_streams, num_in=num_in, num_out=num_out, is_tiny=is_tiny, seed=99, logprobs=20)
+    rows = make_rows(adapters, num_streams, num_in=num_in, num_out=num_out, is_tiny=is_tiny, seed=99, logprobs=5)
     rows = [row if i % 2 else row._replace(sampling=replace(row.sampling, temperature=0.7, seed=i)) for i, row in
             enumerate(rows)]  # fmt: skip
     recipe = partial(make_engine, is_tiny=is_tiny, max_num_seqs=options.max_num_seqs, is_exact=True)
@@ -645,12 +644,15 @@ def one(options: argparse.Namespace, put: Callable[[str, Any], None]) -> None:
     sizes = (4, 8) if is_tiny else (64, 256)
     alone = make_engine(is_tiny=is_tiny, max_num_seqs=256)
     reference: dict[int, float] = {}
-    for size in sizes:
-        reference[size] = _rate_together(alone, make, size, num_out, options.rounds)
-        put(f"engine alone, {size} requests, tok/s", round(reference[size]))
 
-    def put_rate(name: str, size: int, rate: float) -> None:
-        put(f"{name}, {size}, tok/s", f"{rate:.0f} ({rate / reference[size]:.3f} of the engine alone)")
+    def put_rate(name: str, size: int, rates: list[float]) -> None:
+        rate = statistics.median(rates)
+        share = rate / reference.setdefault(size, rate)
+        span = f"{min(rates):.0f} to {max(rates):.0f}"
+        put(f"{name}, {size}, tok/s", f"{rate:.0f} ({share:.3f} of the engine alone; {span})")
+
+    for size in sizes:
+        put_rate("engine alone", size, _rates_together(alone, make, size, num_out, options.rounds))
 
     with chat_model(alone, adapters, num_out) as llm:
         _serve_and_batch("in one process", llm, make, sizes, options.rounds, num_out, put_rate)
@@ -663,8 +665,8 @@ def one(options: argparse.Namespace, put: Callable[[str, Any], None]) -> None:
     apart = ProcessEngine(partial(make_there, is_tiny=is_tiny, max_num_seqs=256))
     try:
         for size in sizes:
-            put_rate("process of its own, awaited", size, _rate_together(apart, make, size, num_out, options.rounds))
-            put_rate("process of its own, streams", size, _rate_streamed(apart, make, size, num_out, options.rounds))
+            put_rate("process of its own, awaited", size, _rates_together(apart, make, size, num_out, options.rounds))
+            put_rate("process of its own, streams", size, _rates_streamed(apart, make, size, num_out, options.rounds))
         with chat_model(apart, adapters, num_out) as llm:
             _serve_and_batch("process of its own", llm, make, sizes, options.rounds, num_out, put_rate)
         apart.check_integrity()
@@ -674,19 +676,21 @@ def one(options: argparse.Namespace, put: Callable[[str, Any], None]) -> None:
 
 def _serve_and_batch(
     name: str, llm: Any, make: Callable[..., list[Row]], sizes: Sequence[int], rounds: int, num_out: int,
-    put_rate: Callable[[str, int, float], None],
+    put_rate: Callable[[str, int, list[float]], None],
 ) -> None:  # fmt: skip
-    from engine_gpu.serving import abatch_seconds, http_rate
+    from engine_gpu.serving import abatch_seconds, http_rates
 
     llm.runtime.ready()
     for size in sizes:
         rows = [make(size, seed=300 + round_) for round_ in range(rounds + 1)]
-        put_rate(f"{name}, HTTP streams", size, http_rate(llm, rows, num_out))
+        put_rate(f"{name}, HTTP streams", size, http_rates(llm, rows, num_out))
         seconds = [asyncio.run(abatch_seconds(llm, make(size, seed=400 + round_)))[0] for round_ in range(rounds + 1)]
-        put_rate(f"{name}, abatch, routed", size, size * num_out / statistics.median(seconds[1:]))
+        put_rate(f"{name}, abatch, routed", size, [size * num_out / each for each in seconds[1:]])
 
 
-def _rate_together(engine: EngineClient, make: Callable[..., list[Row]], size: int, num_out: int, rounds: int) -> float:
+def _rates_together(
+    engine: EngineClient, make: Callable[..., list[Row]], size: int, num_out: int, rounds: int
+) -> list[float]:
     """Tokens a second of requests submitted together, awaited whole."""
     rates = []
     for round_ in range(rounds + 1):
@@ -696,16 +700,19 @@ def _rate_together(engine: EngineClient, make: Callable[..., list[Row]], size: i
         for generation in running:
             assert len(generation.result(300).token_ids) == num_out
         rates.append(size * num_out / (time.perf_counter() - start))
-    return statistics.median(rates[1:])
+    return rates[1:]
 
 
-def _rate_streamed(engine: EngineClient, make: Callable[..., list[Row]], size: int, num_out: int, rounds: int) -> float:
+def _rates_streamed(
+    engine: EngineClient, make: Callable[..., list[Row]], size: int, num_out: int, rounds: int
+) -> list[float]:
+    """The same of streams, token by token."""
     rates = []
     for round_ in range(rounds + 1):
         rows = make(size, seed=200 + round_)
         _, seconds = asyncio.run(closed_loop(engine, rows, size))
         rates.append(size * num_out / seconds)
-    return statistics.median(rates[1:])
+    return rates[1:]
 
 
 MODES = {"replicas": replicas, "kill": kill, "stub": stub, "one": one}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -43,8 +42,8 @@ def chat_model(engine: EngineClient, adapters: Sequence[Adapter], max_tokens: in
     )  # fmt: skip
 
 
-def http_rate(llm: ChatLoraRetriever, rounds: Sequence[Sequence[Any]], num_out: int) -> float:
-    """Tokens a second of streams through a server around a chat model, all of a round at once; the median.
+def http_rates(llm: ChatLoraRetriever, rounds: Sequence[Sequence[Any]], num_out: int) -> list[float]:
+    """Tokens a second of streams through a server around a chat model, all of a round at once; of each round.
 
     Args:
         llm: Served by a thread of this process.
@@ -86,7 +85,7 @@ def http_rate(llm: ChatLoraRetriever, rounds: Sequence[Sequence[Any]], num_out: 
         client.wait()
         server.should_exit = True
         thread.join()
-    return statistics.median(rates[1:])
+    return rates[1:]
 
 
 async def abatch_seconds(llm: ChatLoraRetriever, rows: Sequence[Any]) -> tuple[float, list[str]]:
