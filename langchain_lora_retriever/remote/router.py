@@ -44,8 +44,11 @@ class AdapterRouter(RequestRouter):
         self._chosen = {name: self._waiting(name, pending_request) for name in by_id}
         views = [self._view(name, replica) for name, replica in by_id.items()]
         ranked = rank_replicas(wanted, views, avoid=job.avoid if isinstance(job, Job) else ())
-        if pending_request is not None and ranked:
-            self._chosen[ranked[0]].append(pending_request)
+        if pending_request is not None:
+            # All of them were named: if they are full, Serve is to wait before it asks each one again.
+            pending_request.routing_context.should_backoff = True
+            if ranked:
+                self._chosen[ranked[0]].append(pending_request)
         return [[by_id[name]] for name in ranked]
 
     def on_send_request(self, replica_id: ReplicaID) -> None:
