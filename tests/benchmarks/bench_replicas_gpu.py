@@ -7,12 +7,13 @@
 
 `replicas`: an 8B-shaped Llama of random weights in bf16, one replica for each GPU behind Ray Serve, reached through a
 `RemoteEngine` in each of some calling processes. Streams ask one request after the other, mixtures of three of adapters
-drawn zipf-wise. For each count of replicas tokens a second that arrive in a window of time, time to first token and the
-share of adapters found resident. `kill`: every stream twice undisturbed and once with a replica killed in its middle,
-in float32, where what runs beside changes no token. `stub`: without a model or a GPU, requests a second through several
-calling processes, and where they land. `one`: a single GPU: the engine alone, 64 and 256 streams through the HTTP
-server over it, and `abatch` of 64 with the engine in a process of its own. `--tiny` tries the script anywhere. Ray is
-needed by the first three, FastAPI and uvicorn by `one`.
+drawn zipf-wise. The largest count of replicas is started, and for each count so many of them get all requests: tokens a
+second that arrive in a window of time, time to first token and the share of adapters found resident. `kill`: every
+stream twice undisturbed and once with a replica killed in its middle, in float32, where what runs beside changes no
+token. `stub`: without a model or a GPU, requests a second through several calling processes, and where they land.
+`one`: a single GPU: the engine alone, 64 and 256 streams through the HTTP server over it and over one in a process of
+its own, and `abatch` of as many. `--tiny` tries the script anywhere. Ray is needed by the first three, FastAPI and
+uvicorn by `one`.
 """
 
 from __future__ import annotations
@@ -334,7 +335,7 @@ def ray_cluster() -> Iterator[None]:
 
 
 def deploy(recipe: Callable[[], Any], num_replicas: int, max_ongoing_requests: int) -> Any:
-    """A handle of so many replicas, each with a GPU if there are some; Serve makes those anew that run."""
+    """A handle of so many replicas, each with a GPU if there are some."""
     from ray import serve
 
     from langchain_lora_retriever.remote import engine_app
@@ -348,62 +349,58 @@ def deploy(recipe: Callable[[], Any], num_replicas: int, max_ongoing_requests: i
 
 
 def replicas(options: argparse.Namespace, put: Callable[[str, Any], None]) -> None:
-    """The engine of `make_engine` on 1, 2, 4, ... GPUs."""
+    """The engine of `make_engine` on the most GPUs that are asked for; of them 1, 2, 4, ... get all requests."""
     import ray
 
     is_tiny = options.tiny
     num_in, num_out = (16, 12) if is_tiny else (128, options.tokens)
-    start = time.perf_counter()
     folder = Path(tempfile.mkdtemp()) / "adapters" if options.folder is None else options.folder
-    adapters = make_adapters(options.adapters, is_tiny=is_tiny, folder=folder)
-    put("adapters", f"{len(adapters)} in {folder}, {time.perf_counter() - start:.1f} s to make")
     recipe = partial(make_engine, is_tiny=is_tiny, max_num_seqs=options.max_num_seqs,
                      lora_cache_bytes=options.lora_cache_gb << 30)  # fmt: skip
     make = partial(make_rows, num_in=num_in, num_out=num_out, is_tiny=is_tiny, varies=True)
-    known = [(adapter.path, adapter.fingerprint) for adapter in adapters]
+    num_streams = {n: options.streams_each * n if options.streams_each else options.streams for n in options.counts}
+    num_callers = -(-max(num_streams.values()) // options.streams_per_caller)
     medians: dict[int, float] = {}
-    with ray_cluster():
+    with ray_cluster(), ThreadPoolExecutor(1) as thread:
+        start = time.perf_counter()
+        made = thread.submit(make_adapters, options.adapters, is_tiny=is_tiny, folder=folder)
+        callers = [
+            ray.remote(num_cpus=1)(Caller).remote("bench", make, 100 * i)  # type: ignore[attr-defined]
+            for i in range(num_callers)
+        ]
+        # No request waits for a place with its caller: each replica has room for all of them to queue.
+        deploy(recipe, max(options.counts), max_ongoing_requests=max(*num_streams.values(), 2 * options.max_num_seqs))
+        put(f"{max(options.counts)} replicas: seconds to start", round(time.perf_counter() - start, 1))
+        known = [(adapter.path, adapter.fingerprint) for adapter in made.result()]
+        put("adapters", f"{len(known)} in {folder}")
+        found = ray.get([caller.connect.remote(known) for caller in callers])
+        names = sorted({name for each in found for name in each})
         for count in options.counts:
+            share = -(-num_streams[count] // num_callers)
+            shares = [min(share, num_streams[count] - share * i) for i in range(num_callers)]
+            used = [(caller, num) for caller, num in zip(callers, shares, strict=True) if num > 0]
             start = time.perf_counter()
-            deploy(recipe, count, max_ongoing_requests=2 * options.max_num_seqs)
-            put(f"{count} replicas: seconds to start", round(time.perf_counter() - start, 1))
-            num_streams = options.streams_each * count if options.streams_each else options.streams
-            num_callers = -(-num_streams // options.streams_per_caller)
-            callers = [
-                ray.remote(num_cpus=1)(Caller).remote("bench", known, make, 100 * i)  # type: ignore[attr-defined]
-                for i in range(num_callers)
-            ]
-            shares = [num_streams // num_callers + (i < num_streams % num_callers) for i in range(num_callers)]
-            start = time.perf_counter()
-            ray.get([caller.warm.remote(share, i, num_callers)
-                     for i, (caller, share) in enumerate(zip(callers, shares, strict=True))])  # fmt: skip
-            put(f"{count} replicas: seconds to warm up, {num_callers} callers", round(time.perf_counter() - start, 1))
-            medians[count] = statistics.median(
-                _rounds(f"{count} replicas, {num_streams} streams", callers, shares, options, put)
-            )
-            checked = max(ray.get([caller.check_integrity.remote() for caller in callers]))
-            put(f"{count} replicas: integrity holds on", checked)
-            for caller in callers:
-                ray.kill(caller)
+            ray.get([caller.warm.remote(num, i, len(used), names[count:]) for i, (caller, num) in enumerate(used)])
+            put(f"{count} replicas: seconds to warm up, {len(used)} callers", round(time.perf_counter() - start, 1))
+            title = f"{count} replicas, {num_streams[count]} streams"
+            medians[count] = statistics.median(_rounds(title, used, options, put))
+        checked = max(ray.get([caller.check_integrity.remote() for caller in callers]))
+        put("integrity holds on", checked)
         fewest = min(medians)
         for count, rate in sorted(medians.items()):
             put(f"{count} replicas: tok/s, and times one", (round(rate), round(rate / medians[fewest] * fewest, 3)))
 
 
 def _rounds(
-    name: str, callers: Sequence[Any], shares: Sequence[int], options: argparse.Namespace,
-    put: Callable[[str, Any], None],
-) -> list[float]:  # fmt: skip
-    """Tokens a second of each round, after one that does not count."""
+    name: str, callers: Sequence[tuple[Any, int]], options: argparse.Namespace, put: Callable[[str, Any], None]
+) -> list[float]:
+    """Tokens a second of each round."""
     import ray
 
     rates = []
-    for round_ in range(1 + options.rounds):
+    for round_ in range(1, 1 + options.rounds):
         begin = time.time() + (0.5 if options.tiny else 3.0)  # streams begin at once, and are all under way by then
-        each = ray.get([caller.run.remote(share, round_, begin, options.seconds)
-                        for caller, share in zip(callers, shares, strict=True)])  # fmt: skip
-        if round_ == 0:
-            continue
+        each = ray.get([caller.run.remote(num, round_, begin, options.seconds) for caller, num in callers])
         firsts = [first for one in each for first in one["firsts"]]
         found = max((one["counts"] for one in each), key=lambda sums: sums["num_finished"])
         hits, loads = found["num_adapter_hits"], found["num_adapter_loads"]
@@ -412,6 +409,7 @@ def _rounds(
             "tok/s": round(rates[-1]),
             "first token ms p50/p99": [round(1e3 * percentile(firsts, q)) for q in (0.5, 0.99)],
             "adapters found resident": round(hits / max(hits + loads, 1), 3), "loads": loads,
+            "requests of each replica": sorted(found["finished"]),
             "CPU share of a caller": round(statistics.median(one["cpu"] for one in each), 2),
         })  # fmt: skip
     return rates
@@ -422,21 +420,30 @@ class Caller:
 
     Args:
         app: Name of the replicas' application.
-        known: Folders and fingerprints of the adapters.
         make: Makes requests, see `make_rows`.
         seed: Its requests are no other's.
     """
 
-    def __init__(self, app: str, known: Sequence[tuple[Path, str]], make: Callable[..., list[Row]], seed: int) -> None:
-        from langchain_lora_retriever.pool.checkpoint import read_adapter
-        from langchain_lora_retriever.remote import RemoteEngine
+    def __init__(self, app: str, make: Callable[..., list[Row]], seed: int) -> None:
+        from langchain_lora_retriever import remote  # while the replicas start
 
-        self._engine = RemoteEngine(app)
-        self._adapters = [read_adapter(path, fingerprint=fingerprint) for path, fingerprint in known]
+        self._make_engine = partial(remote.RemoteEngine, app)
         self._make, self._seed = make, seed
 
-    def warm(self, num_streams: int, index: int, num_callers: int) -> None:
-        """Ask for its share of the adapters once, and for full batches."""
+    def connect(self, known: Sequence[tuple[Path, str]]) -> list[str]:
+        """Find the replicas, and read the adapters of these folders and fingerprints; the replicas that it knows."""
+        from langchain_lora_retriever.pool.checkpoint import read_adapter
+
+        self._adapters = [read_adapter(path, fingerprint=fingerprint) for path, fingerprint in known]
+        self._engine = avoiding(self._make_engine())
+        rows = self._make([], 64, seed=0)
+        rows = [row._replace(sampling=replace(row.sampling, max_tokens=1)) for row in rows]
+        asyncio.run(closed_loop(self._engine, rows, len(rows)))  # some for each
+        return [door.replica_id for door in self._engine.doors]
+
+    def warm(self, num_streams: int, index: int, num_callers: int, avoided: Sequence[str]) -> None:
+        """Ask for its share of the adapters once, and for full batches; from now on not of some of the replicas."""
+        self._engine.avoided = frozenset(avoided)
         rows = self._make(self._adapters, 2 * num_streams, seed=self._seed)
         of_each = [
             rows[i % len(rows)]._replace(adapters=[(adapter, 1.0)])
@@ -465,15 +472,17 @@ class Caller:
                         is_first = False
                 assert len(generation.result(0).token_ids) == row.sampling.max_tokens
 
-        async def ask_all() -> tuple[dict[str, int], float]:
+        async def ask_all() -> tuple[dict[str, Any], float]:
             streams = [asyncio.create_task(ask()) for _ in range(num_streams)]
             await asyncio.sleep(begin - time.time())
-            before, cpu = await asyncio.to_thread(self._counts), time.process_time()
+            before, cpu = await asyncio.to_thread(self._engine.engine_stats), time.process_time()
             await asyncio.sleep(end - time.time())
             cpu = time.process_time() - cpu
-            after = await asyncio.to_thread(self._counts)
+            after = await asyncio.to_thread(self._engine.engine_stats)
             await asyncio.gather(*streams)
-            return {name: after[name] - before[name] for name in after}, cpu
+            first, last = counts(before), counts(after)
+            each = [one.num_finished - other.num_finished for one, other in zip(after, before, strict=True)]
+            return {name: last[name] - first[name] for name in last} | {"finished": each}, cpu
 
         sums, cpu = asyncio.run(ask_all())
         return {"num_tokens": num_tokens, "firsts": firsts, "counts": sums, "cpu": cpu / seconds}
@@ -483,8 +492,17 @@ class Caller:
         self._engine.check_integrity()
         return len(self._engine.doors)
 
-    def _counts(self) -> dict[str, int]:
-        return counts(self._engine.engine_stats())
+
+def avoiding(engine: Any) -> Any:
+    """Let an engine ask none of the replicas that are named in its `avoided`, as with those that it has lost."""
+    attempt = engine._attempt
+    engine.avoided = frozenset()
+
+    def attempt_elsewhere(request: Any, replica: list[str], avoid: frozenset[str]) -> Any:
+        return attempt(request, replica, avoid | engine.avoided)
+
+    engine._attempt = attempt_elsewhere
+    return engine
 
 
 def kill(options: argparse.Namespace, put: Callable[[str, Any], None]) -> None:

@@ -54,7 +54,7 @@ def activated(bench: Bench) -> None:
     awake = [replace(a, fingerprint=f"{a.fingerprint} a", invocation_tokens=tuple(invocation)) for a in plain]
     for round_ in range(2):  # the first loads the adapters
         times: dict[str, list[float]] = {"plain": [], "activated": []}
-        text = [*document, 3 + round_]  # pages of its own
+        text = [3 + round_, *document]  # pages of its own
         worker.submit(text, bench.greedy(1)).result(300)
         for index in range(num):
             for name, adapters in (("plain", plain), ("activated", awake)):
