@@ -99,13 +99,11 @@ def serve(
 
 def _make_apart(settings: ServeConfig, until_the_end: ExitStack) -> ChatLoraRetriever:
     """A chat model over an engine in a process of its own, which ends with the server."""
-    from langchain_lora_retriever.remote import ProcessEngine  # noqa: PLC0415 - seconds to import
-    from langchain_lora_retriever.serving.engines import EngineElsewhere  # noqa: PLC0415 - the same
+    from langchain_lora_retriever.serving.engines import EngineElsewhere  # noqa: PLC0415 - seconds to import
 
     elsewhere = EngineElsewhere.of(settings)
     with status("Starting the engine's process"):
-        max_in_flight = elsewhere.num_seqs + elsewhere.max_waiting
-        engine = until_the_end.enter_context(closing(ProcessEngine(elsewhere.recipe, max_in_flight=max_in_flight)))
+        engine = until_the_end.enter_context(closing(elsewhere.start_process()))
     return elsewhere.make_chat_model(engine=engine)
 
 

@@ -9,7 +9,7 @@ from langchain_lora_retriever.chat.model import ChatLoraRetriever
 from langchain_lora_retriever.demo import demo_chat_model
 from langchain_lora_retriever.demo.model import base_model_arguments
 from langchain_lora_retriever.engine.config import config_of
-from langchain_lora_retriever.remote import EngineRecipe
+from langchain_lora_retriever.remote import EngineRecipe, ProcessEngine
 from langchain_lora_retriever.serving.config import MAX_WAITING
 
 if TYPE_CHECKING:
@@ -62,3 +62,11 @@ class EngineElsewhere(NamedTuple):
         settings = {name: value for name, value in settings.items() if value is not None}
         make = demo_chat_model if config.base_model is None else ChatLoraRetriever
         return cls(recipe, engine_config.max_num_seqs or _USUAL_NUM_SEQS, max_waiting, partial(make, **settings))
+
+    def start_process(self) -> ProcessEngine:
+        """Run the engine in a process of its own on this machine, until it is closed.
+
+        Raises:
+            EngineError: If it cannot be made.
+        """
+        return ProcessEngine(self.recipe, max_in_flight=self.num_seqs + self.max_waiting)
