@@ -24,6 +24,7 @@ from lora_retriever_kernels.lora import (
     lora_mix,
     lora_shrink,
 )
+from lora_retriever_kernels.streams import run_beside
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -195,16 +196,13 @@ class LoraLayer:
             y = self._product(x, bias)
             add_lora(y.view(-1, y.shape[-1]), inputs, stack, batch)
             return y
-        main = torch.cuda.current_stream()
-        side.wait_stream(main)
-        delta = None
-        with torch.cuda.stream(side):
+
+        def aside() -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor | None]:
             v = lora_shrink(inputs, stack, batch)
             mixed = lora_mix(v, stack, batch)
-            if num_tokens <= _MAX_DELTA_TOKENS:
-                delta = lora_delta(v, stack, batch, mixed)
-        y = self._product(x, bias)
-        main.wait_stream(side)
+            return v, mixed, lora_delta(v, stack, batch, mixed) if num_tokens <= _MAX_DELTA_TOKENS else None
+
+        y, (v, mixed, delta) = run_beside(side, aside, lambda: self._product(x, bias))
         flat = y.view(-1, y.shape[-1])
         if delta is not None:
             flat.add_(delta)

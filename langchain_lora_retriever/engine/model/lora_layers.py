@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 
@@ -24,6 +24,7 @@ from lora_retriever_kernels.lora import (
     lora_mix,
     lora_shrink,
 )
+from lora_retriever_kernels.streams import run_beside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
 __all__ = ["MAX_RANK", "LoraLayers", "Product", "StepKinds"]
 
 Product: TypeAlias = "Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]"
-
-T = TypeVar("T")
 
 MAX_RANK = 256  # of one adapter, by the kernels
 
@@ -362,7 +361,7 @@ class LoraLayers:
             v = lora_shrink(x, stack, batch)
             return lora_delta(v, stack, batch, lora_mix(v, stack, batch))
 
-        return _product_beside(side, apart, x, product)
+        return run_beside(side, apart, lambda: product(x))
 
     def add_to_product(
         self, x: torch.Tensor, product: JointLinears, stack: LoraStack, batch: LoraBatch
@@ -381,19 +380,6 @@ class LoraLayers:
             v = lora_shrink(x, stack, batch)
             return v, lora_mix(v, stack, batch)
 
-        y, (v, mixed) = _product_beside(side, begin, x, product)
+        y, (v, mixed) = run_beside(side, begin, lambda: product(x))
         lora_expand(y, v, stack, batch, mixed, product.bias)
         return y
-
-
-def _product_beside(
-    side: torch.cuda.Stream, compute: Callable[[], T], x: torch.Tensor, product: JointLinears
-) -> tuple[torch.Tensor, T]:
-    """A product, and what is computed on a second stream meanwhile."""
-    main = torch.cuda.current_stream()
-    side.wait_stream(main)
-    with torch.cuda.stream(side):
-        beside = compute()
-    y = product(x)
-    main.wait_stream(side)
-    return y, beside
