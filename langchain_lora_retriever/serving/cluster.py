@@ -52,8 +52,7 @@ def cluster_app(config: ServeConfig) -> Application:
 
     def build() -> FastAPI:
         handle = serve.get_deployment_handle(_ENGINE, app_name=serve.get_replica_context().app_name)
-        max_in_flight = elsewhere.max_waiting + num_seqs * (config.max_replicas or num_replicas)
-        engine = RemoteEngine(handle, max_in_flight=max_in_flight)
+        engine = RemoteEngine(handle, max_in_flight=elsewhere.max_in_flight(config.max_replicas or num_replicas))
         return create_app(elsewhere.make_chat_model(engine=engine), config)
 
     engines = engine_app(

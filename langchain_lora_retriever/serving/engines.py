@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,13 +29,13 @@ class EngineElsewhere(NamedTuple):
     Attributes:
         recipe: Makes the engine.
         num_seqs: Requests that one runs at once.
-        max_waiting: Requests that may wait beside them.
+        max_waiting: Requests that may wait beside them; None sets no limit.
         make_chat_model: Takes the `engine`.
     """
 
     recipe: EngineRecipe
     num_seqs: int
-    max_waiting: int
+    max_waiting: int | None
     make_chat_model: Callable[..., ChatLoraRetriever]
 
     @classmethod
@@ -45,23 +46,27 @@ class EngineElsewhere(NamedTuple):
             InvalidRequestError: If one of the engine's is unknown or not allowed.
         """
         settings = dict(config.chat)
-        limits: dict[str, Any] = dict(settings.pop("engine_config", {}))
-        max_waiting = limits.pop("max_waiting", MAX_WAITING)
+        limits = settings.pop("engine_config", {})
+        engine_config = config_of({"max_waiting": MAX_WAITING, **limits} if isinstance(limits, dict) else limits)
         model: dict[str, Any] = (
             base_model_arguments() if config.base_model is None else {"base_model": config.base_model}
         )
-        engine_config = config_of(limits)
         recipe = EngineRecipe(
             base_model=str(model["base_model"]),
             model_kwargs={**model.get("model_kwargs", {}), **settings.pop("model_kwargs", {})},
-            config=engine_config,
+            config=replace(engine_config, max_waiting=None),  # who asks it has the limit
             pool=None if config.pool is None else str(config.pool),
         )
         settings.setdefault("model_name", model.get("model_name", config.base_model))
         settings |= {"pool": config.pool, "encoder": config.encoder}
         settings = {name: value for name, value in settings.items() if value is not None}
         make = demo_chat_model if config.base_model is None else ChatLoraRetriever
-        return cls(recipe, engine_config.max_num_seqs or _USUAL_NUM_SEQS, max_waiting, partial(make, **settings))
+        num_seqs = engine_config.max_num_seqs or _USUAL_NUM_SEQS
+        return cls(recipe, num_seqs, engine_config.max_waiting, partial(make, **settings))
+
+    def max_in_flight(self, num_engines: int = 1) -> int | None:
+        """Requests that run or wait at once; None sets no limit."""
+        return None if self.max_waiting is None else self.max_waiting + self.num_seqs * num_engines
 
     def start_process(self) -> ProcessEngine:
         """Run the engine in a process of its own on this machine, until it is closed.
@@ -69,4 +74,4 @@ class EngineElsewhere(NamedTuple):
         Raises:
             EngineError: If it cannot be made.
         """
-        return ProcessEngine(self.recipe, max_in_flight=self.num_seqs + self.max_waiting)
+        return ProcessEngine(self.recipe, max_in_flight=self.max_in_flight())
