@@ -9,16 +9,15 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
-import torch
 
 from langchain_lora_retriever.errors import AdapterError, EngineError, fresh
-from langchain_lora_retriever.pool.checkpoint import read_adapter
 from langchain_lora_retriever.remote.wire import leaves
-from langchain_lora_retriever.retrieval.fusion import fuse
 from langchain_lora_retriever.types import Adapter, LoraWeights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    import torch
 
     from langchain_lora_retriever.remote.wire import AdapterRef
 
@@ -118,6 +117,8 @@ class AdapterContents(NamedTuple):
         )
 
     def _tensor(self, offset: int, shape: tuple[int, ...], dtype: str) -> tuple[torch.Tensor, int]:
+        import torch  # noqa: PLC0415 - whoever only passes requests on needs none of it, which is 0.4 GB
+
         kind: torch.dtype = getattr(torch, dtype)
         end = offset + int(np.prod(shape)) * kind.itemsize
         raw = torch.from_numpy(self.data[offset:end])
@@ -166,6 +167,8 @@ class AdapterStore:
             EngineError: If it cannot be had.
         """
         if ref.members:
+            from langchain_lora_retriever.retrieval.fusion import fuse  # noqa: PLC0415 - PyTorch
+
             fused = fuse([(self.get(member, fetch), weight) for member, weight in ref.members])
             if fused.fingerprint != ref.fingerprint:
                 raise EngineError(
@@ -227,6 +230,8 @@ def _read(ref: AdapterRef) -> Adapter | None:
     """Read an adapter from its folder, if that is to be seen here and holds just this one."""
     if ref.path is None:
         return None
+    from langchain_lora_retriever.pool.checkpoint import read_adapter  # noqa: PLC0415 - PEFT
+
     try:
         adapter = read_adapter(ref.path, name=ref.name)
     except AdapterError as error:
@@ -240,5 +245,7 @@ def _kind_of(tensor: torch.Tensor | None) -> _Kind | None:
 
 
 def _bytes_of(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    import torch  # noqa: PLC0415
+
     flat: np.ndarray[Any, np.dtype[np.uint8]] = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
     return flat
