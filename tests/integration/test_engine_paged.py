@@ -109,6 +109,36 @@ def test_the_triton_backend_gives_the_tokens_of_generate(
 
 
 @needs_triton
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "olmo2"])
+def test_the_triton_backend_adds_up_products_that_come_in_parts(
+    architecture: str, byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a norm behind the sum, before it, and without one; as many of them as layers have."""
+    from langchain_lora_retriever.engine.model import joint_linears
+
+    num_asked = 0
+
+    def in_parts(self: Any, x: torch.Tensor) -> torch.Tensor:
+        nonlocal num_asked
+        num_asked += 1
+        y = self(x).float()
+        return torch.stack([0.75 * y, 0.25 * y])
+
+    monkeypatch.setattr(joint_linears._SideBySide, "in_parts", in_parts)
+    monkeypatch.setattr(joint_linears._Packed, "in_parts", in_parts)
+    model = make_tiny_model(architecture)
+    cases = make_cases(model, 5, 9, 7)[2:] + make_cases(model, 11)
+    expected = [generate(model, *case, NUM_TOKENS) for case in cases]
+    config = EngineConfig(attention_backend="triton", enable_cuda_graphs=DEVICE == "cuda", **SMALL)
+    sampling = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
+    with EngineWorker(BaseModel(model.to(DEVICE), byte_tokenizer, "tiny"), config) as worker:
+        assert worker.core.runner.executor.is_fused
+        assert num_asked >= 2 * model.config.num_hidden_layers
+        running = [worker.submit(prompt, sampling, adapters) for prompt, adapters in cases]
+        assert [list(g.result(120).token_ids) for g in running] == expected
+
+
+@needs_triton
 def test_the_triton_backend_keeps_what_is_not_finite_with_its_request(
     byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

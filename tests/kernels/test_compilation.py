@@ -74,11 +74,14 @@ class Compiler:
 @pytest.fixture
 def compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Compiler]:
     """Catches launches; on Hopper with programmatic dependent launch, as on the device."""
+    from lora_retriever_kernels import few_tokens
+    from lora_retriever_kernels.attention import decode, prefill, write
+    from lora_retriever_kernels.decoder import activation, norm
     from lora_retriever_kernels.lora import expand, shrink
 
     made = Compiler(request.param)
     options = {"PDL": True, "launch_pdl": True} if request.param >= 90 else {"PDL": False}
-    for module in (expand, shrink):
+    for module in (expand, shrink, decode, prefill, write, activation, norm, few_tokens):
         monkeypatch.setattr(module, "pdl_options", lambda _: options)
 
     def run(kernel: Any, *args: Any, **kwargs: Any) -> None:
@@ -164,3 +167,16 @@ def test_attention_and_layers(compiler: Compiler) -> None:
     assert {key.split()[0] for key in compiler.known} == {
         "_write_kernel", "_decode_kernel", "_combine_kernel", "_prefill_kernel", "_norm_kernel", "_activation_kernel",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("compiler", [HOPPER], indirect=True)
+def test_products_of_few_tokens(compiler: Compiler) -> None:
+    """One token and many, in parts and in wide blocks, with a bias and without."""
+    from lora_retriever_kernels.few_tokens import ProductShape, launch_product
+
+    weight = torch.zeros(256, 4096, dtype=torch.bfloat16)
+    for num_tokens in (1, 64):
+        x = torch.zeros(num_tokens, 4096, dtype=torch.bfloat16)
+        launch_product(x, weight, None, ProductShape(64, 128, 2, 4, 4))
+        launch_product(x, weight, weight[:, 0].contiguous(), ProductShape(128, 64, 1, 4, 8))
+    assert len(compiler.known) == 4

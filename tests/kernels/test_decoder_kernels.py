@@ -39,6 +39,26 @@ def test_norms_and_additions(width: int, has_inner: bool, has_delta: bool) -> No
     torch.testing.assert_close(out, plain(expected, weight, 1e-5, 1.0))
 
 
+@pytest.mark.parametrize("has_delta", [False, True])
+@pytest.mark.parametrize("has_inner", [False, True])
+def test_norms_of_a_sum_in_parts(has_inner: bool, has_delta: bool) -> None:
+    """Parts in float32 give what their sum gives, in the residual's dtype."""
+    from lora_retriever_kernels.decoder import RmsNorm, add_rms_norm, rms_norm
+
+    parts = torch.randn(3, 5, 133, device=DEVICE)
+    residual, weight = torch.randn(5, 133, device=DEVICE).bfloat16(), torch.randn(133, device=DEVICE).bfloat16()
+    norm, inner = RmsNorm(weight, 1e-5, 1.0), RmsNorm(weight, 1e-6, 0.0) if has_inner else None
+    delta = torch.randn(5, 133, device=DEVICE) if has_delta else None
+    whole = parts.sum(0)
+    got = add_rms_norm(parts, residual, norm, inner, delta)
+    for one, other in zip(got, add_rms_norm(whole, residual, norm, inner, delta), strict=True):
+        assert one.dtype == torch.bfloat16
+        torch.testing.assert_close(one, other)
+    alone = rms_norm(parts, norm, delta, torch.bfloat16)
+    assert alone.dtype == torch.bfloat16
+    torch.testing.assert_close(alone, rms_norm(whole, norm, delta).bfloat16())
+
+
 @pytest.mark.parametrize("width", [16, 1033])
 @pytest.mark.parametrize("name", ["silu", "gelu_pytorch_tanh", "gelu"])
 def test_gated_activation(name: str, width: int) -> None:

@@ -13,6 +13,7 @@ import torch
 TESTS = Path(__file__).parents[1]
 FILES = (
     "kernels/test_decoder_kernels.py",
+    "kernels/test_few_tokens.py",
     "kernels/test_lora_kinds.py",
     "kernels/test_paged_attention.py",
     "integration/test_engine_paged.py",

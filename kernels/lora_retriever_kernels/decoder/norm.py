@@ -25,8 +25,8 @@ class RmsNorm(NamedTuple):
 @triton.jit
 def _norm_kernel(
     out, total, x, delta, residual, weight, inner_weight, eps, offset, inner_eps, inner_offset, width, x_stride,
-    HAS_DELTA: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_INNER: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    HAS_DELTA: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_INNER: tl.constexpr, NUM_PARTS: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per token."""
     token = tl.program_id(0).to(tl.int64)
@@ -35,12 +35,15 @@ def _norm_kernel(
     w = tl.load(weight + d, mask=ok, other=0.0).to(tl.float32) + offset
     wait_for_earlier_launches(PDL)
     y = tl.load(x + token * x_stride + d, mask=ok, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, NUM_PARTS):
+        row = part * tl.num_programs(0) + token
+        y += tl.load(x + row * x_stride + d, mask=ok, other=0.0).to(tl.float32)
     if HAS_DELTA:
         y += tl.load(delta + token * width + d, mask=ok, other=0.0).to(tl.float32)
     if HAS_INNER:
         inner = tl.load(inner_weight + d, mask=ok, other=0.0).to(tl.float32) + inner_offset
         y = y * tl.rsqrt(tl.sum(y * y, 0) / width + inner_eps) * inner
-        y = y.to(x.dtype.element_ty).to(tl.float32)
+        y = y.to(out.dtype.element_ty).to(tl.float32)
     if HAS_RESIDUAL:
         y += tl.load(residual + token * width + d, mask=ok, other=0.0).to(tl.float32)
         rounded = y.to(total.dtype.element_ty)
@@ -50,9 +53,22 @@ def _norm_kernel(
     tl.store(out + token * width + d, y.to(out.dtype.element_ty), mask=ok)
 
 
-def rms_norm(x: torch.Tensor, norm: RmsNorm, delta: torch.Tensor | None = None) -> torch.Tensor:
-    """Normalise each row of `x` `[num_tokens, width]`, unit stride in a row, with `delta` added, if there is one."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def rms_norm(
+    x: torch.Tensor, norm: RmsNorm, delta: torch.Tensor | None = None, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Normalise each row of a sum.
+
+    Args:
+        x: `[num_tokens, width]`, unit stride in a row; or its parts `[num_parts, num_tokens, width]`, contiguous, which
+            are added up.
+        norm: The norm.
+        delta: What belongs to `x` and was computed apart, `[num_tokens, width]`, contiguous; None for nothing.
+        dtype: Of the result; None for that of `x`.
+
+    Returns:
+        `[num_tokens, width]`.
+    """
+    out = torch.empty(x.shape[-2:], dtype=dtype or x.dtype, device=x.device)
     _launch(out, out, x, None, norm, None, delta)
     return out
 
@@ -70,8 +86,9 @@ def add_rms_norm(
         total = residual + inner(x + delta); out = norm(total)
 
     Args:
-        x: `[num_tokens, width]`, unit stride in a row.
-        residual: `[num_tokens, width]`, contiguous.
+        x: `[num_tokens, width]`, unit stride in a row; or its parts `[num_parts, num_tokens, width]`, contiguous, which
+            are added up.
+        residual: `[num_tokens, width]`, contiguous, of the results' dtype.
         norm: Norm of the sum.
         inner: Norm of `x` before the addition; None adds `x` as it is.
         delta: What belongs to `x` and was computed apart, `[num_tokens, width]`, contiguous; None for nothing.
@@ -79,8 +96,7 @@ def add_rms_norm(
     Returns:
         `total` and `out`, both new.
     """
-    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    out = torch.empty_like(total)
+    total, out = torch.empty_like(residual), torch.empty_like(residual)
     _launch(out, total, x, residual, norm, inner, delta)
     return total, out
 
@@ -94,7 +110,7 @@ def _launch(
     inner: RmsNorm | None,
     delta: torch.Tensor | None,
 ) -> None:
-    num_tokens, width = x.shape
+    num_tokens, width = out.shape
     block = triton.next_power_of_2(width)
     if num_tokens == 0:
         return
@@ -111,10 +127,11 @@ def _launch(
         inner.eps if inner is not None else 0.0,
         inner.offset if inner is not None else 0.0,
         width,
-        x.stride(0),
+        x.stride(-2),
         HAS_DELTA=delta is not None,
         HAS_RESIDUAL=residual is not None,
         HAS_INNER=inner is not None,
+        NUM_PARTS=x.shape[0] if x.dim() == 3 else 1,
         BLOCK=block,
         num_warps=max(1, min(16, block // 512)),
         **pdl_options(x.device),

@@ -239,11 +239,16 @@ def _add(
     inner: RmsNorm | None,
     norm: RmsNorm | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`residual + inner(x + delta)`, and the norm of it; where there is no norm, both are the sum."""
+    """`residual + inner(x + delta)`, and the norm of it; where there is no norm, both are the sum.
+
+    `x` may come in parts, see `JointLinears.in_parts`.
+    """
     if norm is not None:
         return add_rms_norm(x, residual, norm, inner, delta)
     if inner is not None:
-        x, delta = rms_norm(x, inner, delta), None
+        x, delta = rms_norm(x, inner, delta, residual.dtype), None
+    elif x.dim() > residual.dim():
+        x = x.sum(0).to(residual.dtype)
     total = residual + x if delta is None else residual + (x + delta)
     return total, total
 
@@ -261,13 +266,15 @@ def _read_layer(
     attention: Any = module.self_attn
     mlp: Any = module.mlp
     layer_geometry = geometry[attention.layer_idx]
-    qkv, out = (_find_product(lora_layers, f"{name}.self_attn", ways) for ways in (_QKV, (("o_proj",),)))
+    qkv = _find_product(lora_layers, f"{name}.self_attn", _QKV)
+    out = _find_product(lora_layers, f"{name}.self_attn", (("o_proj",),), in_parts=True)
     norms = _read_query_key_norms(attention, layer_geometry)
     if qkv is None or out is None or norms is None:
         return None
     fused_mlp = None
     if _trained(mlp) in ({*gate_up, "down_proj"} for gate_up in _GATE_UP):
-        gate_up, down = (_find_product(lora_layers, f"{name}.mlp", ways) for ways in (_GATE_UP, (("down_proj",),)))
+        gate_up = _find_product(lora_layers, f"{name}.mlp", _GATE_UP)
+        down = _find_product(lora_layers, f"{name}.mlp", (("down_proj",),), in_parts=True)
         if gate_up is None or down is None or not isinstance(activation, str) or activation not in ACTIVATIONS:
             return None
         fused_mlp = _Mlp(gate_up, down, activation)
@@ -304,9 +311,12 @@ def num_fusable_layers(model: PreTrainedModel, probe: ModelProbe) -> int:
     return sum(_norm_places(layer) is not None for layer in modules)
 
 
-def _find_product(lora_layers: LoraLayers, name: str, ways: Sequence[tuple[str, ...]]) -> Product | None:
+def _find_product(
+    lora_layers: LoraLayers, name: str, ways: Sequence[tuple[str, ...]], *, in_parts: bool = False
+) -> Product | None:
     """The product of some children of a module, by the first of several sets of names that there is."""
-    products = (lora_layers.find_product(tuple(f"{name}.{part}" for part in way)) for way in ways)
+    names = (tuple(f"{name}.{part}" for part in way) for way in ways)
+    products = (lora_layers.find_product(way, in_parts=in_parts) for way in names)
     return next((product for product in products if product is not None), None)
 
 

@@ -5,6 +5,7 @@ Both kinds change the modules' parameters in place until `release`.
 
 from __future__ import annotations
 
+import importlib.util
 from collections import Counter
 from functools import partial
 from itertools import accumulate, pairwise
@@ -33,6 +34,12 @@ class JointLinears(Protocol):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in_features]` -> `[..., sum(out_features)]`, bias included."""
+
+    def in_parts(self, x: torch.Tensor) -> torch.Tensor:
+        """The same of `[num_tokens, in_features]`, or float32 parts of it `[num_parts, num_tokens, sum(out_features)]`.
+
+        Parts come where they come sooner. Their sum is the product.
+        """
 
     def release(self) -> None:
         """Give the modules weights of their own again."""
@@ -102,6 +109,7 @@ class _SideBySide:
         if self.weight.device.type == "cpu":
             self.weight = self.weight.t().contiguous().t()
         self.bias = _joint_bias(linears)
+        self._multiply_few = _multiply_few() if self.weight.is_cuda else None
         for module, part in zip(linears, self.weight.split([m.out_features for m in linears]), strict=True):
             if uses[id(module.weight)] > 1:
                 module.weight = nn.Parameter(part, requires_grad=False)
@@ -109,7 +117,16 @@ class _SideBySide:
                 module.weight.data = part
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, self.weight, self.bias)
+        return self._multiply(x, takes_parts=False)
+
+    def in_parts(self, x: torch.Tensor) -> torch.Tensor:
+        return self._multiply(x, takes_parts=True)
+
+    def _multiply(self, x: torch.Tensor, *, takes_parts: bool) -> torch.Tensor:
+        product = None
+        if self._multiply_few is not None and x.dim() == 2:
+            product = self._multiply_few(x, self.weight, self.bias, takes_parts=takes_parts)
+        return nn.functional.linear(x, self.weight, self.bias) if product is None else product
 
     def release(self) -> None:
         """Give the modules weights of their own again."""
@@ -143,6 +160,8 @@ class _Packed:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return multiply(x, self._weight, self.bias)
 
+    in_parts = __call__
+
     def release(self) -> None:
         """Give the modules weights of their own again."""
         joint: Any = self._weight.to_dense()
@@ -154,6 +173,15 @@ class _Packed:
     def _part(self, begin: int, end: int) -> torch.Tensor:
         dense: torch.Tensor = self._weight.to_dense()
         return dense[begin:end]
+
+
+def _multiply_few() -> Callable[..., torch.Tensor | None] | None:
+    """The product of few tokens in Triton, if that is installed."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from lora_retriever_kernels.few_tokens import multiply_few  # noqa: PLC0415 - needs Triton
+
+    return multiply_few
 
 
 def _joint_bias(linears: Sequence[nn.Linear]) -> torch.Tensor | None:

@@ -127,11 +127,11 @@ class LoraGroup:
             return y
         return self._layers.add_to_product(x, self.product, self.stack, self._batch)
 
-    def compute_apart(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def compute_apart(self, x: torch.Tensor, *, in_parts: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The product, and what is to be added to it for the adapters; see `LoraLayers.product_and_delta`."""
         if self.product is None:
             return self.compute(x), None
-        return self._layers.product_and_delta(x, self.product, self.stack, self._batch)
+        return self._layers.product_and_delta(x, self.product, self.stack, self._batch, in_parts=in_parts)
 
 
 def split_group(model: PreTrainedModel, group: LinearGroup) -> Iterator[tuple[LinearGroup, list[nn.Module]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
@@ -282,10 +283,14 @@ class LoraLayers:
             if kinds.vocabulary and self._vocabulary is not None:
                 self._vocabulary.set_sampled(sampled, num_active, rank_bound)
 
-    def find_product(self, names: tuple[str, ...]) -> Product | None:
+    def find_product(self, names: tuple[str, ...], *, in_parts: bool = False) -> Product | None:
         """The product of packed inputs `[num_tokens, in_features]` with the modules `names`, adapters included.
 
         Modules whose weights are quantised are called one after the other.
+
+        Args:
+            names: The modules.
+            in_parts: Whether the product may come in parts, see `JointLinears.in_parts`.
 
         Returns:
             A function that gives the modules' outputs side by side, and what is to be added to them, see
@@ -295,7 +300,7 @@ class LoraLayers:
         if [name for group in groups for name in group.names] != list(names):
             return None
         if len(groups) == 1:
-            return groups[0].compute_apart
+            return partial(groups[0].compute_apart, in_parts=in_parts)
         return lambda x: (torch.cat([group.compute(x) for group in groups], 1), None)
 
     def attach(self) -> None:
@@ -343,16 +348,26 @@ class LoraLayers:
         return self._side if is_captured else None
 
     def product_and_delta(
-        self, x: torch.Tensor, product: JointLinears, stack: LoraStack, batch: LoraBatch
+        self, x: torch.Tensor, product: JointLinears, stack: LoraStack, batch: LoraBatch, *, in_parts: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """A product of packed inputs `x`, and what is still to be added to it for the adapters.
 
         In a captured step they are computed side by side: the base's product of few tokens mostly waits for memory, and
         of many it leaves memory alone.
 
+        Args:
+            x: Packed inputs.
+            product: The base's.
+            stack: The adapters' tensors.
+            batch: Which tokens run which.
+            in_parts: Whether the product may come in parts, see `JointLinears.in_parts`.
+
         Returns:
             Both `[num_tokens, sum(out_features)]`; None where the adapters' outputs are in the product already.
         """
+        multiply = product.in_parts if in_parts else product
+        if not self._is_active:
+            return multiply(x), None
         side = self._side_to_capture()
         if side is None or batch.has_gains:  # gains multiply the base's outputs
             return self.add_to_product(x, product, stack, batch), None
@@ -361,7 +376,7 @@ class LoraLayers:
             v = lora_shrink(x, stack, batch)
             return lora_delta(v, stack, batch, lora_mix(v, stack, batch))
 
-        return run_beside(side, apart, lambda: product(x))
+        return run_beside(side, apart, lambda: multiply(x))
 
     def add_to_product(
         self, x: torch.Tensor, product: JointLinears, stack: LoraStack, batch: LoraBatch

@@ -1,0 +1,179 @@
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# mypy: disallow-untyped-decorators=False, disallow-untyped-calls=False
+# ruff: noqa: ANN001, ANN202 - Triton types the kernels' arguments itself
+"""Products of few tokens with a weight, which take the time that the weight's bytes do.
+
+cuBLAS's for these sizes fill each SM that they run on: whatever runs beside them has to wait. These leave room for the
+adapters' kernels, begin while the launch before them drains, and hand the sum over parts of the inner dimension to
+whoever reads the product next.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from lora_retriever_kernels.launch import pdl_options, wait_for_earlier_launches
+
+__all__ = ["MAX_TOKENS", "ProductShape", "choose_product", "launch_product", "multiply_few"]
+
+MAX_TOKENS = 64
+_MIN_PART = 1024  # features of a part
+
+
+class ProductShape(NamedTuple):
+    """Launch shape of a product.
+
+    Attributes:
+        block_n: Outputs of a program.
+        block_k: Features of one of its steps.
+        num_parts: Programs that share the features of an output.
+        num_stages: Steps whose loads are under way at once.
+        num_warps: Warps of a program.
+    """
+
+    block_n: int
+    block_k: int
+    num_parts: int
+    num_stages: int
+    num_warps: int
+
+
+def choose_product(num_tokens: int, weight: torch.Tensor, *, takes_parts: bool) -> ProductShape | None:
+    """Choose how a product of `num_tokens` tokens with `weight` `[out_features, in_features]` is launched.
+
+    Args:
+        num_tokens: Rows of the other factor.
+        weight: In bfloat16 or float16, contiguous.
+        takes_parts: Whether whoever reads the product can add up its parts.
+
+    Returns:
+        None where another library's product is as good or better, or there is no Hopper GPU or newer.
+    """
+    if not 0 < num_tokens <= MAX_TOKENS or weight.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    if weight.device.type != "cuda" or not weight.is_contiguous() or weight.data_ptr() % 16:
+        return None
+    return _choose(tuple(weight.shape), _num_sms(weight.device), takes_parts=takes_parts)
+
+
+@functools.cache
+def _num_sms(device: torch.device) -> int:
+    """SMs of a device that the kernel is made for; 0 of another."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count if (properties.major, properties.minor) >= (9, 0) else 0
+
+
+@functools.cache
+def _choose(shape: tuple[int, int], num_sms: int, *, takes_parts: bool) -> ProductShape | None:
+    """A program an SM where that can be; many outputs in wide blocks, of which an SM takes two."""
+    width, features = shape
+    if not num_sms:
+        return None
+    if width > 64 * num_sms:
+        return ProductShape(128, 64, 1, 4, 8) if width % 128 == 0 and features % 64 == 0 else None
+    num_parts = 1
+    while (
+        takes_parts
+        and 2 * num_parts * width <= 64 * num_sms
+        and features % (256 * num_parts) == 0
+        and features >= 2 * num_parts * _MIN_PART
+    ):
+        num_parts *= 2
+    is_full = 2 * num_parts * width >= 64 * num_sms
+    return ProductShape(64, 128, num_parts, 4, 4) if is_full and width % 64 == features % 128 == 0 else None
+
+
+@triton.jit
+def _few_kernel(
+    y, x, weight, bias, num_tokens, x_stride,
+    WIDTH: tl.constexpr, FEATURES: tl.constexpr, HAS_BIAS: tl.constexpr, NUM_PARTS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NUM_STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program per block of outputs and part of the features, for all tokens: the weight is read once."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    part = tl.program_id(1)
+    t = tl.arange(0, BLOCK_T)
+    d = tl.arange(0, BLOCK_K)
+    PART: tl.constexpr = FEATURES // NUM_PARTS
+    rows = weight + n.to(tl.int64)[:, None] * FEATURES + (part * PART + d)[None, :]
+    inputs = x + t[:, None] * x_stride + (part * PART + d)[None, :]
+    ok = (t < num_tokens)[:, None]
+    total = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+    wait_for_earlier_launches(PDL)
+    for k in tl.range(0, PART, BLOCK_K, num_stages=NUM_STAGES):
+        w = tl.load(rows + k, eviction_policy="evict_first")
+        total = tl.dot(w, tl.trans(tl.load(inputs + k, mask=ok, other=0.0)), total, input_precision="ieee")
+    if HAS_BIAS:
+        total += tl.where(part == 0, tl.load(bias + n).to(tl.float32), 0.0)[:, None]
+    target = y + (part * num_tokens + t[:, None]) * WIDTH + n[None, :]
+    tl.store(target, tl.trans(total).to(y.dtype.element_ty), mask=ok)
+
+
+def launch_product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, shape: ProductShape
+) -> torch.Tensor:
+    """Multiply few tokens with a weight; see `multiply_few`.
+
+    Args:
+        x: `[num_tokens, in_features]`, unit stride in a row.
+        weight: `[out_features, in_features]`, contiguous, of its dtype.
+        bias: `[out_features]`, or None.
+        shape: How; its blocks and parts divide the weight's sizes.
+
+    Returns:
+        `[num_tokens, out_features]` of the inputs' dtype; with several parts `[num_parts, num_tokens, out_features]`
+        float32.
+    """
+    num_tokens, (width, features) = x.shape[0], weight.shape
+    y = torch.empty(num_tokens, width, dtype=x.dtype, device=x.device)
+    if shape.num_parts > 1:
+        y = torch.empty(shape.num_parts, num_tokens, width, dtype=torch.float32, device=x.device)
+    _few_kernel[(width // shape.block_n, shape.num_parts)](
+        y,
+        x,
+        weight,
+        bias if bias is not None else weight,
+        num_tokens,
+        x.stride(0),
+        WIDTH=width,
+        FEATURES=features,
+        HAS_BIAS=bias is not None,
+        NUM_PARTS=shape.num_parts,
+        BLOCK_T=max(16, triton.next_power_of_2(num_tokens)),
+        BLOCK_N=shape.block_n,
+        BLOCK_K=shape.block_k,
+        NUM_STAGES=shape.num_stages,
+        num_warps=shape.num_warps,
+        **pdl_options(x.device),
+    )
+    return y
+
+
+def multiply_few(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, takes_parts: bool
+) -> torch.Tensor | None:
+    """Multiply few tokens with a weight, where that is faster than the library's product.
+
+    Semantics:
+        y = x @ weight.T + bias, summed in float32 in an order that does not depend on the number of tokens.
+
+    Args:
+        x: `[num_tokens, in_features]`, unit stride in a row.
+        weight: `[out_features, in_features]`.
+        bias: `[out_features]`, or None.
+        takes_parts: Whether the caller can add up parts.
+
+    Returns:
+        `[num_tokens, out_features]` of the inputs' dtype; or parts of it, `[num_parts, num_tokens, out_features]`
+        float32, whose sum is the product; or None where another's is as fast or faster: of more tokens, in another
+        dtype, on a GPU before Hopper or one that is not the current device.
+    """
+    shape = choose_product(x.shape[0], weight, takes_parts=takes_parts)
+    if shape is None or x.dtype != weight.dtype or x.stride(1) != 1 or x.device.index != torch.cuda.current_device():
+        return None
+    return launch_product(x, weight, bias, shape)
