@@ -8,8 +8,11 @@ one (PEFT), are those that the same quantised model finds likeliest behind the o
 likeliest the others are (products of other shapes round otherwise, and random weights have near-ties: bf16 says how
 many); tokens per second of 64 requests, 128 tokens in, 64 out, base and 32 adapters of rank 16; and one layer's
 products by themselves, without which a slower engine cannot be judged. NF4 is loaded and served with no more than
-16 GiB of device memory for PyTorch. A scheme whose package is not installed, or does not run here, is told and left
-out; so are those whose turn has not come after `--seconds`.
+16 GiB of device memory for PyTorch. GPTQ and AWQ are checkpoints: one is written of the same weights, rounded to
+nearest, and loaded with a kernel of gptqmodel's that needs no compiler (Triton on a GPU, torch on a CPU), or, if named
+by `--only`, with Marlin's, which gptqmodel compiles by nvcc when it is first asked for, which takes minutes. AWQ is
+loaded by transformers in fp16 on a GPU, whatever is asked for. A scheme whose package is not installed, or does not run
+here, is told and left out; so are those whose turn has not come after `--seconds`.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from langchain_lora_retriever.engine import EngineConfig, EngineWorker, load_base_model
 from langchain_lora_retriever.pool.checkpoint import read_adapter
 from langchain_lora_retriever.types import Adapter, SamplingParams
+from four_bits import save_four_bits
 from makers import make_tokenizer
 
 HAS_GPU = torch.cuda.is_available()  # the script can be tried without
@@ -51,6 +55,7 @@ SIZES: dict[str, dict[str, int]] = {
 NUM_REQUESTS, NUM_IN, NUM_OUT = (64, 128, 64) if HAS_GPU else (4, 16, 6)
 NUM_ADAPTERS, NUM_DISTINCT, RANK = 32, 4, 16
 CAPPED, CAP = "nf4", 16 << 30
+GROUP_SIZE = 128  # of the checkpoints of four bits
 
 
 def torchao(kind: str, **settings: Any) -> Any:
@@ -70,7 +75,12 @@ SCHEMES: dict[str, Any] = {
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
     ),
     "bnb-int8": lambda: transformers.BitsAndBytesConfig(load_in_8bit=True),
+    "gptq": lambda: transformers.GPTQConfig(bits=4, backend="triton" if HAS_GPU else "torch"),
+    "awq": lambda: transformers.AwqConfig(backend="gemm_triton" if HAS_GPU else "torch_awq"),
+    "gptq-marlin": lambda: transformers.GPTQConfig(bits=4, backend="marlin"),
+    "awq-marlin": lambda: transformers.AwqConfig(backend="marlin"),
 }
+COMPILED = ("gptq-marlin", "awq-marlin")
 
 
 def make_model(folder: Path, size: str) -> None:
@@ -81,6 +91,19 @@ def make_model(folder: Path, size: str) -> None:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
+
+
+def checkpoint_of(scheme: str, root: Path) -> Path:
+    """What the scheme loads: the model in bf16, which it quantises, or a checkpoint of the same in four bits."""
+    method = scheme.partition("-")[0]
+    if method not in {"gptq", "awq"}:
+        return root / "model"
+    folder = root / method
+    if not folder.exists():
+        model = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.bfloat16, device_map=DEVICE)
+        save_four_bits(model, folder, method, GROUP_SIZE)
+        make_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def make_adapters(folder: Path) -> list[Path]:
@@ -158,7 +181,7 @@ def product_ms(model: Any) -> float:
         return 0.0
     layer = model.model.layers[0]
     modules = [m for m in layer.modules() if hasattr(m, "in_features")]
-    inputs = [torch.randn(NUM_REQUESTS, m.in_features, device="cuda", dtype=torch.bfloat16) for m in modules]
+    inputs = [torch.randn(NUM_REQUESTS, m.in_features, device="cuda", dtype=model.dtype) for m in modules]
 
     def run() -> None:
         for module, x in zip(modules, inputs, strict=True):
@@ -200,19 +223,20 @@ def gib_on_device() -> float:
     return (total - free) / 2**30
 
 
-def measure(scheme: str, folder: Path, adapters: list[Path], chosen: list[Adapter]) -> dict[str, Any]:
+def measure(scheme: str, root: Path, adapters: list[Path], chosen: list[Adapter]) -> dict[str, Any]:
     """Everything of one scheme."""
     from peft import PeftModel
 
-    begin(scheme)
     config = SCHEMES[scheme]()
+    folder = checkpoint_of(scheme, root)
+    begin(scheme)
     kwargs = {} if config is None else {"quantization_config": config}
     start = time.perf_counter()
     base = load_base_model(folder, dtype=torch.bfloat16, **kwargs)
     seconds = time.perf_counter() - start
     row: dict[str, Any] = {
-        "seconds to load": seconds, "weights GiB": torch.cuda.memory_allocated() / 2**30,
-        "products ms": product_ms(base.model),
+        "dtype": str(base.model.dtype), "seconds to load": seconds,
+        "weights GiB": torch.cuda.memory_allocated() / 2**30, "products ms": product_ms(base.model),
     }  # fmt: skip
     prompts = make_prompts(6, 24)
     size = 4 << 30 if HAS_GPU else 16 << 20
@@ -252,7 +276,7 @@ def main() -> None:
     """Measure each scheme and print a line of JSON for it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="8b")
-    parser.add_argument("--only", nargs="*", choices=SCHEMES, default=list(SCHEMES))
+    parser.add_argument("--only", nargs="*", choices=SCHEMES, default=[each for each in SCHEMES if each not in COMPILED])
     parser.add_argument("--seconds", type=float, default=float("inf"), help="after which no scheme is begun")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -269,7 +293,7 @@ def main() -> None:
     for scheme in arguments.only:
         try:
             is_due = time.perf_counter() - start <= arguments.seconds
-            row = measure(scheme, root / "model", adapters, chosen) if is_due else {"failed": "its turn did not come"}
+            row = measure(scheme, root, adapters, chosen) if is_due else {"failed": "its turn did not come"}
         except Exception:  # noqa: BLE001 - told, and the others are measured
             row = {"failed": traceback.format_exc(limit=-3)}
         lines.append(json.dumps({"scheme": scheme, **about, **{key: rounded(value) for key, value in row.items()}}))
