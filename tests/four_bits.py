@@ -1,4 +1,4 @@
-"""Checkpoints of GPTQ's and AWQ's layouts, made by rounding to nearest: nothing is calibrated, and no package is needed.
+"""Checkpoints of GPTQ's and AWQ's layouts, made by rounding to nearest: without calibration, by no package.
 
 Both hold a matrix as integers of four bits, eight in an int32, with a scale and a zero point for each output and group
 of inputs: `w[o, i] = scales[g(i), o] * (q[i, o] - zeros[g(i), o])`. GPTQ packs along the inputs, with the zero point

@@ -35,10 +35,10 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from four_bits import save_four_bits
 from langchain_lora_retriever.engine import EngineConfig, EngineWorker, load_base_model
 from langchain_lora_retriever.pool.checkpoint import read_adapter
 from langchain_lora_retriever.types import Adapter, SamplingParams
-from four_bits import save_four_bits
 from makers import make_tokenizer
 
 HAS_GPU = torch.cuda.is_available()  # the script can be tried without
@@ -276,7 +276,8 @@ def main() -> None:
     """Measure each scheme and print a line of JSON for it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="8b")
-    parser.add_argument("--only", nargs="*", choices=SCHEMES, default=[each for each in SCHEMES if each not in COMPILED])
+    uncompiled = [scheme for scheme in SCHEMES if scheme not in COMPILED]
+    parser.add_argument("--only", nargs="*", choices=SCHEMES, default=uncompiled)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="after which no scheme is begun")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from langchain_lora_retriever.engine.model.packed_weight import PackedWeight
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["BaseModule", "give_forward_back"]
+__all__ = ["BaseModule", "columns_of_weight", "give_forward_back"]
 
 
 class BaseModule:
@@ -61,6 +62,33 @@ class BaseModule:
         """What the outputs hold beside the product, where and in what the module computes; None if there is none."""
         bias = None if isinstance(self.module, nn.Embedding) else self.tensor("bias")
         return None if bias is None else bias.to(self.device, self.dtype)
+
+
+def columns_of_weight(module: nn.Module, part: slice, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Columns of a linear module's weight, in whatever form it keeps that: what it makes of unit vectors.
+
+    Its bias is left out from the start: added first, it would swallow the digits of a weight much smaller than it.
+
+    Args:
+        module: Has `in_features`; it is left as it is, so that other threads may run it meanwhile.
+        part: Which columns; both ends are given.
+        dtype: What the module computes in.
+        device: Where.
+
+    Returns:
+        `[out_features, num_columns]`, fp32.
+    """
+    in_features = module.in_features
+    assert isinstance(in_features, int)
+    bare: Any = copy.copy(module)
+    vars(bare).pop("forward", None)
+    for held in ("_parameters", "_buffers"):
+        vars(bare)[held] = dict(vars(module)[held])
+    bare.bias = None
+    units = torch.zeros(part.stop - part.start, in_features, dtype=dtype, device=device)
+    units[torch.arange(len(units)), torch.arange(part.start, part.stop)] = 1
+    outputs: torch.Tensor = bare.forward(units)
+    return outputs.float().t()
 
 
 def give_forward_back(module: nn.Module, forward: Callable[..., Any]) -> None:

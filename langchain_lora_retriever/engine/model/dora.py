@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from langchain_lora_retriever.engine.model.base_module import columns_of_weight
 from langchain_lora_retriever.errors import InvalidAdapterError, UnsupportedAdapterError
 
 if TYPE_CHECKING:
@@ -121,17 +122,7 @@ class DoraGains:
                 f"{name!r} is both quantised and moved about by accelerate. Load the model without one of the two, or "
                 "merge the adapter into it."
             )
-        return partial(_unit_columns, base), base.device
-
-
-def _unit_columns(base: BaseModule, part: slice) -> torch.Tensor:
-    """Columns of a weight in whatever form: what the module makes of unit vectors, its bias left out."""
-    in_features, bias = base.module.in_features, base.tensor("bias")
-    assert isinstance(in_features, int)
-    units = torch.zeros(part.stop - part.start, in_features, dtype=base.dtype, device=base.device)
-    units[torch.arange(len(units)), torch.arange(part.start, part.stop)] = 1
-    outputs = base.forward(units).float()
-    return (outputs if bias is None else outputs - bias.float()).t()
+        return partial(columns_of_weight, base.module, dtype=base.dtype, device=base.device), base.device
 
 
 def _num_bytes(gains: Mapping[str, torch.Tensor]) -> int:

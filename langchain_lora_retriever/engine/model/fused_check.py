@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 from torch.func import functional_call
 
 from langchain_lora_retriever.engine.model.attention import GatheringStep, PagedCache, QuerySpan, attending
+from langchain_lora_retriever.engine.model.base_module import columns_of_weight
 from langchain_lora_retriever.engine.model.packed_weight import PackedWeight
 from langchain_lora_retriever.engine.model.paged_step import PagedStep, QueryTiles
 from langchain_lora_retriever.engine.model.probe import input_device, num_embeddings
@@ -43,6 +45,7 @@ _FLOOR = {torch.float32: 1e-4, torch.float16: 5e-4}  # what is never too much, r
 _FLOOR_BFLOAT16 = 4e-3
 _MODEL_TOLERANCE = {torch.float32: 1e-3}  # between the logits of all layers together, of the median token
 _MODEL_TOLERANCE_16_BIT = 0.25
+_MAX_UNITS = 1024  # columns that are read at a time of a weight in a form of its own
 
 
 class _Call(NamedTuple):
@@ -178,7 +181,7 @@ def _compare(module: nn.Module, forward: FusedForward, call: _Call, geometry: Ma
     step = GatheringStep([span], {layer_idx: _small_cache(geometry[layer_idx], torch.float32)})
     weights = {name: _to_float32(tensor) for name, tensor in (*module.named_parameters(), *module.named_buffers())}
     kwargs = {name: _to_float32(value) for name, value in call.kwargs.items()}
-    with _own_forwards(module), attending(step):
+    with _own_forwards(module), _exact_products(module, hidden), attending(step):
         exact = functional_call(module, weights, _to_float32(call.args), kwargs)
     return is_as_exact(got[0], call.output[0], exact[0], hidden[0])
 
@@ -215,6 +218,37 @@ def _own_forwards(layer: nn.Module) -> Iterator[None]:
     finally:
         for module, forward in wrapped.items():
             module.forward = forward
+
+
+@contextmanager
+def _exact_products(layer: nn.Module, hidden: torch.Tensor) -> Iterator[None]:
+    """Let linear modules without a `weight` (GPTQ's, AWQ's) multiply in float32, which their kernels may not know.
+
+    Args:
+        layer: Whose modules have their own forwards.
+        hidden: An input of the layer: what its modules compute in, and where.
+    """
+    packed = [
+        module
+        for module in layer.modules()
+        if hasattr(module, "in_features") and hasattr(module, "out_features")
+        and "weight" not in module._parameters  # noqa: SLF001 - some make one up when they are asked
+    ]  # fmt: skip
+    try:
+        for module in packed:
+            module.forward = partial(nn.functional.linear, **_read_weight(module, hidden))
+        yield
+    finally:
+        for module in packed:
+            vars(module).pop("forward", None)
+
+
+def _read_weight(module: nn.Module, hidden: torch.Tensor) -> dict[str, Any]:
+    in_features, bias = module.in_features, getattr(module, "bias", None)
+    assert isinstance(in_features, int)
+    parts = [slice(i, min(i + _MAX_UNITS, in_features)) for i in range(0, in_features, _MAX_UNITS)]
+    columns = [columns_of_weight(module, part, hidden.dtype, hidden.device) for part in parts]
+    return {"weight": torch.cat(columns, dim=1), "bias": None if bias is None else bias.float()}
 
 
 def _to_float32(value: Any) -> Any:

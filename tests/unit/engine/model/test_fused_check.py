@@ -6,6 +6,7 @@ from typing import Any, Self
 
 import pytest
 import torch
+from torch import nn
 
 from makers import make_tiny_model
 
@@ -86,3 +87,48 @@ def test_quantised_weights_are_read_by_their_own_way() -> None:
     assert got[0].dtype == got[1][0].dtype == torch.float32
     assert torch.equal(got[0], numbers.float())
     assert got[1][1].dtype == torch.int64
+
+
+class HalfLinear(nn.Module):
+    """A linear module as GPTQ's and AWQ's are: no `weight`, integers and scales, and no kernel for float32."""
+
+    qweight: torch.Tensor
+    scales: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scales = linear.weight.float().abs().amax(1, keepdim=True) / 7
+        self.register_buffer("qweight", (linear.weight.float() / scales).round().to(torch.int8))
+        self.register_buffer("scales", scales.half())
+        self.register_buffer("bias", torch.linspace(-99, 99, self.out_features).half())
+
+    def matrix(self) -> torch.Tensor:
+        """What it multiplies by `[out_features, in_features]`."""
+        return self.qweight.half() * self.scales
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Scales that became float32 would show here."""
+        assert x.dtype == torch.float16
+        out = nn.functional.linear(x, self.matrix())
+        return out if self.bias is None else out + self.bias
+
+
+def test_weights_that_only_their_kernel_reads_multiply_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are read through the module's own forward, some columns at a time; afterwards it is the module's again."""
+    from langchain_lora_retriever.engine.model import fused_check
+
+    monkeypatch.setattr(fused_check, "_MAX_UNITS", 24)
+    plain = nn.Linear(64, 48)
+    module = HalfLinear(plain)
+    layer = nn.Sequential(module, nn.Linear(48, 8))
+    x = torch.randn(3, 64)
+    with fused_check._exact_products(layer, x.half()):
+        got = module(x)
+        assert set(vars(layer[1])) == set(vars(plain)), "plain modules are left as they are"
+    assert module.bias is not None
+    torch.testing.assert_close(got, nn.functional.linear(x, module.matrix().float(), module.bias.float()))
+    assert "forward" not in vars(module)
+    with torch.inference_mode(), fused_check._exact_products(layer, x.half()):
+        assert module(x).dtype == torch.float32
