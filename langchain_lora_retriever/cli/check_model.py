@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -71,6 +73,8 @@ def _facts(outlook: ModelOutlook, fit: DeviceFit | None, found: dict[str, Any] |
         "adapters may target": targets,
         "keys and values": f"{_size(outlook.token_bytes)} a token",
     }
+    if outlook.missing_packages:
+        facts["not installed"] = f"{', '.join(outlook.missing_packages)}, by which these weights are read"
     if outlook.state_bytes:
         facts["states"] = f"{_size(outlook.state_bytes)} a request"
     if fit is not None:
@@ -107,7 +111,11 @@ def _try(model: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     from langchain_lora_retriever.engine import EngineWorker, load_base_model  # noqa: PLC0415 - seconds to import
     from langchain_lora_retriever.types import SamplingParams  # noqa: PLC0415
 
-    with status(f"Loading {model}"), EngineWorker(load_base_model(model, **kwargs)) as worker:
+    with (  # gptqmodel for one prints to standard output, which is the answer's
+        status(f"Loading {model}"),
+        redirect_stdout(sys.stderr),
+        EngineWorker(load_base_model(model, **kwargs)) as worker,
+    ):
         prompt = worker.tokenizer.encode("The capital of France is")
         answer = worker.submit(prompt, SamplingParams(max_tokens=8)).result(600)
         executor = worker.core.runner.executor

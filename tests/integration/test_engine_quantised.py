@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import BitsAndBytesConfig, TorchAoConfig
+from transformers import AwqConfig, BitsAndBytesConfig, GPTQConfig, TorchAoConfig
 
+from four_bits import AWQ_ORDER, MAKERS, save_four_bits
 from langchain_lora_retriever.engine import BaseModel, EngineConfig, EngineWorker, load_base_model
 from langchain_lora_retriever.pool.checkpoint import read_adapter
 from langchain_lora_retriever.types import Adapter, SamplingParams
@@ -39,6 +41,38 @@ class Int8Linear(nn.Module):
         assert isinstance(self.qweight, torch.Tensor)
         assert isinstance(self.scales, torch.Tensor)
         return nn.functional.linear(x, self.qweight.to(x.dtype) * self.scales)
+
+
+class FourBitLinear(nn.Module):
+    """A matrix in GPTQ's layout or AWQ's, read without a package: integers in eights, scales, zero points."""
+
+    qweight: torch.Tensor
+    qzeros: torch.Tensor
+    scales: torch.Tensor
+
+    def __init__(self, linear: nn.Linear, method: str) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.method = linear.in_features, linear.out_features, method
+        for name, tensor in MAKERS[method](linear.weight, 32).items():
+            self.register_buffer(name, tensor)
+
+    def matrix(self) -> torch.Tensor:
+        """What it multiplies by `[in_features, out_features]`, fp32."""
+        places = torch.arange(0, 32, 4, device=self.qweight.device)
+        zeros = ((self.qzeros[..., None] >> places) & 15).flatten(-2)
+        if self.method == "gptq":
+            numbers = ((self.qweight[:, None] >> places[:, None]) & 15).flatten(0, 1)
+            zeros = zeros + 1
+        else:
+            order = torch.tensor(AWQ_ORDER).argsort()
+            numbers = ((self.qweight[..., None] >> places) & 15)[..., order].flatten(-2)
+            zeros = zeros.unflatten(-1, (-1, 8))[..., order].flatten(-2)
+        scales = self.scales.float()
+        return (numbers - zeros.repeat_interleave(32, 0)) * scales.repeat_interleave(32, 0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Dequantise, then multiply."""
+        return x @ self.matrix().to(x.dtype)
 
 
 class Int8Weight(torch.Tensor):
@@ -123,6 +157,18 @@ def test_weights_that_are_no_linear_modules() -> None:
     check(quantise(model, Int8Linear), adapters)
 
 
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_weights_in_the_layouts_of_gptq_and_awq(method: str) -> None:
+    """Packed integers are no dtype to compute in; rounded to nearest, weights are half a step away at most."""
+    model = make_tiny_model("llama")
+    adapters = [make_adapter(model, f"q{i}") for i in range(2)]
+    before = model.model.layers[0].mlp.down_proj.weight
+    check(quantise(model, partial(FourBitLinear, method=method)), adapters)
+    got = model.model.layers[0].mlp.down_proj
+    farthest = (got.matrix().T - before.to(DEVICE)).abs().amax()
+    assert 0 < farthest <= 0.55 * got.scales.amax()
+
+
 def test_dora_over_weights_that_are_no_linear_modules() -> None:
     """Its norms are those of the weights that the modules multiply by, which are read through their own forward."""
     model = make_tiny_model("llama")
@@ -193,6 +239,53 @@ def test_torchao_weights_answer_as_peft_does(tmp_path: Path) -> None:
     with EngineWorker(base, CONFIG) as worker:
         running = [worker.submit(prompt, sampling, [(adapter, 1.0)]) for prompt in PROMPTS]
         assert [list(g.result(120).token_ids) for g in running] == expected
+
+
+def load_four_bits(folder: Path, method: str, dtype: torch.dtype) -> BaseModel:
+    """A checkpoint of a small model, as transformers and gptqmodel load it, by kernels that take no compiler."""
+    pytest.importorskip("gptqmodel")
+    save_four_bits(make_tiny_model("llama"), folder, method)
+    make_tokenizer().save_pretrained(folder)
+    on_gpu = DEVICE == "cuda"
+    config: Any = GPTQConfig(bits=4, backend="triton" if on_gpu else "gptq_torch_aten")
+    if method == "awq":
+        config = AwqConfig(backend="gemm_triton" if on_gpu else "torch_awq")
+    return load_base_model(folder, quantization_config=config, dtype=dtype)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_checkpoints_of_gptq_and_awq_answer_as_peft_does(method: str, tmp_path: Path) -> None:
+    """The adapter is PEFT's own, loaded by PEFT over the quantised model, and by the engine from its folder."""
+    base = load_four_bits(tmp_path / "model", method, torch.float32)
+    plain = make_tiny_model("llama")
+    folder = make_checkpoint(tmp_path / "adapter", model=plain, target_modules="all-linear")
+    without = [generate(base.model, prompt, []) for prompt in PROMPTS]
+    adapted = PeftModel.from_pretrained(base.model, folder)
+    expected = [generate(adapted, prompt, []) for prompt in PROMPTS]
+    adapted.unload()
+    adapter, dora = read_adapter(folder), make_adapter(plain, "dora", is_dora=True)
+    sampling = SamplingParams(max_tokens=12, ignore_eos=True)
+    with EngineWorker(base, CONFIG) as worker:
+        running = [worker.submit(prompt, sampling, [(adapter, 1.0)]) for prompt in PROMPTS]
+        running += [worker.submit(prompt, sampling) for prompt in PROMPTS]
+        assert [list(g.result(120).token_ids) for g in running] == expected + without
+        assert len(worker.submit(PROMPTS[0], sampling, [(dora, 1.0)]).result(120).token_ids) == 12
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_layers_of_gptq_and_awq_run_fused_and_captured(method: str, tmp_path: Path) -> None:
+    """In fp16, which is what AWQ's kernels compute in; random weights have near-ties, so first tokens are compared."""
+    base = load_four_bits(tmp_path, method, torch.float16)
+    expected = [generate(base.model, prompt, [])[0] for prompt in PROMPTS]
+    config = EngineConfig(max_num_seqs=4, kv_cache_bytes=2 << 20, lora_cache_bytes=4 << 20, captured_ranks=(16,))
+    sampling = SamplingParams(max_tokens=12, ignore_eos=True)
+    with EngineWorker(base, config) as worker:
+        executor = worker.core.runner.executor
+        assert (executor.name, executor.is_fused, bool(executor.graphs)) == ("triton", True, True)
+        running = [worker.submit(prompt, sampling) for prompt in PROMPTS]
+        assert [g.result(120).token_ids[0] for g in running] == expected
 
 
 @pytest.mark.gpu

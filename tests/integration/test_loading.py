@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,13 +12,15 @@ import torch
 from model_families import FAMILIES
 from typer.testing import CliRunner
 
+from four_bits import save_four_bits
 from langchain_lora_retriever.cli import commands
 from langchain_lora_retriever.engine import EngineWorker, load_base_model
 from langchain_lora_retriever.engine.config import EngineConfig
 from langchain_lora_retriever.engine.model import outlook as outlook_module
+from langchain_lora_retriever.engine.model import quantisation
 from langchain_lora_retriever.engine.model.load import read_config, tell_if_too_small
 from langchain_lora_retriever.engine.model.outlook import look_ahead
-from langchain_lora_retriever.errors import EngineError
+from langchain_lora_retriever.errors import EngineError, MissingDependencyError
 from langchain_lora_retriever.types import SamplingParams
 from makers import make_tiny_model, make_tokenizer
 
@@ -104,6 +107,35 @@ def test_what_fits_is_reckoned_from_the_device(tmp_path: Path, monkeypatch: pyte
     assert fit.num_requests == ((1 << 30) - told.weight_bytes - (1 << 20)) // (2048 * told.token_bytes)
     memory.available = told.weight_bytes - 1
     assert told.fit(config)[2:] == (-1, 0, 0)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_packages_that_read_quantised_weights_are_asked_for(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that are missing, at once, before anything is read; what the weights take is told without them."""
+    nothing_found = SimpleNamespace(util=SimpleNamespace(find_spec=lambda _: None))
+    monkeypatch.setattr(quantisation, "importlib", nothing_found)
+    save_four_bits(make_tiny_model("llama"), tmp_path, method)
+    make_tokenizer().save_pretrained(tmp_path)
+    wanted = {"gptq": "gptqmodel optimum", "awq": "gptqmodel"}[method]
+    with pytest.raises(MissingDependencyError, match=rf"pip install {wanted}\. .*C compiler"):
+        load_base_model(tmp_path)
+    told = look_ahead(tmp_path)
+    assert (told.quantisation, told.missing_packages) == (method, tuple(wanted.split()))
+    done = CliRunner().invoke(commands, ["check-model", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert f"{wanted.replace(' ', ', ')}, by which these weights are read" in " ".join(done.output.split())
+
+
+@pytest.mark.parametrize(("bits", "group_size", "expected"), [(4, 128, 4.15625), (8, 32, 8.75), (4, -1, 4.0)])
+def test_weights_in_groups_take_what_their_configuration_says(bits: int, group_size: int, expected: float) -> None:
+    """A scale and a zero point for each group of them; one for a whole row is next to nothing."""
+    config = make_tiny_model("llama").config
+    config.quantization_config = {"quant_method": "gptq", "bits": bits, "group_size": group_size}
+    assert quantisation.bits_per_weight(config, quantisation.quantisation_of(config, {})) == expected
+    assert quantisation.bits_per_weight(config, "bitsandbytes") == 4.5
+    assert quantisation.bits_per_weight(config, None) is None
 
 
 def test_the_command_tells_it_and_tries_it(tmp_path: Path) -> None:

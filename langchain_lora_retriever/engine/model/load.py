@@ -12,6 +12,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from langchain_lora_retriever.engine.model.probe import num_embeddings
+from langchain_lora_retriever.engine.model.quantisation import bits_per_weight, quantisation_of, require_packages
 from langchain_lora_retriever.errors import EngineError
 from langchain_lora_retriever.support.quiet_loading import quiet_loading
 
@@ -29,16 +30,12 @@ __all__ = [
     "load_base_model",
     "load_tokenizer",
     "make_empty",
-    "quantisation_of",
     "read_config",
     "tell_if_too_small",
     "weight_bytes",
 ]
 
 _logger = logging.getLogger(__name__)
-
-_QUANTISED_BITS = {"bitsandbytes": 4.5, "gptq": 4.5, "awq": 4.5, "hqq": 4.5, "mxfp4": 4.25, "fp8": 8.1,
-                   "fbgemm_fp8": 8.1, "finegrained_fp8": 8.1, "compressed-tensors": 8.1}  # fmt: skip
 
 ModelSource: TypeAlias = "str | Path | tuple[PreTrainedModel, PreTrainedTokenizerBase]"
 
@@ -86,6 +83,7 @@ def load_base_model(source: ModelSource, **model_kwargs: Any) -> BaseModel:
     Raises:
         EngineError: If it cannot be loaded, is no model that generates text from text alone, or asks to run code of its
             own and `trust_remote_code` was not passed.
+        MissingDependencyError: If its weights are quantised and the packages that read them are not installed.
     """
     if isinstance(source, tuple):
         model, tokenizer = source
@@ -101,6 +99,7 @@ def load_base_model(source: ModelSource, **model_kwargs: Any) -> BaseModel:
             model_kwargs.setdefault("quantization_config", unpacked)
         config = read_config(name, **model_kwargs)
         auto_class = auto_class_of(config, name)
+        require_packages(name, quantisation_of(config, model_kwargs))
         if has_gpu and model_kwargs["device_map"] == "auto":
             tell_if_too_small(config, name, **model_kwargs)
         model_kwargs.setdefault("trust_remote_code", False)
@@ -184,19 +183,10 @@ def make_empty(config: PreTrainedConfig, name: str, **model_kwargs: Any) -> PreT
     return model
 
 
-def quantisation_of(config: PreTrainedConfig, model_kwargs: dict[str, Any]) -> str | None:
-    """By what a checkpoint is quantised, or is to be."""
-    asked = model_kwargs.get("quantization_config") or getattr(config, "quantization_config", None)
-    if asked is None:
-        return None
-    method = asked.get("quant_method") if isinstance(asked, dict) else getattr(asked, "quant_method", None)
-    return str(getattr(method, "value", method))
-
-
 def weight_bytes(model: PreTrainedModel, quantisation: str | None = None) -> int:
     """What a model's weights take: as they are, or with the matrices of its layers quantised."""
     total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    bits = _QUANTISED_BITS.get(quantisation or "")
+    bits = bits_per_weight(model.config, quantisation)
     if bits is None:
         return total
     layers = [m.weight for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n]

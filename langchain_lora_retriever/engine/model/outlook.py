@@ -25,7 +25,6 @@ from langchain_lora_retriever.engine.model.linear_calls import group_calls, is_i
 from langchain_lora_retriever.engine.model.load import (
     default_dtype,
     make_empty,
-    quantisation_of,
     read_config,
     weight_bytes,
 )
@@ -45,6 +44,7 @@ from langchain_lora_retriever.engine.model.probe import (
     run_pass,
     use_attention,
 )
+from langchain_lora_retriever.engine.model.quantisation import missing_packages, quantisation_of
 from langchain_lora_retriever.engine.model.recurrent import find_recurrent, probed_recurrent
 from langchain_lora_retriever.errors import EngineError
 
@@ -83,6 +83,7 @@ class ModelOutlook:
         refusal: Why it will not be served; None if nothing speaks against it.
         dtype: Of its weights.
         quantisation: How they are quantised, if they are.
+        missing_packages: By which transformers reads them, and which are not installed here.
         num_parameters: How many there are.
         weight_bytes: What they take.
         max_model_len: Tokens of prompt and answer together.
@@ -105,6 +106,7 @@ class ModelOutlook:
     refusal: str | None = None
     dtype: str = ""
     quantisation: str | None = None
+    missing_packages: tuple[str, ...] = ()
     num_parameters: int = 0
     weight_bytes: int = 0
     max_model_len: int = 0
@@ -181,6 +183,7 @@ def look_ahead(name: str | Path, config: EngineConfig | None = None, **model_kwa
         "architecture": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantisation": quantisation,
+        "missing_packages": missing_packages(quantisation),
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "weight_bytes": (quantisation and _stored_bytes(name)) or weight_bytes(model, quantisation),
     }
