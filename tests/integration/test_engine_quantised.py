@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self
 
 import pytest
@@ -108,6 +109,17 @@ def quantise(model: Any, make: Any) -> Any:
         if isinstance(module, nn.Linear) and "lm_head" not in name:
             model.set_submodule(name, make(module))
     return model.to(DEVICE)
+
+
+@pytest.mark.parametrize("method", MAKERS)
+def test_layers_whose_weights_are_buffers_may_be_fused(method: str) -> None:
+    """Their modules have no parameters at all."""
+    pytest.importorskip("triton")
+    from langchain_lora_retriever.engine.model.fused_layers import num_fusable_layers
+
+    model = quantise(make_tiny_model("llama"), lambda linear: FourBitLinear(linear, method))
+    attention = dict.fromkeys(range(model.config.num_hidden_layers))
+    assert num_fusable_layers(model, SimpleNamespace(attention=attention)) == len(attention)  # type: ignore[arg-type]
 
 
 def generate(model: Any, prompt: list[int], adapters: list[tuple[Adapter, float]]) -> list[int]:

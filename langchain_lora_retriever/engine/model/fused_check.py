@@ -222,7 +222,9 @@ def _own_forwards(layer: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _exact_products(layer: nn.Module, hidden: torch.Tensor) -> Iterator[None]:
-    """Let linear modules without a `weight` (GPTQ's, AWQ's) multiply in float32, which their kernels may not know.
+    """Let linear modules whose weights do not give their numbers multiply in float32, which they may not know.
+
+    These have none of the name (GPTQ's, AWQ's), or one of a class that cannot be turned into another (torchao's int4).
 
     Args:
         layer: Whose modules have their own forwards.
@@ -232,7 +234,7 @@ def _exact_products(layer: nn.Module, hidden: torch.Tensor) -> Iterator[None]:
         module
         for module in layer.modules()
         if hasattr(module, "in_features") and hasattr(module, "out_features")
-        and "weight" not in module._parameters  # noqa: SLF001 - some make one up when they are asked
+        and _is_opaque(module._parameters.get("weight"))  # noqa: SLF001 - some make one up when they are asked
     ]  # fmt: skip
     try:
         for module in packed:
@@ -251,12 +253,30 @@ def _read_weight(module: nn.Module, hidden: torch.Tensor) -> dict[str, Any]:
     return {"weight": torch.cat(columns, dim=1), "bias": None if bias is None else bias.float()}
 
 
+def _is_opaque(weight: torch.Tensor | None) -> bool:
+    """Whether a weight is none, or says that it has floating-point numbers and does not give them."""
+    if weight is None:
+        return True
+    is_plain = type(weight) in {torch.Tensor, nn.Parameter, PackedWeight}
+    return not is_plain and weight.dtype.is_floating_point and not _has_dequantize(weight)
+
+
+def _has_dequantize(value: torch.Tensor) -> bool:
+    """Whether it is of a class that says how: torch's own method is of another kind."""
+    return type(value).dequantize is not torch.Tensor.dequantize
+
+
 def _to_float32(value: Any) -> Any:
-    """The same with every tensor of floating-point numbers in float32, quantised ones included."""
+    """The same with every tensor of floating-point numbers in float32, quantised ones included.
+
+    Those that do not give their numbers stay as they are: see `_exact_products`.
+    """
     if isinstance(value, PackedWeight):
         return value.dense()
     if isinstance(value, torch.Tensor):
-        if type(value).dequantize is not torch.Tensor.dequantize:  # a class of torchao's, which may know no other way
+        if _is_opaque(value):
+            return value
+        if _has_dequantize(value):  # a class of torchao's, which may know no other way
             value = value.dequantize()
         return value.float() if value.is_floating_point() else value
     if type(value) in {tuple, list}:

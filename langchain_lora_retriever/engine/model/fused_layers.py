@@ -321,8 +321,11 @@ def _find_product(
 
 
 def _trained(module: nn.Module) -> set[str]:
-    """Names of the children that have parameters."""
-    return {name for name, child in module.named_children() if next(child.parameters(), None) is not None}
+    """Names of the children that have parameters, or products whose weights are none (GPTQ's are buffers)."""
+    return {
+        name for name, child in module.named_children()
+        if next(child.parameters(), None) is not None or any(hasattr(part, "in_features") for part in child.modules())
+    }  # fmt: skip
 
 
 def _read_query_key_norms(

@@ -132,3 +132,40 @@ def test_weights_that_only_their_kernel_reads_multiply_in_float32(monkeypatch: p
     assert "forward" not in vars(module)
     with torch.inference_mode(), fused_check._exact_products(layer, x.half()):
         assert module(x).dtype == torch.float32
+
+
+class Opaque(Quantised):
+    """A weight as torchao's int4 is: it multiplies, and neither gives its numbers nor turns into another."""
+
+    dequantize = torch.Tensor.dequantize
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Multiply, and nothing else with numbers."""
+        if func is nn.functional.linear:
+            assert args[0].dtype == torch.bfloat16
+            return nn.functional.linear(args[0], args[1].numbers, *args[2:])
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Only what makes a parameter of it."""
+        if func in {torch.ops.aten.detach.default, torch.ops.aten.alias.default}:
+            return args[0]
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def test_weights_that_give_no_numbers_are_read_through_their_products() -> None:
+    """They are not turned into float32, and their modules compute in it all the same."""
+    from langchain_lora_retriever.engine.model import fused_check
+
+    module = nn.Linear(64, 48).bfloat16()
+    numbers = module.weight.detach().clone()
+    module.weight = nn.Parameter(Opaque(numbers), requires_grad=False)
+    x = torch.randn(3, 64)
+    with torch.inference_mode(), fused_check._exact_products(nn.Sequential(module), x.bfloat16()):
+        assert fused_check._to_float32(module.weight) is module.weight
+        got = module(x)
+    torch.testing.assert_close(got, nn.functional.linear(x, numbers.float(), module.bias.float()))
+    assert "forward" not in vars(module)
