@@ -22,7 +22,9 @@ from lora_retriever_kernels.launch import pdl_options, wait_for_earlier_launches
 __all__ = ["MAX_TOKENS", "ProductShape", "choose_product", "launch_product", "multiply_few"]
 
 MAX_TOKENS = 64
-_MIN_PART = 1024  # features of a part
+_SMALL = 16  # tokens, of which two programs with narrow blocks fit an SM's shared memory
+_LEAST_BUSY, _LEAST_BUSY_SMALL = 0.72, 0.36  # below this share of SMs at work the library's product is as fast
+_LEAST_PART, _GOOD_PART = 512, 2048  # features of a part: at least, and from when on more parts do no harm
 
 
 class ProductShape(NamedTuple):
@@ -58,7 +60,8 @@ def choose_product(num_tokens: int, weight: torch.Tensor, *, takes_parts: bool) 
         return None
     if weight.device.type != "cuda" or not weight.is_contiguous() or weight.data_ptr() % 16:
         return None
-    return _choose(tuple(weight.shape), _num_sms(weight.device), takes_parts=takes_parts)
+    num_sms = _num_sms(weight.device)
+    return _choose(tuple(weight.shape), num_sms, is_small=num_tokens <= _SMALL, takes_parts=takes_parts)
 
 
 @functools.cache
@@ -69,23 +72,35 @@ def _num_sms(device: torch.device) -> int:
 
 
 @functools.cache
-def _choose(shape: tuple[int, int], num_sms: int, *, takes_parts: bool) -> ProductShape | None:
-    """A program an SM where that can be; many outputs in wide blocks, of which an SM takes two."""
-    width, features = shape
-    if not num_sms:
-        return None
-    if width > 64 * num_sms:
-        return ProductShape(128, 64, 1, 4, 8) if width % 128 == 0 and features % 64 == 0 else None
-    num_parts = 1
-    while (
-        takes_parts
-        and 2 * num_parts * width <= 64 * num_sms
-        and features % (256 * num_parts) == 0
-        and features >= 2 * num_parts * _MIN_PART
-    ):
-        num_parts *= 2
-    is_full = 2 * num_parts * width >= 64 * num_sms
-    return ProductShape(64, 128, num_parts, 4, 4) if is_full and width % 64 == features % 128 == 0 else None
+def _choose(weight: tuple[int, int], num_sms: int, *, is_small: bool, takes_parts: bool) -> ProductShape | None:
+    """The shape that keeps the largest share of the SMs busy, over all rounds of programs, if that is enough.
+
+    Args:
+        weight: Its sizes.
+        num_sms: The device's SMs; 0 where the kernel is not to be used.
+        is_small: Whether there are at most `_SMALL` tokens: then an SM holds two programs of narrow blocks as well.
+        takes_parts: As in `choose_product`.
+    """
+    width, features = weight
+    shares: dict[ProductShape, float] = {}
+    wide = ProductShape(128, 128, 1, 3, 8) if is_small else ProductShape(128, 64, 1, 4, 8)
+    narrow = (ProductShape(64, 128, num_parts, 4, 4) for num_parts in ((1, 2, 4, 8) if takes_parts else (1,)))
+    for shape in (wide, *narrow):
+        num_programs = width // shape.block_n * shape.num_parts
+        is_divided = not width % shape.block_n and not features % (shape.block_k * shape.num_parts)
+        # Two rounds of parts, or of narrow blocks that fill an SM by themselves, were never faster.
+        most = num_sms * (1 + is_small) if shape.num_parts > 1 or (shape is not wide and not is_small) else num_programs
+        if is_divided and num_programs <= most and (shape.num_parts == 1 or features >= _LEAST_PART * shape.num_parts):
+            places = num_sms if shape is not wide and num_programs <= num_sms else 2 * num_sms
+            shares[shape] = num_programs / (-(-num_programs // places) * places) if num_sms else 0.0
+
+    def rank(shape: ProductShape) -> tuple[float, int]:
+        parts = shape.num_parts
+        return shares[shape], parts if features >= _GOOD_PART * parts else -parts
+
+    best = max(shares, key=rank, default=None)
+    least = _LEAST_BUSY_SMALL if is_small else _LEAST_BUSY
+    return best if best is not None and shares[best] >= least else None
 
 
 @triton.jit

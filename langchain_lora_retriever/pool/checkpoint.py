@@ -13,7 +13,7 @@ import math
 import re
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -44,7 +44,7 @@ from langchain_lora_retriever.support.shown import shown
 from langchain_lora_retriever.types import Adapter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -54,8 +54,6 @@ if TYPE_CHECKING:
 __all__ = ["adapter_of", "read_adapter", "renamed"]
 
 _PREFIX = "base_model.model."
-_SERIAL = 1 << 14
-"""Elements that torch looks through without a team of threads. Many adapters are read at once, each on a thread."""
 _COMPILED = re.compile(r"(?:(?<=\.)|^)_orig_mod\.")
 _KEY = re.compile(
     r"base_model\.model\.([^\x00-\x1f\x7f\ud800-\udfff]{1,512})\."
@@ -265,10 +263,45 @@ def _check_tensor(key: str, spec: TensorSpec, num_dims: int, where: str) -> None
         )
 
 
+class _Block(NamedTuple):
+    """Tensors of one dtype that lie one after the other, or a part of one.
+
+    Attributes:
+        dtype: Theirs.
+        begin: Where they begin in the data section.
+        firsts: The first element of each, and whose it is: module and what of it.
+        num_bytes: Of all.
+    """
+
+    dtype: torch.dtype
+    begin: int
+    firsts: list[tuple[int, str, str]]
+    num_bytes: int
+
+
+def _blocks(parts: Iterable[tuple[TensorSpec, str, str]]) -> Iterator[_Block]:
+    """The data section in pieces of up to `CHUNK_BYTES`, in the order in which tensors lie."""
+    block: _Block | None = None
+    for spec, module, name in sorted(parts, key=lambda item: item[0].offset):
+        dtype = DTYPES[spec.dtype]
+        stop = spec.offset + math.prod(spec.shape) * dtype.itemsize
+        for begin in range(spec.offset, stop, CHUNK_BYTES):
+            num_bytes = min(CHUNK_BYTES, stop - begin)
+            if block is not None and block.dtype == dtype and block.num_bytes + num_bytes <= CHUNK_BYTES:
+                first = (block.num_bytes // dtype.itemsize, module, name)
+                block = block._replace(firsts=[*block.firsts, first], num_bytes=block.num_bytes + num_bytes)
+                continue
+            if block is not None:
+                yield block
+            block = _Block(dtype, begin, [(0, module, name)], num_bytes)
+    if block is not None:
+        yield block
+
+
 def _checked_hash(file: RegularFile, layout: Layout, where: str) -> str:
     """The fingerprint; refuses what is not finite, and what makes an input of 1 so large that its square is not.
 
-    The file is read piece by piece, in the order in which tensors lie.
+    The file is read piece by piece, in few calls that leave the interpreter to others: an engine may be running.
     """
     parts = [(spec, module, name) for module, of_module in layout.items() for name, spec in of_module.tensors.items()]
     parts += [(spec, module, _BASE_WEIGHT) for module, spec in layout.base_weights.items()]
@@ -276,17 +309,15 @@ def _checked_hash(file: RegularFile, layout: Layout, where: str) -> str:
     start = file.identity.num_bytes - layout.num_bytes
 
     def pieces() -> Iterator[NDArray[np.uint8]]:
-        for spec, module, name in sorted(parts, key=lambda item: item[0].offset):
-            dtype = DTYPES[spec.dtype]
-            stop = spec.offset + math.prod(spec.shape) * dtype.itemsize
-            for offset in range(spec.offset, stop, CHUNK_BYTES):
-                piece = np.empty(min(CHUNK_BYTES, stop - offset), np.uint8)
-                file.read_into(piece.data, start + offset)
-                met = _largest(torch.from_numpy(piece).view(dtype))
+        for block in _blocks(parts):
+            piece = np.empty(block.num_bytes, np.uint8)
+            file.read_into(piece.data, start + block.begin)
+            found = _largest(piece, block.dtype, [first for first, _, _ in block.firsts])
+            for met, (_, module, name) in zip(found, block.firsts, strict=True):
                 if not math.isfinite(met):
                     raise InvalidAdapterError(f"{where}: {name} of {module!r} holds NaN or infinite values.")
                 largest[module][name] = max(largest[module].get(name, 0.0), met)
-                yield piece
+            yield piece
 
     fingerprint = hash_of(layout, pieces())
     limit = math.sqrt(torch.finfo(torch.float32).max)
@@ -306,7 +337,15 @@ def _checked_hash(file: RegularFile, layout: Layout, where: str) -> str:
     return fingerprint
 
 
-def _largest(tensor: torch.Tensor) -> float:
-    """The largest absolute value, NaN or infinite if there is one that is."""
-    extremes = torch.stack([torch.stack(torch.aminmax(part)) for part in tensor.split(_SERIAL)])
-    return float(extremes.abs().max())
+def _largest(numbers: NDArray[np.uint8], dtype: torch.dtype, firsts: Sequence[int]) -> list[float]:
+    """The largest absolute value from each of some elements up to the next; NaN or infinite if there is one that is.
+
+    The bits of floating-point numbers of one sign are in the numbers' order, NaN behind infinity.
+    """
+    bits = numbers.view(f"u{dtype.itemsize}")
+    sign = 1 << (8 * dtype.itemsize - 1)
+    signed = np.maximum.reduceat(bits, firsts)  # a negative one, if there is any
+    positive = np.maximum.reduceat(bits.view(f"i{dtype.itemsize}"), firsts).clip(0)
+    largest = np.maximum(np.where(signed >= sign, signed & (sign - 1), 0), positive.astype(bits.dtype))
+    found: list[float] = torch.from_numpy(largest.view(np.uint8)).view(dtype).double().tolist()
+    return found

@@ -28,6 +28,8 @@ _Kind: TypeAlias = tuple[tuple[int, ...], str]
 _logger = logging.getLogger(__name__)
 _MAX_ADAPTERS = 4096
 """Adapters that are known at once. One that lies in a folder costs little."""
+_MAX_READS = 8
+"""Adapters that are read at once: each takes memory of its file's size meanwhile."""
 
 
 class _Module(NamedTuple):
@@ -142,6 +144,7 @@ class AdapterStore:
         self._lock = threading.Lock()
         self._known: OrderedDict[str, Future[Adapter]] = OrderedDict()
         self._num_bytes: dict[str, int] = {}  # of those that were received
+        self._reading = threading.BoundedSemaphore(_MAX_READS)
         self.num_read = self.num_received = 0
 
     @property
@@ -193,7 +196,8 @@ class AdapterStore:
 
     def _make(self, ref: AdapterRef, fetch: Callable[[AdapterRef], AdapterContents], future: Future[Adapter]) -> None:
         try:
-            adapter = _read(ref)
+            with self._reading:
+                adapter = _read(ref)
             num_bytes = 0
             if adapter is None:
                 contents = fetch(ref)

@@ -1,6 +1,6 @@
 """Products of few tokens with a layer's weights: ours beside the library's.
 
-    PYTHONPATH=kernels python tests/benchmarks/bench_products.py [--models llama-3-8b ...] [--tokens 1 16 64] [--json f]
+    PYTHONPATH=kernels:tests/benchmarks python tests/benchmarks/bench_products.py [--models qwen3-14b] [--tokens 1 16]
 
 For each of a layer's products, over the weights of as many layers as do not fit the L2 cache, in a CUDA graph: the
 library's product and the launch that reads it, ours and the same launch, which adds up the parts where there are some.
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from bench_lora_kernels import bandwidths
 from torch.nn.functional import linear
 
 from lora_retriever_kernels.decoder import RmsNorm, add_rms_norm, gated_activation
@@ -69,12 +70,6 @@ def graph_us(run: Callable[[], object]) -> float:
         torch.cuda.synchronize()
         times.append(100 * start.elapsed_time(end))
     return statistics.median(times[1:])
-
-
-def read_rate() -> float:
-    """Bytes a second at which a sum reads 2 GiB."""
-    x = torch.ones(1 << 30, dtype=DTYPE, device="cuda")
-    return x.nbytes / (1e-6 * graph_us(lambda: x.view(1 << 14, -1).amax(1)))
 
 
 class Case:
@@ -143,7 +138,7 @@ def main() -> None:
         ]  # fmt: skip
         with multiprocessing.get_context("spawn").Pool(14) as pool:
             pool.map(compile_all, [work[i::42] for i in range(42)], chunksize=1)
-    rate = read_rate()
+    rate = 1e12 * bandwidths()["read"]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, reading {rate / 1e12:.2f} TB/s", flush=True)
     rows: list[dict[str, Any]] = []
     for (model, name), shape in shapes.items():

@@ -29,13 +29,14 @@ import statistics
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from engine_gpu.bench import DEVICE, RANK, TARGETS, Bench, free_memory, percentile
 from stub_engine import StubEngine
@@ -251,6 +252,17 @@ def ray_cluster() -> Iterator[None]:
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def touch_memory(gib: int) -> None:
+    """Write once to as much memory: a virtual machine may have most of its own given only when that is first used."""
+    if gib:
+        with ProcessPoolExecutor(min(gib, os.cpu_count() or 1, 16)) as pool:
+            list(pool.map(_touch, [-(-gib // 16)] * 16))
+
+
+def _touch(gib: int) -> int:
+    return int(np.ones(gib << 27).nbytes)
 
 
 def deploy(recipe: Callable[[], Any], num_replicas: int, max_ongoing_requests: int) -> Any:
@@ -673,6 +685,7 @@ def main() -> None:
     parser.add_argument("--streams-stub", type=int, default=64, help="stub: streams for each replica")
     parser.add_argument("--rate", type=float, default=10_000, help="stub: tokens a second of a replica")
     parser.add_argument("--seconds", type=float, default=6.0, help="of each measurement")
+    parser.add_argument("--touch-gib", type=int, default=0, help="memory to write to before anything is started")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path, help="folder for bench_replicas.json")
     options = parser.parse_args()
@@ -691,6 +704,9 @@ def main() -> None:
     is_gpu = DEVICE.type == "cuda"
     device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if is_gpu else platform.machine()
     put("device", f"{device}, {os.cpu_count()} cores, torch {torch.__version__}")
+    start = time.perf_counter()
+    touch_memory(options.touch_gib)
+    put("seconds to touch memory", round(time.perf_counter() - start, 1))
     MODES[options.mode](options, put)
 
 

@@ -54,28 +54,35 @@ def test_a_token_does_not_depend_on_the_others(shape: ProductShape) -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "features", "takes_parts", "expected"),
+    ("width", "features", "takes_parts", "few", "many"),
     [
-        (6144, 4096, False, (64, 128, 1)),  # q, k and v of Llama-3-8B; its others
-        (4096, 4096, True, (64, 128, 2)),
-        (28672, 4096, False, (128, 64, 1)),
-        (4096, 14336, True, (64, 128, 2)),
-        (4096, 4096, False, None),  # too few programs
-        (2048, 8192, True, (64, 128, 4)),
-        (64, 512, True, None),
-        (6144, 4000, False, None),  # sizes that blocks do not divide
-        (6100, 4096, False, None),
-        (28700, 4096, False, None),
+        (6144, 4096, False, (64, 128, 1), (64, 128, 1)),  # q, k and v of Llama-3-8B; its others
+        (4096, 4096, True, (64, 128, 2), (64, 128, 2)),
+        (28672, 4096, False, (128, 128, 1), (128, 64, 1)),
+        (4096, 14336, True, (64, 128, 4), (64, 128, 2)),
+        (10240, 8192, False, (64, 128, 1), None),  # a second round of programs, some of them idle
+        (16384, 2048, False, (64, 128, 1), None),
+        (5120, 17408, True, (64, 128, 2), None),
+        (2048, 2048, True, (64, 128, 4), (64, 128, 4)),
+        (1024, 2048, True, (64, 128, 4), None),
+        (2048, 2048, False, None, None),  # too few programs
+        (64, 512, True, None, None),
+        (6144, 4000, False, None, None),  # sizes that blocks do not divide
+        (6100, 4096, False, None, None),
+        (28700, 4096, False, None, None),
     ],
 )
-def test_the_rule(width: int, features: int, takes_parts: bool, expected: tuple[int, int, int] | None) -> None:
-    """About a program for each of 132 SMs; parts where somebody adds them up; else the library's product."""
-    shape = few_tokens._choose((width, features), 132, takes_parts=takes_parts)
-    assert (None if shape is None else shape[:3]) == expected
-    if shape is not None:
-        assert width % shape.block_n == 0
-        assert features % (shape.block_k * shape.num_parts) == 0
-    assert few_tokens._choose((width, features), 0, takes_parts=takes_parts) is None, "before Hopper"
+def test_the_rule(
+    width: int, features: int, takes_parts: bool, few: tuple[int, int, int] | None, many: tuple[int, int, int] | None
+) -> None:
+    """Of 132 SMs as many as possible are busy, with up to 16 tokens and with more; else it is the library's product."""
+    for is_small, expected in ((True, few), (False, many)):
+        shape = few_tokens._choose((width, features), 132, is_small=is_small, takes_parts=takes_parts)
+        assert (None if shape is None else shape[:3]) == expected
+        if shape is not None:
+            assert width % shape.block_n == 0
+            assert features % (shape.block_k * shape.num_parts) == 0
+        assert few_tokens._choose((width, features), 0, is_small=is_small, takes_parts=takes_parts) is None
 
 
 def test_what_is_left_to_the_library() -> None:
