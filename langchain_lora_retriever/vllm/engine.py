@@ -89,7 +89,8 @@ class VllmEngine:
 
         check_plugin(envs.VLLM_PLUGINS)
         additional = dict(engine_args.pop("additional_config", {}))
-        additional[PLUGIN_NAME] = {"max_adapters_per_request": max_adapters_per_request}
+        ours = additional.get(PLUGIN_NAME, {})
+        additional[PLUGIN_NAME] = {**ours, "max_adapters_per_request": max_adapters_per_request}
         arguments = AsyncEngineArgs(
             model=str(model),
             enable_lora=True,

@@ -11,7 +11,8 @@ Steps, each in processes of its own, in the order given:
 - ours, theirs: adapters on, our kernels or vLLM's: requests of the base model, of n adapters (one each), and with ours
   mixtures of three over them; then one request alone. theirs_two_streams: vLLM's own with VLLM_LORA_ENABLE_DUAL_STREAM.
 - base: vLLM without adapters.
-- gate_two, theirs_two, ours_two: the same over two GPUs, tensor-parallel; gate_two is judged by one GPU.
+- gate_two, theirs_two, ours_two: the same over two GPUs, tensor-parallel; gate_two is judged by one GPU, and so is
+  gate_theirs_two, without which a gate_two that fails would not tell whose fault it is.
 
 The timed model has the shape of Llama-3-8B and vLLM's dummy weights; adapters have rank 16 on all seven projections.
 Each case is run once to warm up, and then three times; the median counts. Results are printed as JSON, line by line.
@@ -58,7 +59,22 @@ SHAPES = {
         "initializer_range": 0.1,
     },
 }
-STEPS = ("gate", "theirs", "ours", "base", "theirs_two_streams", "gate_two", "theirs_two", "ours_two")
+STEPS = (
+    "gate",
+    "theirs",
+    "ours",
+    "base",
+    "theirs_two_streams",
+    "gate_two",
+    "gate_theirs_two",
+    "theirs_two",
+    "ours_two",
+)
+GATES = {
+    "gate": ["gate_theirs", "gate_ours"],
+    "gate_two": ["gate_ours", "gate_two"],
+    "gate_theirs_two": ["gate_theirs", "gate_theirs_two"],
+}
 GATE_RANKS = {"a": 16, "b": 16, "c": 8, "d": 4, "e": 2}
 GATE_PROMPTS = (5, 33, 130, 300)  # their lengths
 GATE_MIXTURES: list[dict[str, float]] = [{"a": 0.7, "c": 0.3}, {"b": 0.5, "a": 0.3, "d": 0.2}, {"e": 1.5, "b": -0.5}]
@@ -81,6 +97,7 @@ def start(options: Any, model: str, max_num_seqs: int, **more: Any) -> Any:
         "max_num_seqs": max_num_seqs,
         "compilation_config": {"cudagraph_capture_sizes": [n for n in CAPTURED if n < max_num_seqs] + [max_num_seqs]},
         "tensor_parallel_size": 2 if options.child.endswith("_two") else 1,
+        "additional_config": {"lora_retriever": {"allow_tensor_parallel": True}},
         **more,
         **options.vllm,
     }
@@ -397,20 +414,38 @@ def errors(root: Path, answers: dict[str, Any]) -> dict[str, float]:
     return found
 
 
+def _kind(key: str) -> str:
+    """What a request runs: nothing, an adapter, a mixture, or one that is concatenated."""
+    composition = json.loads(key.split(" ", 2)[2])
+    if len(composition) > 1:
+        return "mixture"
+    return "base" if not composition else "concatenated" if "concatenated" in next(iter(composition)) else "adapter"
+
+
 def judge_gate(root: Path, names: list[str]) -> None:
     """Print how far the answers of the gate's processes are from the model's, and whether the second's may be."""
     answers = {name: json.loads((root / f"{name}.json").read_text()) for name in names}
     for name, found in answers.items():
         print(json.dumps({"step": name, "different": len({tuple(answer["token_ids"]) for answer in found.values()})}))
     first, second = (errors(root, found) for found in answers.values())
-    judged = (
+    kinds: dict[str, list[float]] = {}
+    for key, error in second.items():
+        kinds.setdefault(_kind(key), []).append(error)
+    print(
+        json.dumps(
+            {"step": names[1], "mean_errors": {kind: round(statistics.fmean(e), 5) for kind, e in kinds.items()}}
+        )
+    )
+    judged = [
         (f"{names[1]} and {names[0]}", {key: second[key] for key in first if key in second}, first),
         (
             f"mixtures and concatenations, {names[1]}",
             {key: error for key, error in second.items() if ", " in key},
             {key: error for key, error in second.items() if "concatenated" in key},
         ),
-    )
+    ]
+    if "mixture" not in kinds:
+        judged.pop()
     for what, ours, theirs in judged:
         means = [round(statistics.fmean(each.values()), 5) for each in (ours, theirs)]
         worst = [round(max(each.values()), 5) for each in (ours, theirs)]
@@ -450,7 +485,7 @@ def main() -> None:
                 print(json.dumps({"step": name, "failed": "no time left"}), flush=True)
                 continue
             if name.startswith("gate"):
-                names = ["gate_theirs", "gate_ours"] if name == "gate" else ["gate_ours", "gate_two"]
+                names = GATES[name]
                 running = [Step(each, arguments, logs) for each in names]
                 if all([step.wait(deadline - time.monotonic()) for step in running]):  # noqa: C419 - each is waited for
                     judge_gate(root, names)
