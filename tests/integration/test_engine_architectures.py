@@ -11,6 +11,7 @@ import torch
 from model_families import FAMILIES
 
 from langchain_lora_retriever.engine import BaseModel, EngineConfig, EngineWorker
+from langchain_lora_retriever.engine.model.attention import ATTENTION_IMPLEMENTATION
 from langchain_lora_retriever.errors import EngineError, InvalidRequestError
 from langchain_lora_retriever.types import Adapter, LoraWeights, SamplingParams
 from makers import make_adapter, make_tiny_model, make_tokenizer, merge_adapters
@@ -102,6 +103,17 @@ def test_what_cannot_be_served_is_refused_in_words(name: str) -> None:
     with pytest.raises(EngineError, match=words):
         make_worker(model)
     assert model.config._attn_implementation == before
+
+
+def test_parts_that_attend_by_different_ways_get_them_back() -> None:
+    """A model of text and images: while the engine serves all parts attend by its cache, afterwards as before."""
+    family = next(family for family in FAMILIES if family.model_type == "qwen3_vl")
+    model = make_tiny_model(family.model_type, **family.settings)
+    model.set_attn_implementation({"vision_config": "eager"})
+    configs = (model.config, model.config.text_config, model.config.vision_config)
+    with make_worker(model):
+        assert {config._attn_implementation for config in configs} == {ATTENTION_IMPLEMENTATION}
+    assert [config._attn_implementation for config in configs] == ["sdpa", "sdpa", "eager"]
 
 
 def test_positions_that_scale_late_are_served_below() -> None:

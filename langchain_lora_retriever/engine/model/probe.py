@@ -302,21 +302,25 @@ def layer_name(model: PreTrainedModel, calls: Mapping[int, AttentionCall], layer
 
 def use_attention(
     model: PreTrainedModel, implementation: str | dict[str, Any] = ATTENTION_IMPLEMENTATION
-) -> dict[str, Any]:
+) -> str | dict[str, Any]:
     """Switch `model` to an attention implementation, by default the paged one; returns those that its parts had."""
     before = _implementations(model.config)
     model.set_attn_implementation(implementation)
     return before
 
 
-def _implementations(config: PreTrainedConfig) -> dict[str, Any]:
-    """What a model's parts attend by, as `set_attn_implementation` takes it; "" is the model itself."""
+def _implementations(config: PreTrainedConfig) -> str | dict[str, Any]:
+    """What a model's parts attend by, as `set_attn_implementation` takes it; "" is the model itself.
+
+    One word stands for parts that all attend alike: transformers 5.17 takes a dict for the model, none for a part.
+    """
     parts = {
         key: _implementations(part)
         for key in config.sub_configs
         if (part := getattr(config, key, None)) is not None and part._attn_implementation is not None  # noqa: SLF001
     }
-    return {"": config._attn_implementation, **parts}  # noqa: SLF001 - transformers has a public setter but no getter
+    own: str = config._attn_implementation  # noqa: SLF001 - transformers has a public setter but no getter
+    return own if all(part == own for part in parts.values()) else {"": own, **parts}
 
 
 def _token_ids(model: PreTrainedModel, half: int) -> list[list[int]]:
