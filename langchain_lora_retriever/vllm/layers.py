@@ -169,13 +169,21 @@ class LoraLayer:
         Raises:
             ValueError: If a shape does not fit, or weights are not finite in the layer's dtype.
         """
-        # vLLM has multiplied B by the scaling. Its warm-up adapters are as wide as one rank's part: others' is empty.
-        slices = [
-            None if a is None or b is None or not a.numel() or not b.numel() else (a, b, 1.0)
-            for a, b in zip(*self._own_part(lora_a, lora_b), strict=True)
-        ]
+        parts = zip(*self._own_part(lora_a, lora_b), self.stack.out_features, strict=True)
+        # vLLM has multiplied B by the scaling.
+        slices = [None if a is None or b is None else (*self._filled(a, b, width), 1.0) for a, b, width in parts]
         self.stack.load(index, index * self.step.rows.max_rank, slices)
         self._ranks[index] = max((entry[0].shape[0] for entry in slices if entry is not None), default=0)
+
+    def _filled(self, a: torch.Tensor, b: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B with zeros where nothing is left of them.
+
+        vLLM's warm-up adapters are as wide as the first tensor-parallel rank's part, and others cut theirs from behind
+        it. They must run there all the same: CUDA graphs are captured with them, and serve the adapters that come.
+        """
+        rank = a.shape[0]
+        filled_a = a if a.numel() else a.new_zeros(rank, self.stack.in_features)
+        return filled_a, b if b.numel() else b.new_zeros(width, rank)
 
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """The base product and the adapters' outputs for `x` `[..., in_features]`; vLLM calls it in `forward`."""

@@ -253,5 +253,5 @@ def test_a_value_that_means_nothing_is_refused_at_load(settings: dict[str, Any])
     (name,) = settings
     with pytest.raises(EngineError, match=f"generation_config has {name}="):
         Engine(BaseModel(model, make_tokenizer(), "tiny"), EngineConfig(**SMALL))
-    assert model.config._attn_implementation != "lora_retriever_paged"
+    assert model.config._attn_implementation != "langchain_lora_retriever_paged"
     assert "forward" not in vars(model.model.layers[0].self_attn.q_proj)

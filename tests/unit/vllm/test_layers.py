@@ -127,6 +127,22 @@ def test_a_rank_takes_its_part_of_a_row_parallel_layer() -> None:
     torch.testing.assert_close(total, whole, atol=1e-4, rtol=1e-4)
 
 
+def test_what_warms_up_runs_on_every_rank() -> None:
+    """It is as wide as the first rank's part, so nothing is left of it on others, whose captured steps need it too."""
+    for cut_a, cut_b in ((lambda t: t, lambda t: t[6:]), (lambda t: t[:, IN:], lambda t: t)):
+        step = make_step()
+        module = make_module((6,), IN, 2, slice_lora_a=cut_a, slice_lora_b=cut_b)
+        layer, adapters = LoraLayer(module, step), StepAdapters(step, {})
+        layer.set_lora(0, torch.randn(4, IN), torch.randn(6, 4))
+        assert layer.rank(0) == 4
+        step.assign(0, layer.rank(0))
+        adapters.update_metadata(mapping(1, 1), [1, None, None], 4, 100)
+        assert step.begin(layer, 2)
+        y = torch.zeros(2, 6)
+        adapters.add_lora_linear(y, torch.randn(2, IN), module.lora_a_stacked, module.lora_b_stacked, 1.0, (6,))
+        assert not y.any()
+
+
 def test_a_compiled_graph_knows_neither_step_nor_adapters() -> None:
     """One graph, compiled once, serves whatever a step's tokens run: vLLM drops the guards of its graphs."""
     step, module = make_step(), make_module()
