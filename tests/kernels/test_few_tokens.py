@@ -99,6 +99,7 @@ def test_what_is_left_to_the_library() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 @pytest.mark.parametrize(("width", "features"), [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)])
 @pytest.mark.parametrize("num_tokens", [1, 8, 33, 64])
 def test_the_sizes_of_a_model(num_tokens: int, width: int, features: int) -> None:
