@@ -4,8 +4,8 @@
 """Products of few tokens with a weight, which take the time that the weight's bytes do.
 
 cuBLAS's for these sizes fill each SM that they run on: whatever runs beside them has to wait. These leave room for the
-adapters' kernels, begin while the launch before them drains, and hand the sum over parts of the inner dimension to
-whoever reads the product next.
+adapters' kernels, begin while the launch before them drains, and hand the sum over parts of the inner dimension
+(split-K) to whoever reads the product next.
 """
 
 from __future__ import annotations
@@ -90,7 +90,11 @@ def _choose(weight: tuple[int, int], num_sms: int, *, is_small: bool, takes_part
         is_divided = not width % shape.block_n and not features % (shape.block_k * shape.num_parts)
         # Two rounds of parts, or of narrow blocks that fill an SM by themselves, were never faster.
         most = num_sms * (1 + is_small) if shape.num_parts > 1 or (shape is not wide and not is_small) else num_programs
-        if is_divided and num_programs <= most and (shape.num_parts == 1 or features >= _LEAST_PART * shape.num_parts):
+        if (
+            is_divided
+            and 0 < num_programs <= most
+            and (shape.num_parts == 1 or features >= _LEAST_PART * shape.num_parts)
+        ):
             places = num_sms if shape is not wide and num_programs <= num_sms else 2 * num_sms
             shares[shape] = num_programs / (-(-num_programs // places) * places) if num_sms else 0.0
 
@@ -103,7 +107,7 @@ def _choose(weight: tuple[int, int], num_sms: int, *, is_small: bool, takes_part
     return best if best is not None and shares[best] >= least else None
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _few_kernel(
     y, x, weight, bias, num_tokens, x_stride,
     WIDTH: tl.constexpr, FEATURES: tl.constexpr, HAS_BIAS: tl.constexpr, NUM_PARTS: tl.constexpr,
@@ -175,7 +179,7 @@ def multiply_few(
     """Multiply few tokens with a weight, where that is faster than the library's product.
 
     Semantics:
-        y = x @ weight.T + bias, summed in float32 in an order that does not depend on the number of tokens.
+        y = x @ weight.T + bias, summed in float32, for one launch shape in one order.
 
     Args:
         x: `[num_tokens, in_features]`, unit stride in a row.

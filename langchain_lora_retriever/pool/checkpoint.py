@@ -288,8 +288,8 @@ def _blocks(parts: Iterable[tuple[TensorSpec, str, str]]) -> Iterator[_Block]:
         for begin in range(spec.offset, stop, CHUNK_BYTES):
             num_bytes = min(CHUNK_BYTES, stop - begin)
             if block is not None and block.dtype == dtype and block.num_bytes + num_bytes <= CHUNK_BYTES:
-                first = (block.num_bytes // dtype.itemsize, module, name)
-                block = block._replace(firsts=[*block.firsts, first], num_bytes=block.num_bytes + num_bytes)
+                block.firsts.append((block.num_bytes // dtype.itemsize, module, name))
+                block = block._replace(num_bytes=block.num_bytes + num_bytes)
                 continue
             if block is not None:
                 yield block

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 __all__ = ["CHUNK_BYTES", "DTYPES", "FileWeights", "Layout", "ModuleLayout", "hash_of"]
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 4 << 20
+"""Bytes of a file that are read, checked and hashed at once: what a core's cache holds."""
 
 
 class ModuleLayout(NamedTuple):

@@ -29,7 +29,7 @@ _logger = logging.getLogger(__name__)
 _MAX_ADAPTERS = 4096
 """Adapters that are known at once. One that lies in a folder costs little."""
 _MAX_READS = 8
-"""Adapters that are read at once: each takes memory of its file's size meanwhile."""
+"""Adapters that are read at once: more would only take cores and interpreter from the engine."""
 
 
 class _Module(NamedTuple):

@@ -54,8 +54,8 @@ _DEAD = "vLLM's engine has died; its log says why. Create a new VllmEngine."
 class VllmEngine:
     """An `EngineClient` over vLLM's `AsyncLLM`. Any thread or event loop may call it. Experimental.
 
-    The model runs in vLLM's processes, on one device or tensor-parallel over several; plain adapters and mixtures run
-    on our kernels there. What vLLM cannot do of what our engine does is refused in words: DoRA, activated LoRA,
+    The model runs in vLLM's processes, on one GPU or on a CPU (there tensor-parallel, too); plain adapters and mixtures
+    run on our kernels there. What vLLM cannot do of what our engine does is refused in words: DoRA, activated LoRA,
     adapters of the embedding or the output layer, and going on after the beginning of an answer that was sampled or
     constrained. A grammar does not shorten an answer to fit the token limit: JSON may be cut off there.
 
@@ -65,7 +65,7 @@ class VllmEngine:
         max_lora_rank: Largest rank: 1, 8, 16, 32, 64, 128 or 256.
         max_adapters_per_request: Longest composition, 1 to 8.
         max_folder_bytes: Of adapters on the disk (in the folder for temporary files) that no request runs.
-        engine_args: Further fields of vLLM's `AsyncEngineArgs`: `tensor_parallel_size`, `dtype`, `max_model_len`, ...
+        engine_args: Further fields of vLLM's `AsyncEngineArgs`: `dtype`, `max_model_len`, ...
 
     Raises:
         MissingDependencyError: If vLLM is not installed.

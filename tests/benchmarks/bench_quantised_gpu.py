@@ -75,7 +75,7 @@ SCHEMES: dict[str, Any] = {
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
     ),
     "bnb-int8": lambda: transformers.BitsAndBytesConfig(load_in_8bit=True),
-    "gptq": lambda: transformers.GPTQConfig(bits=4, backend="triton" if HAS_GPU else "torch"),
+    "gptq": lambda: transformers.GPTQConfig(bits=4, backend="triton" if HAS_GPU else "gptq_torch_aten"),
     "awq": lambda: transformers.AwqConfig(backend="gemm_triton" if HAS_GPU else "torch_awq"),
     "gptq-marlin": lambda: transformers.GPTQConfig(bits=4, backend="marlin"),
     "awq-marlin": lambda: transformers.AwqConfig(backend="marlin"),

@@ -43,6 +43,7 @@ class Compiler:
     def __init__(self, capability: int) -> None:
         self.target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
         self.known: dict[str, int] = {}  # bytes of machine code by kernel and signature
+        self.most_shared = 0  # bytes of shared memory of a program
 
     def launch(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         """Take what `JITFunction.run` takes."""
@@ -58,7 +59,9 @@ class Compiler:
         key = f"{kernel.fn.__name__} {signature} {constants} {kwargs}"
         if key not in self.known:
             source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants)
-            self.known[key] = len(triton.compile(source, target=self.target, options=kwargs).asm["cubin"])
+            compiled = triton.compile(source, target=self.target, options=kwargs)
+            self.known[key] = len(compiled.asm["cubin"])
+            self.most_shared = max(self.most_shared, compiled.metadata.shared)
 
     @staticmethod
     def _kind(param: Any, value: Any) -> str:
@@ -93,7 +96,7 @@ def compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     assert all(size > 0 for size in made.known.values())
 
 
-HOPPER, AMPERE = 90, 80
+HOPPER, AMPERE, BLACKWELL = 90, 80, 120
 
 
 @pytest.mark.parametrize(
@@ -169,14 +172,18 @@ def test_attention_and_layers(compiler: Compiler) -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("compiler", [HOPPER], indirect=True)
-def test_products_of_few_tokens(compiler: Compiler) -> None:
-    """One token and many, in parts and in wide blocks, with a bias and without."""
+@pytest.mark.parametrize(
+    ("compiler", "most_shared"), [(HOPPER, 227 << 10), (BLACKWELL, 99 << 10)], indirect=["compiler"]
+)
+def test_products_of_few_tokens(compiler: Compiler, most_shared: int) -> None:
+    """One token and many, in parts and in wide blocks, with a bias and without; a GPU's shared memory holds them."""
     from lora_retriever_kernels.few_tokens import ProductShape, launch_product
 
     weight = torch.zeros(256, 4096, dtype=torch.bfloat16)
     for num_tokens in (1, 64):
         x = torch.zeros(num_tokens, 4096, dtype=torch.bfloat16)
         launch_product(x, weight, None, ProductShape(64, 128, 2, 4, 4))
-        launch_product(x, weight, weight[:, 0].contiguous(), ProductShape(128, 64, 1, 4, 8))
+        wide = ProductShape(128, 128, 1, 3, 8) if num_tokens == 1 else ProductShape(128, 64, 1, 4, 8)
+        launch_product(x, weight, weight[:, 0].contiguous(), wide)
     assert len(compiler.known) == 4
+    assert compiler.most_shared <= most_shared

@@ -17,7 +17,8 @@ needs_triton = pytest.mark.skipif(
     reason="needs a GPU or TRITON_INTERPRET=1; test_interpreter.py runs it so",
 )
 DTYPES = (torch.float16, torch.bfloat16 if DEVICE == "cuda" else torch.float32)  # the interpreter knows no bfloat16
-PLAIN, IN_PARTS, WIDE = ProductShape(64, 128, 1, 4, 4), ProductShape(64, 128, 2, 4, 4), ProductShape(128, 64, 1, 4, 8)
+PLAIN, IN_PARTS = ProductShape(64, 128, 1, 4, 4), ProductShape(64, 128, 2, 4, 4)
+WIDE, WIDE_FEW = ProductShape(128, 64, 1, 4, 8), ProductShape(128, 128, 1, 3, 8)
 
 
 def random(*sizes: int, dtype: torch.dtype = torch.float16, seed: int = 0) -> torch.Tensor:
@@ -27,10 +28,10 @@ def random(*sizes: int, dtype: torch.dtype = torch.float16, seed: int = 0) -> to
 
 @needs_triton
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [PLAIN, IN_PARTS, WIDE], ids=["plain", "parts", "wide"])
+@pytest.mark.parametrize("shape", [PLAIN, IN_PARTS, WIDE, WIDE_FEW], ids=["plain", "parts", "wide", "wide few"])
 @pytest.mark.parametrize(("num_tokens", "has_bias"), [(1, True), (5, False), (17, True), (64, False)])
 def test_against_float64(num_tokens: int, has_bias: bool, shape: ProductShape, dtype: torch.dtype) -> None:
-    """Rows that lie apart, a bias that is added once, and nothing written behind the last token."""
+    """Rows that lie apart, and a bias that is added once."""
     whole = random(num_tokens, 512, dtype=dtype)
     x, weight = whole[:, :256], random(128, 256, dtype=dtype, seed=1)
     bias = random(128, dtype=dtype, seed=2) if has_bias else None
@@ -43,9 +44,9 @@ def test_against_float64(num_tokens: int, has_bias: bool, shape: ProductShape, d
 
 
 @needs_triton
-@pytest.mark.parametrize("shape", [PLAIN, IN_PARTS, WIDE], ids=["plain", "parts", "wide"])
+@pytest.mark.parametrize("shape", [PLAIN, IN_PARTS, WIDE, WIDE_FEW], ids=["plain", "parts", "wide", "wide few"])
 def test_a_token_does_not_depend_on_the_others(shape: ProductShape) -> None:
-    """Bit for bit, whatever their number, and from call to call."""
+    """In one launch shape: bit for bit, whatever their number, and from call to call."""
     x, weight = random(64, 256), random(128, 256, seed=1)
     y = launch_product(x, weight, None, shape)
     assert torch.equal(y, launch_product(x, weight, None, shape))
@@ -67,6 +68,7 @@ def test_a_token_does_not_depend_on_the_others(shape: ProductShape) -> None:
         (1024, 2048, True, (64, 128, 4), None),
         (2048, 2048, False, None, None),  # too few programs
         (64, 512, True, None, None),
+        (0, 512, True, None, None),
         (6144, 4000, False, None, None),  # sizes that blocks do not divide
         (6100, 4096, False, None, None),
         (28700, 4096, False, None, None),
@@ -96,6 +98,10 @@ def test_what_is_left_to_the_library() -> None:
             assert choose_product(num_tokens, weight, takes_parts=False) is None
         assert choose_product(8, weight.float(), takes_parts=False) is None
         assert choose_product(8, weight.T, takes_parts=False) is None
+        x = torch.zeros(8, 4096, dtype=torch.bfloat16, device="cuda")
+        assert multiply_few(x, weight, None, takes_parts=False) is not None
+        assert multiply_few(x.half(), weight, None, takes_parts=False) is None
+        assert multiply_few(x.new_zeros(4096, 8).T, weight, None, takes_parts=False) is None
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -365,6 +366,26 @@ def test_fingerprint_is_of_content(tmp_path, checkpoint):
     edit_config(copy, lora_alpha=8)
     edit_weights(copy, poison(0.5))
     assert len({original.fingerprint, rescaled, read_adapter(copy).fingerprint}) == 3
+
+
+@pytest.mark.parametrize("num_bytes", [8, 64, 1000])
+def test_a_file_is_read_in_pieces(checkpoint, num_bytes, monkeypatch):
+    """Of any size, of several dtypes, of parts of a tensor: the fingerprint is the same, and what is wrong is found."""
+
+    def mix(tensors):
+        modules = dict.fromkeys(key.rpartition(".lora_")[0] for key in tensors)
+        dtype_of = dict(zip(modules, itertools.cycle((torch.float32, torch.bfloat16, torch.float64)), strict=False))
+        return {key: tensor.to(dtype_of[key.rpartition(".lora_")[0]]) for key, tensor in tensors.items()}
+
+    edit_weights(checkpoint, mix)
+    whole = read_adapter(checkpoint)
+    assert len({weights.lora_A.dtype for weights in whole.weights.values()}) == 3
+    monkeypatch.setattr("langchain_lora_retriever.pool.checkpoint.CHUNK_BYTES", num_bytes)
+    assert read_adapter(checkpoint).fingerprint == whole.fingerprint
+    for value in (math.nan, -math.nan, math.inf, -math.inf):
+        edit_weights(checkpoint, poison(value))
+        with pytest.raises(InvalidAdapterError, match=f"lora_B of '{V1}' holds NaN"):
+            read_adapter(checkpoint)
 
 
 @pytest.mark.parametrize(

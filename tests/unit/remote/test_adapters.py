@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import subprocess
+import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -181,3 +185,41 @@ def test_an_adapter_that_is_sent_is_the_same(tmp_path: Path, lora: dict[str, Any
             assert a is None or torch.equal(a, b)
     assert got.base_weights.keys() == adapter.base_weights.keys()
     assert all(torch.equal(got.base_weights[path], weight) for path, weight in adapter.base_weights.items())
+
+
+def test_whoever_only_passes_requests_on_imports_little() -> None:
+    """Neither torch nor PEFT, which are 0.3 GB a process."""
+    code = """
+import sys
+import langchain_lora_retriever.remote.client, langchain_lora_retriever.remote.process
+assert not {"torch", "peft", "transformers"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_few_adapters_are_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many requests ask for one each."""
+    from langchain_lora_retriever.remote import adapters
+
+    refs = [ref_of(read_adapter(make_checkpoint(tmp_path / f"a{i}", seed=i))) for i in range(12)]
+    lock, running, most = threading.Lock(), 0, 0
+    read = adapters._read
+
+    def watched(ref: AdapterRef) -> Adapter | None:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.02)
+        try:
+            return read(ref)
+        finally:
+            with lock:
+                running -= 1
+
+    monkeypatch.setattr(adapters, "_read", watched)
+    store = AdapterStore(1 << 20)
+    with ThreadPoolExecutor(12) as threads:
+        found = list(threads.map(lambda ref: store.get(ref, Sender()), refs))
+    assert [adapter.fingerprint for adapter in found] == [ref.fingerprint for ref in refs]
+    assert 1 < most <= adapters._MAX_READS
