@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from langchain_lora_retriever.engine import BaseModel, Engine, EngineConfig, EngineWorker
+from langchain_lora_retriever.engine.model import joint_linears
 from langchain_lora_retriever.errors import EngineError
 from langchain_lora_retriever.types import Adapter, LoraWeights, SamplingParams
 from makers import ScriptedCompiler, make_adapter, make_tiny_model, make_tokenizer, merge_adapters
@@ -23,6 +24,7 @@ needs_triton = pytest.mark.skipif(
 )
 SMALL: dict[str, Any] = {"max_num_seqs": 8, "kv_cache_bytes": 2 << 20, "lora_cache_bytes": 4 << 20}
 NUM_TOKENS = 4
+IN_PARTS = {"qwen3", "gemma2", "olmo2"}
 EXTRA: dict[str, dict[str, Any]] = {
     "llama4_text": {"attention_chunk_size": 8, "layer_types": ["chunked_attention", "full_attention"],
                     "num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 96,
@@ -82,7 +84,21 @@ def make_cases(model: Any, *lengths: int) -> list[tuple[list[int], Pairs]]:
 def test_the_triton_backend_gives_the_tokens_of_generate(
     architecture: str, options: dict[str, Any], byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Chunked prompts, mixtures, decode steps with padding, and prompts behind a cached prefix."""
+    """Chunked prompts, mixtures, decode steps with padding, and prompts behind a cached prefix.
+
+    In three models products come in parts, where they may: with a norm behind the sum, before it, and both.
+    """
+    num_in_parts = 0
+    if architecture in IN_PARTS:
+
+        def in_parts(self: Any, x: torch.Tensor) -> torch.Tensor:
+            nonlocal num_in_parts
+            num_in_parts += 1
+            y = self(x).float()
+            return torch.stack([0.75 * y, 0.25 * y])
+
+        for kind in (joint_linears._SideBySide, joint_linears._Packed):
+            monkeypatch.setattr(kind, "in_parts", in_parts)
     if DEVICE == "cpu":  # the interpreter runs one program after the other
         from langchain_lora_retriever.engine.model import paged_step
 
@@ -97,6 +113,7 @@ def test_the_triton_backend_gives_the_tokens_of_generate(
         executor = worker.core.runner.executor
         assert executor.name == "triton"
         assert executor.is_fused == config.enable_fused_layers
+        assert (num_in_parts >= 2 * model.config.num_hidden_layers) == (architecture in IN_PARTS)
         running = [worker.submit(prompt, sampling, adapters) for prompt, adapters in cases]
         assert [list(g.result(120).token_ids) for g in running] == expected
         again = worker.submit(cases[1][0], sampling, cases[1][1]).result(120)
@@ -106,36 +123,6 @@ def test_the_triton_backend_gives_the_tokens_of_generate(
     if options == {} and architecture == "llama":
         assert "forward" not in vars(model.model.layers[0])
         assert "forward" not in vars(model.model.norm)
-
-
-@needs_triton
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "olmo2"])
-def test_the_triton_backend_adds_up_products_that_come_in_parts(
-    architecture: str, byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With a norm behind the sum, before it, and without one; as many of them as layers have."""
-    from langchain_lora_retriever.engine.model import joint_linears
-
-    num_asked = 0
-
-    def in_parts(self: Any, x: torch.Tensor) -> torch.Tensor:
-        nonlocal num_asked
-        num_asked += 1
-        y = self(x).float()
-        return torch.stack([0.75 * y, 0.25 * y])
-
-    monkeypatch.setattr(joint_linears._SideBySide, "in_parts", in_parts)
-    monkeypatch.setattr(joint_linears._Packed, "in_parts", in_parts)
-    model = make_tiny_model(architecture)
-    cases = make_cases(model, 5, 9, 7)[2:] + make_cases(model, 11)
-    expected = [generate(model, *case, NUM_TOKENS) for case in cases]
-    config = EngineConfig(attention_backend="triton", enable_cuda_graphs=DEVICE == "cuda", **SMALL)
-    sampling = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
-    with EngineWorker(BaseModel(model.to(DEVICE), byte_tokenizer, "tiny"), config) as worker:
-        assert worker.core.runner.executor.is_fused
-        assert num_asked >= 2 * model.config.num_hidden_layers
-        running = [worker.submit(prompt, sampling, adapters) for prompt, adapters in cases]
-        assert [list(g.result(120).token_ids) for g in running] == expected
 
 
 @needs_triton

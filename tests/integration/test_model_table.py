@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 from pathlib import Path
@@ -58,10 +59,11 @@ class Row(NamedTuple):
 
 
 def read_table() -> dict[str, Row]:
-    """The rows of the page, by title."""
-    lines = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")]
-    rows = [Row(*(cell.strip() for cell in line.strip("|").split("|"))) for line in lines if line.count("|") == 8]
-    return {row.models: row for row in rows if row.models != "models"}
+    """The rows of the page's first table of this head, by title."""
+    _, _, behind = PAGE.read_text().partition(f"{HEAD}\n")
+    lines = itertools.takewhile(lambda line: line.startswith("|"), behind.splitlines()[1:])
+    rows = [Row(*(cell.strip() for cell in line.strip("|").split("|"))) for line in lines]
+    return {row.models: row for row in rows}
 
 
 TABLE = read_table()
