@@ -54,7 +54,7 @@ def choose_product(num_tokens: int, weight: torch.Tensor, *, takes_parts: bool) 
         takes_parts: Whether whoever reads the product can add up its parts.
 
     Returns:
-        None where another library's product is as good or better, or there is no Hopper GPU or newer.
+        None where the library's product is as good or better, and on all GPUs but Hopper's.
     """
     if not 0 < num_tokens <= MAX_TOKENS or weight.dtype not in (torch.bfloat16, torch.float16):
         return None
@@ -66,9 +66,9 @@ def choose_product(num_tokens: int, weight: torch.Tensor, *, takes_parts: bool) 
 
 @functools.cache
 def _num_sms(device: torch.device) -> int:
-    """SMs of a device that the kernel is made for; 0 of another."""
+    """SMs of a Hopper GPU, on which the rule was measured; 0 of another."""
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count if (properties.major, properties.minor) >= (9, 0) else 0
+    return properties.multi_processor_count if properties.major == 9 else 0
 
 
 @functools.cache
@@ -190,7 +190,7 @@ def multiply_few(
     Returns:
         `[num_tokens, out_features]` of the inputs' dtype; or parts of it, `[num_parts, num_tokens, out_features]`
         float32, whose sum is the product; or None where another's is as fast or faster: of more tokens, in another
-        dtype, on a GPU before Hopper or one that is not the current device.
+        dtype, on another GPU than Hopper's or one that is not the current device.
     """
     shape = choose_product(x.shape[0], weight, takes_parts=takes_parts)
     if shape is None or x.dtype != weight.dtype or x.stride(1) != 1 or x.device.index != torch.cuda.current_device():
