@@ -81,22 +81,24 @@ def _choose(weight: tuple[int, int], num_sms: int, *, is_small: bool, takes_part
         is_small: Whether there are at most `_SMALL` tokens: then an SM holds two programs of narrow blocks as well.
         takes_parts: As in `choose_product`.
     """
+    if not num_sms:
+        return None
     width, features = weight
     shares: dict[ProductShape, float] = {}
     wide = ProductShape(128, 128, 1, 3, 8) if is_small else ProductShape(128, 64, 1, 4, 8)
     narrow = (ProductShape(64, 128, num_parts, 4, 4) for num_parts in ((1, 2, 4, 8) if takes_parts else (1,)))
     for shape in (wide, *narrow):
-        num_programs = width // shape.block_n * shape.num_parts
-        is_divided = not width % shape.block_n and not features % (shape.block_k * shape.num_parts)
+        num_parts, num_programs = shape.num_parts, width // shape.block_n * shape.num_parts
+        if not num_programs or width % shape.block_n or features % (shape.block_k * num_parts):
+            continue
+        if num_parts > 1 and features < _LEAST_PART * num_parts:
+            continue
         # Two rounds of parts, or of narrow blocks that fill an SM by themselves, were never faster.
-        most = num_sms * (1 + is_small) if shape.num_parts > 1 or (shape is not wide and not is_small) else num_programs
-        if (
-            is_divided
-            and 0 < num_programs <= most
-            and (shape.num_parts == 1 or features >= _LEAST_PART * shape.num_parts)
-        ):
-            places = num_sms if shape is not wide and num_programs <= num_sms else 2 * num_sms
-            shares[shape] = num_programs / (-(-num_programs // places) * places) if num_sms else 0.0
+        is_one_round = num_programs <= (2 if is_small else 1) * num_sms
+        if shape is not wide and not is_one_round and (num_parts > 1 or not is_small):
+            continue
+        places = num_sms if shape is not wide and num_programs <= num_sms else 2 * num_sms
+        shares[shape] = num_programs / (-(-num_programs // places) * places)
 
     def rank(shape: ProductShape) -> tuple[float, int]:
         parts = shape.num_parts

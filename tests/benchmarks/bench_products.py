@@ -4,7 +4,7 @@
 
 For each of a layer's products, over the weights of as many layers as do not fit the L2 cache, in a CUDA graph: the
 library's product and the launch that reads it, ours and the same launch, which adds up the parts where there are some.
-Microseconds a layer, medians of five; the floor is the weight's bytes at the rate at which memory is read here. Before
+Microseconds a layer, medians; the floor is the weight's bytes at the rate at which memory is read here. Before
 that, each result is compared with float64. `--sweep` tries other launch shapes than the rule's.
 """
 
@@ -13,12 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from bench_lora_kernels import bandwidths
+from bench_lora_kernels import bandwidths, replay_us
 from torch.nn.functional import linear
 
 from lora_retriever_kernels.decoder import RmsNorm, add_rms_norm, gated_activation
@@ -53,25 +52,6 @@ def products_of(model: str) -> dict[str, tuple[int, int]]:
     return {"qkv": (qkv, hidden), "out": (hidden, heads), "gate_up": (2 * inner, hidden), "down": (hidden, inner)}
 
 
-def graph_us(run: Callable[[], object]) -> float:
-    """Microseconds of a replay, a median of five."""
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    times = []
-    for _ in range(6):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(10):
-            graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(100 * start.elapsed_time(end))
-    return statistics.median(times[1:])
-
-
 class Case:
     """One product of a layer, and the launch that reads it."""
 
@@ -91,7 +71,12 @@ class Case:
 
     def us(self, multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> float:
         """Microseconds of one layer's."""
-        return graph_us(lambda: [self.read(multiply(self.x, weight)) for weight in self.weights]) / len(self.weights)
+
+        def run() -> None:
+            for weight in self.weights:
+                self.read(multiply(self.x, weight))
+
+        return replay_us(run, seconds=0.05) / len(self.weights)
 
     def check(self, shape: ProductShape) -> None:
         """Whether a launch shape gives the product, as exactly as the library does."""

@@ -428,24 +428,14 @@ def judge_gate(root: Path, names: list[str]) -> None:
     for name, found in answers.items():
         print(json.dumps({"step": name, "different": len({tuple(answer["token_ids"]) for answer in found.values()})}))
     first, second = (errors(root, found) for found in answers.values())
-    kinds: dict[str, list[float]] = {}
+    kinds: dict[str, dict[str, float]] = {}
     for key, error in second.items():
-        kinds.setdefault(_kind(key), []).append(error)
-    print(
-        json.dumps(
-            {"step": names[1], "mean_errors": {kind: round(statistics.fmean(e), 5) for kind, e in kinds.items()}}
-        )
-    )
-    judged = [
-        (f"{names[1]} and {names[0]}", {key: second[key] for key in first if key in second}, first),
-        (
-            f"mixtures and concatenations, {names[1]}",
-            {key: error for key, error in second.items() if ", " in key},
-            {key: error for key, error in second.items() if "concatenated" in key},
-        ),
-    ]
-    if "mixture" not in kinds:
-        judged.pop()
+        kinds.setdefault(_kind(key), {})[key] = error
+    means_of = {kind: round(statistics.fmean(found.values()), 5) for kind, found in kinds.items()}
+    print(json.dumps({"step": names[1], "mean_errors": means_of}))
+    judged = [(f"{names[1]} and {names[0]}", {key: second[key] for key in first if key in second}, first)]
+    if "mixture" in kinds:
+        judged.append((f"mixtures and concatenations, {names[1]}", kinds["mixture"], kinds["concatenated"]))
     for what, ours, theirs in judged:
         means = [round(statistics.fmean(each.values()), 5) for each in (ours, theirs)]
         worst = [round(max(each.values()), 5) for each in (ours, theirs)]

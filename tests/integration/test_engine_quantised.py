@@ -284,6 +284,17 @@ def test_checkpoints_of_gptq_and_awq_answer_as_peft_does(method: str, tmp_path: 
         assert len(worker.submit(PROMPTS[0], sampling, [(dora, 1.0)]).result(120).token_ids) == 12
 
 
+def fused_answers(base: BaseModel) -> list[list[int]]:
+    """What the engine answers on a GPU, with all layers fused and steps captured."""
+    config = EngineConfig(max_num_seqs=4, kv_cache_bytes=2 << 20, lora_cache_bytes=4 << 20, captured_ranks=(16,))
+    sampling = SamplingParams(max_tokens=12, ignore_eos=True)
+    with EngineWorker(base, config) as worker:
+        executor = worker.core.runner.executor
+        assert (executor.name, executor.is_fused, bool(executor.graphs)) == ("triton", True, True)
+        running = [worker.submit(prompt, sampling) for prompt in PROMPTS]
+        return [list(g.result(120).token_ids) for g in running]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("method", ["gptq", "awq"])
@@ -291,13 +302,7 @@ def test_layers_of_gptq_and_awq_run_fused_and_captured(method: str, tmp_path: Pa
     """In fp16, which is what AWQ's kernels compute in; random weights have near-ties, so first tokens are compared."""
     base = load_four_bits(tmp_path, method, torch.float16)
     expected = [generate(base.model, prompt, [])[0] for prompt in PROMPTS]
-    config = EngineConfig(max_num_seqs=4, kv_cache_bytes=2 << 20, lora_cache_bytes=4 << 20, captured_ranks=(16,))
-    sampling = SamplingParams(max_tokens=12, ignore_eos=True)
-    with EngineWorker(base, config) as worker:
-        executor = worker.core.runner.executor
-        assert (executor.name, executor.is_fused, bool(executor.graphs)) == ("triton", True, True)
-        running = [worker.submit(prompt, sampling) for prompt in PROMPTS]
-        assert [g.result(120).token_ids[0] for g in running] == expected
+    assert [token_ids[0] for token_ids in fused_answers(base)] == expected
 
 
 @pytest.mark.gpu
@@ -320,10 +325,4 @@ def test_quantised_layers_run_fused_and_captured(scheme: str, tmp_path: Path) ->
     make_tokenizer().save_pretrained(tmp_path)
     base = load_base_model(tmp_path, quantization_config=make_config(), dtype=torch.float32)
     expected = [generate(base.model, prompt, []) for prompt in PROMPTS]
-    config = EngineConfig(max_num_seqs=4, kv_cache_bytes=2 << 20, lora_cache_bytes=4 << 20, captured_ranks=(16,))
-    sampling = SamplingParams(max_tokens=12, ignore_eos=True)
-    with EngineWorker(base, config) as worker:
-        executor = worker.core.runner.executor
-        assert (executor.name, executor.is_fused, bool(executor.graphs)) == ("triton", True, True)
-        running = [worker.submit(prompt, sampling) for prompt in PROMPTS]
-        assert [list(g.result(120).token_ids) for g in running] == expected
+    assert fused_answers(base) == expected

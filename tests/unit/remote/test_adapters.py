@@ -188,7 +188,7 @@ def test_an_adapter_that_is_sent_is_the_same(tmp_path: Path, lora: dict[str, Any
 
 
 def test_whoever_only_passes_requests_on_imports_little() -> None:
-    """Neither torch nor PEFT, which are 0.3 GB a process."""
+    """Neither torch nor PEFT, which are 0.4 GB a process."""
     code = """
 import sys
 import langchain_lora_retriever.remote.client, langchain_lora_retriever.remote.process
