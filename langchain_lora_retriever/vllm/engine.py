@@ -54,10 +54,11 @@ _DEAD = "vLLM's engine has died; its log says why. Create a new VllmEngine."
 class VllmEngine:
     """An `EngineClient` over vLLM's `AsyncLLM`. Any thread or event loop may call it. Experimental.
 
-    The model runs in vLLM's processes, on one GPU or on a CPU (there tensor-parallel, too); plain adapters and mixtures
-    run on our kernels there. What vLLM cannot do of what our engine does is refused in words: DoRA, activated LoRA,
-    adapters of the embedding or the output layer, and going on after the beginning of an answer that was sampled or
-    constrained. A grammar does not shorten an answer to fit the token limit: JSON may be cut off there.
+    The model runs in vLLM's processes, on a GPU or a CPU, or tensor-parallel over several (two were tried, by vLLM's
+    `LLM`); plain adapters and mixtures run on our kernels there. What vLLM cannot do of what our engine does is refused
+    in words: DoRA, activated LoRA, adapters of the embedding or the output layer, and going on after the beginning of
+    an answer that was sampled or constrained. A grammar does not shorten an answer to fit the token limit: JSON may be
+    cut off there.
 
     Args:
         model: A hub name or a folder.

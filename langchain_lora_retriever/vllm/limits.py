@@ -24,11 +24,9 @@ class PluginConfig(NamedTuple):
 
     Attributes:
         max_adapters_per_request: Longest composition, 1 to 8. On a GPU captured steps pay for it, used or not.
-        allow_tensor_parallel: Whether to run over several GPUs although that gave wrong answers when it was measured.
     """
 
     max_adapters_per_request: int = 4
-    allow_tensor_parallel: bool = False
 
     @classmethod
     def of(cls, vllm_config: Any) -> PluginConfig:
@@ -39,14 +37,13 @@ class PluginConfig(NamedTuple):
         """
         additional = vllm_config.additional_config
         given: Mapping[str, Any] = additional.get(PLUGIN_NAME, {}) if isinstance(additional, dict) else {}
-        k, allows = (given.get(name, default) for name, default in cls._field_defaults.items())
-        is_k = isinstance(k, int) and not isinstance(k, bool) and 1 <= k <= 8
-        if given.keys() - set(cls._fields) or not is_k or not isinstance(allows, bool):
+        k = given.get("max_adapters_per_request", cls._field_defaults["max_adapters_per_request"])
+        if given.keys() - set(cls._fields) or isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= 8:
             raise InvalidRequestError(
                 f"additional_config[{PLUGIN_NAME!r}]={shown(given)} is not allowed: it may have "
-                "max_adapters_per_request, an integer from 1 to 8, and allow_tensor_parallel, true or false."
+                "max_adapters_per_request, an integer from 1 to 8."
             )
-        return cls(k, allows)
+        return cls(k)
 
 
 def check_version() -> None:
@@ -92,8 +89,6 @@ def why_not(vllm_config: Any) -> str | None:
     """Say why a set-up's adapters run on vLLM's own kernels, one per request; None if they run on ours."""
     lora, model = vllm_config.lora_config, vllm_config.model_config
     device = vllm_config.device_config.device_type
-    num_ranks = vllm_config.parallel_config.tensor_parallel_size
-    is_wrong = device == "cuda" and num_ranks > 1 and not PluginConfig.of(vllm_config).allow_tensor_parallel
     reasons = {
         "LoRA is off (--enable-lora)": lora is None,
         f"the device is {device}, not cpu or cuda": device not in {"cpu", "cuda"},
@@ -101,7 +96,6 @@ def why_not(vllm_config: Any) -> str | None:
         "the model is a mixture of experts": model.is_moe,
         "the model has an encoder and a decoder": model.is_encoder_decoder,
         "the model pools": model.runner_type == "pooling",
-        f"tensor_parallel_size={num_ranks} on GPUs, where answers were wrong when it was measured": is_wrong,
     }
     if lora is not None:
         reasons |= {

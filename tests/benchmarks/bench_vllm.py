@@ -97,7 +97,6 @@ def start(options: Any, model: str, max_num_seqs: int, **more: Any) -> Any:
         "max_num_seqs": max_num_seqs,
         "compilation_config": {"cudagraph_capture_sizes": [n for n in CAPTURED if n < max_num_seqs] + [max_num_seqs]},
         "tensor_parallel_size": 2 if options.child.endswith("_two") else 1,
-        "additional_config": {"lora_retriever": {"allow_tensor_parallel": True}},
         **more,
         **options.vllm,
     }

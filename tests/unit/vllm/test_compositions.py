@@ -87,7 +87,6 @@ def _config(**changes: Any) -> Any:
         lora_config=SimpleNamespace(**lora),
         model_config=SimpleNamespace(**model),
         device_config=SimpleNamespace(device_type=changes.pop("device", "cuda")),
-        parallel_config=SimpleNamespace(tensor_parallel_size=changes.pop("num_ranks", 1)),
         additional_config=changes.pop("additional", {}),
     )
 
@@ -102,11 +101,8 @@ def test_set_ups_that_our_kernels_do_not_run_are_named() -> None:
         ({"lora": {"fully_sharded_loras": True}}, "fully_sharded_loras"),
         ({"lora": {"max_lora_rank": 512}}, "max_lora_rank=512 is above 256"),
         ({"lora": {"lora_dtype": "fp16"}}, "lora_dtype=fp16 is not the model's bf16"),
-        ({"num_ranks": 2}, "tensor_parallel_size=2 on GPUs"),
     ):
         assert words in limits.why_not(_config(**changes))
-    assert limits.why_not(_config(num_ranks=2, device="cpu")) is None
-    assert limits.why_not(_config(num_ranks=2, additional={"lora_retriever": {"allow_tensor_parallel": True}})) is None
 
 
 def test_the_longest_composition_is_set_by_additional_config() -> None:
@@ -114,11 +110,6 @@ def test_the_longest_composition_is_set_by_additional_config() -> None:
     assert limits.PluginConfig.of(_config()).max_adapters_per_request == 4
     given = {"lora_retriever": {"max_adapters_per_request": 8}, "others": 1}
     assert limits.PluginConfig.of(_config(additional=given)).max_adapters_per_request == 8
-    for wrong in (
-        {"max_adapters_per_request": 9},
-        {"max_adapters_per_request": "2"},
-        {"k": 3},
-        {"allow_tensor_parallel": 1},
-    ):
+    for wrong in ({"max_adapters_per_request": 9}, {"max_adapters_per_request": "2"}, {"k": 3}):
         with pytest.raises(InvalidRequestError, match="integer from 1 to 8"):
             limits.PluginConfig.of(_config(additional={"lora_retriever": wrong}))

@@ -63,8 +63,6 @@ def config(max_loras: int) -> Any:
         lora_config=SimpleNamespace(**lora),
         model_config=SimpleNamespace(**model, dtype="bf16"),
         device_config=SimpleNamespace(device_type="cuda"),
-        parallel_config=SimpleNamespace(tensor_parallel_size=1),
-        additional_config={},
     )
 
 
