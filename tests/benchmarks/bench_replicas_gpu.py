@@ -74,7 +74,12 @@ class Timed(NamedTuple):
 
 
 def make_engine(
-    *, is_tiny: bool, max_num_seqs: int = 128, lora_cache_bytes: int | None = None, is_exact: bool = False
+    *,
+    is_tiny: bool,
+    max_num_seqs: int = 128,
+    lora_cache_bytes: int | None = None,
+    pinned_lora_bytes: int | None = None,
+    is_exact: bool = False,
 ) -> Any:
     """The engine of a replica. It captures steps for what it is asked here alone: three adapters of one rank.
 
@@ -82,14 +87,15 @@ def make_engine(
         is_tiny: Whether everything is small.
         max_num_seqs: Requests at once.
         lora_cache_bytes: For resident adapters, of which 190 take 16 GiB.
+        pinned_lora_bytes: For those that are ready to be copied; None takes twice as much.
         is_exact: Of few layers, in float32: what it answers does not depend on what runs beside.
     """
     bench = make_bench(is_tiny=is_tiny, is_exact=is_exact)
     size: dict[str, Any] = {"captured_num_adapters": (3,), "captured_ranks": (RANK,)}
     if lora_cache_bytes is not None and not is_tiny:
         num_loras = int(lora_cache_bytes / (90 << 20))
-        pinned = {"pinned_lora_bytes": 2 * lora_cache_bytes}
-        size |= {"lora_cache_bytes": lora_cache_bytes, "max_loras": num_loras, **pinned}
+        pinned = 2 * lora_cache_bytes if pinned_lora_bytes is None else pinned_lora_bytes
+        size |= {"lora_cache_bytes": lora_cache_bytes, "max_loras": num_loras, "pinned_lora_bytes": pinned}
     return bench.engine(max_num_seqs=8 if is_tiny else max_num_seqs, **size)
 
 
@@ -287,7 +293,8 @@ def replicas(options: argparse.Namespace, put: Callable[[str, Any], None]) -> No
     num_in, num_out = (16, 12) if is_tiny else (128, options.tokens)
     folder = Path(tempfile.mkdtemp()) / "adapters" if options.folder is None else options.folder
     recipe = partial(make_engine, is_tiny=is_tiny, max_num_seqs=options.max_num_seqs,
-                     lora_cache_bytes=options.lora_cache_gb << 30)  # fmt: skip
+                     lora_cache_bytes=options.lora_cache_gb << 30,
+                     pinned_lora_bytes=None if options.pinned_gb is None else options.pinned_gb << 30)  # fmt: skip
     make = partial(make_rows, num_in=num_in, num_out=num_out, is_tiny=is_tiny, varies=True)
     num_streams = {n: options.streams_each * n if options.streams_each else options.streams for n in options.counts}
     num_callers = -(-max(num_streams.values()) // options.streams_per_caller)
@@ -306,12 +313,15 @@ def replicas(options: argparse.Namespace, put: Callable[[str, Any], None]) -> No
         put("adapters", f"{len(known)} in {folder}")
         found = ray.get([caller.connect.remote(known) for caller in callers])
         names = sorted({name for each in found for name in each})
+        start = time.perf_counter()
+        ray.get([caller.fill.remote(names[i::num_callers], names) for i, caller in enumerate(callers)])
+        put(f"seconds until each of {len(names)} replicas has read all adapters", round(time.perf_counter() - start, 1))
         for count in options.counts:
             share = -(-num_streams[count] // num_callers)
             shares = [min(share, num_streams[count] - share * i) for i in range(num_callers)]
             used = [(caller, num) for caller, num in zip(callers, shares, strict=True) if num > 0]
             start = time.perf_counter()
-            ray.get([caller.warm.remote(num, i, len(used), names[count:]) for i, (caller, num) in enumerate(used)])
+            ray.get([caller.warm.remote(num, names[count:]) for caller, num in used])
             put(f"{count} replicas: seconds to warm up, {len(used)} callers", round(time.perf_counter() - start, 1))
             title = f"{count} replicas, {num_streams[count]} streams"
             medians[count] = statistics.median(_rounds(title, used, options, put))
@@ -372,15 +382,25 @@ class Caller:
         asyncio.run(closed_loop(self._engine, rows, len(rows)))  # some for each
         return [door.replica_id for door in self._engine.doors]
 
-    def warm(self, num_streams: int, index: int, num_callers: int, avoided: Sequence[str]) -> None:
-        """Ask for its share of the adapters once, and for full batches; from now on not of some of the replicas."""
+    def fill(self, mine: Sequence[str], names: Sequence[str]) -> None:
+        """Ask each of some replicas once for every adapter."""
+        for name in mine:
+            self._engine.avoided = frozenset(names) - {name}
+            rows = self._make([], -(-len(self._adapters) // 3), seed=0)
+            rows = [
+                row._replace(
+                    sampling=replace(row.sampling, max_tokens=1),
+                    adapters=[(adapter, 1 / 3) for adapter in self._adapters[3 * i : 3 * i + 3]],
+                )
+                for i, row in enumerate(rows)
+            ]
+            asyncio.run(closed_loop(self._engine, rows, 32))
+
+    def warm(self, num_streams: int, avoided: Sequence[str]) -> None:
+        """Ask for full batches; from now on not of some of the replicas."""
         self._engine.avoided = frozenset(avoided)
         rows = self._make(self._adapters, 2 * num_streams, seed=self._seed)
-        of_each = [
-            rows[i % len(rows)]._replace(adapters=[(adapter, 1.0)])
-            for i, adapter in enumerate(self._adapters[index::num_callers])
-        ]
-        asyncio.run(closed_loop(self._engine, [*of_each, *rows], num_streams))
+        asyncio.run(closed_loop(self._engine, rows, num_streams))
 
     def run(self, num_streams: int, round_: int, begin: float, seconds: float) -> dict[str, Any]:
         """Ask until the window ends, and count what comes within it."""
@@ -681,6 +701,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-num-seqs", type=int, default=128)
     parser.add_argument("--lora-cache-gb", type=int, default=6)
+    parser.add_argument("--pinned-gb", type=int, help="twice as much by default")
     parser.add_argument("--callers", type=int, nargs="*", default=[1, 2], help="stub: calling processes")
     parser.add_argument("--streams-stub", type=int, default=64, help="stub: streams for each replica")
     parser.add_argument("--rate", type=float, default=10_000, help="stub: tokens a second of a replica")
