@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
 from langchain_lora_retriever.engine.range_allocator import RangeCache
+from langchain_lora_retriever.support.openmp import compute_alone
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -70,9 +70,9 @@ class StagedStore:
             # Who had this memory before may still be using it.
             self._stream.wait_stream(torch.cuda.current_stream(packing.device))
         self._pinned = _PinnedAdapters(packing, pinned_bytes)
-        # Page-locked memory is taken, and events are made, where the thread's current device is.
-        enter = partial(torch.cuda.set_device, packing.device) if packing.device.type == "cuda" else None
-        self._copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lora-copier", initializer=enter)
+        self._copier = ThreadPoolExecutor(
+            max_workers=1, thread_name_prefix="lora-copier", initializer=_begin_copying, initargs=(packing.device,)
+        )
 
     def prefetch(self, adapters: Sequence[Adapter], *, may_drop: bool = False) -> None:
         """Begin to copy adapters, as far as there is staging memory.
@@ -246,6 +246,12 @@ class _PinnedAdapters:
             is_pinned = self._packing.device.type == "cuda"
             self._chunks[index] = torch.empty(self._chunk, dtype=self._packing.dtype, pin_memory=is_pinned)
         return self._chunks[index][offset : offset + size]
+
+
+def _begin_copying(device: torch.device) -> None:
+    compute_alone()
+    if device.type == "cuda":  # page-locked memory is taken, and events are made, where the current device is
+        torch.cuda.set_device(device)
 
 
 def _has_arrived(copy: Future[_Copy]) -> bool:

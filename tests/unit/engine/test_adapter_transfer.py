@@ -180,6 +180,25 @@ def test_every_adapter_arrives_whatever_is_prefetched() -> None:
     assert stacks.num_loads == 0
 
 
+def test_the_thread_that_copies_computes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside busy processes a team's members wait for each other at every tensor."""
+    stacks = Stacks()
+    packing = AdapterPacking.of(stacks.stacks, stacks)
+    assert packing is not None
+    seen = []
+    pack = packing.pack
+    monkeypatch.setattr(packing, "pack", lambda *args: (seen.append(torch.get_num_threads()), pack(*args)))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    store = StagedStore(stacks, packing, num_rows=16, pinned_bytes=1 << 20)
+    try:
+        store.load(0, 0, make("a", q=2))
+        assert (seen, torch.get_num_threads()) == ([1], 2)
+    finally:
+        store.close()
+        torch.set_num_threads(before)
+
+
 def test_an_adapter_too_large_for_staging_goes_straight_to_the_sink() -> None:
     """It is ready at once, for waiting would not help, and does not disturb what is staged."""
     store, stacks = make_store(num_rows=4)

@@ -9,13 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import joblib
+import psutil
 import pytest
 import torch
 
 from langchain_lora_retriever.support import openmp
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 SECOND = 1_000_000_000
 
@@ -51,6 +52,33 @@ def spinning(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[openmp._
     yield spinning
     spinning.close()
     assert num_idle_teams() == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="teams are libgomp's")
+def test_a_thread_may_compute_alone() -> None:
+    """It starts no team, and no other thread's number changes."""
+
+    def num_started(begin: Callable[[], None]) -> tuple[int, int]:
+        """How many threads this one computes with, and how many a copy starts."""
+        begin()
+        before = psutil.Process().num_threads()
+        torch.ones(1 << 20).clone()
+        return torch.get_num_threads(), psutil.Process().num_threads() - before
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with ThreadPoolExecutor(1) as executor:
+            num_threads, started = executor.submit(num_started, openmp.compute_alone).result()
+        assert num_threads == 1
+        assert started <= 0  # others' threads may end meanwhile
+        assert torch.get_num_threads() == 3
+        with ThreadPoolExecutor(1) as executor:
+            num_threads, started = executor.submit(num_started, lambda: None).result()
+        assert num_threads == 3
+        assert started > 0
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_it_sleeps_while_others_use_the_cores(clock: Clock, spinning: openmp._Spinning) -> None:
