@@ -48,8 +48,12 @@ def compute_alone() -> None:
     A copy of 128 KB is enough for PyTorch to call a team, whose members wait for each other: copying an adapter of 84
     MB, 448 of them, took 0.04 to 4.5 s beside three busy processes on two cores, and 18 ms alone.
     """
+    _without_team()
+
+
+def _without_team() -> threadpoolctl.threadpool_limits:
     torch.get_num_threads()  # PyTorch sets a thread's number once, when it is first asked for
-    threadpoolctl.threadpool_limits(1, user_api="openmp")
+    return threadpoolctl.threadpool_limits(1, user_api="openmp")
 
 
 @contextmanager
@@ -65,13 +69,17 @@ def openmp_team(*, is_wanted: bool) -> Iterator[Callable[[], None]]:
     Containers have fewer cores than they see (`cpu.max`): the team has as many threads as the quota allows.
 
     Args:
-        is_wanted: Whether the thread computes on a CPU.
+        is_wanted: Whether the thread computes on a CPU. One that does not computes alone what little it has to.
 
     Yields:
         What the computing thread calls after every step; it takes some microseconds.
     """
     with ExitStack() as undo:
-        yield _follow_cores(undo) if is_wanted else _do_nothing
+        if is_wanted:
+            yield _follow_cores(undo)
+        else:
+            undo.enter_context(_without_team())
+            yield _do_nothing
 
 
 def _follow_cores(undo: ExitStack) -> Callable[[], None]:

@@ -158,8 +158,20 @@ def test_the_kernel_tells_of_this_thread() -> None:
     waits.close()
 
 
-def test_a_thread_on_a_gpu_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is counted, read or set."""
+def test_a_thread_on_a_gpu_computes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as it runs; cores are not looked at."""
     monkeypatch.setattr(joblib, "cpu_count", lambda: pytest.fail("counted"))
-    with openmp.openmp_team(is_wanted=False) as look:
-        look()
+
+    def count() -> tuple[int, int]:
+        torch.set_num_threads(3)
+        with openmp.openmp_team(is_wanted=False) as look:
+            look()
+            within = torch.get_num_threads()
+        return within, torch.get_num_threads()
+
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(1) as executor:
+            assert executor.submit(count).result() == (1, 3)
+    finally:
+        torch.set_num_threads(before)
