@@ -5,7 +5,9 @@ A grammar is compiled once per tokenizer; every request gets a copy of the compi
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 import threading
 import weakref
 from collections import OrderedDict, deque
@@ -39,6 +41,7 @@ T = TypeVar("T")
 _logger = logging.getLogger(__name__)
 
 _STACK_BYTES = 256 << 20  # llguidance recurses over definitions that refer to others; taken only as far as it is used
+_NO_FORCING = '\n%llguidance {"no_forcing": true}\n'  # the last word: options that stand before do not count
 _MAX_COMPILING = 32
 """Grammars that are compiled at once; others wait for them."""
 _MAX_GRAMMARS = 256  # that stay compiled
@@ -176,7 +179,11 @@ class GrammarCompiler:
 
     def _compiled_now(self, grammar: Grammar) -> CompiledGrammar:
         vocabulary = self.vocabulary
-        matcher = LLMatcher(vocabulary.tokens, grammar.text, log_level=0, limits=_LIMITS[grammar.is_foreign])
+        text = grammar.text
+        # llguidance takes forced text that reads like such a token for the token, which its own parser refuses then.
+        if vocabulary.special_text.search(_unescaped(text)):
+            text += _NO_FORCING
+        matcher = LLMatcher(vocabulary.tokens, text, log_level=0, limits=_LIMITS[grammar.is_foreign])
         # What nothing can begin, or what is too wide to be looked over, shows at the first masks only.
         first, shortest = matcher.deep_copy(), None
         if not first.is_error():
@@ -218,7 +225,7 @@ class CompiledGrammar:
 
     def allows(self, text: str) -> bool:
         """Say whether a text, as a whole, follows the grammar."""
-        matcher, token_ids = self._matcher.deep_copy(), self._closing.tokens.tokenize_str(text)
+        matcher, token_ids = self._matcher.deep_copy(), self._closing.tokens.greedy_tokenize(text)
         return matcher.try_consume_tokens(token_ids) == len(token_ids) and matcher.is_accepting()
 
 
@@ -352,11 +359,13 @@ class Vocabulary(NamedTuple):
     Attributes:
         tokens: llguidance's own tokenizer.
         special: Tokens that llguidance does not take for text, and their ids: the added ones, `<tool_call>` perhaps.
+        special_text: Matches their texts, as `_unescaped` leaves them.
         closing: The tokens that end JSON.
     """
 
     tokens: LLTokenizer
     special: dict[str, int]
+    special_text: re.Pattern[str]
     closing: ClosingTokens
 
 
@@ -386,7 +395,14 @@ def _read_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
         tokens = hf.from_tokenizer(cast("Any", tokenizer), slices=[])  # takes both off a copy, which is one part more
     tokens = tokens.with_slices(LLTokenizer.general_slices())
     special = {text: id_ for text, id_ in tokenizer.get_added_vocab().items() if tokens.is_special_token(id_)}
-    return Vocabulary(tokens, special, ClosingTokens.of(tokens))
+    texts = {_unescaped(written) for text in special for written in (text, json.dumps(text)[1:-1])}
+    special_text = re.compile("|".join(map(re.escape, sorted(texts - {""}))) or "(?!)")
+    return Vocabulary(tokens, special, special_text, ClosingTokens.of(tokens))
+
+
+def _unescaped(text: str) -> str:
+    """Leave out what escapes characters, in JSON and in regular expressions alike."""
+    return text.replace("\\", "")
 
 
 class _LargeStacks:

@@ -111,7 +111,8 @@ def regex_grammar(pattern: str) -> Grammar:
     """
     if not isinstance(pattern, str):
         raise InvalidRequestError(f"guided regex={shown(pattern)} is not allowed: pass a regular expression as text.")
-    return Grammar(LLMatcher.grammar_from_regex(_bounded(pattern, "The regular expression", MAX_PATTERN_CHARACTERS)))
+    written = LLMatcher.grammar_from_regex(_bounded(pattern, "The regular expression", MAX_PATTERN_CHARACTERS))
+    return Grammar(json.loads(written)["grammars"][0]["lark_grammar"])  # whose options may follow, as in any other
 
 
 def choice_grammar(choices: Sequence[str]) -> Grammar:
@@ -179,7 +180,8 @@ def calls_grammar(
         others = sorted({*special.values()} - taken - {eos_token_id})
         rules.insert(0, f"start: free TEXT | free opening body{more}")
         rules.append("opening: trigger" + (f" | TEXT {opening}" if taken else ""))
-        rules.append(f"trigger[lazy]: TEXT {json.dumps(form.opening)}")
+        # By characters: a text that reads like a special token costs a grammar its forced tokens, and here none are.
+        rules.append(f"trigger[lazy]: TEXT {' '.join(map(json.dumps, form.opening))}")
         rules.append(f"free: (TEXT <[{','.join(map(str, others))}]>)*" if others else 'free: ""')
         rules.append("TEXT: /(.|\\n)*/")
     text = _header(*tools.values()) + "\n".join(rules) + "\n"

@@ -30,7 +30,9 @@ from langchain_lora_retriever.output.dialects import HERMES
 from langchain_lora_retriever.output.format import answer_format
 from langchain_lora_retriever.output.grammars import calls_grammar, choice_grammar, json_grammar, regex_grammar
 from langchain_lora_retriever.output.json_check import violation
+from langchain_lora_retriever.output.tool_calls import CALL_CLOSE, CALL_OPEN
 from langchain_lora_retriever.output.tools import to_json_schema
+from langchain_lora_retriever.testing import byte_tokenizer
 from makers import make_tokenizer, wait_until
 
 if TYPE_CHECKING:
@@ -861,3 +863,31 @@ def test_so_many_grammars_are_compiled_at_once_and_no_more(tokenizer, monkeypatc
     assert most[0] == 3
     wait_until(lambda: pool._num_threads == 0)
     assert pool.submit(lambda: 7).result(30) == 7
+
+
+@pytest.mark.parametrize(
+    "guided",
+    [
+        {"choice": ["<|im_end|>x"]},
+        {"regex": r"a<\|im_end\|>[xy]"},
+        {"json": {"const": "<|im_end|>"}},
+        {"json": {"type": "object", "properties": {"<|im_end|>": {"const": 1}}, "required": ["<|im_end|>"]}},
+        {"grammar": 'start: "<|im_end|>" /[xy]/'},
+    ],
+    ids=["choice", "regex", "value", "key", "grammar"],
+)
+def test_text_that_reads_like_a_control_token_is_text(tokenizer: Any, guided: Any) -> None:
+    """In all that an answer may be held to: the token itself, which would end the answer, is not let through for it."""
+    text = generate(tokenizer, answer_format(CallOptions(guided=guided), tokenizer).grammar, seed=0)
+    assert "<|im_end|>" in text
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in tokenizer.encode(text, split_special_tokens=True)
+
+
+def test_calls_of_models_whose_tags_are_tokens_keep_their_forced_tokens() -> None:
+    """The tag that a free answer may come to stands in the grammar, and costs it none of them."""
+    own = byte_tokenizer()
+    own.add_special_tokens({"additional_special_tokens": [CALL_OPEN, CALL_CLOSE]})
+    grammar = write_calls(own, {"add": {"type": "object"}}, form=HERMES, is_forced=False, is_repeatable=True)
+    constraint = compiler_of(own).constraint(grammar)
+    constraint.accept(own.convert_tokens_to_ids(CALL_OPEN))
+    assert own.decode(constraint.forced_tokens()).strip().startswith('{"name": "add"')
