@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -59,6 +59,7 @@ def serve(
     """Serve the model and its pool to OpenAI clients."""
     try:
         from langchain_lora_retriever.serving.config import MAX_WAITING, read_config  # noqa: PLC0415 - seconds to import
+        from langchain_lora_retriever.serving.run import check  # noqa: PLC0415 - the same
         from langchain_lora_retriever.serving.run import serve as run  # noqa: PLC0415 - the same
     except ImportError as error:
         raise MissingDependencyError(
@@ -79,6 +80,7 @@ def serve(
     if settings.replicas is not None:
         _serve_cluster(settings)
         return
+    check(settings)
     with ExitStack() as until_the_end:
         if settings.engine_process:
             llm = _make_apart(settings, until_the_end)
@@ -102,9 +104,13 @@ def _make_apart(settings: ServeConfig, until_the_end: ExitStack) -> ChatLoraRetr
     from langchain_lora_retriever.serving.engines import EngineElsewhere  # noqa: PLC0415 - seconds to import
 
     elsewhere = EngineElsewhere.of(settings)
+    with status("Reading the pool"):
+        llm = make_chat_model(settings.base_model, settings.pool, settings.encoder, **settings.chat)
+    llm.retriever.refresh()  # what is wrong with the settings, the pool or the encoder is told before the engine starts
     with status("Starting the engine's process"):
         engine = until_the_end.enter_context(closing(elsewhere.start_process()))
-    return elsewhere.make_chat_model(engine=engine)
+    loaded_there: dict[str, Any] = {"base_model": None, "model_kwargs": {}, "engine_config": {}}
+    return llm.model_copy(update={**loaded_there, "engine": engine, "model_name": llm.model_name})
 
 
 def _serve_cluster(settings: ServeConfig) -> None:

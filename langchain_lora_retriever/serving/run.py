@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
+from langchain_lora_retriever.errors import InvalidRequestError
 from langchain_lora_retriever.serving.app import create_app
-from langchain_lora_retriever.serving.config import address_of
+from langchain_lora_retriever.serving.config import address_of, read_keys
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from langchain_lora_retriever.chat.model import ChatLoraRetriever
     from langchain_lora_retriever.serving.config import ServeConfig
 
-__all__ = ["serve"]
+__all__ = ["check", "serve"]
 
 
 class _Server(uvicorn.Server):
@@ -32,6 +34,24 @@ class _Server(uvicorn.Server):
         if self.started:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             self._on_ready(address_of(host, port))
+
+
+def check(config: ServeConfig) -> None:
+    """Look at what this machine must have for a server before anything is loaded: the key files, and a free address.
+
+    Raises:
+        InvalidRequestError: If a key file cannot be read, or the address cannot be listened on.
+    """
+    for path in (config.api_key_file, config.admin_key_file):
+        read_keys(path)
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        socket.create_server((config.host, config.port), family=family).close()
+    except OSError as error:
+        raise InvalidRequestError(
+            f"{address_of(config.host, config.port)} cannot be listened on: {error.strerror or error}. Pass another "
+            "port (0 takes a free one) or host, or end what listens there."
+        ) from error
 
 
 def serve(llm: ChatLoraRetriever, config: ServeConfig, *, on_ready: Callable[[str], object]) -> None:

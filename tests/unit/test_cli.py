@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from langchain_lora_retriever.cli.options import Mode
 from langchain_lora_retriever.cli.pool_listing import list_plain_pool
 from langchain_lora_retriever.cli.terminal import logging_to_terminal
 from langchain_lora_retriever.demo.report import CONDITIONS, run_demo
+from langchain_lora_retriever.errors import LoraRetrieverError
 from langchain_lora_retriever.testing import FakeEngine
 from langchain_lora_retriever.types import CompositionMode
 
@@ -597,3 +599,67 @@ def test_pool_inspect_says_who_cannot_be_used(run, folder: Path, write_adapter, 
     with pytest.warns(UserWarning, match="broken"):
         assert "cannot be used" in run("pool", "inspect", folder)
     assert (folder / "wide").is_dir()
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[ChatLoraRetriever]:
+    """What `serve` would serve; its engine's process is a fake engine here."""
+    pytest.importorskip("uvicorn")
+    from langchain_lora_retriever.serving import run as server
+    from langchain_lora_retriever.serving.engines import EngineElsewhere
+
+    models: list[ChatLoraRetriever] = []
+    monkeypatch.setattr(server, "serve", lambda llm, *_, **__: models.append(llm))
+    monkeypatch.setattr(EngineElsewhere, "start_process", lambda _: FakeEngine(name="elsewhere"))
+    return models
+
+
+def test_an_engine_in_a_process_of_its_own_serves_what_was_read(run, served, folder: Path, tmp_path: Path) -> None:
+    """The pool, the model's name and the settings are those of a server in one process."""
+    config = tmp_path / "serve.yaml"
+    config.write_text("chat: {top_k: 2, engine_config: {max_num_seqs: 3}, model_kwargs: {dtype: bfloat16}}")
+    options = ["--base-model", "org/base", "--pool", folder, "--config", config, "--port", 0]
+    run("serve", *options, "--engine-process")
+    run("serve", *options)
+    apart, together = served
+    assert apart.engine.info.name == "elsewhere"
+    for name in ("model_name", "top_k", "encoder"):
+        assert getattr(apart, name) == getattr(together, name)
+    assert apart.pool.names == together.pool.names
+    assert apart.route(SQL) == together.route(SQL)
+
+
+@pytest.mark.parametrize("apart", [[], ["--engine-process"]], ids=["one process", "two processes"])
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [("pool", "is empty"), ("keys", "key file"), ("admin", "key file"), ("short", "16 characters"),
+     ("port", "cannot be listened on"), ("chat", "composition"), ("adapter", "no adapter 'sqll'")],
+)  # fmt: skip
+def test_what_a_server_lacks_is_told_before_an_engine_is_made(
+    run, served, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str, told: str, apart: list[str]
+) -> None:
+    """A model takes minutes to load, here and in a process of its own: a pool, a key file and a port do not."""
+    from langchain_lora_retriever.serving.engines import EngineElsewhere
+
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("it is loaded already")
+
+    monkeypatch.setattr(EngineElsewhere, "start_process", load)
+    monkeypatch.setattr("langchain_lora_retriever.engine.start.load_base_model", load)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "short.txt").write_text("key")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        config = {
+            "pool": {"pool": str(tmp_path / "empty")},
+            "keys": {"api_key_file": "nowhere.txt"},
+            "admin": {"admin_key_file": "nowhere.txt", "adapter_root": str(tmp_path)},
+            "short": {"api_key_file": str(tmp_path / "short.txt")},
+            "port": {"port": taken.getsockname()[1]},
+            "chat": {"chat": {"composition": "mix"}},
+            "adapter": {"chat": {"adapters": ["sqll"]}},
+        }[wrong]
+        file = tmp_path / "serve.yaml"
+        file.write_text(json.dumps({"base_model": "org/base", "pool": str(folder), "port": 0, **config}))
+        with pytest.raises((LoraRetrieverError, ValidationError), match=told):
+            run("serve", "--config", file, *apart)
+    assert not served
