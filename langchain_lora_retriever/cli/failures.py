@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from langchain_lora_retriever.demo.model import INSTALL_DEMO
-from langchain_lora_retriever.errors import InvalidRequestError, LoraRetrieverError, UnknownAdapterError
+from langchain_lora_retriever.errors import InvalidRequestError, LoraRetrieverError, PoolError, UnknownAdapterError
 
 __all__ = ["FAILED", "FAULT", "WRONG_ARGUMENTS", "explain"]
 
@@ -30,6 +30,9 @@ def explain(error: Exception) -> tuple[str, int]:
         return _about_hub(_paragraph(str(error) or type(error).__name__)), code
     errors = getattr(error, "errors", None)
     if type(error).__name__ == "ValidationError" and callable(errors):  # pydantic's, of the chat model's settings
+        causes = [told.get("ctx", {}).get("error") for told in errors()]
+        if isinstance(causes[0], PoolError):  # met where a setting was read
+            return explain(causes[0])
         return _paragraph(" ".join(map(_of_setting, errors()))), WRONG_ARGUMENTS
     if isinstance(error, ImportError):
         return f"{_paragraph(str(error))} A package that this command needs is missing or too old.", FAILED

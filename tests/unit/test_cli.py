@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from langchain_lora_retriever import AdapterPool, ChatLoraRetriever, __version__
 from langchain_lora_retriever.cli import app, commands
-from langchain_lora_retriever.cli.failures import FAULT, WRONG_ARGUMENTS, explain
+from langchain_lora_retriever.cli.failures import FAILED, FAULT, WRONG_ARGUMENTS, explain
 from langchain_lora_retriever.cli.options import Mode
 from langchain_lora_retriever.cli.pool_listing import list_plain_pool
 from langchain_lora_retriever.cli.terminal import logging_to_terminal
@@ -464,6 +464,16 @@ def test_settings_that_are_not_allowed_are_one_sentence_each() -> None:
     assert code == WRONG_ARGUMENTS
     assert "temperature: " in text
     assert "pydantic" not in text
+
+
+def test_a_pool_that_cannot_be_used_is_no_wrong_argument(tmp_path: Path) -> None:
+    """Also where the chat model is given its folder: the pool's own words, and the status of what cannot be done."""
+    with pytest.raises(ValidationError) as caught:
+        ChatLoraRetriever(engine=FakeEngine(), pool=tmp_path)
+    text, code = explain(caught.value)
+    assert code == FAILED
+    assert text.startswith(f"the pool {tmp_path} is empty.")
+    assert not text.endswith("..")
 
 
 def test_the_modes_are_all_there() -> None:
