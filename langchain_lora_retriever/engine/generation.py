@@ -131,12 +131,14 @@ class Generation:
             self.abort()
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
-        """Yield deltas as they come, without blocking the event loop; raises as `__iter__` does."""
-        loop = asyncio.get_running_loop()
+        """Yield deltas as they come, without blocking the event loop; raises as `__iter__` does.
+
+        Each may be asked for in another loop.
+        """
         try:
             while True:
                 ready = asyncio.Event()
-                delta = self._next_or_wait((loop, ready.set))
+                delta = self._next_or_wait((asyncio.get_running_loop(), ready.set))
                 if delta is None:
                     await ready.wait()
                     continue

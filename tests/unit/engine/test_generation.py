@@ -51,6 +51,18 @@ async def test_async_iteration_gives_every_delta() -> None:
     assert feeder.num_aborts == 0
 
 
+def test_an_iterator_may_go_on_in_another_loop() -> None:
+    """Whoever asks for a delta is told in the loop that asks, not in the first one's, which runs no more."""
+    deltas = aiter(Feeder(FIRST, LAST).generation)
+    loops = [asyncio.new_event_loop() for _ in range(2)]
+    try:
+        got = [loop.run_until_complete(asyncio.wait_for(anext(deltas), 5)) for loop in loops]
+    finally:
+        for loop in loops:
+            loop.close()
+    assert got == [FIRST, LAST]
+
+
 async def test_results_join_the_deltas() -> None:
     """`result` and `aresult` give the whole text, tokens and usage, as often as asked."""
     generation = Feeder(FIRST, LAST).generation
