@@ -17,7 +17,13 @@ from langchain_lora_retriever.chat.begin import LONG_CHAT, Begun, abegin, owned,
 from langchain_lora_retriever.chat.call import CallOptions
 from langchain_lora_retriever.errors import InvalidRequestError, LoraRetrieverError, PoolError
 from langchain_lora_retriever.serving.config import ServeConfig, read_keys
-from langchain_lora_retriever.serving.errors import RefusedError, error_object, error_response, read_body
+from langchain_lora_retriever.serving.errors import (
+    ClientGoneError,
+    RefusedError,
+    error_object,
+    error_response,
+    read_body,
+)
 from langchain_lora_retriever.serving.explorer import explorer_paths
 from langchain_lora_retriever.serving.gate import Gate
 from langchain_lora_retriever.serving.metrics import Metrics
@@ -36,7 +42,6 @@ if TYPE_CHECKING:
 __all__ = ["create_app"]
 
 _logger = logging.getLogger(__name__)
-_CLIENT_CLOSED = 499
 
 
 class _AddRequest(BaseModel):
@@ -289,7 +294,7 @@ async def _unless_gone(request: Request, work: Awaitable[T], *, discard: Callabl
         discard: Undoes a result that comes at the same moment.
 
     Raises:
-        RefusedError: If the client went first.
+        ClientGoneError: If the client went first.
     """
     task: asyncio.Task[T] = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(_gone(request.receive))
@@ -297,7 +302,7 @@ async def _unless_gone(request: Request, work: Awaitable[T], *, discard: Callabl
         await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise RefusedError("The client has gone.", status=_CLIENT_CLOSED, kind="client_error")
+        raise ClientGoneError
     finally:
         await _end(watcher)
         if not task.done():

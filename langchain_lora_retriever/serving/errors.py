@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
 from langchain_lora_retriever.errors import (
@@ -25,11 +26,12 @@ from langchain_lora_retriever.errors import (
 if TYPE_CHECKING:
     from starlette.requests import Request
 
-__all__ = ["RefusedError", "error_object", "error_response", "read_body", "told"]
+__all__ = ["ClientGoneError", "RefusedError", "error_object", "error_response", "read_body", "told"]
 
 Body = TypeVar("Body", bound=BaseModel)
 
 _logger = logging.getLogger(__name__)
+_CLIENT_CLOSED = 499
 _RETRY_SECONDS = 1
 _MAX_TOLD = 3
 """Faults of a request that are told at once."""
@@ -69,6 +71,13 @@ class RefusedError(Exception):
         self.code = code
 
 
+class ClientGoneError(RefusedError):
+    """A client that has gone before its answer; the status is for the count alone."""
+
+    def __init__(self) -> None:
+        super().__init__("The client has gone.", status=_CLIENT_CLOSED, kind="client_error")
+
+
 def error_object(error: BaseException) -> dict[str, Any]:
     """`{"error": {"message", "type", "param", "code"}}`. What is not of this package is told by its type alone."""
     _, kind, code = _describe(error)
@@ -90,10 +99,12 @@ async def read_body(request: Request, kind: type[Body]) -> Body:
     """Read a request's body.
 
     Raises:
-        RefusedError: If it is not what the path takes.
+        RefusedError: If it is not what the path takes, or the client goes while it sends it.
     """
     try:
         return kind.model_validate_json(await request.body())
+    except ClientDisconnect as error:
+        raise ClientGoneError from error
     except ValidationError as error:
         raise RefusedError(f"The request cannot be understood: {told(error, whole='the body')}.") from error
 

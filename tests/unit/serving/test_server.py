@@ -237,6 +237,25 @@ async def test_a_client_that_goes_frees_its_request(address: str, engine: Any, *
     assert engine.stats().num_running == 0
 
 
+async def test_a_client_that_goes_while_it_sends_is_no_failure(address: str, caplog: pytest.LogCaptureFixture) -> None:
+    """It is counted as one that has gone, and nothing is logged."""
+    host, port = address.removeprefix("http://").split(":")
+    _, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+    await writer.drain()
+    await asyncio.sleep(0.2)
+    writer.close()
+    async with httpx.AsyncClient() as client:
+        for _ in range(100):
+            text = (await client.get(f"{address}/metrics")).text
+            if 'path="/v1/chat/completions",status="499"} 1.0' in text:
+                break
+            await asyncio.sleep(0.05)
+        else:
+            raise AssertionError(text)
+    assert not caplog.records
+
+
 def test_the_decision_alone(address: str, engine: Any) -> None:
     """For a text or a chat; nothing is generated."""
     for body in ({"input": SQL}, {"messages": USER}, {"input": SQL, "lora_retriever": {"top_k": 1}}):
