@@ -11,7 +11,8 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Any, Literal
 
-from langchain_core.messages import convert_to_messages
+from langchain_core.messages import AIMessage, convert_to_messages
+from langchain_core.messages.tool import invalid_tool_call
 from pydantic import BaseModel, ConfigDict, Field
 
 from langchain_lora_retriever.chat.messages import check_messages, check_num_messages
@@ -181,10 +182,51 @@ def _own(fields: RoutingFields | None) -> dict[str, Any]:
 
 def _to_messages(messages: Sequence[dict[str, Any]]) -> list[BaseMessage]:
     check_num_messages(messages)
+    converted: list[BaseMessage] = []
+    for place, message in enumerate(messages):
+        try:
+            converted.append(_to_message(message))
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise InvalidRequestError(
+                f"messages.{place} {shown(message)} cannot be understood ({why:.300}): pass a role (system, developer, "
+                "user, assistant or tool) and content; a tool's result has the tool_call_id of its call, a call an id "
+                "and a function with name and arguments."
+            ) from error
+    return converted
+
+
+def _to_message(message: dict[str, Any]) -> BaseMessage:
+    """Read a message; past calls are taken as they were given out, those that broke off too."""
+    calls = message.get("tool_calls")
+    if message.get("role") != "assistant" or not isinstance(calls, list):
+        return _converted(message)
+    broken = [call for call in calls if _is_broken(call)]
+    # Beside calls there need be no content.
+    converted = _converted({"content": None, **message, "tool_calls": [call for call in calls if call not in broken]})
+    assert isinstance(converted, AIMessage)
+    converted.invalid_tool_calls = [
+        invalid_tool_call(name=call["function"].get("name"), args=call["function"]["arguments"], id=call.get("id"))
+        for call in broken
+    ]
+    return converted
+
+
+def _converted(message: dict[str, Any]) -> BaseMessage:
+    (converted,) = convert_to_messages([message])
+    return converted
+
+
+def _is_broken(call: Any) -> bool:
+    """Whether the arguments of a call are no JSON object, as those that a token limit cuts off."""
+    function = call.get("function") if isinstance(call, dict) else None
+    arguments = function.get("arguments") if isinstance(function, dict) else None
+    if not isinstance(arguments, str):
+        return False
     try:
-        return convert_to_messages(messages)
-    except Exception as error:
-        raise InvalidRequestError(f"messages cannot be understood: {shown(str(error))}.") from error
+        return not isinstance(json.loads(arguments, strict=False), dict)
+    except (ValueError, RecursionError):
+        return True
 
 
 class ChunkWriter:

@@ -159,7 +159,7 @@ def test_the_model_names_what_runs(client: openai.OpenAI, engine: Any) -> None:
     ("body", "told"),
     [
         ({"messages": []}, "no messages|empty"),
-        ({"messages": [{"role": "nobody", "content": "x"}]}, "messages cannot be understood"),
+        ({"messages": [{"role": "nobody", "content": "x"}]}, "messages.0 .*cannot be understood"),
         ({"messages": USER, "temperature": -1}, "temperature"),
         ({"messages": USER, "n": 9}, "at most 8"),
         ({"messages": USER, "tempratur": 1}, "tempratur"),
@@ -254,6 +254,42 @@ async def test_a_client_that_goes_while_it_sends_is_no_failure(address: str, cap
         else:
             raise AssertionError(text)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("arguments", ['{"a": "3', '{"a": 3}]', "", "[3]", '{"a": 3}'])
+def test_calls_may_be_sent_back_as_they_came(address: str, engine: Any, arguments: str) -> None:
+    """With arguments that a token limit cut off, too, and without content: an agent's next step shows them."""
+    call = {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": arguments}}
+    answers = [
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    result = {"role": "tool", "tool_call_id": "call_1", "content": "not JSON"}
+    for answer in answers:
+        body = {"messages": [*USER, answer, result], "tools": [ADD]}
+        response = httpx.post(f"{address}/v1/chat/completions", json=body)
+        assert response.status_code == 200, response.text
+        shown = engine.requests[-1].prompt
+        assert shown.count('"name": "add", "arguments"') == 1
+        assert arguments in shown
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ({"role": "user"}, "'content' keys"),
+        ({"role": "tool", "content": "x"}, "tool_call_id"),
+        ({"role": "robot", "content": "x"}, "robot"),
+        ({"role": "assistant", "content": "", "tool_calls": [{}]}, "'name'"),
+        ({"role": "assistant", "content": "", "tool_calls": "x"}, "TypeError|AttributeError"),
+    ],
+    ids=["no content", "no call", "role", "empty call", "calls"],
+)
+def test_messages_that_cannot_be_understood_are_told(address: str, message: Any, told: str) -> None:
+    """Which of them, what it is, and what a message has."""
+    answer = httpx.post(f"{address}/v1/chat/completions", json={"messages": [*USER, message]})
+    assert answer.status_code == 400
+    assert re.search(f"^messages.1 .*cannot be understood .*({told}).*pass a role", answer.json()["error"]["message"])
 
 
 def test_the_decision_alone(address: str, engine: Any) -> None:
