@@ -11,7 +11,7 @@ from langchain_core.exceptions import OutputParserException
 from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.output_parsers import BaseCumulativeTransformOutputParser
 from langchain_core.outputs import ChatGeneration, Generation
-from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
+from langchain_core.runnables import Runnable, RunnableLambda, RunnableMap, RunnablePassthrough
 from langchain_core.utils.json import parse_partial_json
 from pydantic import BaseModel, ValidationError
 
@@ -65,7 +65,9 @@ def structured_output(
         return bound | parser
     parsed = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
     failed = RunnablePassthrough.assign(parsed=lambda _: None)
-    return RunnableMap(raw=bound) | parsed.with_fallbacks([failed], exception_key="parsing_error")
+    read = parsed.with_fallbacks([failed], exception_key="parsing_error")
+    # Called and not streamed: a stream does not fall back any more once it has given the raw answer.
+    return RunnableMap(raw=bound) | RunnableLambda(read.invoke, read.ainvoke, name="read")
 
 
 class StructuredOutputParser(BaseCumulativeTransformOutputParser[Any]):

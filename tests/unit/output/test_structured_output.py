@@ -354,6 +354,18 @@ def test_include_raw(llm: ChatLoraRetriever, engine) -> None:
     assert isinstance(bad["parsing_error"], StructuredOutputError)
 
 
+async def test_include_raw_in_a_stream(llm: ChatLoraRetriever, engine) -> None:
+    """What comes adds up to what `invoke` returns, for an answer that cannot be read, too."""
+    chain = llm.with_structured_output(Joke, include_raw=True)
+    for answer, rating in ((JOKE, 7), ("no JSON", None)):
+        engine.answers = [answer]
+        for chunks in (list(chain.stream("joke")), [chunk async for chunk in chain.astream("joke")]):
+            result = {key: value for chunk in chunks for key, value in chunk.items()}
+            assert result["raw"].content == answer
+            assert (result["parsed"] and result["parsed"].rating) == rating
+            assert isinstance(result["parsing_error"], StructuredOutputError) == (rating is None)
+
+
 def test_an_unknown_method_is_refused(llm: ChatLoraRetriever) -> None:
     """The methods there are are listed."""
     with pytest.raises(InvalidRequestError, match="function_calling"):
