@@ -97,10 +97,13 @@ def _is_adapter(folder: Path) -> bool:
 
 
 def look(root: Path) -> object:
-    """Tell a folder apart from itself after a change, by what the system says of the files two levels deep."""
+    """Tell a folder apart from itself after a change, by what the system says of the files two levels deep.
+
+    None if it cannot be told: two of these are not the same.
+    """
     try:
         return [
-            (folder.name, sorted((file.name, *_changes(file.stat())) for file in os.scandir(folder)))
+            (folder.name, sorted((file.name, *_changes(file)) for file in os.scandir(folder)))
             for folder in sorted(root.iterdir())
             if not folder.name.startswith(".") and folder.is_dir()
         ]
@@ -108,7 +111,11 @@ def look(root: Path) -> object:
         return None  # somebody is writing, or reading it will say what is wrong
 
 
-def _changes(stat: os.stat_result) -> tuple[int, int, int]:
+def _changes(file: os.DirEntry[str]) -> tuple[int, int, int]:
+    try:
+        stat = file.stat()
+    except OSError:  # a link that leads nowhere: what an editor leaves beside an open file, for one
+        stat = file.stat(follow_symlinks=False)
     return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 

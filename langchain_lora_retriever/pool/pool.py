@@ -490,7 +490,7 @@ class AdapterPool:
             if self._path is None or self._known is None:
                 return False
             seen = look(self._path)
-            if seen == self._seen:
+            if seen is not None and seen == self._seen:
                 return False
             entries, rejected, tasks = self._found(self._path, allow_empty=True)
             known = self._known

@@ -617,6 +617,26 @@ def test_folders_whose_names_cannot_be_printed_are_refused(folder, name, caplog)
     assert caplog.text.isascii()
 
 
+def test_a_link_to_nowhere_hides_no_change(folder, checkpoints):
+    """Such as an editor's lock beside a samples.jsonl: what another process changes is seen all the same."""
+    (folder / "sql" / ".#samples.jsonl").symlink_to("somebody@somewhere.1234")
+    pool = AdapterPool(folder)
+    assert not pool.refresh()
+    AdapterPool(folder).add("units", checkpoints["units"])
+    assert pool.refresh()
+    assert "units" in pool
+    assert not pool.refresh()
+
+
+def test_a_folder_that_cannot_be_looked_at_is_read_again(folder, checkpoints, monkeypatch):
+    """Where the system does not tell what files are like, a change is found by reading them."""
+    monkeypatch.setattr("langchain_lora_retriever.pool.pool.look", lambda _: None)
+    pool = AdapterPool(folder)
+    AdapterPool(folder).add("units", checkpoints["units"])
+    assert pool.refresh()
+    assert "units" in pool
+
+
 def test_odd_leftovers_are_cleared(folder, tmp_path):
     """Whatever has a leftover's name is deleted, links without what they lead to."""
     (tmp_path / "precious").write_text("x")
