@@ -516,12 +516,14 @@ class AdapterPool:
         if not isinstance(path, str | os.PathLike):
             raise PoolError(f"path={shown(path)} is not allowed: pass a folder.")
         target = Path(path)
-        if self._path is not None and target.exists() and target.samefile(self._path):
-            return
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise PoolError(f"{target} exists and is not an empty folder. Save the pool to a new one.")
-        aside = target.with_name(f".incoming-{target.name}")
+        if not target.name:
+            raise PoolError(f"path={shown(str(path))} is not allowed: pass a new folder, by its name.")
         with writing(target):
+            if self._path is not None and target.exists() and target.samefile(self._path):
+                return
+            if target.exists() and (not target.is_dir() or any(target.iterdir())):
+                raise PoolError(f"{target} exists and is not an empty folder. Save the pool to a new one.")
+            aside = target.with_name(f".incoming-{target.name}")
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
             try:

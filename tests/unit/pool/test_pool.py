@@ -661,6 +661,8 @@ def test_odd_leftovers_are_cleared(folder, tmp_path):
         (lambda pool, _: pool.remove(["sql"]), UnknownAdapterError),
         (lambda pool, _: pool.save(5), PoolError),
         (lambda pool, _: pool.save("a\0b"), PoolError),
+        (lambda pool, _: pool.save("."), PoolError),
+        (lambda pool, _: pool.save("x" * 300), PoolError),
         (lambda pool, _: pool.add("x", 5), InvalidAdapterError),
         (lambda pool, _: pool.add("x", "a\0b"), InvalidAdapterError),
         (lambda pool, path: pool.add("\ud800", path), InvalidAdapterError),
@@ -668,7 +670,7 @@ def test_odd_leftovers_are_cleared(folder, tmp_path):
         (lambda pool, path: pool.add("x", path, embedding=[1.0], encoder=object()), InvalidSamplesError),
         (lambda pool, path: pool.update("sql", 5), InvalidAdapterError),
     ],
-    ids=range(15),
+    ids=range(17),
 )
 def test_odd_arguments_are_documented_errors(folder, checkpoints, call, error):
     """No argument brings out a bare TypeError or ValueError."""
