@@ -29,6 +29,7 @@ from langchain_lora_retriever.errors import (
     LoraRetrieverError,
     fresh,
 )
+from langchain_lora_retriever.pool.pool import AdapterPool
 from langchain_lora_retriever.retrieval.arrival import SharedWork
 from langchain_lora_retriever.retrieval.encoder import (
     DEFAULT_ENCODER,
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from langchain_lora_retriever.pool.pool import AdapterPool, PoolEntry, PoolState
+    from langchain_lora_retriever.pool.pool import PoolEntry, PoolState
     from langchain_lora_retriever.pool.task import TaskEntry
 
     Routed: TypeAlias = PoolEntry | TaskEntry
@@ -140,6 +141,8 @@ class LoraRetriever:
         cache_size: int = 4096,
         cache_dir: str | Path | None = None,
     ) -> None:
+        if not isinstance(pool, AdapterPool):
+            raise InvalidRequestError(f"pool={shown(pool)} is not allowed: pass an AdapterPool, AdapterPool(folder).")
         if not isinstance(instruction, str):
             raise InvalidRequestError(f"instruction={shown(instruction)} is not allowed: pass a string.")
         if not (min_score is None or min_score == "auto" or (_is_number(min_score) and -1 <= min_score <= 1)):

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -225,6 +226,13 @@ def test_bad_settings(pool, arguments):
     """Settings out of range are refused."""
     with pytest.raises(InvalidRequestError):
         LoraRetriever(pool, **{"encoder": WordEncoder(), **arguments})
+
+
+@pytest.mark.parametrize("pool", ["my-pool", Path("my-pool"), None])
+def test_what_is_no_pool_is_refused(pool):
+    """A folder's name in place of the pool is told at once, with what to write."""
+    with pytest.raises(InvalidRequestError, match=r"pool=.*AdapterPool\(folder\)"):
+        LoraRetriever(pool, WordEncoder())
 
 
 def test_min_score(pool):
