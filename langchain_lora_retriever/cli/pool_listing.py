@@ -10,7 +10,7 @@ import contextlib
 import json
 import math
 import re
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from langchain_lora_retriever.pool.card import Card, read_card
 from langchain_lora_retriever.pool.checkpoint_files import (
@@ -26,7 +26,7 @@ from langchain_lora_retriever.pool.regular_files import AdapterFolder
 from langchain_lora_retriever.pool.samples import MAX_SAMPLES_BYTES, SAMPLES_FILE, hash_inputs, parse_samples
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
     from langchain_lora_retriever.pool.origin import Description
@@ -34,7 +34,10 @@ if TYPE_CHECKING:
 
 __all__ = ["ListedAdapter", "list_plain_pool"]
 
-_KEY = re.compile(r"base_model\.model\.(.+)\.(lora_[AB])\.weight")
+_KEY = re.compile(r"base_model\.model\.([\w.-]{1,512})\.(lora_[AB])\.weight")
+_DTYPES = {"F64", "F32", "F16", "BF16"}
+_MAX_BASE_MODEL_LENGTH = 4096
+_LARGEST_ALPHA = 1_000_000
 # What a plain configuration says, beside the fields whose values are free.
 _PLAIN = {
     "peft_type": ("LORA",),
@@ -43,8 +46,8 @@ _PLAIN = {
     "inference_mode": (True, False),
 }
 _FREE = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "lora_alpha", "lora_dropout", "megatron_core",
-    "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "target_modules", "task_type", "use_rslora",
+    "auto_mapping", "base_model_name_or_path", "lora_alpha", "lora_dropout", "megatron_core", "peft_version",
+    "qalora_group_size", "r", "revision", "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
 
 
@@ -109,24 +112,20 @@ def _listed(folder: Path) -> ListedAdapter:
         if opened.has("embedding.npy"):
             raise ValueError(folder)
         samples, described_by, hub = _description(opened)
-    for name, value in config.items():
-        if name not in _FREE and value and value not in _PLAIN.get(name, ()):
-            raise ValueError(name)
+    _check_plain(config)
+    targets = set(config["target_modules"])
     ranks: dict[str, dict[str, int]] = {}  # of each module, by both of its tensors
     for key, (rows, columns) in shapes.items():
         match = _KEY.fullmatch(key)
-        if match is None:
+        if match is None or not _is_named(match[1], targets):
             raise ValueError(key)
         ranks.setdefault(match[1], {})[match[2]] = rows if match[2] == "lora_A" else columns
-    allowed = None if config.get("rank_pattern") else config["r"]
-    for sides in ranks.values():
-        rank = sides["lora_A"]
-        if rank < 1 or sides["lora_B"] != rank or allowed not in {None, rank}:
-            raise ValueError(folder)
+    if any(sides != {"lora_A": config["r"], "lora_B": config["r"]} for sides in ranks.values()):
+        raise ValueError(folder)
     return ListedAdapter(
         name=folder.name,
         base_model=config.get("base_model_name_or_path"),
-        rank=max(sides["lora_A"] for sides in ranks.values()),
+        rank=config["r"],
         num_modules=len(ranks),
         num_parameters=sum(map(math.prod, shapes.values())),
         num_samples=len(samples),
@@ -134,6 +133,37 @@ def _listed(folder: Path) -> ListedAdapter:
         described_by=described_by,
         hub=hub,
     )
+
+
+def _check_plain(config: Mapping[str, Any]) -> None:
+    """Raise ValueError for a configuration that says more than which modules a plain LoRA adapts, or says it oddly."""
+    if config["peft_type"] != "LORA":
+        raise ValueError(config["peft_type"])
+    for name, value in config.items():
+        is_empty = value in (None, "", [], {}) or value is False
+        if name not in _FREE and not is_empty and value not in _PLAIN.get(name, ()):
+            raise ValueError(name)
+    base_model, targets = config.get("base_model_name_or_path") or "", config["target_modules"]
+    is_plain = (
+        type(config["r"]) is int
+        and config["r"] > 0
+        and type(config["lora_alpha"]) in (int, float)
+        and 0 <= config["lora_alpha"] <= _LARGEST_ALPHA
+        and isinstance(config.get("use_rslora") or False, bool)
+        and isinstance(targets, list)
+        and all(isinstance(target, str) for target in targets)
+        and isinstance(base_model, str)
+        and len(base_model) <= _MAX_BASE_MODEL_LENGTH
+        and base_model.isprintable()
+    )
+    if not is_plain:
+        raise ValueError(config)
+
+
+def _is_named(module: str, targets: Collection[str]) -> bool:
+    """Whether a module is among those that `target_modules` lists."""
+    parts = module.split(".")
+    return any(".".join(parts[i:]) in targets for i in range(len(parts)))
 
 
 def _description(folder: AdapterFolder) -> tuple[Sequence[Sample], Description | None, str | None]:
@@ -159,4 +189,6 @@ def _shapes(folder: AdapterFolder) -> dict[str, tuple[int, ...]]:
     with contextlib.closing(file):
         header = read_header(file)
     tensors = parse_header(header, file.identity.num_bytes - 8 - len(header))
+    if not all(spec.dtype in _DTYPES and all(spec.shape) for spec in tensors.values()):
+        raise ValueError(folder.path)
     return {key: spec.shape for key, spec in tensors.items()}

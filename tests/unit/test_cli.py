@@ -126,6 +126,33 @@ def test_what_is_not_plain_is_read_in_earnest(folder: Path, change: str) -> None
     assert list_plain_pool(folder) is None
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"target_modules": ["k_proj"]},
+        {"target_modules": "(q_proj"},
+        {"peft_type": None},
+        {"r": 2.0},
+        {"lora_alpha": None},
+        {"lora_alpha": "4"},
+        {"lora_alpha": float("nan")},
+        {"lora_alpha": 1e300},
+        {"rank_pattern": {"proj": 2}, "r": 4},
+        {"alpha_pattern": {"q_proj": "x"}},
+        {"use_rslora": 2},
+        {"base_model_name_or_path": 5},
+    ],
+    ids=str,
+)
+def test_what_a_pool_refuses_is_listed_as_rejected(run, folder: Path, said: dict[str, object]) -> None:
+    """Also where the configuration looks plain, and the file is whole."""
+    config = folder / "sql" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **said}))
+    listed = json.loads(run("pool", "list", folder, "--json"))
+    assert list(listed["rejected"]) == ["sql"]
+    assert [row["name"] for row in listed["adapters"]] == ["dates", "french"]
+
+
 def test_pool_add_inspect_remove(run, folder: Path, write_adapter, tmp_path: Path) -> None:
     """An adapter can be added with its samples, looked at and removed."""
     samples = tmp_path / "samples.jsonl"
