@@ -80,7 +80,8 @@ def retrieval(
         int, typer.Option("--splits", metavar="N", help="Train on so many random shares of the adapters.", min=0)
     ] = 0,
     fraction: Annotated[
-        float, typer.Option("--fraction", metavar="SHARE", help="Share of the adapters to train on.")
+        float,
+        typer.Option("--fraction", metavar="SHARE", help="Share of the adapters to train on.", min=0.0, max=1.0),
     ] = 0.4,
     output: Annotated[
         Path | None,

@@ -5,6 +5,7 @@ Source: LoraRetriever, arXiv:2402.09997, table 2.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ from langchain_lora_retriever.evaluation.inspection import find_twins
 from langchain_lora_retriever.retrieval.encoder import DEFAULT_ENCODER, DEFAULT_INSTRUCTION
 from langchain_lora_retriever.retrieval.retriever import LoraRetriever
 from langchain_lora_retriever.retrieval.training import TrainingConfig, split_adapters, train_encoder
+from langchain_lora_retriever.support.shown import shown
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -64,8 +66,8 @@ class RetrievalReport:
         accuracy: Over all rows.
         per_task: By task.
         per_domain: By domain.
-        seen: Over rows of the adapters the encoder was trained on; None if none was named.
-        unseen: Over the others; None if none was named as seen.
+        seen: Over rows of the adapters the encoder was trained on; None if none was named, or none has rows.
+        unseen: Over the others; None if none was named as seen, or none of the others has rows.
         confusions: Most frequent first.
         twins: Pairs of adapters whose samples cannot be told apart better than by chance.
         twin_error: Share of the top-1 errors that took an adapter for its twin.
@@ -99,7 +101,7 @@ class SplitsReport:
         fraction: Share of the adapters trained on.
         runs: One report per split.
         seconds: Training time of each.
-        mean: Of the splits, by "all", "seen" and "unseen".
+        mean: Of the splits, by "all", "seen" and "unseen", as far as every split has such rows.
         deviation: Standard deviation over the splits, likewise.
     """
 
@@ -157,8 +159,8 @@ def evaluate_retrieval(
         accuracy=_accuracy(ranks, ks),
         per_task=_grouped(ranks, [row.task for row in rows], ks),
         per_domain=_grouped(ranks, [row.domain for row in rows], ks),
-        seen=_accuracy(ranks[is_seen], ks) if seen else None,
-        unseen=_accuracy(ranks[~is_seen], ks) if seen else None,
+        seen=_accuracy(ranks[is_seen], ks) if is_seen.any() else None,
+        unseen=_accuracy(ranks[~is_seen], ks) if seen and not is_seen.all() else None,
         confusions=_confusions(rows, best),
         twins=tuple(pairs),
         twin_error=_twin_error(rows, best, pairs),
@@ -181,7 +183,7 @@ def evaluate_splits(
 ) -> SplitsReport:
     """Train on random shares of the adapters, and retrieve among all with each encoder.
 
-    Splits whose encoder lies in `output_dir` already are not trained again.
+    Splits whose encoder lies in `output_dir` already are not trained again, and one that was cut off is gone on with.
 
     Args:
         benchmark: Cards and test rows.
@@ -194,36 +196,45 @@ def evaluate_splits(
         top_k: The k to report.
         wrap: Makes an encoder of a trained model's folder, `HybridEncoder` for one; by default the model as it is.
         show_progress: Draw progress bars on stderr.
+
+    Raises:
+        InvalidRequestError: If `fraction` is no share, there is no seed, or `output_dir` has an encoder of another
+            fraction, benchmark, encoder, instruction or config.
     """
+    if not 0 < fraction <= 1:
+        raise InvalidRequestError(f"fraction={shown(fraction)} is not allowed: pass a number in (0, 1], such as 0.4.")
     config = config or TrainingConfig(holdout_fraction=0.0)
     names, ks = tuple(benchmark.cards), tuple(top_k)
     runs, seconds = [], []
     for seed in seeds:
         trained, _ = split_adapters(names, fraction, seed)
         folder = Path(output_dir) / f"split-{seed}"
-        note = folder / "split.json"
-        if not note.is_file():
-            samples = {name: [sample.input for sample in benchmark.cards[name]] for name in trained}
+        own = replace(config, seed=seed)
+        samples = {name: [sample.input for sample in benchmark.cards[name]] for name in trained}
+        note = _note(folder / "split.json", (samples, str(encoder), instruction, asdict(own)))
+        if "seconds" not in note:
             report = train_encoder(
                 samples,
                 encoder,
                 output_dir=folder,
-                config=replace(config, seed=seed),
+                config=own,
                 instruction=instruction,
                 resume=True,
                 show_progress=show_progress,
             )
-            note.write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
-        seconds.append(float(json.loads(note.read_text(encoding="utf-8"))["seconds"]))
+            note |= report.to_dict()
+            (folder / "split.json").write_text(json.dumps(note, indent=1), encoding="utf-8")
+        seconds.append(float(note["seconds"]))
         tuned = wrap(folder) if wrap else folder
         runs.append(evaluate_retrieval(benchmark, tuned, instruction=instruction, top_k=ks, seen=trained))
     if not runs:
         raise InvalidRequestError("seeds is empty: pass at least one, such as range(5).")
-    tables = {
+    parts: dict[str, list[Accuracy | None]] = {
         "all": [run.accuracy for run in runs],
-        "seen": [run.seen or {} for run in runs],
-        "unseen": [run.unseen or {} for run in runs],
+        "seen": [run.seen for run in runs],
+        "unseen": [run.unseen for run in runs],
     }
+    tables = {part: [t for t in table if t is not None] for part, table in parts.items() if all(table)}
     return SplitsReport(
         fraction=fraction,
         runs=tuple(runs),
@@ -233,8 +244,31 @@ def evaluate_splits(
     )
 
 
+def _note(file: Path, recipe: object) -> dict[str, Any]:
+    """What is noted of a split's encoder; one that is not trained yet is noted with what it is to be made from.
+
+    Raises:
+        InvalidRequestError: If the encoder there, or its beginning, was made from something else.
+    """
+    made_from = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
+    try:
+        note = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        note = {"made_from": made_from}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(note), encoding="utf-8")
+    except ValueError:  # it was cut off
+        note = {}
+    if note.get("made_from") != made_from:
+        raise InvalidRequestError(
+            f"{file.parent} has an encoder that was trained on other samples or otherwise: with another fraction, "
+            "benchmark, encoder, instruction or config. Pass another output_dir, or remove that folder."
+        )
+    return dict(note)
+
+
 def _accuracy(ranks: NDArray[np.int64], top_k: Sequence[int]) -> dict[int, float]:
-    return {k: float((ranks <= k).mean()) if len(ranks) else float("nan") for k in top_k}
+    return {k: float((ranks <= k).mean()) for k in top_k}
 
 
 def _grouped(ranks: NDArray[np.int64], groups: Sequence[str], top_k: Sequence[int]) -> dict[str, dict[int, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -55,7 +56,7 @@ def test_splits_train_once_and_are_averaged(
 
     def train(samples: Any, _encoder: Any, *, output_dir: Path, config: Any, **_: Any) -> Any:
         trained.append(tuple(samples))
-        output_dir.mkdir(parents=True)
+        output_dir.mkdir(parents=True, exist_ok=True)
         return training.TrainingReport(output_dir, tuple(samples), (), 1, 2.0, {}, {}, config)
 
     monkeypatch.setattr(retrieval, "train_encoder", train)
@@ -74,3 +75,52 @@ def test_no_split_is_refused(benchmark_: Any, tmp_path: Path) -> None:
     """Without a seed there is nothing to average."""
     with pytest.raises(InvalidRequestError, match="seeds is empty"):
         evaluate_splits(benchmark_, output_dir=tmp_path, seeds=())
+
+
+@pytest.mark.parametrize("fraction", [0, -0.4, 40, float("nan")])
+def test_what_is_no_share_is_refused(benchmark_: Any, tmp_path: Path, fraction: float) -> None:
+    """A percentage, for one."""
+    with pytest.raises(InvalidRequestError, match=r"fraction=.*in \(0, 1\]"):
+        evaluate_splits(benchmark_, output_dir=tmp_path, fraction=fraction)
+
+
+@pytest.mark.parametrize("is_cut_off", [False, True])
+def test_an_encoder_of_another_split_is_not_taken(
+    benchmark_: Any, encoder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_cut_off: bool
+) -> None:
+    """It may have seen what the table calls unseen; nor is its training gone on with, if it was cut off."""
+
+    def train(samples: Any, _encoder: Any, *, output_dir: Path, config: Any, **_: Any) -> Any:
+        if is_cut_off:
+            raise KeyboardInterrupt
+        return training.TrainingReport(output_dir, tuple(samples), (), 1, 2.0, {}, {}, config)
+
+    def evaluate(**given: Any) -> Any:
+        return evaluate_splits(benchmark_, output_dir=tmp_path, seeds=(0,), wrap=lambda _folder: encoder, **given)
+
+    monkeypatch.setattr(retrieval, "train_encoder", train)
+    with pytest.raises(KeyboardInterrupt) if is_cut_off else nullcontext():
+        evaluate(fraction=0.75)
+    for other in ({"fraction": 0.5}, {"fraction": 0.75, "instruction": ""}, {"fraction": 0.75, "encoder": "another"}):
+        with pytest.raises(InvalidRequestError, match=r"split-0 has an encoder .* another output_dir"):
+            evaluate(**other)
+    (tmp_path / "split-0" / "split.json").write_text("{")
+    with pytest.raises(InvalidRequestError, match="another output_dir"):
+        evaluate(fraction=0.75)
+
+
+def test_without_unseen_adapters_there_is_no_table_of_them(
+    benchmark_: Any, encoder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place of one that is no number."""
+    monkeypatch.setattr(
+        retrieval,
+        "train_encoder",
+        lambda samples, _, *, output_dir, config, **__: training.TrainingReport(
+            output_dir, tuple(samples), (), 1, 2.0, {}, {}, config
+        ),
+    )
+    report = evaluate_splits(benchmark_, output_dir=tmp_path, fraction=1, seeds=(0,), wrap=lambda _folder: encoder)
+    assert report.runs[0].unseen is None
+    assert set(report.mean) == set(report.deviation) == {"all", "seen"}
+    json.dumps(report.to_dict(), allow_nan=False)
