@@ -30,6 +30,7 @@ __all__ = [
     "Encoder",
     "SentenceTransformerEncoder",
     "cut_middle",
+    "load_model",
     "source_of_model",
 ]
 
@@ -149,11 +150,23 @@ class SentenceTransformerEncoder:
 
         if isinstance(self._source, SentenceTransformer):
             return self._source
-        try:
-            with quiet_loading:
-                return SentenceTransformer(source_of_model(self._source), device=self._device)
-        except Exception as error:  # the hub's, the files', torch's
-            raise _not_loaded(str(self._source), error) from error
+        return load_model(self._source, self._device)
+
+
+def load_model(name: str | Path, device: str | None) -> SentenceTransformer:
+    """Load a sentence-transformers model by its name on the hub or its folder.
+
+    Raises:
+        EncoderError: If it cannot be loaded.
+        MissingDependencyError: If it is the default one, and out of reach.
+    """
+    from sentence_transformers import SentenceTransformer  # noqa: PLC0415  # seconds to import
+
+    try:
+        with quiet_loading:
+            return SentenceTransformer(source_of_model(name), device=device)
+    except Exception as error:  # the hub's, the files', torch's
+        raise _not_loaded(str(name), error) from error
 
 
 def _not_loaded(source: str, error: Exception) -> EncoderError | MissingDependencyError:

@@ -25,8 +25,8 @@ from langchain_lora_retriever.retrieval.encoder import (
     DEFAULT_ENCODER,
     DEFAULT_INSTRUCTION,
     SentenceTransformerEncoder,
+    load_model,
     shorten,
-    source_of_model,
 )
 from langchain_lora_retriever.support.checks import settings
 
@@ -184,6 +184,7 @@ def train_encoder(
 
     Raises:
         InvalidRequestError: If there are fewer than two adapters with two samples each.
+        EncoderError: If the model to start from cannot be loaded.
         MissingDependencyError: If `datasets` is not installed.
     """
     config = config or TrainingConfig()
@@ -200,10 +201,8 @@ def train_encoder(
         raise MissingDependencyError(
             "Training needs the package datasets. Install it: pip install 'langchain-lora-retriever[train]'."
         )
-    from sentence_transformers import SentenceTransformer  # noqa: PLC0415  # seconds to import
-
     output_dir = Path(output_dir)
-    model = SentenceTransformer(source_of_model(encoder), device=device)
+    model = load_model(encoder, device)
     model.float()  # a checkpoint in half precision would be loaded, and trained, as such
     probe = _Probe(usable, heldout or trained, instruction)
     before = probe.accuracy(model)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from langchain_lora_retriever.errors import InvalidRequestError, MissingDependencyError
+from langchain_lora_retriever.errors import EncoderError, InvalidRequestError, MissingDependencyError
 from langchain_lora_retriever.retrieval.encoder import SentenceTransformerEncoder
 from langchain_lora_retriever.retrieval.training import (
     TrainingConfig,
@@ -211,3 +211,9 @@ def _separation(model: object) -> float:
     means = vectors.mean(axis=1)
     between = np.linalg.norm(means[:, None] - means[None], axis=2).mean()
     return float(between / np.linalg.norm(vectors - means[:, None], axis=2).mean())
+
+
+def test_an_encoder_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    """As retrieval names it."""
+    with pytest.raises(EncoderError, match=r"encoder '.*nowhere' cannot be loaded"):
+        train_encoder(SAMPLES, tmp_path / "nowhere", output_dir=tmp_path / "out")
