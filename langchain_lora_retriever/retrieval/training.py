@@ -171,7 +171,7 @@ def train_encoder(
     """Fine-tune an encoder so that samples of one adapter lie together, and save it.
 
     Args:
-        samples: Training inputs by adapter, at least 2 each; a dozen to 20 are usual. For a pool:
+        samples: Training inputs by adapter, at least 2 different ones each; a dozen to 20 are usual. For a pool:
             `{name: [s.input for s in pool.samples(name)] for name in pool}`.
         encoder: Name or folder of the sentence-transformers model to start from.
         output_dir: Where the trained model goes, and its checkpoints while it trains.
@@ -183,19 +183,19 @@ def train_encoder(
         progress: Called after every step.
 
     Raises:
-        InvalidRequestError: If there are fewer than two adapters with two samples each.
+        InvalidRequestError: If there are fewer than two adapters with two different samples each.
         EncoderError: If the model to start from cannot be loaded.
         MissingDependencyError: If `datasets` is not installed.
     """
     config = config or TrainingConfig()
     started = time.monotonic()
-    usable = {name: list(texts) for name, texts in samples.items() if len(texts) >= 2}
+    usable = {name: list(texts) for name, texts in samples.items() if len(set(texts)) >= 2}
     heldout, trained = split_adapters(tuple(usable), config.holdout_fraction, config.seed)
     if len(trained) < 2:
         raise InvalidRequestError(
-            f"Training needs at least 2 adapters with 2 or more samples each; {len(usable)} of {len(samples)} have "
-            f"them, and holdout_fraction={config.holdout_fraction} keeps {len(heldout)} of these out. Add samples, "
-            "adapters, or lower holdout_fraction."
+            f"Training needs at least 2 adapters with 2 or more different samples each; {len(usable)} of "
+            f"{len(samples)} have them, and holdout_fraction={config.holdout_fraction} keeps {len(heldout)} of these "
+            "out. Add samples, adapters, or lower holdout_fraction."
         )
     if config.num_steps and importlib.util.find_spec("datasets") is None:
         raise MissingDependencyError(

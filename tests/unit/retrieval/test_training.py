@@ -217,3 +217,10 @@ def test_an_encoder_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     """As retrieval names it."""
     with pytest.raises(EncoderError, match=r"encoder '.*nowhere' cannot be loaded"):
         train_encoder(SAMPLES, tmp_path / "nowhere", output_dir=tmp_path / "out")
+
+
+def test_copies_of_one_sample_are_one(encoder: Path, tmp_path: Path) -> None:
+    """There is nothing to whiten in an adapter whose samples are all the same."""
+    samples = {task: [f"{task} a b"] * 4 for task in TASKS}
+    with pytest.raises(InvalidRequestError, match="2 or more different samples each; 0 of 5 have them"):
+        train_encoder(samples, encoder, output_dir=tmp_path / "out")
