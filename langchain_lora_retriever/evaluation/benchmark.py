@@ -175,7 +175,7 @@ def _read_rows(file: Path) -> list[TestRow]:
 def _read_list(file: Path) -> list[dict[str, Any]]:
     try:
         values = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InvalidRequestError(f"cannot read {file}: {error}. Pass a JSON file that holds a list.") from error
     if not isinstance(values, list) or not values or not all(isinstance(value, dict) for value in values):
         raise InvalidRequestError(f"{file} holds no list of objects. See the form in evaluation/benchmark.py.")

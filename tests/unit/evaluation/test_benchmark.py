@@ -43,6 +43,7 @@ def test_subset_takes_rows_of_every_task(benchmark_: Any) -> None:
     ("content", "message"),
     [
         ("{", "cannot read"),
+        ("[" * 100_000, "cannot read"),
         ('{"inputs": "a"}', "holds no list"),
         ('[{"inputs": "a", "targets": "b", "task": "poetry"}]', "no adapter has the task 'poetry'"),
         ('[{"inputs": " ", "targets": "b", "task": "sql"}]', "inputs=' '"),
