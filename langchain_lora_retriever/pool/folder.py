@@ -31,6 +31,7 @@ from langchain_lora_retriever.errors import PoolError
 from langchain_lora_retriever.pool.checkpoint_files import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
 from langchain_lora_retriever.pool.regular_files import FileIdentity, RegularFile
 from langchain_lora_retriever.pool.samples import SAMPLES_FILE
+from langchain_lora_retriever.pool.task import TASK_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -52,6 +53,7 @@ __all__ = [
     "uninstall",
 ]
 
+_PARTS = (CONFIG_FILE, WEIGHTS_FILE, SAMPLES_FILE, PICKLE_FILE, TASK_FILE)
 _FINGERPRINTS = ".fingerprints.json"
 _INCOMING = ".incoming-"
 _REPLACED = ".replaced-"
@@ -64,7 +66,7 @@ _LIST_SECONDS = 0.02
 
 
 def list_folders(root: Path) -> list[Path]:
-    """The folders that hold an adapter or a part of one, sorted by name. Hidden and other folders are left out.
+    """The folders that hold an adapter, a task or a part of one, sorted by name. Hidden and other folders are left out.
 
     Undoes what a crash left half done, and waits for those who are writing. In a folder that may not be written to it
     can only look again.
@@ -87,9 +89,9 @@ def list_folders(root: Path) -> list[Path]:
 
 
 def _is_adapter(folder: Path) -> bool:
-    """Whether there is a part of an adapter in a folder; also if nobody may look."""
+    """Whether there is a part of an adapter or a task in a folder; also if nobody may look."""
     try:
-        return any((folder / part).exists() for part in (CONFIG_FILE, WEIGHTS_FILE, SAMPLES_FILE, PICKLE_FILE))
+        return any((folder / part).exists() for part in _PARTS)
     except PermissionError:
         return True
     except OSError:

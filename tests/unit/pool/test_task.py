@@ -100,6 +100,15 @@ def test_a_task_whose_files_are_broken_is_refused_alone(
     assert not (tmp_path / "pool" / "poems").exists()
 
 
+def test_a_task_that_lost_its_samples_is_refused_by_name(tmp_path: Path, disk: AdapterPool) -> None:
+    """As an adapter that lost a file is: nothing goes without a word."""
+    disk.add_task("poems", MEMBERS, POEMS)
+    (tmp_path / "pool" / "poems" / "samples.jsonl").unlink()
+    with pytest.warns(UserWarning, match="poems"):
+        pool = AdapterPool(tmp_path / "pool")
+    assert "samples.jsonl" in str(pool.rejected["poems"])
+
+
 def options(**settings: Any) -> RoutingOptions:
     """Options of a call."""
     return RoutingOptions(**settings)
