@@ -22,6 +22,7 @@ from langchain_lora_retriever.evaluation.in_order import in_order
 from langchain_lora_retriever.evaluation.metrics import Interval, bootstrap_macro, corpus_bleu, score_answers
 from langchain_lora_retriever.retrieval.composer import Weighting, compose, materialize, pin
 from langchain_lora_retriever.support.checks import settings
+from langchain_lora_retriever.support.shown import shown
 from langchain_lora_retriever.types import Composition, RetrievedAdapter, SamplingParams
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ Method: TypeAlias = Literal["base", "oracle", "selection", "fusion", "mixture", 
 fusion of the top k of all prompts together (AdapterSoup), "random" a uniform fusion of k adapters drawn for each task
 (what LoraHub starts from). The other three are the paper's."""
 
+_ANSWER = '{"key": "'  # as its line in a cache begins
 _MAIN = {"em": "em", "rouge": "rougeL", "bleu": "bleu"}
 
 
@@ -181,8 +183,10 @@ def evaluate_composition(
         progress: Called with the answers generated and those to generate.
 
     Raises:
-        InvalidRequestError: If a task has no adapter in the pool.
+        InvalidRequestError: If a task has no adapter in the pool, or `cache` is no file for answers.
+        MissingDependencyError: If rouge-score or sacrebleu is not installed.
     """
+    score_answers((), ())  # what is missing for it is to be told before the first answer
     settings = (*paper_settings(), Setting.default()) if settings is None else tuple(settings)
     missing = sorted({row.task for row in benchmark.rows} - set(pool.names))
     if missing:
@@ -294,11 +298,8 @@ class _Answers:
         self._cache = cache
         self._texts: dict[str, str] = {}
         self._wanted: dict[str, tuple[str, Composition, int]] = {}
-        if cache is not None and cache.is_file():
-            for line in cache.read_text(encoding="utf-8").splitlines():
-                if line.endswith("}"):  # a run that was cut off may leave half a line
-                    entry = json.loads(line)
-                    self._texts[entry["key"]] = entry["text"]
+        if cache is not None:
+            self._texts = _read_answers(cache)
 
     def __getitem__(self, key: str) -> str:
         return self._texts[key]
@@ -316,8 +317,6 @@ class _Answers:
     def generate(self, progress: Progress | None) -> int:
         """Generate what is wanted, as many at once as the engine runs; return how many."""
         total = len(self._wanted)
-        if self._cache is not None:
-            self._cache.parent.mkdir(parents=True, exist_ok=True)
         for number, (key, text) in enumerate(self._run(), start=1):
             self._texts[key] = text
             if self._cache is not None:
@@ -338,6 +337,40 @@ class _Answers:
     def _submit(self, prompt: str, composition: Composition, max_tokens: int) -> Generation:
         ids = encode_chat(self._engine.tokenizer, [{"role": "user", "content": prompt}])
         return self._engine.submit(ids, SamplingParams(max_tokens=max_tokens), materialize(composition, self._pool))
+
+
+def _read_answers(file: Path) -> dict[str, str]:
+    """The answers in a cache, by key; lines that a run left half when it was cut off are passed over.
+
+    Raises:
+        InvalidRequestError: If the file cannot be read and written, or holds something else.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a+", encoding="utf-8", errors="replace", newline="\n") as stream:
+            stream.seek(0)
+            text = stream.read()
+    except (OSError, ValueError) as error:
+        raise InvalidRequestError(
+            f"cache={shown(str(file))} cannot be read and written: {error}. Pass a file in a folder of yours."
+        ) from error
+    answers = {}
+    for number, line in enumerate(text.split("\n"), start=1):
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            entry = None
+        if isinstance(entry, dict) and isinstance(entry.get("key"), str) and isinstance(entry.get("text"), str):
+            answers[entry["key"]] = entry["text"]
+        elif entry is not None or not (line.startswith(_ANSWER) or _ANSWER.startswith(line)):
+            raise InvalidRequestError(
+                f"cache={shown(str(file))} is no cache: its line {number} is no answer, {shown(line)}. Pass a new "
+                "file, or one that an evaluation has written."
+            )
+    if text and not text.endswith("\n"):
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write("\n")  # or the next answer would be a part of half a line
+    return answers
 
 
 def _longest_answers(benchmark: Benchmark, engine: EngineClient) -> dict[str, int]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from langchain_lora_retriever.errors import InvalidRequestError
+from langchain_lora_retriever.errors import InvalidRequestError, MissingDependencyError
 from langchain_lora_retriever.evaluation import Setting, evaluate_composition, paper_settings
 from langchain_lora_retriever.retrieval.retriever import LoraRetriever
 
@@ -93,6 +94,52 @@ def test_answers_are_generated_once(benchmark_: Any, pool: Any, engine: Any, enc
     second = run()
     assert second.num_generated == 3
     assert second.scores == first.scores
+
+
+def test_a_cache_outlives_what_answers_hold_and_runs_that_are_cut_off(
+    benchmark_: Any, pool: Any, engine: Any, encoder: Any, tmp_path: Path
+) -> None:
+    """Line separators of Unicode are no ends of lines; and what follows half a line is a line of its own."""
+    cache, answer = tmp_path / "answers.jsonl", engine.answers
+    engine.answers = lambda *given: answer(*given) + "\u2028\x85."
+
+    def run() -> Any:
+        return evaluate_composition(
+            benchmark_, pool, engine, LoraRetriever(pool, encoder), settings=[Setting("oracle")], cache=cache
+        )
+
+    assert run().num_generated == 8
+    for _ in range(2):
+        assert run().num_generated == 0
+        lines = cache.read_bytes().rstrip(b"\n").split(b"\n")
+        cache.write_bytes(b"\n".join([*lines[:-1], lines[-1][:40]]))
+        assert run().num_generated == 1
+
+
+@pytest.mark.parametrize("content", ['{"input": "a sample"}\n', "# Read me\n", "[1]", "null", "folder"])
+def test_what_is_no_cache_is_refused(
+    benchmark_: Any, pool: Any, engine: Any, encoder: Any, tmp_path: Path, content: str
+) -> None:
+    """And left as it is, before anything is generated."""
+    cache = tmp_path / "answers.jsonl"
+    if content == "folder":
+        cache.mkdir()
+    else:
+        cache.write_text(content)
+    with pytest.raises(InvalidRequestError, match=r"cache='.*answers.jsonl' "):
+        evaluate_composition(benchmark_, pool, engine, LoraRetriever(pool, encoder), cache=cache)
+    assert not engine.requests
+    assert content == "folder" or cache.read_text() == content
+
+
+def test_what_scoring_needs_is_told_before_answers_are_generated(
+    benchmark_: Any, pool: Any, engine: Any, encoder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hours of answers are not thrown away for a package that is not there."""
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    with pytest.raises(MissingDependencyError, match="sacrebleu"):
+        evaluate_composition(benchmark_, pool, engine, LoraRetriever(pool, encoder))
+    assert not engine.requests
 
 
 def test_answers_may_be_longer_than_the_samples(benchmark_: Any, pool: Any, engine: Any, encoder: Any) -> None:
