@@ -114,13 +114,13 @@ def retrieval(
             wrap=HybridEncoder if sees_words(encoder, words) else None,
             show_progress=not as_json,
         )
+    if as_json:
+        print_json({"retrieval": report.to_dict(), "splits": trained and trained.to_dict()})
+    else:
+        _print_retrieval(report, trained)
     if plots is not None:
         retriever = LoraRetriever(CardPool(benchmark.cards), embedder)
         _plot(plots, retriever, benchmark, "accuracy.png", _curves(report, trained), "right adapter among them, %")
-    if as_json:
-        print_json({"retrieval": report.to_dict(), "splits": trained and trained.to_dict()})
-        return
-    _print_retrieval(report, trained)
 
 
 @commands.command(short_help="How well does each composition answer?")
@@ -190,12 +190,12 @@ def composition(
             cache=cache,
             progress=bar(progress, "Answering"),
         )
-    if plots is not None:
-        _plot(plots, retriever, benchmark, "composition.png", _score_curves(report, settings), "macro average, %")
     if as_json:
         print_json(report.to_dict())
-        return
-    _print_composition(report)
+    else:
+        _print_composition(report)
+    if plots is not None:
+        _plot(plots, retriever, benchmark, "composition.png", _score_curves(report, settings), "macro average, %")
 
 
 def _pool(folder: Path | None) -> AdapterPool:

@@ -410,6 +410,23 @@ def test_evaluate_retrieval_draws_the_pool(run, folder: Path, test_file: Path, t
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", ["retrieval", "composition"])
+def test_what_was_measured_is_printed_though_it_cannot_be_drawn(
+    run, folder: Path, test_file: Path, capsys, kind: str
+) -> None:
+    """Hours of answers are not lost for want of a folder; `run` is there for the engine that it loads."""
+    pytest.importorskip("matplotlib")
+    options = ["--pool", str(folder), "--test", str(test_file), "--plots", str(test_file)]
+    if kind == "composition":
+        options += ["--base-model", "fake/base", "--max-tokens", "4"]
+    with pytest.raises(SystemExit) as stopped:
+        app(["evaluate", kind, *options])
+    assert stopped.value.code == 1
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"{kind}\t")
+    assert "File exists" in printed.err
+
+
 def test_evaluate_splits_need_a_folder(folder: Path, test_file: Path, capsys) -> None:
     """Encoders of training splits are kept, so where must be said."""
     with pytest.raises(SystemExit) as stopped:
