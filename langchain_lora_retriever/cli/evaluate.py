@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -112,7 +113,7 @@ def retrieval(
             seeds=range(splits),
             top_k=top_k,
             wrap=HybridEncoder if sees_words(encoder, words) else None,
-            show_progress=not as_json,
+            show_progress=not as_json and sys.stderr.isatty(),
         )
     if as_json:
         print_json({"retrieval": report.to_dict(), "splits": trained and trained.to_dict()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -40,7 +41,7 @@ def train(
         output_dir=output,
         config=TrainingConfig(num_steps=steps, seed=seed),
         resume=resume,
-        show_progress=not as_json,
+        show_progress=not as_json and sys.stderr.isatty(),
     )
     if as_json:
         print_json(report.to_dict())

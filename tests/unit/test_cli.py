@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from pathlib import Path  # noqa: TC003 - fixtures are annotated with it
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -425,6 +426,19 @@ def test_what_was_measured_is_printed_though_it_cannot_be_drawn(
     printed = capsys.readouterr()
     assert printed.out.startswith(f"{kind}\t")
     assert "File exists" in printed.err
+
+
+def test_training_draws_no_bar_into_a_pipe(run, folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """A log has no use for a hundred copies of it."""
+    shown = []
+
+    def train(*_: object, show_progress: bool, **__: object) -> SimpleNamespace:
+        shown.append(show_progress)
+        return SimpleNamespace(num_steps=1, seconds=1.0, output_dir=tmp_path, accuracy_before={}, accuracy_after={})
+
+    monkeypatch.setattr("langchain_lora_retriever.retrieval.training.train_encoder", train)
+    assert "1 steps" in run("train", folder, tmp_path / "encoder")
+    assert shown == [False]
 
 
 def test_evaluate_splits_need_a_folder(folder: Path, test_file: Path, capsys) -> None:
