@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,8 @@ class Conversation:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401, PLC0415 - lends `input` its history and its keys; Windows has none
             hint("Type a message, or /help. Ctrl-D ends.")
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # a turn that is no UTF-8 is told, and the next is read
         while (text := self._read()) is not None:
             if text.startswith("/"):
                 name, *arguments = text.split()

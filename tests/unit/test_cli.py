@@ -428,6 +428,15 @@ def test_what_was_measured_is_printed_though_it_cannot_be_drawn(
     assert "File exists" in printed.err
 
 
+def test_a_turn_that_is_no_utf_8_is_told_and_the_next_is_answered(folder: Path, run) -> None:
+    """`run` is there for the engine that it loads."""
+    options = ["chat", "--base-model", "fake/base", "--pool", str(folder)]
+    result = CliRunner().invoke(commands, options, input=b"caf\xe9\nhello\n")
+    assert result.exit_code == 0
+    assert "no Unicode text" in result.stderr
+    assert result.stdout.strip()
+
+
 def test_training_draws_no_bar_into_a_pipe(run, folder: Path, tmp_path: Path, monkeypatch) -> None:
     """A log has no use for a hundred copies of it."""
     shown = []
