@@ -90,18 +90,32 @@ def with_dataset(entry: PoolEntry, source: Path, hub: Hub) -> PoolEntry:
 def named_repositories(repositories: object) -> dict[str, str]:
     """Repositories by the names that their adapters are to have."""
     if isinstance(repositories, Mapping):
-        named = dict(repositories)
+        given = list(repositories.values())
     elif isinstance(repositories, Sequence) and not isinstance(repositories, str | bytes):
-        lasts = Counter(str(repository).partition("@")[0].rpartition("/")[2] for repository in set(repositories))
-        named = {}
-        for repository in map(str, repositories):
-            whole = repository.partition("@")[0]
-            last = whole.rpartition("/")[2]
-            named[last if lasts[last] == 1 else whole.replace("/", "--")] = repository
+        given = list(repositories)
     else:
         raise PoolError(f"repositories={shown(repositories)} is not allowed: pass a list of `user/repo`.")
+    for repository in given:
+        if not isinstance(repository, str):
+            raise PoolError(f"repositories has {shown(repository)}, which is not allowed: pass `user/repo`, strings.")
+    named: dict[str, str] = dict(repositories) if isinstance(repositories, Mapping) else _by_their_names(given)
     if not named:
         raise PoolError("repositories is empty: pass `user/repo`, at least one.")
+    return named
+
+
+def _by_their_names(repositories: Sequence[str]) -> dict[str, str]:
+    lasts = Counter(repository.partition("@")[0].rpartition("/")[2] for repository in set(repositories))
+    named: dict[str, str] = {}
+    for repository in repositories:
+        whole = repository.partition("@")[0]
+        last = whole.rpartition("/")[2]
+        name = last if lasts[last] == 1 else whole.replace("/", "--")
+        if named.setdefault(name, repository) != repository:
+            raise PoolError(
+                f"repositories has {shown(named[name])} and {shown(repository)}, which would both be named {name!r}. "
+                "Pass a dictionary of repositories by the names that their adapters are to have."
+            )
     return named
 
 

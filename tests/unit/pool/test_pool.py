@@ -679,6 +679,21 @@ def test_odd_arguments_are_documented_errors(folder, checkpoints, call, error):
     assert len(str(caught.value)) < 1000
 
 
+@pytest.mark.parametrize(
+    ("repositories", "said"),
+    [
+        (["user/sql@v1", "user/sql@v2"], "'user/sql@v1' and 'user/sql@v2', which would both be named 'user--sql'"),
+        ([["user/sql"]], "strings"),
+        ({"sql": 5}, "strings"),
+    ],
+    ids=str,
+)
+def test_repositories_that_cannot_be_named_are_refused(repositories, said):
+    """None of two is left out without a word."""
+    with pytest.raises(PoolError, match=said):
+        AdapterPool.from_hub(repositories)
+
+
 def test_refusals_are_logged(folder, caplog):
     """A server's log has them, whatever becomes of warnings."""
     (folder / "sql" / WEIGHTS_FILE).write_bytes(b"broken")
