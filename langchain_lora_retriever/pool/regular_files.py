@@ -42,6 +42,7 @@ _SETTLED_NS = 2_000_000_000
 _MAX_TRIES = 20
 _MAX_TRIES_WITHOUT_FOLDER = 3
 _PAUSE_SECONDS = 0.02
+_NO_FOLDER = "Pass a folder that is there, or a repository of the hub, user/repo."
 
 
 class FileIdentity(NamedTuple):
@@ -245,6 +246,7 @@ def read_one_version(
         AdapterError: What `read` raises; whatever else parsers make of a stranger's bytes, as one.
     """
     failure: Exception = OSError("there is no such folder")
+    advice = _NO_FOLDER
     for tried in range(_MAX_TRIES):
         if tried > 1:
             time.sleep(_PAUSE_SECONDS)
@@ -252,11 +254,12 @@ def read_one_version(
             try:
                 folder = AdapterFolder(path)
             except (OSError, ValueError) as error:  # a path with a zero byte in it
-                failure = error
+                failure, advice = error, _NO_FOLDER
                 if tried > _MAX_TRIES_WITHOUT_FOLDER:
                     break
                 continue
             with folder:
+                advice = "Copy it again."
                 try:
                     result = read(folder)
                 except Exception as error:  # noqa: BLE001 - whatever it is, it is said of this folder below
@@ -269,7 +272,7 @@ def read_one_version(
                     failure = OSError("its files change while they are read")
     if isinstance(failure, AdapterError):
         raise failure
-    raise InvalidAdapterError(f"{where} cannot be read: {said(failure)}. Copy it again.") from failure
+    raise InvalidAdapterError(f"{where} cannot be read: {said(failure)}. {advice}") from failure
 
 
 def parse_json(data: bytes, max_containers: int) -> Any:

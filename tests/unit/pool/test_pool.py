@@ -694,6 +694,13 @@ def test_repositories_that_cannot_be_named_are_refused(repositories, said):
         AdapterPool.from_hub(repositories)
 
 
+@pytest.mark.parametrize("path", ["nowhere", "a/b/nowhere", __file__])
+def test_a_checkpoint_that_is_not_there_is_told_in_words(path):
+    """With what to pass, not that it be copied again."""
+    with pytest.raises(InvalidAdapterError, match=r"Pass a folder that is there.* user/repo"):
+        AdapterPool().add("x", path)
+
+
 def test_refusals_are_logged(folder, caplog):
     """A server's log has them, whatever becomes of warnings."""
     (folder / "sql" / WEIGHTS_FILE).write_bytes(b"broken")
