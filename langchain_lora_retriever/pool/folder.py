@@ -247,9 +247,12 @@ class FingerprintCache:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
             descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-                json.dump(self._seen, stream)
-            aside.replace(self._file)
+            try:
+                with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+                    json.dump(self._seen, stream)
+                aside.replace(self._file)
+            finally:
+                aside.unlink(missing_ok=True)
 
 
 def _identities(folder: AdapterFolder) -> list[list[int]]:

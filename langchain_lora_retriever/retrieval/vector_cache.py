@@ -124,9 +124,12 @@ class AdapterVectors:
         aside = self._file.with_name(f".{self._file.name}.{os.getpid()}")
         with contextlib.suppress(OSError):
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            with aside.open("wb") as stream:
-                np.savez(stream, hashes=np.array(list(kept)), vectors=vectors, floors=np.array(floors))
-            aside.replace(self._file)
+            try:
+                with aside.open("wb") as stream:
+                    np.savez(stream, hashes=np.array(list(kept)), vectors=vectors, floors=np.array(floors))
+                aside.replace(self._file)
+            finally:
+                aside.unlink(missing_ok=True)  # of a full disk nothing is kept
 
 
 def _key(text: str) -> bytes:

@@ -457,6 +457,18 @@ def test_known_fingerprints_spare_hashing(big_pool):
     assert AdapterPool(big_pool).fingerprint == first.fingerprint
 
 
+def test_a_full_disk_keeps_no_half_of_the_fingerprints(big_pool, monkeypatch):
+    """The pool is read all the same, and nothing is left beside it."""
+
+    def write(_, stream):
+        stream.write("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("langchain_lora_retriever.pool.folder.json.dump", write)
+    assert len(AdapterPool(big_pool)) == 2
+    assert not [path for path in big_pool.iterdir() if path.name.startswith(".fingerprints")]
+
+
 def test_files_written_a_moment_ago_are_not_remembered(folder, monkeypatch):
     """They might be written to again without another time."""
     monkeypatch.setattr("langchain_lora_retriever.pool.folder._CACHE_ABOVE_BYTES", 1)

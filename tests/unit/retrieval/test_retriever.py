@@ -810,3 +810,15 @@ def test_an_encoder_that_is_away_is_not_asked_for_every_sample(checkpoint):
     with pytest.raises(EncoderError, match="away"):
         LoraRetriever(pool, encoder).refresh()
     assert len(encoder.batches) == 2
+
+
+def test_a_full_disk_keeps_no_half_of_the_embeddings(pool, tmp_path, monkeypatch):
+    """They are made, and made again at the next start; nothing is left behind."""
+
+    def write(stream, **_):
+        stream.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", write)
+    assert LoraRetriever(pool, WordEncoder(), cache_dir=tmp_path).retrieve("rows of the table")
+    assert not list(tmp_path.iterdir())
