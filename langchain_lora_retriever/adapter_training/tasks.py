@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from langchain_lora_retriever.errors import InvalidRequestError, InvalidSamplesError, UnknownAdapterError
+from langchain_lora_retriever.pool.arguments import check_name
 from langchain_lora_retriever.support.near_names import near_names
+from langchain_lora_retriever.support.nesting import check_unicode
 from langchain_lora_retriever.support.shown import shown
 
 if TYPE_CHECKING:
@@ -62,8 +64,9 @@ def read_tasks(
         seed: Shuffles the rows.
 
     Raises:
+        InvalidAdapterError: If a task's name cannot be an adapter's.
         InvalidSamplesError: If a line is no row; it is named.
-        InvalidRequestError: If there is no task, or too few rows of one.
+        InvalidRequestError: If there is no task, too few rows of one, or a row is no Unicode text.
         UnknownAdapterError: If there is no task of a name.
     """
     files = {path.stem: path for path in sorted(folder.glob("*.jsonl"))}
@@ -71,6 +74,7 @@ def read_tasks(
         raise InvalidRequestError(f"{folder} holds no task: put a <name>.jsonl into it, with {_ROW} on each line.")
     tasks = []
     for name in _chosen(names, files):
+        check_name(name)
         rows = _read_rows(files[name], name)
         random.Random(seed).shuffle(rows)  # noqa: S311 - row order
         test = rows[::_HELD_OUT] if holds_out else []
@@ -120,14 +124,27 @@ def _read_rows(path: Path, name: str) -> list[Row]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidSamplesError(
                 f"task {name!r}: line {number} of {path} is not JSON ({error}): {shown(line)}. Write {_ROW}."
             ) from error
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("input", "output")):
             raise InvalidSamplesError(f"task {name!r}: line {number} of {path} is {shown(line)}; allowed is {_ROW}.")
+        if not _are_messages(row.get("messages") or []):
+            raise InvalidSamplesError(
+                f"task {name!r}: line {number} of {path} has messages={shown(row['messages'])}; allowed is a list of "
+                'turns, {"role": "...", "content": "..."}.'
+            )
+        check_unicode(json.dumps(row, ensure_ascii=False), f"task {name!r}: line {number} of {path}")
         rows.append(row)
     return rows
+
+
+def _are_messages(value: object) -> bool:
+    """Whether a chat template may make something of it; what a turn holds beside its role differs between models."""
+    return isinstance(value, list) and all(
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in value
+    )
 
 
 def _read_lora(path: Path) -> dict[str, Any] | None:

@@ -25,6 +25,7 @@ from langchain_lora_retriever.pool.checkpoint_files import WEIGHTS_FILE
 from langchain_lora_retriever.pool.pool import AdapterPool
 from langchain_lora_retriever.support.checks import settings
 from langchain_lora_retriever.support.quiet_loading import quiet_loading
+from langchain_lora_retriever.support.shown import shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -116,6 +117,9 @@ class AdapterTrainer:
         config: How to train.
         base_model_name: What the adapters' configurations name as their base; `base_model` by default.
         device: Where to train; a GPU if there is one.
+
+    Raises:
+        InvalidRequestError: If there is no such device, or the model has no chat template, which rows are put into.
     """
 
     def __init__(
@@ -127,10 +131,15 @@ class AdapterTrainer:
         base_model_name: str | None = None,
         device: str | None = None,
     ) -> None:
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._config = config
         self._pool = pool
         self._base_model, self.tokenizer = _load(base_model, self.device)
+        if not self.tokenizer.chat_template:
+            raise InvalidRequestError(
+                f"the base model {base_model!r} has no chat template, which rows are put into. Pass one that was "
+                "trained for chats, or set tokenizer.chat_template and save the tokenizer with it."
+            )
         self._base_model.name_or_path = self._name = base_model_name or base_model
 
     def train(
@@ -309,6 +318,17 @@ class _Progress:
 
     losses: list[float]
     skipped: int
+
+
+def _device(name: str) -> torch.device:
+    """The device of a name, if something can be put there."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter is torch's word on what it was built without
+        reason = str(error).partition("\n")[0]
+        raise InvalidRequestError(f"device={shown(name)} is not allowed: {reason}. Pass 'cpu' or 'cuda'.") from error
+    return device
 
 
 def _load(base_model: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -16,7 +16,12 @@ from langchain_lora_retriever.adapter_training import train as train_module
 from langchain_lora_retriever.adapter_training.tasks import Task, read_tasks
 from langchain_lora_retriever.adapter_training.train import AdapterTrainer, AdapterTrainingConfig
 from langchain_lora_retriever.cli import commands
-from langchain_lora_retriever.errors import InvalidRequestError, InvalidSamplesError, UnknownAdapterError
+from langchain_lora_retriever.errors import (
+    InvalidAdapterError,
+    InvalidRequestError,
+    InvalidSamplesError,
+    UnknownAdapterError,
+)
 from makers import make_tiny_model, make_tokenizer
 
 if TYPE_CHECKING:
@@ -151,6 +156,9 @@ def test_training_is_saved_while_it_runs(base_model: str, data: Path, tmp_path: 
         ("{", InvalidSamplesError, "line 1 of"),
         ('{"input": "a"}', InvalidSamplesError, "line 1 of"),
         ("", InvalidRequestError, "0 rows"),
+        ('{"input": "a", "output": "\\ud800"}', InvalidRequestError, "line 1 of .* half a surrogate pair"),
+        ('{"input": "a", "output": "b", "messages": [5]}', InvalidSamplesError, "line 1 of .* messages="),
+        ("[" * 100_000, InvalidSamplesError, "line 1 of"),
     ],
 )
 def test_rows_that_are_none_are_named(data: Path, content: str, error: type[Exception], words: str) -> None:
@@ -158,6 +166,28 @@ def test_rows_that_are_none_are_named(data: Path, content: str, error: type[Exce
     (data / "upper.jsonl").write_text(content)
     with pytest.raises(error, match=words):
         read_tasks(data, lora=LORA, max_rows=10)
+
+
+def test_a_task_whose_name_no_adapter_may_have_is_refused(data: Path) -> None:
+    """Before those that come first are trained."""
+    (data / "zu:letzt.jsonl").write_text('{"input": "a", "output": "b"}')
+    with pytest.raises(InvalidAdapterError, match="'zu:letzt' cannot be the name of a folder"):
+        read_tasks(data, lora=LORA, max_rows=10)
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(tmp_path: Path, device: str) -> None:
+    """Before the base model is loaded."""
+    with pytest.raises(InvalidRequestError, match=f"device='{device}' is not allowed"):
+        AdapterTrainer("nowhere", tmp_path / "pool", AdapterTrainingConfig(), device=device)
+
+
+def test_a_base_model_without_a_chat_template_is_refused(tmp_path: Path) -> None:
+    """Rows have nothing to be put into."""
+    make_tiny_model().save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    with pytest.raises(InvalidRequestError, match="has no chat template"):
+        trainer_of(str(tmp_path / "base"), tmp_path)
 
 
 def test_unknown_tasks_and_settings_are_refused(base_model: str, data: Path, tmp_path: Path) -> None:
