@@ -441,7 +441,8 @@ class LoraRetriever:
 
         Beside them the lowest scores at which "auto" still takes them for near.
         """
-        known = {} if self._saved is None else self._saved.load()
+        kept = {} if self._saved is None else self._saved.load()
+        known = {key: mean for key, mean in kept.items() if mean.vector.shape == (self._dimension,)}
         vectors: dict[str, Vectors] = {}
         floors: dict[str, float] = {}
         refused: dict[str, AdapterError] = {}
@@ -454,7 +455,7 @@ class LoraRetriever:
                     vectors[name] = adopted
                 else:
                     refused[name] = self._misfit(entry, entry.embedding)
-            elif key in known and known[key].vector.shape == (self._dimension,):
+            elif key in known:
                 vectors[name], floors[name] = known[key]
             else:
                 waiting[name] = entry

@@ -376,6 +376,16 @@ def test_embeddings_survive_a_restart(pool, tmp_path):
     assert other.encoder.num_texts == 10
 
 
+def test_kept_embeddings_of_another_size_give_way(pool, checkpoint, tmp_path):
+    """An encoder that grew under its old name is no fault of the adapters that it embeds next."""
+    LoraRetriever(pool, WordEncoder(), cache_dir=tmp_path).refresh()
+    other = AdapterPool()
+    other.add("weather", checkpoint, samples=["What is the weather?"])
+    for _ in range(2):
+        found = LoraRetriever(other, WordEncoder(dimension=65), cache_dir=tmp_path).retrieve("the weather")
+        assert found[0].name == "weather"
+
+
 def test_another_default_encoder_moves_in_without_a_word(pool, tmp_path, caplog):
     """Embeddings of meaning alone stay where they are; those with words are made once, and then read.
 
