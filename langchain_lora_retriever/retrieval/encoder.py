@@ -241,6 +241,7 @@ def _model_name(model: str | Path | SentenceTransformer) -> str:
         return str(model)
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*.safetensors")) + sorted(folder.rglob("*.json")):
-        stat = file.stat()
-        digest.update(f"{file.relative_to(folder)}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+        stat = file.stat() if file.exists() else file.lstat()  # a link to nowhere is told when the model is loaded
+        told = f"{file.relative_to(folder)}\0{stat.st_size}\0{stat.st_mtime_ns}\0"
+        digest.update(told.encode("utf-8", "surrogateescape"))
     return f"{folder.resolve()}@{digest.hexdigest()[:16]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import threading
 from string import ascii_lowercase
@@ -151,6 +152,16 @@ def test_cut_middle(length, limit):
         assert text.endswith(tail)
     else:
         assert cut == text
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", os.fsdecode(b"\xff.json")])
+def test_a_folder_with_a_link_to_nowhere_has_a_name(tmp_path, name):
+    """What is wrong with it is told in words, once the model is wanted."""
+    (tmp_path / name).symlink_to("nowhere")
+    encoder = SentenceTransformerEncoder(tmp_path)
+    assert encoder.name.startswith(str(tmp_path))
+    with pytest.raises(EncoderError, match="cannot be loaded"):
+        encoder.encode(["a"])
 
 
 def test_the_default_encoder_is_where_a_package_brings_it(tmp_path, monkeypatch):
