@@ -29,7 +29,6 @@ from langchain_lora_retriever.errors import (
     LoraRetrieverError,
     fresh,
 )
-from langchain_lora_retriever.pool.pool import AdapterPool
 from langchain_lora_retriever.retrieval.arrival import SharedWork
 from langchain_lora_retriever.retrieval.encoder import (
     DEFAULT_ENCODER,
@@ -56,7 +55,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from langchain_lora_retriever.pool.pool import PoolEntry, PoolState
+    from langchain_lora_retriever.pool.pool import AdapterPool, PoolEntry, PoolState
     from langchain_lora_retriever.pool.task import TaskEntry
 
     Routed: TypeAlias = PoolEntry | TaskEntry
@@ -141,7 +140,7 @@ class LoraRetriever:
         cache_size: int = 4096,
         cache_dir: str | Path | None = None,
     ) -> None:
-        if not isinstance(pool, AdapterPool):
+        if pool is None or isinstance(pool, str | Path):
             raise InvalidRequestError(f"pool={shown(pool)} is not allowed: pass an AdapterPool, AdapterPool(folder).")
         if not isinstance(instruction, str):
             raise InvalidRequestError(f"instruction={shown(instruction)} is not allowed: pass a string.")
