@@ -14,6 +14,7 @@ from langchain_core.outputs import ChatGeneration, Generation
 from langchain_core.runnables import Runnable, RunnableLambda, RunnableMap, RunnablePassthrough
 from langchain_core.utils.json import parse_partial_json
 from pydantic import BaseModel, ValidationError
+from typing_extensions import is_typeddict
 
 from langchain_lora_retriever.errors import InvalidRequestError, StructuredOutputError
 from langchain_lora_retriever.output.json_check import violation
@@ -45,7 +46,9 @@ def structured_output(
     Raises:
         InvalidRequestError: If the method is unknown or the schema is none.
     """
-    trace = {"kwargs": {"method": method, "strict": strict}, "schema": schema}
+    # A trace converts it, too, and LangChain's conversion raises where a TypedDict has keys that are not required.
+    told = to_json_schema(schema) if is_typeddict(schema) else schema
+    trace = {"kwargs": {"method": method, "strict": strict}, "schema": told}
     if method == "function_calling":
         tool = schema_tool(schema, strict=strict)
         bound = llm.bind_tools(

@@ -23,6 +23,7 @@ from langchain_lora_retriever.output.schemas import (
     strict_schema,
     without_titles,
 )
+from langchain_lora_retriever.output.typed_dicts import typed_dict_schema
 from langchain_lora_retriever.support.nesting import check_unicode
 from langchain_lora_retriever.support.shown import shown
 
@@ -138,8 +139,10 @@ def _described(tool: Any) -> Mapping[str, Any]:
         if isinstance(tool, BaseTool) and not (isinstance(tool, TextTool) and not tool.args_schema):
             parameters = _readable(_class_schema(tool.tool_call_schema))
             return {"name": tool.name, "description": tool.description, "parameters": parameters}
-        if isinstance(tool, BaseTool) or is_typeddict(tool):
+        if isinstance(tool, BaseTool):
             return _unwrapped(convert_to_openai_tool(tool))
+        if is_typeddict(tool):
+            return _titled(typed_dict_schema(tool))
         if _is_model(tool):
             return _titled(_class_schema(tool))
         if callable(tool):

@@ -6,10 +6,12 @@ import copy
 import gc
 import json
 import random
+import typing
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import pytest
+import typing_extensions
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import StructuredTool, tool
 from pydantic import BaseModel, Field
@@ -21,7 +23,7 @@ from langchain_lora_retriever.demo.tasks import make_examples
 from langchain_lora_retriever.errors import InvalidRequestError
 from langchain_lora_retriever.output.dialects import HERMES, SECTION, add_tools_section, dialect_of
 from langchain_lora_retriever.output.tool_calls import ToolCallParser, call_text
-from langchain_lora_retriever.output.tools import to_tool_choice, to_tools, tool_name
+from langchain_lora_retriever.output.tools import to_json_schema, to_tool_choice, to_tools, tool_name
 
 if TYPE_CHECKING:
     from langchain_lora_retriever import ChatLoraRetriever
@@ -63,6 +65,69 @@ def test_every_kind_of_tool_is_understood() -> None:
     tools = to_tools([add, Person, City, greet, schema], strict=None)
     assert [tool_name(t) for t in tools] == ["add", "Person", "City", "greet", "order"]
     assert all(t["function"]["parameters"]["type"] == "object" for t in tools)
+
+
+@pytest.mark.parametrize("typed_dict", [typing.TypedDict, typing_extensions.TypedDict], ids=["typing", "extensions"])
+def test_typed_dicts_have_the_schema_that_they_are_written_for(typed_dict: Any) -> None:
+    """Keys that may be missing, LangChain's defaults and descriptions, and pydantic's limits, at every depth."""
+    part = typed_dict("Part", {"n": Annotated[int, 3, "how many"], "of": typing_extensions.NotRequired[str]})
+    keys = {
+        "a": typing_extensions.Required[Annotated[str, ..., "the first"]],
+        "b": str,
+        "c": typing_extensions.NotRequired[Annotated[part | None, None, "a part"]],
+        "d": Annotated[int, Field(ge=1), ..., "limited"],
+        "e": list[part],
+    }
+    whole = typed_dict("Whole", keys, total=False)
+    assert to_tools([part], strict=None)[0]["function"].keys() == {"name", "parameters"}  # no docstring: not dict's
+    whole.__doc__ = """A whole.
+
+    Args:
+        b: the second,
+            after the first
+    """
+    function = to_tools([whole], strict=None)[0]["function"]
+    inner = {
+        "type": "object",
+        "properties": {"n": {"type": "integer", "default": 3, "description": "how many"}, "of": {"type": "string"}},
+    }
+    assert (function["name"], function["description"]) == ("Whole", "A whole.")
+    assert function["parameters"] == {
+        "type": "object",
+        "properties": {
+            "a": {"type": "string", "description": "the first"},
+            "b": {"type": "string", "description": "the second, after the first"},
+            "c": {"anyOf": [inner, {"type": "null"}], "description": "a part"},
+            "d": {"type": "integer", "minimum": 1, "description": "limited"},
+            "e": {"type": "array", "items": inner},
+        },
+        "required": ["a"],
+    }
+    total = to_json_schema(typed_dict("Total", {"x": Annotated[int, ..., "x"], "y": Annotated[int, 1]}))
+    assert total["required"] == ["x"]
+
+
+class Loop(TypedDict):
+    """Contains itself."""
+
+    loops: list[Loop]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (Loop, "the TypedDict Loop contains itself. Write a pydantic class"),
+        (TypedDict("Told", {"a": Annotated[int, 1, 2]}), "key 'a' has the description 2, which is no text"),
+        (TypedDict("Lost", {"a": "Nowhere"}), "'Nowhere' is not defined"),  # noqa: F821
+    ],
+    ids=lambda given: getattr(given, "__name__", None),
+)
+def test_typed_dicts_without_a_schema_are_refused_in_words(given: Any, message: str) -> None:
+    """As a tool, and as the schema of an answer."""
+    with pytest.raises(InvalidRequestError, match=message):
+        to_tools([given], strict=None)
+    with pytest.raises(InvalidRequestError, match=message):
+        to_json_schema(given)
 
 
 def test_strict_closes_the_schema() -> None:
