@@ -171,7 +171,10 @@ class RouteRequest(BaseModel):
         """
         if (self.input is None) == (self.messages is None):
             raise InvalidRequestError("Pass either input, a text, or messages.")
-        messages = _to_messages(self.messages or [{"role": "user", "content": self.input}])
+        given = [{"role": "user", "content": self.input}] if self.messages is None else self.messages
+        if not given:
+            raise InvalidRequestError("The message list is empty: pass at least one message.")
+        messages = _to_messages(given)
         check_messages(messages)
         return messages
 

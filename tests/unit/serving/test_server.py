@@ -300,6 +300,13 @@ def test_the_decision_alone(address: str, engine: Any) -> None:
     assert not engine.requests
 
 
+def test_no_messages_are_refused_alike(address: str) -> None:
+    """A chat of nothing is no prompt, and no empty text: for the decision alone as for an answer."""
+    answers = [httpx.post(f"{address}/v1/{path}", json={"messages": []}) for path in ("route", "chat/completions")]
+    assert [answer.status_code for answer in answers] == [400, 400]
+    assert answers[0].json() == answers[1].json()
+
+
 def test_keys(llm: ChatLoraRetriever, tmp_path: Path) -> None:
     """Without the key nothing but health is told; the admin's may do both."""
     keys, admin = tmp_path / "keys", tmp_path / "admin"
