@@ -6,12 +6,14 @@ import asyncio
 import logging
 import time
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import FastAPI, Request
 from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match
 
 from langchain_lora_retriever.chat.begin import LONG_CHAT, Begun, abegin, owned, text_to_route
 from langchain_lora_retriever.chat.call import CallOptions
@@ -358,10 +360,17 @@ class _EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _on_http_error(_: Request, error: Exception) -> Response:
-    """A path or a method that there is none of."""
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    """A path that there is none of, or a method that a path does not take."""
     assert isinstance(error, HTTPException)
-    return error_response(RefusedError(str(error.detail), status=error.status_code, code="not_found"))
+    if error.status_code != HTTPStatus.METHOD_NOT_ALLOWED:
+        return error_response(RefusedError(str(error.detail), status=error.status_code, code="not_found"))
+    routes = (route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE)
+    allowed = ", ".join(sorted({method for route in routes for method in route.methods}))
+    message = f"{request.url.path} does not take {request.method}: send {allowed}."
+    response = error_response(RefusedError(message, status=error.status_code, code="method_not_allowed"))
+    response.headers["Allow"] = allowed
+    return response
 
 
 async def _merged(begun: Begun) -> AsyncIterator[tuple[int, Delta]]:

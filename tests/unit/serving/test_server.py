@@ -190,7 +190,23 @@ def test_what_is_no_json_and_no_path_is_told_too(address: str) -> None:
     assert httpx.post(f"{address}/v1/chat/completions", content=b"{").status_code == 400
     assert httpx.post(f"{address}/v1/chat/completions", content=b"\xff\xfe").status_code == 400
     assert httpx.get(f"{address}/v1/nothing").json()["error"]["code"] == "not_found"
-    assert httpx.get(f"{address}/v1/chat/completions").status_code == 405
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"), [("v1/chat/completions", "POST"), ("v1/adapters", "GET, POST"), ("v1/adapters/sql", "DELETE")]
+)
+def test_a_method_that_a_path_does_not_take_is_told(
+    llm: ChatLoraRetriever, tmp_path: Path, path: str, allowed: str
+) -> None:
+    """405, with all that it takes: in the header, and in words."""
+    admin = tmp_path / "admin"
+    admin.write_text(f"{ADMIN}\n")
+    with running(llm, ServeConfig(admin_key_file=admin)) as address:
+        answer = httpx.put(f"{address}/{path}", json={}, headers={"Authorization": f"Bearer {ADMIN}"})
+    error = answer.json()["error"]
+    assert (answer.status_code, answer.headers["Allow"]) == (405, allowed)
+    assert (error["type"], error["code"]) == ("invalid_request_error", "method_not_allowed")
+    assert error["message"] == f"/{path} does not take PUT: send {allowed}."
 
 
 def test_an_overloaded_engine_says_when_to_come_again(address: str, engine: Any) -> None:
