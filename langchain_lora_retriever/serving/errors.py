@@ -33,6 +33,10 @@ Body = TypeVar("Body", bound=BaseModel)
 _logger = logging.getLogger(__name__)
 _CLIENT_CLOSED = 499
 _RETRY_SECONDS = 1
+_ENGINE_ENDED = (
+    "The engine of this server has ended. Ask again; if it has not come back, the server's operator must restart the "
+    "server, whose log says more."
+)
 _MAX_TOLD = 3
 """Faults of a request that are told at once."""
 
@@ -79,12 +83,18 @@ class ClientGoneError(RefusedError):
 
 
 def error_object(error: BaseException) -> dict[str, Any]:
-    """`{"error": {"message", "type", "param", "code"}}`. What is not of this package is told by its type alone."""
+    """`{"error": {"message", "type", "param", "code"}}`. What is not of this package is told by its type alone.
+
+    An engine's end is told to clients in their words: the error's own advice is for whoever holds the engine in Python.
+    """
     _, kind, code = _describe(error)
     is_ours = isinstance(error, LoraRetrieverError | RefusedError | TimeoutError)
+    message = str(error) if is_ours else f"The server failed ({type(error).__name__}); its log says more."
     if not is_ours:
         _logger.error("A request failed", exc_info=error)
-    message = str(error) if is_ours else f"The server failed ({type(error).__name__}); its log says more."
+    elif isinstance(error, EngineDeadError):
+        _logger.error("A request met an engine that has ended: %s", error)
+        message = _ENGINE_ENDED
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 

@@ -220,6 +220,20 @@ def test_an_overloaded_engine_says_when_to_come_again(address: str, engine: Any)
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
 
 
+def test_an_engine_that_has_ended_is_told_to_clients_in_their_words(
+    address: str, engine: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody makes a new engine over HTTP: the server's operator does, whose log has the error."""
+    engine.close()
+    answer = httpx.post(f"{address}/v1/chat/completions", json={"messages": USER})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (503, "engine_dead")
+    assert "has ended" in error["message"]
+    assert "operator must restart the server" in error["message"]
+    assert "Create a new" not in error["message"]
+    assert "it was closed. Create a new one." in caplog.text
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_error_in_mid_answer(address: str, engine: Any, *, stream: bool) -> None:
     """A stream tells of it as its last event; what is not ours is told by its type alone."""
