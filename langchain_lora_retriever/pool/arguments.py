@@ -11,7 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from langchain_lora_retriever.errors import InvalidAdapterError, InvalidRequestError, LoraRetrieverError, PoolError
+from langchain_lora_retriever.errors import (
+    InvalidAdapterError,
+    InvalidRequestError,
+    InvalidSamplesError,
+    LoraRetrieverError,
+    PoolError,
+)
 from langchain_lora_retriever.pool.card import read_card
 from langchain_lora_retriever.pool.dataset_samples import draw_samples
 from langchain_lora_retriever.pool.entry import check_encoder, make_embedding
@@ -34,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "as_path",
+    "check_encoder_given",
     "check_name",
     "check_printable",
     "check_same",
@@ -69,6 +76,20 @@ def with_routing(
             entry, embedding=make_embedding(embedding, where=where), encoder=check_encoder(encoder, where=where)
         )
     return entry
+
+
+def check_encoder_given(name: object, embedding: object, encoder: object) -> None:
+    """Refuse the name of an encoder that is said to have made nothing.
+
+    Raises:
+        InvalidSamplesError: If there is no embedding beside it.
+    """
+    if encoder is not None and embedding is None:
+        raise InvalidSamplesError(
+            f"adapter {shown(name)}: encoder={shown(encoder)} names what made the embedding, and none is given. "
+            "Pass embedding=[...] as well, or leave encoder out: a pool's samples are embedded by the encoder of the "
+            "retriever or chat model."
+        )
 
 
 def check_samples_from(samples_from: object) -> None:

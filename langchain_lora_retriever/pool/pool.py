@@ -29,6 +29,7 @@ from langchain_lora_retriever.errors import (
 )
 from langchain_lora_retriever.pool.arguments import (
     as_path,
+    check_encoder_given,
     check_name,
     check_printable,
     check_same,
@@ -304,7 +305,7 @@ class AdapterPool:
                 no such folder.
             samples: Inputs of its training data, a dozen to 20, as strings or `{"input", "output"}`.
             embedding: Its embedding `[d]`, in place of samples.
-            encoder: Name of the encoder that made `embedding`.
+            encoder: Name of the encoder that made `embedding`; refused without one.
             samples_from: "dataset" draws 20 samples from the data set that the card names, where neither samples nor an
                 embedding are there.
             revision: Branch, tag or commit of the repository. What it is now is kept, and recorded as a commit.
@@ -319,6 +320,7 @@ class AdapterPool:
             AdapterError: If the adapter or its samples cannot be had or used. The pool is unchanged.
         """
         self.check_free(name)
+        check_encoder_given(name, embedding, encoder)
         found, source = self._find(name, path, samples_from, revision, subfolder, hub, convert=convert)
         with self._lock, self._writers():
             self.check_free(name)
@@ -349,6 +351,7 @@ class AdapterPool:
         """
         origin = self.state[name].hub
         check_samples_from(samples_from)
+        check_encoder_given(name, embedding, encoder)
         if path is None and (revision is not None or subfolder is not None):
             if origin is None:
                 raise HubError(

@@ -365,6 +365,20 @@ def test_a_crash_while_writing_is_undone(folder, checkpoints, monkeypatch):
     assert pool.fingerprint == before == AdapterPool(folder).fingerprint
 
 
+@pytest.mark.parametrize("given", [{}, {"samples": ["3 km in miles"]}], ids=["alone", "samples"])
+def test_an_encoder_without_an_embedding_is_refused(folder, checkpoints, given):
+    """It names what made the embedding; samples are embedded by a retriever's, whatever is said here."""
+    pool = AdapterPool(folder)
+    before = pool.fingerprint
+    for call in (
+        lambda: pool.add("units", checkpoints["units"], encoder="e", **given),
+        lambda: pool.update("sql", encoder="e", **given),
+    ):
+        with pytest.raises(InvalidSamplesError, match=r"adapter '(units|sql)': encoder='e' .*Pass embedding="):
+            call()
+    assert pool.fingerprint == before
+
+
 def test_save_and_load(folder, tmp_path):
     """A saved pool loads as the same; an existing folder is not overwritten."""
     pool = AdapterPool(folder)
