@@ -72,9 +72,11 @@ __all__ = [
 
 EMBEDDING_FILE = "embedding.npy"
 EMBEDDING_INFO = "embedding.json"
-MAX_EMBEDDING_BYTES = 1 << 20
 MAX_INFO_BYTES = 1 << 16
 _MAX_NPY_HEADER = 1000
+_MAX_NUMBERS = 1 << 18
+"""Of an embedding, given or in a file."""
+MAX_EMBEDDING_BYTES = 8 * _MAX_NUMBERS + 2 * _MAX_NPY_HEADER  # as many in doubles, and what says that they are
 _MAX_ENCODER_LENGTH = 1000
 _MAX_CONTAINERS = 100
 _COPY_BYTES = 16 << 20
@@ -146,10 +148,10 @@ def make_embedding(values: ArrayLike, *, where: str) -> NDArray[np.float32]:
         vector = np.asarray(values, dtype=np.float32)
     except Exception as error:  # whatever numpy makes of it: it is no vector
         raise InvalidSamplesError(f"{where}: the embedding holds no numbers: {said(error)}") from error
-    if vector.ndim != 1 or not 0 < vector.size <= MAX_EMBEDDING_BYTES // 4:
+    if vector.ndim != 1 or not 0 < vector.size <= _MAX_NUMBERS:
         raise InvalidSamplesError(
             f"{where}: the embedding has shape {shown(vector.shape)}; allowed is one vector [d] of up to "
-            f"{MAX_EMBEDDING_BYTES // 4:,} numbers."
+            f"{_MAX_NUMBERS:,} numbers."
         )
     norm = float(np.linalg.norm(vector.astype(np.float64)))
     if not np.isfinite(norm) or norm == 0:

@@ -365,6 +365,22 @@ def test_a_crash_while_writing_is_undone(folder, checkpoints, monkeypatch):
     assert pool.fingerprint == before == AdapterPool(folder).fingerprint
 
 
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_an_embedding_has_one_limit_in_memory_and_on_disk(folder, checkpoints, dtype):
+    """What is given and what lies beside weights, in floats or doubles: as many numbers, and one error beyond."""
+    largest, larger = (np.ones(num, dtype) for num in (262_144, 262_145))
+    for pool in (AdapterPool(), AdapterPool(folder)):
+        pool.add("units", checkpoints["units"], embedding=largest)
+        with pytest.raises(InvalidSamplesError, match=r"up to 262,144 numbers\.$"):
+            pool.update("units", embedding=larger)
+        assert pool.embedding("units").shape == (262_144,)
+    np.save(folder / "sql" / "embedding.npy", largest)
+    assert AdapterPool(folder).embedding("sql").shape == (262_144,)
+    np.save(folder / "sql" / "embedding.npy", larger)
+    with pytest.warns(UserWarning, match=r"'sql': the embedding has shape .* up to 262,144 numbers"):
+        assert list(AdapterPool(folder).rejected) == ["sql"]
+
+
 @pytest.mark.parametrize("given", [{}, {"samples": ["3 km in miles"]}], ids=["alone", "samples"])
 def test_an_encoder_without_an_embedding_is_refused(folder, checkpoints, given):
     """It names what made the embedding; samples are embedded by a retriever's, whatever is said here."""
