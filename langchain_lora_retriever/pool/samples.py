@@ -60,7 +60,7 @@ def make_samples(values: Iterable[str | Mapping[str, Any] | Sample], *, where: s
         where: What to call the place in an error, such as "adapter 'sql'".
 
     Raises:
-        InvalidSamplesError: If there is none, or one has no `input` that is a non-blank string.
+        InvalidSamplesError: If there is none, one has no `input` that is a non-blank string, or they are too large.
     """
     if isinstance(values, str | Mapping):
         raise InvalidSamplesError(f"{where}: samples is a single {type(values).__name__}; pass a list of them.")
@@ -73,7 +73,24 @@ def make_samples(values: Iterable[str | Mapping[str, Any] | Sample], *, where: s
         raise InvalidSamplesError(f"{where} has no samples. Pass a dozen inputs of its training data.")
     if len(samples) > _MAX_SAMPLES:
         raise InvalidSamplesError(f"{where} has more than {_MAX_SAMPLES:,} samples. {_ADVICE}.")
+    _check_size(samples, where)
     return samples
+
+
+def _check_size(samples: Iterable[Sample], where: str) -> None:
+    """Refuse what could not be read again once it is written."""
+    num_bytes = 0
+    for i, sample in enumerate(samples):
+        line = _line(sample)
+        if len(line) > _MAX_LINE:
+            raise InvalidSamplesError(
+                f"{where}: sample {i} has {len(line):,} characters as JSON; allowed are {_MAX_LINE:,}. Shorten it."
+            )
+        num_bytes += len(line.encode())
+        if num_bytes > MAX_SAMPLES_BYTES:
+            raise InvalidSamplesError(
+                f"{where} has samples of more than {MAX_SAMPLES_BYTES:,} bytes in all, as JSON lines. {_ADVICE}."
+            )
 
 
 def hash_inputs(texts: Iterable[str]) -> str:
@@ -136,10 +153,12 @@ def parse_samples(data: bytes, *, file: str, where: str) -> tuple[Sample, ...]:
 
 def write_samples(file: Path, samples: Iterable[Sample]) -> None:
     """Write a `samples.jsonl`."""
-    rows = (
-        {"input": sample.input} | ({} if sample.output is None else {"output": sample.output}) for sample in samples
-    )
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    file.write_text("".join(map(_line, samples)), encoding="utf-8")
+
+
+def _line(sample: Sample) -> str:
+    row = {"input": sample.input} | ({} if sample.output is None else {"output": sample.output})
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def _make_sample(value: object, where: str) -> Sample:

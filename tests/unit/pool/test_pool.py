@@ -365,6 +365,24 @@ def test_a_crash_while_writing_is_undone(folder, checkpoints, monkeypatch):
     assert pool.fingerprint == before == AdapterPool(folder).fingerprint
 
 
+@pytest.mark.parametrize(
+    ("samples", "said"),
+    [
+        (["x" * 99_000] * 200, r"^adapter '(sql|units)' has samples of more than 16,777,216 bytes in all"),
+        (["fine", {"input": "\1" * 99_000, "output": "\1" * 99_000}], r"^adapter '(sql|units)': sample 1 has 1,188,"),
+    ],
+    ids=["all", "one"],
+)
+def test_samples_that_could_not_be_read_again_are_refused_at_once(folder, checkpoints, samples, said):
+    """By the adapter's name, and in memory as on disk."""
+    for pool in (AdapterPool(folder), AdapterPool()):
+        with pytest.raises(InvalidSamplesError, match=said):
+            pool.add("units", checkpoints["units"], samples=samples)
+        assert "units" not in pool
+    with pytest.raises(InvalidSamplesError, match=said):
+        AdapterPool(folder).update("sql", samples=samples)
+
+
 @pytest.mark.parametrize("dtype", ["f4", "f8"])
 def test_an_embedding_has_one_limit_in_memory_and_on_disk(folder, checkpoints, dtype):
     """What is given and what lies beside weights, in floats or doubles: as many numbers, and one error beyond."""
