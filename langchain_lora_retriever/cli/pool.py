@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from langchain_lora_retriever.errors import AdapterError
+    from langchain_lora_retriever.pool.calibration import Calibration
     from langchain_lora_retriever.pool.pool import AdapterPool
     from langchain_lora_retriever.pool.task import TaskEntry
     from langchain_lora_retriever.retrieval.retriever import LoraRetriever
@@ -257,11 +258,21 @@ def calibrate(
             progress=bar(progress, "Scoring"),
         )
     llm.runtime.close()
-    if task is not None:
-        llm.pool.add_task(task, found.members, given)
-    if as_json:
-        print_json({**found.to_dict(), "task": task})
-        return
+    added = None
+    try:
+        if task is not None:
+            llm.pool.add_task(task, found.members, given)
+            added = task
+    finally:  # minutes of scoring are not lost if the task cannot be added
+        if as_json:
+            print_json({**found.to_dict(), "task": added})
+        else:
+            _print_calibration(found)
+    if added is not None and not as_json:
+        hint(f"Added the task {added!r}.")
+
+
+def _print_calibration(found: Calibration) -> None:
     rows = [
         (
             row.name or "the base model",
@@ -272,8 +283,6 @@ def calibrate(
         for row in (*found.adapters, found.base)
     ]
     print_table(("adapter", "mean log-likelihood", "samples", "share"), rows)
-    if task is not None:
-        hint(f"Added the task {task!r}.")
 
 
 @commands.command(short_help="Remove an adapter and its folder.")

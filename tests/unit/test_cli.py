@@ -26,7 +26,7 @@ from langchain_lora_retriever.cli.options import Mode
 from langchain_lora_retriever.cli.pool_listing import list_plain_pool
 from langchain_lora_retriever.cli.terminal import logging_to_terminal
 from langchain_lora_retriever.demo.report import CONDITIONS, run_demo
-from langchain_lora_retriever.errors import LoraRetrieverError
+from langchain_lora_retriever.errors import LoraRetrieverError, PoolError
 from langchain_lora_retriever.testing import FakeEngine
 from langchain_lora_retriever.types import CompositionMode
 
@@ -240,6 +240,31 @@ def test_pool_calibrate_makes_a_task_of_the_best_adapters(
     assert found["base"]["log_likelihood"] == -2.0
     assert AdapterPool(folder).tasks["poems"].members == (("sql", 1.0),)
     assert "the base model" in run("pool", "calibrate", folder, *options)
+
+
+@pytest.mark.usefixtures("run")
+@pytest.mark.parametrize("as_json", [False, True])
+def test_pool_calibrate_shows_what_it_found_if_the_task_cannot_be_added(
+    folder: Path, tmp_path: Path, engine, monkeypatch, *, as_json: bool
+) -> None:
+    """A full disk costs the task, and not the minutes of scoring."""
+
+    def full(*_: object) -> None:
+        raise PoolError("cannot write to the pool: no space left")
+
+    engine._prompt_logprob = lambda _, names: -1.0
+    monkeypatch.setattr(AdapterPool, "add_task", full)
+    samples = tmp_path / "mine.jsonl"
+    samples.write_text('{"input": "Count the poems.", "output": "Four"}\n')
+    options = ["--samples", str(samples), "--base-model", "fake/base", "--task", "poems", *(["--json"] * as_json)]
+    result = CliRunner().invoke(commands, ["pool", "calibrate", str(folder), *options])
+    assert isinstance(result.exception, PoolError)
+    if as_json:
+        found = json.loads(result.stdout)
+        assert (len(found["adapters"]), found["task"]) == (3, None)
+    else:
+        assert "the base model" in result.stdout
+        assert "Added" not in result.output
 
 
 def test_bars_of_downloads_are_not_drawn_into_a_pipe(monkeypatch) -> None:
