@@ -118,6 +118,7 @@ class AdapterPool:
         self._lock = threading.RLock()
         self._known: PoolState | None = PoolState(0, {}, {})
         self._seen: object = None  # how the folder looked when it was read
+        self._not_had: Mapping[str, AdapterError] = MappingProxyType({})  # of the hub: what no folder tells of
         if self._path is not None:
             if create:
                 with writing(self._path):
@@ -194,6 +195,7 @@ class AdapterPool:
             reasons = "\n".join(f"  {error}" for error in list(rejected.values())[:5])
             raise PoolError(f"no adapter of {len(named)} repositories can be used:\n{reasons}")
         pool._known = pool.state.changed(*rejected, rejected={**pool.rejected, **rejected})
+        pool._not_had = MappingProxyType(rejected)
         return pool
 
     @property
@@ -497,6 +499,9 @@ class AdapterPool:
                 return False
             entries, rejected, tasks = self._found(self._path, allow_empty=True)
             known = self._known
+            for name, error in self._not_had.items():  # unless it was added since, or removed
+                if known.rejected.get(name) is error and name not in entries and name not in tasks:
+                    rejected.setdefault(name, error)
             entries = {name: _unless_same(known.entries.get(name), entry) for name, entry in entries.items()}
             tasks = {name: _unless_same_task(known.tasks.get(name), task) for name, task in tasks.items()}
             self._seen = seen

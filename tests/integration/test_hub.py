@@ -300,6 +300,7 @@ def test_a_pool_of_repositories(
     assert pool.names == ("ann--sql", "bob--sql", "dates")
     assert pool.state["dates"].hub.commit == tagged
     assert isinstance(pool.rejected["nobody"], HubError)
+    assert not pool.refresh()
     server.paths.clear()
     with pytest.warns(UserWarning, match="bob/nobody"):
         again = AdapterPool.from_hub(names, hub=hub, path=tmp_path / "pool")
@@ -311,6 +312,27 @@ def test_a_pool_of_repositories(
     for bad in ([], "ann/sql", 3):
         with pytest.raises(PoolError, match="repositories"):
             AdapterPool.from_hub(bad, hub=hub)  # type: ignore[arg-type]
+
+
+def test_a_look_at_the_folder_keeps_what_the_hub_refused(
+    server: HubServer, hub: Hub, checkpoints: list[dict[str, bytes]], tmp_path: Path
+) -> None:
+    """Until an adapter of that name is there, or it is removed from what was refused."""
+    server.push("ann/sql", {**checkpoints[0], "samples.jsonl": SAMPLES})
+    with pytest.warns(UserWarning, match="bob/"):
+        pool = AdapterPool.from_hub(["ann/sql", "bob/one", "bob/two", "bob/three"], hub=hub, path=tmp_path / "pool")
+    other = AdapterPool(tmp_path / "pool")
+    other.add("dates", "ann/sql", hub=hub)
+    assert pool.refresh()
+    assert pool.names == ("dates", "sql")
+    assert list(pool.rejected) == ["one", "three", "two"]
+    other.add("one", "ann/sql", hub=hub)
+    pool.remove("two")
+    assert pool.refresh()
+    assert list(pool.rejected) == ["three"]
+    other.remove("one")
+    assert pool.refresh()
+    assert list(pool.rejected) == ["three"]
 
 
 DRAW = """
