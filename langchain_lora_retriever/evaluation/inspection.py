@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
 from langchain_lora_retriever.errors import InvalidRequestError
+from langchain_lora_retriever.support.checks import is_allowed
+from langchain_lora_retriever.support.shown import shown
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -85,8 +88,8 @@ def inspect_pool(retriever: LoraRetriever, *, kept: float = 0.98) -> PoolInspect
     Raises:
         InvalidRequestError: If fewer than two adapters have two samples, or `kept` is no share.
     """
-    if not 0 < kept <= 1:
-        raise InvalidRequestError(f"kept={kept!r} is not allowed: pass a number in (0, 1].")
+    if not is_allowed(kept, Annotated[float, Field(gt=0, le=1)]):
+        raise InvalidRequestError(f"kept={shown(kept)} is not allowed: pass a number in (0, 1].")
     groups = _embed_samples(retriever)
     if len(groups) < 2:
         raise InvalidRequestError(
@@ -128,7 +131,12 @@ def find_twins(retriever: LoraRetriever, *, z: float = 1.645) -> tuple[TwinPair,
     Args:
         retriever: Its pool is looked at, with its encoder.
         z: Standard deviations of the coin's count that a pair must exceed to be told apart.
+
+    Raises:
+        InvalidRequestError: If `z` is no finite number.
     """
+    if not is_allowed(z, float):
+        raise InvalidRequestError(f"z={shown(z)} is not allowed: pass a finite number, such as 1.645.")
     return _twins(_embed_samples(retriever), z)
 
 

@@ -22,8 +22,17 @@ __all__ = ["adapter_vectors", "plot_accuracy", "plot_map", "plot_similarity", "p
 
 
 def adapter_vectors(retriever: LoraRetriever) -> tuple[list[str], NDArray[np.float32]]:
-    """Return the names of the adapters that can be found, and their embeddings `[n, d]`, rows of length 1."""
+    """Return the names of the adapters that can be found, and their embeddings `[n, d]`, rows of length 1.
+
+    Raises:
+        InvalidRequestError: If there is none.
+    """
     vectors = retriever.adapter_vectors()
+    if not vectors:
+        raise InvalidRequestError(
+            f"the pool has {len(retriever.pool)} adapters, and none that prompts can find: add adapters with samples. "
+            "Its `undescribed` and the retriever's `rejected` say why others are not found."
+        )
     return list(vectors), np.stack(list(vectors.values()))
 
 

@@ -11,9 +11,10 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import numpy as np
+from pydantic import Field
 
 from langchain_lora_retriever.errors import InvalidRequestError
 from langchain_lora_retriever.evaluation.benchmark import CardPool
@@ -21,6 +22,7 @@ from langchain_lora_retriever.evaluation.inspection import find_twins
 from langchain_lora_retriever.retrieval.encoder import DEFAULT_ENCODER, DEFAULT_INSTRUCTION
 from langchain_lora_retriever.retrieval.retriever import LoraRetriever
 from langchain_lora_retriever.retrieval.training import TrainingConfig, split_adapters, train_encoder
+from langchain_lora_retriever.support.checks import is_allowed
 from langchain_lora_retriever.support.shown import shown
 
 if TYPE_CHECKING:
@@ -201,7 +203,7 @@ def evaluate_splits(
         InvalidRequestError: If `fraction` is no share, there is no seed, or `output_dir` has an encoder of another
             fraction, benchmark, encoder, instruction or config.
     """
-    if not 0 < fraction <= 1:
+    if not is_allowed(fraction, Annotated[float, Field(gt=0, le=1)]):
         raise InvalidRequestError(f"fraction={shown(fraction)} is not allowed: pass a number in (0, 1], such as 0.4.")
     config = config or TrainingConfig(holdout_fraction=0.0)
     names, ks = tuple(benchmark.cards), tuple(top_k)

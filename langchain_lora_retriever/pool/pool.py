@@ -136,9 +136,11 @@ class AdapterPool:
         Raises:
             PoolError: If there is no such folder.
         """
+        if not isinstance(path, str | os.PathLike):
+            raise PoolError(f"path={shown(path)} is not allowed: pass a folder.")
         try:
             is_folder = Path(path).is_dir()
-        except ValueError:  # half a surrogate pair, or a null byte
+        except (OSError, ValueError):  # too long a name; half a surrogate pair, or a null byte
             is_folder = False
         if not is_folder:
             return cls(path)  # which says what is wrong

@@ -9,6 +9,7 @@ import pytest
 
 from langchain_lora_retriever.errors import InvalidRequestError
 from langchain_lora_retriever.evaluation import CardPool, inspect_pool
+from langchain_lora_retriever.evaluation.inspection import find_twins
 from langchain_lora_retriever.retrieval.retriever import LoraRetriever
 
 
@@ -44,10 +45,15 @@ def test_kept_moves_the_score(pool: Any, encoder: Any) -> None:
 
 
 def test_unusable_requests_are_refused(pool: Any, encoder: Any) -> None:
-    """A share above 1, and a pool of one adapter, are refused."""
+    """A share above 1 or that is no number, and a pool of one adapter, are refused."""
     retriever = LoraRetriever(pool, encoder)
-    with pytest.raises(InvalidRequestError, match="kept=2"):
-        inspect_pool(retriever, kept=2)
+    odd: list[Any] = [2, "x", None, True]
+    for kept in odd:
+        with pytest.raises(InvalidRequestError, match=f"kept={kept!r} is not allowed"):
+            inspect_pool(retriever, kept=kept)
+    for z in ("x", float("nan")):
+        with pytest.raises(InvalidRequestError, match=f"z={z!r} is not allowed"):
+            find_twins(retriever, z=z)  # type: ignore[arg-type]
     for name in ("sql", "regex", "french"):
         pool.remove(name)
     with pytest.raises(InvalidRequestError, match="1 of 1 adapters"):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from langchain_lora_retriever import AdapterPool
 from langchain_lora_retriever.errors import InvalidRequestError, MissingDependencyError
 from langchain_lora_retriever.evaluation import plots
 from langchain_lora_retriever.retrieval.retriever import LoraRetriever
@@ -36,6 +37,12 @@ def test_drawing_needs_no_domains(pool: Any, encoder: Any, tmp_path: Path) -> No
     """A pool whose domains are not known is drawn in one colour."""
     names, vectors = plots.adapter_vectors(LoraRetriever(pool, encoder))
     assert plots.plot_map(tmp_path / "map.png", names, vectors).is_file()
+
+
+def test_a_pool_in_which_nothing_can_be_found_has_no_vectors(encoder: Any) -> None:
+    """It is refused in words, and not by numpy."""
+    with pytest.raises(InvalidRequestError, match="the pool has 0 adapters, and none that prompts can find"):
+        plots.adapter_vectors(LoraRetriever(AdapterPool(), encoder))
 
 
 def test_names_and_vectors_must_agree(tmp_path: Path) -> None:

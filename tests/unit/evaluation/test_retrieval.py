@@ -77,8 +77,8 @@ def test_no_split_is_refused(benchmark_: Any, tmp_path: Path) -> None:
         evaluate_splits(benchmark_, output_dir=tmp_path, seeds=())
 
 
-@pytest.mark.parametrize("fraction", [0, -0.4, 40, float("nan")])
-def test_what_is_no_share_is_refused(benchmark_: Any, tmp_path: Path, fraction: float) -> None:
+@pytest.mark.parametrize("fraction", [0, -0.4, 40, float("nan"), "x", None])
+def test_what_is_no_share_is_refused(benchmark_: Any, tmp_path: Path, fraction: Any) -> None:
     """A percentage, for one."""
     with pytest.raises(InvalidRequestError, match=r"fraction=.*in \(0, 1\]"):
         evaluate_splits(benchmark_, output_dir=tmp_path, fraction=fraction)

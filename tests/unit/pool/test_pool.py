@@ -716,6 +716,9 @@ def test_odd_leftovers_are_cleared(folder, tmp_path):
         (lambda pool, _: AdapterPool("a\0b"), PoolError),
         (lambda pool, _: AdapterPool("a\0b", create=True), PoolError),
         (lambda pool, _: AdapterPool(base_model=5), PoolError),
+        (lambda pool, _: AdapterPool.unread(5), PoolError),
+        (lambda pool, _: AdapterPool.unread(None), PoolError),
+        (lambda pool, _: AdapterPool.unread("x" * 300), PoolError),
         (lambda pool, _: pool[["sql"]], UnknownAdapterError),
         (lambda pool, _: pool["x" * 10_000_000], UnknownAdapterError),
         (lambda pool, _: pool.remove(["sql"]), UnknownAdapterError),
@@ -730,7 +733,7 @@ def test_odd_leftovers_are_cleared(folder, tmp_path):
         (lambda pool, path: pool.add("x", path, embedding=[1.0], encoder=object()), InvalidSamplesError),
         (lambda pool, path: pool.update("sql", 5), InvalidAdapterError),
     ],
-    ids=range(17),
+    ids=range(20),
 )
 def test_odd_arguments_are_documented_errors(folder, checkpoints, call, error):
     """No argument brings out a bare TypeError or ValueError."""
