@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -72,7 +73,7 @@ def make_members(members: object, *, where: str) -> tuple[tuple[str, float], ...
         where: What to call the task in an error.
 
     Raises:
-        InvalidRequestError: If they are something else.
+        InvalidRequestError: If they are something else, or a share is nothing beside another.
     """
     if not isinstance(members, Mapping) or not 0 < len(members) <= MAX_MEMBERS:
         raise InvalidRequestError(
@@ -80,15 +81,21 @@ def make_members(members: object, *, where: str) -> tuple[tuple[str, float], ...
         )
     for name, share in members.items():
         is_name = isinstance(name, str) and 0 < len(name) <= _MAX_NAME
-        is_share = isinstance(share, int | float) and not isinstance(share, bool) and 0 < share < math.inf
+        is_share = isinstance(share, int | float) and not isinstance(share, bool) and 0 < share <= sys.float_info.max
         if not (is_name and is_share):
             raise InvalidRequestError(
-                f"{where} has the member {shown(name)} with the share {shown(share)}; allowed are a name and a finite "
-                "number above 0."
+                f"{where} has the member {shown(name)} with the share {shown(share)}; allowed are a name and a number "
+                "above 0 that a float can hold."
             )
     largest = max(members.values())
     total = math.fsum(share / largest for share in members.values())
     shares = {name: share / largest / total for name, share in members.items()}
+    for name, share in shares.items():
+        if share == 0:
+            raise InvalidRequestError(
+                f"{where} has the member {shown(name)} with the share {shown(members[name])}, which is nothing beside "
+                f"the largest, {shown(largest)}. Leave it out, or give it a larger share."
+            )
     return tuple(sorted(shares.items(), key=lambda pair: (-pair[1], pair[0])))
 
 

@@ -63,6 +63,16 @@ def test_bad_tasks_are_refused_and_change_nothing(disk: AdapterPool, write_adapt
         (("more", {}, POEMS), InvalidRequestError, "task 'more' has members={}"),
         (("more", {"sql": 0.0}, POEMS), InvalidRequestError, "the share 0.0"),
         (("more", {"sql": float("nan")}, POEMS), InvalidRequestError, "the share nan"),
+        (
+            ("more", {"sql": 10**400, "french": 1.5}, POEMS),
+            InvalidRequestError,
+            "an integer of 1329 bits>; allowed .* a float",
+        ),
+        (
+            ("more", {"sql": 1e308, "french": 1e-308}, POEMS),
+            InvalidRequestError,
+            r"'french' with the share 1e-308, which is nothing beside the largest, 1e\+308",
+        ),
         (("more", {"sql": True}, POEMS), InvalidRequestError, "the share True"),
         (("more", ["sql"], POEMS), InvalidRequestError, "shares by adapters' names"),
         (("more", {f"a{i}": 1.0 for i in range(9)}, POEMS), InvalidRequestError, "1 to 8 of them"),
