@@ -177,7 +177,7 @@ class AdapterPool:
         named = named_repositories(repositories)
         pool = cls(path, base_model=base_model, create=path is not None)
         missing = {name: repository for name, repository in named.items() if name not in pool}
-        rejected: dict[str, AdapterError] = {}
+        refused: dict[str, AdapterError] = {}
 
         def add(item: tuple[str, str]) -> None:
             name, (repo_id, _, revision) = item[0], item[1].partition("@")
@@ -187,12 +187,13 @@ class AdapterPool:
                     convert=convert,
                 )  # fmt: skip
             except AdapterError as error:
-                rejected[name] = error
+                refused[name] = error
 
         with ThreadPoolExecutor(_NUM_FETCHED_AT_ONCE, thread_name_prefix="lora-retriever-hub") as threads:
             list(threads.map(add, missing.items()))
-        for name in sorted(rejected):
-            warn_rejected(rejected[name])
+        rejected = dict(sorted(refused.items()))  # and not as they came
+        for error in rejected.values():
+            warn_rejected(error)
         if not len(pool):
             reasons = "\n".join(f"  {error}" for error in list(rejected.values())[:5])
             raise PoolError(f"no adapter of {len(named)} repositories can be used:\n{reasons}")
