@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from langchain_lora_retriever.pool.card import Card, read_card
 from langchain_lora_retriever.pool.checkpoint_files import (
     CONFIG_FILE,
+    MAX_BASE_MODEL_LENGTH,
     MAX_CONFIG_BYTES,
     MAX_WEIGHTS_BYTES,
     WEIGHTS_FILE,
@@ -36,7 +37,6 @@ __all__ = ["ListedAdapter", "list_plain_pool"]
 
 _KEY = re.compile(r"base_model\.model\.([\w.-]{1,512})\.(lora_[AB])\.weight")
 _DTYPES = {"F64", "F32", "F16", "BF16"}
-_MAX_BASE_MODEL_LENGTH = 4096
 _LARGEST_ALPHA = 1_000_000
 # What a plain configuration says, beside the fields whose values are free.
 _PLAIN = {
@@ -153,7 +153,7 @@ def _check_plain(config: Mapping[str, Any]) -> None:
         and isinstance(targets, list)
         and all(isinstance(target, str) for target in targets)
         and isinstance(base_model, str)
-        and len(base_model) <= _MAX_BASE_MODEL_LENGTH
+        and len(base_model) <= MAX_BASE_MODEL_LENGTH
         and base_model.isprintable()
     )
     if not is_plain:

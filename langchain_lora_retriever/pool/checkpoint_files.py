@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CONFIG_FILE",
+    "MAX_BASE_MODEL_LENGTH",
     "MAX_CONFIG_BYTES",
     "MAX_WEIGHTS_BYTES",
     "PICKLE_FILE",
@@ -27,6 +28,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 MAX_CONFIG_BYTES = 4 << 20
 MAX_WEIGHTS_BYTES = 4 << 30
+MAX_BASE_MODEL_LENGTH = 4096
+"""Characters of the base model's name."""
 _MAX_HEADER_BYTES = 16 << 20
 _MAX_TENSORS = 1 << 16
 _LARGEST_SIZE = 1 << 40  # of a dimension

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from peft import LoraConfig
 
 from langchain_lora_retriever.errors import InvalidAdapterError, UnsupportedAdapterError
-from langchain_lora_retriever.pool.checkpoint_files import CONFIG_FILE
+from langchain_lora_retriever.pool.checkpoint_files import CONFIG_FILE, MAX_BASE_MODEL_LENGTH
 from langchain_lora_retriever.support.patterns import Pattern, PatternError, StepBudget
 from langchain_lora_retriever.support.shown import shown
 
@@ -23,7 +23,6 @@ __all__ = ["AdapterConfig"]
 # Of matching patterns, for all modules of an adapter together: about a second. Usual patterns take 150 a module.
 _MAX_STEPS = 500_000
 _STEPS_PER_MODULE = 150
-_MAX_BASE_MODEL_LENGTH = 4096
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _MAX_BITS = 1000  # of an integer that is to become a float
 _LARGEST_RANK = 1 << 20
@@ -330,8 +329,8 @@ def _check_kinds(given: Mapping[str, Any], where: str) -> None:
             f"a list of up to {_MAX_INVOCATION_TOKENS} token ids",
         ),
         "base_model_name_or_path": (
-            lambda value: is_name(value) and len(value) <= _MAX_BASE_MODEL_LENGTH and value.isprintable(),
-            f"a string of up to {_MAX_BASE_MODEL_LENGTH} printable characters",
+            lambda value: is_name(value) and len(value) <= MAX_BASE_MODEL_LENGTH and value.isprintable(),
+            f"a string of up to {MAX_BASE_MODEL_LENGTH} printable characters",
         ),
     }
     for key, (is_allowed, what) in allowed.items():

@@ -204,9 +204,11 @@ def _to_message(message: dict[str, Any]) -> BaseMessage:
     calls = message.get("tool_calls")
     if message.get("role") != "assistant" or not isinstance(calls, list):
         return _converted(message)
-    broken = [call for call in calls if _is_broken(call)]
-    # Beside calls there need be no content.
-    converted = _converted({"content": None, **message, "tool_calls": [call for call in calls if call not in broken]})
+    whole: list[Any] = []
+    broken: list[dict[str, Any]] = []
+    for call in calls:
+        (broken if _is_broken(call) else whole).append(call)
+    converted = _converted({"content": None, **message, "tool_calls": whole})  # beside calls there need be no content
     assert isinstance(converted, AIMessage)
     converted.invalid_tool_calls = [
         invalid_tool_call(name=call["function"].get("name"), args=call["function"]["arguments"], id=call.get("id"))

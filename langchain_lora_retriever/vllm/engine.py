@@ -66,7 +66,7 @@ class VllmEngine:
         max_lora_rank: Largest rank: 1, 8, 16, 32, 64, 128 or 256.
         max_adapters_per_request: Longest composition, 1 to 8.
         max_folder_bytes: Of adapters on the disk (in the folder for temporary files) that no request runs.
-        engine_args: Further fields of vLLM's `AsyncEngineArgs`: `dtype`, `max_model_len`, ...
+        engine_args: Further fields of vLLM's `AsyncEngineArgs`: `tensor_parallel_size`, `dtype`, `max_model_len`, ...
 
     Raises:
         MissingDependencyError: If vLLM is not installed.
