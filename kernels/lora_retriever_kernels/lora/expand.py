@@ -208,10 +208,15 @@ def _expand_tile_kernel(
     GAINS: tl.constexpr,
     BIAS: tl.constexpr,
     ADD: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A tile of tokens, one column block: a product over the rows of all adapters in the tile, y touched once."""
+    """A tile of tokens, one column block: a product over the rows of all adapters in the tile, y touched once.
+
+    With several parts each takes some of the rows, and has a `y` of its own, one after the other.
+    """
     tile = tl.program_id(1)
+    part = tl.program_id(2)
     count = tl.load(num_items + tile)
     wait_for_earlier_launches(PDL)
     if ADD:  # noqa: SIM102 - only this one is decided at compile time
@@ -224,7 +229,7 @@ def _expand_tile_kernel(
         token = tl.where(token < -1, -2 - token, token)
     n = tl.multiple_of(column, ALIGN) + tl.arange(0, BLOCK_N)
     i = tl.arange(0, BLOCK_ROWS)
-    y_ptr = y + token.to(tl.int64)[:, None] * stride_y + n[None, :]
+    y_ptr = y + (part * num_tokens + token).to(tl.int64)[:, None] * stride_y + n[None, :]
     y_mask = (token >= 0)[:, None] & (n < end)[None, :]
     if ADD:
         old = tl.load(y_ptr, mask=y_mask, other=0.0)
@@ -232,7 +237,7 @@ def _expand_tile_kernel(
     row_ptr = rows + out * max_rows + i
     mixed_ptr = mixed + (out * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]) * max_rows + i[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for first in range(0, count * ITEM_ROWS, BLOCK_ROWS):
+    for first in range(part * BLOCK_ROWS, count * ITEM_ROWS, NUM_PARTS * BLOCK_ROWS):
         row = tl.load(row_ptr + first)
         b_mask = (row >= 0)[:, None] & (n < end)[None, :]
         b_part = tl.load(b + row.to(tl.int64)[:, None] * stride_b + n[None, :], mask=b_mask, other=0.0)
@@ -269,9 +274,12 @@ def expand(
     *,
     add: bool = True,
 ) -> None:
-    """Add `v`'s products with B to `y` in place, or write them there; see `ops.lora_expand` and `ops.lora_delta`."""
+    """Add `v`'s products with B to `y` in place, or write them there; see `ops.lora_expand` and `ops.lora_delta`.
+
+    What is written may have parts, as many as `plan_expand` says.
+    """
     _, num_tokens, k, _, max_rank = v.shape
-    p = plan.plan_expand(block_m, num_tokens, k, max_rank, out_features)
+    p = plan.plan_expand(block_m, num_tokens, k, max_rank, out_features, takes_parts=not add)
     if block_m == 1:
         _expand_tokens(y, v, b, ranks, starts, out_features, batch, p, gains, bias, add=add)
     else:
@@ -427,7 +435,7 @@ def _expand_tiles(
     """A tile of tokens by a tile of columns."""
     blocks, options = _column_options(y, b, out_features, p, gains, bias)
     tiles, num_slices, block_m, max_rows = mixed[0].shape
-    _expand_tile_kernel[(blocks, tiles)](
+    _expand_tile_kernel[(blocks, tiles, p.num_parts)](
         y,
         *mixed,
         b,
@@ -435,9 +443,9 @@ def _expand_tiles(
         batch[6],
         batch[0],
         batch[1],
-        num_tokens=y.shape[0],
+        num_tokens=y.shape[-2],
         max_rows=max_rows,
-        stride_y=y.stride(0),
+        stride_y=y.stride(-2),
         stride_b=b.stride(0),
         K=1 if gains is None else k,
         NUM_SLICES=num_slices,
@@ -445,5 +453,6 @@ def _expand_tiles(
         BLOCK_M=block_m,
         BLOCK_ROWS=p.block_rows,
         ADD=add,
+        NUM_PARTS=p.num_parts,
         **options,
     )

@@ -395,7 +395,8 @@ def lora_delta(v: torch.Tensor, stack: LoraStack, batch: LoraBatch, mixed: Seque
         mixed: What `lora_mix` returned for them, if it was called.
 
     Returns:
-        `[num_tokens, sum(out_features)]`, the stack's dtype; 0 for a token without adapters.
+        `[num_tokens, sum(out_features)]`, the stack's dtype; 0 for a token without adapters. Or parts of it, whose sum it
+        is, `[num_parts, num_tokens, sum(out_features)]`.
 
     Raises:
         ValueError: If shapes, dtypes, devices or strides disagree.
@@ -432,9 +433,16 @@ def _lora_delta(
         return delta
     from lora_retriever_kernels.lora.expand import expand  # noqa: PLC0415 - Triton is optional
 
-    delta = b.new_empty(v.shape[1], sum(out_features))
+    delta = _empty_delta(v, b, out_features, block_m)
     expand(delta, v, b, ranks, starts, out_features, block_m, mixed, batch, add=False)
     return delta
+
+
+def _empty_delta(v: torch.Tensor, b: torch.Tensor, out_features: list[int], block_m: int) -> torch.Tensor:
+    """Allocate the result, or its parts."""
+    _, num_tokens, k, _, max_rank = v.shape
+    num_parts = plan.plan_expand(block_m, num_tokens, k, max_rank, out_features, takes_parts=True).num_parts
+    return b.new_empty(*((num_parts,) if num_parts > 1 else ()), num_tokens, sum(out_features))
 
 
 @_lora_delta.register_fake
@@ -444,8 +452,10 @@ def _(
     ranks: torch.Tensor,  # noqa: ARG001 - the schema's
     starts: torch.Tensor,  # noqa: ARG001 - the schema's
     out_features: list[int],
-    block_m: int,  # noqa: ARG001 - the schema's
+    block_m: int,
     mixed: list[torch.Tensor],  # noqa: ARG001 - the schema's
-    batch: list[torch.Tensor],  # noqa: ARG001 - the schema's
+    batch: list[torch.Tensor],
 ) -> torch.Tensor:
-    return b.new_empty(v.shape[1], sum(out_features))
+    if len(batch) == 2:
+        return b.new_empty(v.shape[1], sum(out_features))
+    return _empty_delta(v, b, out_features, block_m)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 # The unit in which an expand program walks through the rank rows of its tile.
 ITEM_ROWS = 16
+_FEW_PROGRAMS = 128  # of expand, which leave most of a GPU to others
 
 
 def cdiv(a: int, b: int) -> int:
@@ -113,6 +114,7 @@ class ExpandPlan:
         block_m: Tokens per program, as `token_block`.
         block_n: Output columns per program.
         block_rows: Rank rows per step.
+        num_parts: Programs that share the rows of a tile (split-K), where whoever reads the result adds up the parts.
     """
 
     block_m: int
@@ -120,10 +122,13 @@ class ExpandPlan:
     block_rows: int
     num_warps: int
     num_stages: int
+    num_parts: int = 1
 
 
-def plan_expand(block_m: int, num_tokens: int, k: int, max_rank: int, out_features: Sequence[int]) -> ExpandPlan:
-    """Choose the launch shape of `expand`."""
+def plan_expand(
+    block_m: int, num_tokens: int, k: int, max_rank: int, out_features: Sequence[int], *, takes_parts: bool = False
+) -> ExpandPlan:
+    """Choose the launch shape of `expand`; `takes_parts` says whether whoever reads the result can add up parts."""
     widest = max(16, power_of_2(max(out_features)))
     if block_m == 1:
         # One warp per program, with at most 8,192 elements of B in flight.
@@ -131,5 +136,7 @@ def plan_expand(block_m: int, num_tokens: int, k: int, max_rank: int, out_featur
         block_n = 256 if k == 1 and rows <= 16 and num_tokens > 32 else 64 if k > 1 and num_tokens <= 8 else 128
         return ExpandPlan(1, min(block_n, 8192 // (rows * power_of_2(k)), widest), rows, 1, 1)
     if num_tokens <= 256:
-        return ExpandPlan(block_m, min(64, widest), 64, 4, 3)
+        # A program of few goes through a tile's rows step by step, each as long as a load from memory takes.
+        is_narrow = takes_parts and cdiv(num_tokens, block_m) * sum(cdiv(n, 64) for n in out_features) <= _FEW_PROGRAMS
+        return ExpandPlan(block_m, min(64, widest), 64, 4, 3, 4 if is_narrow else 1)
     return ExpandPlan(block_m, min(128, widest), 16 if k * max_rank <= 16 else 64, 4, 2)

@@ -363,7 +363,8 @@ class LoraLayers:
             in_parts: Whether the product may come in parts, see `JointLinears.in_parts`.
 
         Returns:
-            Both `[num_tokens, sum(out_features)]`; None where the adapters' outputs are in the product already.
+            Both `[num_tokens, sum(out_features)]`, what is added possibly in parts (`lora_delta`); None where the
+            adapters' outputs are in the product already.
         """
         multiply = product.in_parts if in_parts else product
         if not self._is_active:
