@@ -17,11 +17,23 @@ import torch
 import triton
 import triton.language as tl
 
+from lora_retriever_kernels.decoder.activation import ACTIVATIONS, activate
 from lora_retriever_kernels.launch import pdl_options, wait_for_earlier_launches
 
-__all__ = ["MAX_TOKENS", "ProductShape", "choose_product", "launch_product", "multiply_few"]
+__all__ = [
+    "MAX_GATED_TOKENS",
+    "MAX_TOKENS",
+    "ProductShape",
+    "choose_gated_product",
+    "choose_product",
+    "launch_gated_product",
+    "launch_product",
+    "multiply_few",
+    "multiply_gated",
+]
 
 MAX_TOKENS = 64
+MAX_GATED_TOKENS = 128
 _SMALL = 16  # tokens, of which two programs with narrow blocks fit an SM's shared memory
 _LEAST_BUSY, _LEAST_BUSY_SMALL = 0.72, 0.36  # below this share of SMs at work the library's product is as fast
 _LEAST_PART, _GOOD_PART = 512, 2048  # features of a part: at least, and from when on more parts do no harm
@@ -62,6 +74,28 @@ def choose_product(num_tokens: int, weight: torch.Tensor, *, takes_parts: bool) 
         return None
     num_sms = _num_sms(weight.device)
     return _choose(tuple(weight.shape), num_sms, is_small=num_tokens <= _SMALL, takes_parts=takes_parts)
+
+
+def choose_gated_product(num_tokens: int, weight: torch.Tensor) -> ProductShape | None:
+    """Choose how a product with gate and up, and its activation, are launched together.
+
+    Args:
+        num_tokens: Rows of the other factor.
+        weight: `[2 * width, in_features]`, gate above up; as in `choose_product`.
+
+    Returns:
+        None where two launches are as fast or faster, and on all GPUs but Hopper's. The blocks are of gate and up each.
+    """
+    if not _SMALL < num_tokens <= MAX_GATED_TOKENS or weight.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    if weight.device.type != "cuda" or not weight.is_contiguous() or weight.data_ptr() % 16:
+        return None
+    width, features = weight.shape[0] // 2, weight.shape[1]
+    num_sms, shape = _num_sms(weight.device), ProductShape(64, 64, 1, 3, 4 if num_tokens <= MAX_TOKENS else 8)
+    if not num_sms or width % shape.block_n or features % shape.block_k:
+        return None
+    num_programs, places = width // shape.block_n, 2 * num_sms
+    return shape if num_programs / (-(-num_programs // places) * places) >= _LEAST_BUSY else None
 
 
 @functools.cache
@@ -198,3 +232,93 @@ def multiply_few(
     if shape is None or x.dtype != weight.dtype or x.stride(1) != 1 or x.device.index != torch.cuda.current_device():
         return None
     return launch_product(x, weight, bias, shape)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _few_gated_kernel(
+    y, x, weight, bias, num_tokens, x_stride,
+    WIDTH: tl.constexpr, FEATURES: tl.constexpr, HAS_BIAS: tl.constexpr, KIND: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NUM_STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program per block of outputs, for all tokens: its rows of gate and its rows of up."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    t = tl.arange(0, BLOCK_T)
+    d = tl.arange(0, BLOCK_K)
+    rows = weight + n.to(tl.int64)[:, None] * FEATURES + d[None, :]
+    inputs = x + t[:, None] * x_stride + d[None, :]
+    ok = (t < num_tokens)[:, None]
+    gate = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+    up = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+    wait_for_earlier_launches(PDL)
+    for k in tl.range(0, FEATURES, BLOCK_K, num_stages=NUM_STAGES):
+        gate_rows = tl.load(rows + k, eviction_policy="evict_first")
+        up_rows = tl.load(rows + WIDTH * FEATURES + k, eviction_policy="evict_first")
+        columns = tl.trans(tl.load(inputs + k, mask=ok, other=0.0))
+        gate = tl.dot(gate_rows, columns, gate, input_precision="ieee")
+        up = tl.dot(up_rows, columns, up, input_precision="ieee")
+    if HAS_BIAS:
+        gate += tl.load(bias + n).to(tl.float32)[:, None]
+        up += tl.load(bias + WIDTH + n).to(tl.float32)[:, None]
+    target = y + t[:, None] * WIDTH + n[None, :]
+    tl.store(target, tl.trans(activate(gate, KIND) * up).to(y.dtype.element_ty), mask=ok)
+
+
+def launch_gated_product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str, shape: ProductShape
+) -> torch.Tensor:
+    """Multiply few tokens with gate and up, and the activation of the one with the other; see `multiply_gated`.
+
+    Args:
+        x: `[num_tokens, in_features]`, unit stride in a row.
+        weight: `[2 * width, in_features]`, contiguous, of its dtype.
+        bias: `[2 * width]`, or None.
+        activation: One of `ACTIVATIONS`.
+        shape: How; its blocks divide the weight's sizes, and there is one part.
+
+    Returns:
+        `[num_tokens, width]` of the inputs' dtype.
+    """
+    num_tokens, (width, features) = x.shape[0], weight.shape
+    y = torch.empty(num_tokens, width // 2, dtype=x.dtype, device=x.device)
+    _few_gated_kernel[(width // 2 // shape.block_n,)](
+        y,
+        x,
+        weight,
+        bias if bias is not None else weight,
+        num_tokens,
+        x.stride(0),
+        WIDTH=width // 2,
+        FEATURES=features,
+        HAS_BIAS=bias is not None,
+        KIND=ACTIVATIONS[activation],
+        BLOCK_T=max(16, triton.next_power_of_2(num_tokens)),
+        BLOCK_N=shape.block_n,
+        BLOCK_K=shape.block_k,
+        NUM_STAGES=shape.num_stages,
+        num_warps=shape.num_warps,
+        **pdl_options(x.device),
+    )
+    return y
+
+
+def multiply_gated(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str
+) -> torch.Tensor | None:
+    """Multiply few tokens with gate and up, and the activation of the one with the other, where that is faster at once.
+
+    Semantics:
+        gate, up = (x @ weight.T + bias).chunk(2, 1); y = activation(gate) * up, rounded once.
+
+    Args:
+        x: `[num_tokens, in_features]`, unit stride in a row.
+        weight: `[2 * width, in_features]`.
+        bias: `[2 * width]`, or None.
+        activation: One of `ACTIVATIONS`.
+
+    Returns:
+        `[num_tokens, width]` of the inputs' dtype; None where two launches are as fast or faster, as in `multiply_few`.
+    """
+    shape = choose_gated_product(x.shape[0], weight)
+    if shape is None or x.dtype != weight.dtype or x.stride(1) != 1 or x.device.index != torch.cuda.current_device():
+        return None
+    return launch_gated_product(x, weight, bias, activation, shape)

@@ -175,7 +175,7 @@ def test_attention_and_layers(compiler: Compiler) -> None:
 @pytest.mark.parametrize("compiler", [HOPPER], indirect=True)
 def test_products_of_few_tokens(compiler: Compiler) -> None:
     """One token and many, in parts and in wide blocks, with a bias and without; an SM keeps room for others."""
-    from lora_retriever_kernels.few_tokens import ProductShape, launch_product
+    from lora_retriever_kernels.few_tokens import ProductShape, launch_gated_product, launch_product
 
     weight = torch.zeros(256, 4096, dtype=torch.bfloat16)
     for num_tokens in (1, 64):
@@ -183,5 +183,8 @@ def test_products_of_few_tokens(compiler: Compiler) -> None:
         launch_product(x, weight, None, ProductShape(64, 128, 2, 4, 4))
         wide = ProductShape(128, 128, 1, 3, 8) if num_tokens == 1 else ProductShape(128, 64, 1, 4, 8)
         launch_product(x, weight, weight[:, 0].contiguous(), wide)
-    assert len(compiler.known) == 4
+    for num_tokens, num_warps in ((64, 4), (128, 8)):
+        x = torch.zeros(num_tokens, 4096, dtype=torch.bfloat16)
+        launch_gated_product(x, weight, None, "silu", ProductShape(64, 64, 1, 3, num_warps))
+    assert len(compiler.known) == 6
     assert compiler.most_shared <= 128 << 10

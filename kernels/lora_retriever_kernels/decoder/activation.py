@@ -16,6 +16,18 @@ ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "ge
 
 
 @triton.jit
+def activate(gate, KIND: tl.constexpr) -> tl.tensor:
+    """The activation of a kind that `ACTIVATIONS` lists."""
+    if KIND == 0:
+        gate = gate * tl.sigmoid(gate)
+    elif KIND == 1:
+        gate = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+    else:
+        gate = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+    return gate
+
+
+@triton.jit
 def _activation_kernel(
     out, x, delta, width, x_stride, NUM_DELTAS: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):
@@ -30,13 +42,7 @@ def _activation_kernel(
         row = (part * tl.num_programs(0) + token) * 2 * width
         gate += tl.load(delta + row + d, mask=ok, other=0.0).to(tl.float32)
         up += tl.load(delta + row + width + d, mask=ok, other=0.0).to(tl.float32)
-    if KIND == 0:
-        gate = gate * tl.sigmoid(gate)
-    elif KIND == 1:
-        gate = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
-    else:
-        gate = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
-    tl.store(out + token * width + d, (gate * up).to(out.dtype.element_ty), mask=ok)
+    tl.store(out + token * width + d, (activate(gate, KIND) * up).to(out.dtype.element_ty), mask=ok)
 
 
 def gated_activation(x: torch.Tensor, name: str, delta: torch.Tensor | None = None) -> torch.Tensor:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from langchain_lora_retriever.engine.model.lora_layers import LoraLayers, Product
+    from langchain_lora_retriever.engine.model.linear_groups import Product
+    from langchain_lora_retriever.engine.model.lora_layers import LoraLayers
     from langchain_lora_retriever.engine.model.paged_step import PagedStep
     from langchain_lora_retriever.engine.model.probe import AttentionGeometry, ModelProbe
 
@@ -71,8 +72,11 @@ class _Mlp(NamedTuple):
     activation: str
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        x, delta = self.gate_up(x)
-        return self.down(gated_activation(x, self.activation, delta))
+        gated = self.gate_up.gated(x, self.activation)
+        if gated is None:
+            x, delta = self.gate_up(x)
+            gated = gated_activation(x, self.activation, delta)
+        return self.down(gated)
 
 
 class FusedLayers:

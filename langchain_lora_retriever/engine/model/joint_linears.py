@@ -41,6 +41,12 @@ class JointLinears(Protocol):
         Parts come where they come sooner. Their sum is the product.
         """
 
+    def gated(self, x: torch.Tensor, activation: str) -> torch.Tensor | None:
+        """The activation of the first half of the outputs times the second, `[num_tokens, sum(out_features) / 2]`.
+
+        None where that is not sooner there than by another launch.
+        """
+
     def release(self) -> None:
         """Give the modules weights of their own again."""
 
@@ -109,7 +115,7 @@ class _SideBySide:
         if self.weight.device.type == "cpu":
             self.weight = self.weight.t().contiguous().t()
         self.bias = _joint_bias(linears)
-        self._multiply_few = _multiply_few() if self.weight.is_cuda else None
+        self._few_tokens = _few_tokens() if self.weight.is_cuda else None
         for module, part in zip(linears, self.weight.split([m.out_features for m in linears]), strict=True):
             if uses[id(module.weight)] > 1:
                 module.weight = nn.Parameter(part, requires_grad=False)
@@ -124,9 +130,15 @@ class _SideBySide:
 
     def _multiply(self, x: torch.Tensor, *, takes_parts: bool) -> torch.Tensor:
         product = None
-        if self._multiply_few is not None and x.dim() == 2:
-            product = self._multiply_few(x, self.weight, self.bias, takes_parts=takes_parts)
+        if self._few_tokens is not None and x.dim() == 2:
+            product = self._few_tokens.multiply_few(x, self.weight, self.bias, takes_parts=takes_parts)
         return nn.functional.linear(x, self.weight, self.bias) if product is None else product
+
+    def gated(self, x: torch.Tensor, activation: str) -> torch.Tensor | None:
+        if self._few_tokens is None:
+            return None
+        found: torch.Tensor | None = self._few_tokens.multiply_gated(x, self.weight, self.bias, activation)
+        return found
 
     def release(self) -> None:
         """Give the modules weights of their own again."""
@@ -162,6 +174,9 @@ class _Packed:
 
     in_parts = __call__
 
+    def gated(self, x: torch.Tensor, activation: str) -> torch.Tensor | None:  # noqa: ARG002 - the protocol's
+        return None
+
     def release(self) -> None:
         """Give the modules weights of their own again."""
         joint: Any = self._weight.to_dense()
@@ -175,13 +190,13 @@ class _Packed:
         return dense[begin:end]
 
 
-def _multiply_few() -> Callable[..., torch.Tensor | None] | None:
-    """The product of few tokens in Triton, if that is installed."""
+def _few_tokens() -> Any:
+    """The products of few tokens in Triton, if that is installed."""
     if importlib.util.find_spec("triton") is None:
         return None
-    from lora_retriever_kernels.few_tokens import multiply_few  # noqa: PLC0415 - needs Triton
+    from lora_retriever_kernels import few_tokens  # noqa: PLC0415 - needs Triton
 
-    return multiply_few
+    return few_tokens
 
 
 def _joint_bias(linears: Sequence[nn.Linear]) -> torch.Tensor | None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from langchain_lora_retriever.engine.model.dora import DoraGains
 from langchain_lora_retriever.engine.model.joint_linears import count_uses
-from langchain_lora_retriever.engine.model.linear_groups import LoraGroup, split_group
+from langchain_lora_retriever.engine.model.linear_groups import GroupProduct, LoraGroup, SeparateProducts, split_group
 from langchain_lora_retriever.engine.model.vocabulary_layers import VocabularyLayers
 from langchain_lora_retriever.engine.pinned_copy import copy_to_device, on_device
 from langchain_lora_retriever.errors import InvalidAdapterError
@@ -28,18 +27,17 @@ from lora_retriever_kernels.lora import (
 from lora_retriever_kernels.streams import run_beside
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from transformers import PreTrainedModel
 
     from langchain_lora_retriever.engine.model.joint_linears import JointLinears
+    from langchain_lora_retriever.engine.model.linear_groups import Product
     from langchain_lora_retriever.engine.model.packed_batch import LoraSpans
     from langchain_lora_retriever.engine.model.probe import LinearGroup, Vocabulary
     from langchain_lora_retriever.types import Adapter, LoraWeights
 
-__all__ = ["MAX_RANK", "LoraLayers", "Product", "StepKinds"]
-
-Product: TypeAlias = "Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]"
+__all__ = ["MAX_RANK", "LoraLayers", "StepKinds"]
 
 MAX_RANK = 256  # of one adapter, by the kernels
 
@@ -293,15 +291,14 @@ class LoraLayers:
             in_parts: Whether the product may come in parts, see `JointLinears.in_parts`.
 
         Returns:
-            A function that gives the modules' outputs side by side, and what is to be added to them, see
-            `product_and_delta`; None if these modules do not share an input.
+            None if these modules do not share an input.
         """
         groups = [group for group in self._groups if set(group.names) <= set(names)]
         if [name for group in groups for name in group.names] != list(names):
             return None
         if len(groups) == 1:
-            return partial(groups[0].compute_apart, in_parts=in_parts)
-        return lambda x: (torch.cat([group.compute(x) for group in groups], 1), None)
+            return GroupProduct(groups[0], in_parts=in_parts)
+        return SeparateProducts(groups)
 
     def attach(self) -> None:
         """Wrap the modules."""
