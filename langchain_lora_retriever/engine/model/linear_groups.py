@@ -164,9 +164,11 @@ class GroupProduct:
         self._in_parts = in_parts
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As in `Product`."""
         return self._group.compute_apart(x, in_parts=self._in_parts)
 
     def gated(self, x: torch.Tensor, activation: str) -> torch.Tensor | None:
+        """As in `Product`."""
         return self._group.compute_gated(x, activation)
 
 
@@ -181,9 +183,11 @@ class SeparateProducts:
         self._groups = groups
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As in `Product`."""
         return torch.cat([group.compute(x) for group in self._groups], 1), None
 
     def gated(self, x: torch.Tensor, activation: str) -> torch.Tensor | None:  # noqa: ARG002 - the protocol's
+        """As in `Product`."""
         return None
 
 
