@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_retriever_kernels.decoder.activation import ACTIVATIONS, activate
 from lora_retriever_kernels.launch import pdl_options, wait_for_earlier_launches
@@ -26,7 +27,6 @@ __all__ = [
     "ProductShape",
     "choose_gated_product",
     "choose_product",
-    "launch_gated_product",
     "launch_product",
     "multiply_few",
     "multiply_gated",
@@ -86,16 +86,18 @@ def choose_gated_product(num_tokens: int, weight: torch.Tensor) -> ProductShape 
     Returns:
         None where two launches are as fast or faster, and on all GPUs but Hopper's. The blocks are of gate and up each.
     """
-    if not _SMALL < num_tokens <= MAX_GATED_TOKENS or weight.dtype not in (torch.bfloat16, torch.float16):
+    if not 0 < num_tokens <= MAX_GATED_TOKENS or weight.dtype not in (torch.bfloat16, torch.float16):
         return None
     if weight.device.type != "cuda" or not weight.is_contiguous() or weight.data_ptr() % 16:
         return None
     width, features = weight.shape[0] // 2, weight.shape[1]
-    num_sms, shape = _num_sms(weight.device), ProductShape(64, 64, 1, 3, 4 if num_tokens <= MAX_TOKENS else 8)
+    num_sms, is_small = _num_sms(weight.device), num_tokens <= _SMALL
+    shape = ProductShape(64, 128 if is_small else 64, 1, 3, 4 if num_tokens <= MAX_TOKENS else 8)
     if not num_sms or width % shape.block_n or features % shape.block_k:
         return None
     num_programs, places = width // shape.block_n, 2 * num_sms
-    return shape if num_programs / (-(-num_programs // places) * places) >= _LEAST_BUSY else None
+    least = _LEAST_BUSY_SMALL if is_small else _LEAST_BUSY
+    return shape if num_programs / (-(-num_programs // places) * places) >= least else None
 
 
 @functools.cache
@@ -145,61 +147,79 @@ def _choose(weight: tuple[int, int], num_sms: int, *, is_small: bool, takes_part
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _few_kernel(
-    y, x, weight, bias, num_tokens, x_stride,
-    WIDTH: tl.constexpr, FEATURES: tl.constexpr, HAS_BIAS: tl.constexpr, NUM_PARTS: tl.constexpr,
+    y, x, weight, bias, num_tokens,
+    WIDTH: tl.constexpr, FEATURES: tl.constexpr, HAS_BIAS: tl.constexpr, NUM_PARTS: tl.constexpr, KIND: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NUM_STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program per block of outputs and part of the features, for all tokens: the weight is read once."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """One program per block of outputs and part of the features, for all tokens: the weight is read once.
+
+    `x` and `weight` are tensor descriptors: the copy engine (TMA) brings their blocks. With a `KIND` of activation a
+    program has its rows of gate and its rows of up, and `WIDTH` is that of each.
+    """
+    first = tl.program_id(0) * BLOCK_N
     part = tl.program_id(1)
+    n = first + tl.arange(0, BLOCK_N)
     t = tl.arange(0, BLOCK_T)
-    d = tl.arange(0, BLOCK_K)
     PART: tl.constexpr = FEATURES // NUM_PARTS
-    rows = weight + n.to(tl.int64)[:, None] * FEATURES + (part * PART + d)[None, :]
-    inputs = x + t[:, None] * x_stride + (part * PART + d)[None, :]
-    ok = (t < num_tokens)[:, None]
     total = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+    up = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     wait_for_earlier_launches(PDL)
-    for k in tl.range(0, PART, BLOCK_K, num_stages=NUM_STAGES):
-        w = tl.load(rows + k, eviction_policy="evict_first")
-        total = tl.dot(w, tl.trans(tl.load(inputs + k, mask=ok, other=0.0)), total, input_precision="ieee")
+    for k in tl.range(part * PART, (part + 1) * PART, BLOCK_K, num_stages=NUM_STAGES):
+        rows = weight.load([first, k])
+        columns = tl.trans(x.load([0, k]))
+        total = tl.dot(rows, columns, total, input_precision="ieee")
+        if KIND is not None:
+            up = tl.dot(weight.load([WIDTH + first, k]), columns, up, input_precision="ieee")
     if HAS_BIAS:
         total += tl.where(part == 0, tl.load(bias + n).to(tl.float32), 0.0)[:, None]
+    if KIND is not None:
+        if HAS_BIAS:
+            up += tl.load(bias + WIDTH + n).to(tl.float32)[:, None]
+        total = activate(total, KIND) * up
     target = y + (part * num_tokens + t[:, None]) * WIDTH + n[None, :]
-    tl.store(target, tl.trans(total).to(y.dtype.element_ty), mask=ok)
+    tl.store(target, tl.trans(total).to(y.dtype.element_ty), mask=(t < num_tokens)[:, None])
 
 
 def launch_product(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, shape: ProductShape
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    shape: ProductShape,
+    activation: str | None = None,
 ) -> torch.Tensor:
-    """Multiply few tokens with a weight; see `multiply_few`.
+    """Multiply few tokens with a weight; see `multiply_few` and `multiply_gated`.
 
     Args:
-        x: `[num_tokens, in_features]`, unit stride in a row.
-        weight: `[out_features, in_features]`, contiguous, of its dtype.
+        x: `[num_tokens, in_features]`, unit stride in a row; the rows begin at multiples of 16 bytes.
+        weight: `[out_features, in_features]`, contiguous, of its dtype; its rows begin there, too.
         bias: `[out_features]`, or None.
-        shape: How; its blocks and parts divide the weight's sizes.
+        shape: How; its blocks and parts divide the weight's sizes, or with an activation those of its halves, and then
+            there is one part.
+        activation: One of `ACTIVATIONS`: of the first half of the outputs, times the second. None leaves them.
 
     Returns:
-        `[num_tokens, out_features]` of the inputs' dtype; with several parts `[num_parts, num_tokens, out_features]`
-        float32.
+        `[num_tokens, out_features]` of the inputs' dtype, or half as wide with an activation; with several parts
+        `[num_parts, num_tokens, out_features]` float32.
     """
     num_tokens, (width, features) = x.shape[0], weight.shape
+    if activation is not None:
+        width //= 2
     y = torch.empty(num_tokens, width, dtype=x.dtype, device=x.device)
     if shape.num_parts > 1:
         y = torch.empty(shape.num_parts, num_tokens, width, dtype=torch.float32, device=x.device)
+    block_t = max(16, triton.next_power_of_2(num_tokens))
     _few_kernel[(width // shape.block_n, shape.num_parts)](
         y,
-        x,
-        weight,
+        TensorDescriptor(x, x.shape, x.stride(), [block_t, shape.block_k]),
+        TensorDescriptor(weight, weight.shape, weight.stride(), [shape.block_n, shape.block_k]),
         bias if bias is not None else weight,
         num_tokens,
-        x.stride(0),
         WIDTH=width,
         FEATURES=features,
         HAS_BIAS=bias is not None,
         NUM_PARTS=shape.num_parts,
-        BLOCK_T=max(16, triton.next_power_of_2(num_tokens)),
+        KIND=None if activation is None else ACTIVATIONS[activation],
+        BLOCK_T=block_t,
         BLOCK_N=shape.block_n,
         BLOCK_K=shape.block_k,
         NUM_STAGES=shape.num_stages,
@@ -234,73 +254,6 @@ def multiply_few(
     return launch_product(x, weight, bias, shape)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
-def _few_gated_kernel(
-    y, x, weight, bias, num_tokens, x_stride,
-    WIDTH: tl.constexpr, FEATURES: tl.constexpr, HAS_BIAS: tl.constexpr, KIND: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NUM_STAGES: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One program per block of outputs, for all tokens: its rows of gate and its rows of up."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    t = tl.arange(0, BLOCK_T)
-    d = tl.arange(0, BLOCK_K)
-    rows = weight + n.to(tl.int64)[:, None] * FEATURES + d[None, :]
-    inputs = x + t[:, None] * x_stride + d[None, :]
-    ok = (t < num_tokens)[:, None]
-    gate = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
-    up = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
-    wait_for_earlier_launches(PDL)
-    for k in tl.range(0, FEATURES, BLOCK_K, num_stages=NUM_STAGES):
-        gate_rows = tl.load(rows + k, eviction_policy="evict_first")
-        up_rows = tl.load(rows + WIDTH * FEATURES + k, eviction_policy="evict_first")
-        columns = tl.trans(tl.load(inputs + k, mask=ok, other=0.0))
-        gate = tl.dot(gate_rows, columns, gate, input_precision="ieee")
-        up = tl.dot(up_rows, columns, up, input_precision="ieee")
-    if HAS_BIAS:
-        gate += tl.load(bias + n).to(tl.float32)[:, None]
-        up += tl.load(bias + WIDTH + n).to(tl.float32)[:, None]
-    target = y + t[:, None] * WIDTH + n[None, :]
-    tl.store(target, tl.trans(activate(gate, KIND) * up).to(y.dtype.element_ty), mask=ok)
-
-
-def launch_gated_product(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str, shape: ProductShape
-) -> torch.Tensor:
-    """Multiply few tokens with gate and up, and the activation of the one with the other; see `multiply_gated`.
-
-    Args:
-        x: `[num_tokens, in_features]`, unit stride in a row.
-        weight: `[2 * width, in_features]`, contiguous, of its dtype.
-        bias: `[2 * width]`, or None.
-        activation: One of `ACTIVATIONS`.
-        shape: How; its blocks divide the weight's sizes, and there is one part.
-
-    Returns:
-        `[num_tokens, width]` of the inputs' dtype.
-    """
-    num_tokens, (width, features) = x.shape[0], weight.shape
-    y = torch.empty(num_tokens, width // 2, dtype=x.dtype, device=x.device)
-    _few_gated_kernel[(width // 2 // shape.block_n,)](
-        y,
-        x,
-        weight,
-        bias if bias is not None else weight,
-        num_tokens,
-        x.stride(0),
-        WIDTH=width // 2,
-        FEATURES=features,
-        HAS_BIAS=bias is not None,
-        KIND=ACTIVATIONS[activation],
-        BLOCK_T=max(16, triton.next_power_of_2(num_tokens)),
-        BLOCK_N=shape.block_n,
-        BLOCK_K=shape.block_k,
-        NUM_STAGES=shape.num_stages,
-        num_warps=shape.num_warps,
-        **pdl_options(x.device),
-    )
-    return y
-
-
 def multiply_gated(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str
 ) -> torch.Tensor | None:
@@ -321,4 +274,4 @@ def multiply_gated(
     shape = choose_gated_product(x.shape[0], weight)
     if shape is None or x.dtype != weight.dtype or x.stride(1) != 1 or x.device.index != torch.cuda.current_device():
         return None
-    return launch_gated_product(x, weight, bias, activation, shape)
+    return launch_product(x, weight, bias, shape, activation)

@@ -119,7 +119,7 @@ class Layers:
 
         def apart() -> torch.Tensor:
             v = lora_shrink(x, stack, self.batch)
-            return lora_delta(v, stack, self.batch, lora_mix(v, stack, self.batch))
+            return lora_delta(v, stack, self.batch, lora_mix(v, stack, self.batch), takes_parts=True)
 
         if not self.k:
             return multiply(), None

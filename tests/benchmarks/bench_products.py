@@ -27,7 +27,6 @@ from lora_retriever_kernels.few_tokens import (
     ProductShape,
     choose_gated_product,
     choose_product,
-    launch_gated_product,
     launch_product,
 )
 
@@ -94,7 +93,7 @@ class Case:
 
     def gated_us(self, shape: ProductShape) -> float:
         """Microseconds of one layer's gate and up with their activation."""
-        y = launch_gated_product(self.x, self.weights[0], None, "silu", shape).double()
+        y = launch_product(self.x, self.weights[0], None, shape, "silu").double()
         gate, up = (self.x.double() @ self.weights[0].double().T).chunk(2, 1)
         expected = torch.nn.functional.silu(gate) * up
         theirs = gated_activation(linear(self.x, self.weights[0]), "silu").double()
@@ -102,7 +101,7 @@ class Case:
 
         def run() -> None:
             for weight in self.weights:
-                launch_gated_product(self.x, weight, None, "silu", shape)
+                launch_product(self.x, weight, None, shape, "silu")
 
         return replay_us(run, seconds=0.05) / len(self.weights)
 

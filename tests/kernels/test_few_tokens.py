@@ -15,7 +15,6 @@ from lora_retriever_kernels.few_tokens import (
     ProductShape,
     choose_gated_product,
     choose_product,
-    launch_gated_product,
     launch_product,
     multiply_few,
     multiply_gated,
@@ -64,13 +63,13 @@ def test_gate_and_up_with_their_activation(num_tokens: int, has_bias: bool, name
     whole = random(num_tokens, 512, dtype=dtype)
     x, weight = whole[:, :256], random(256, 256, dtype=dtype, seed=1) * 0.1
     bias = random(256, dtype=dtype, seed=2) if has_bias else None
-    y = launch_gated_product(x, weight, bias, name, GATED)
+    y = launch_product(x, weight, bias, GATED, name)
     gate, up = (x.double() @ weight.double().T + (0 if bias is None else bias.double())).chunk(2, 1)
     expected = (silu(gate) if name == "silu" else gelu(gate)) * up
     assert y.dtype == dtype
     torch.testing.assert_close(y.double(), expected, rtol=1e-2, atol=0.02)
     if dtype != torch.float32:  # the interpreter's products in float32 are BLAS's
-        assert torch.equal(launch_gated_product(x[:1], weight, bias, name, GATED), y[:1])
+        assert torch.equal(launch_product(x[:1], weight, bias, GATED, name), y[:1])
 
 
 @needs_triton

@@ -110,12 +110,15 @@ def error_of(model: Model, mapping: torch.Tensor, weights: torch.Tensor, *, in_t
         v = lora_shrink(x, stack, model.batch)
         mixed = lora_mix(v, stack, model.batch)
         lora_expand(y, v, stack, model.batch, mixed)
-        delta = lora_delta(v, stack, model.batch, mixed)
-        assert (delta[..., (mapping < 0).all(1).to(device), :] == 0).all()
-        if delta.dim() == 3:
-            delta = delta.double().sum(0)
-        apart = untouched.double() + delta.double() - want
-        assert num_tokens == 0 or apart.abs().max() / want.abs().max() < TOLERANCE[stack.a.dtype]
+        for takes_parts in (False, True):
+            delta = lora_delta(v, stack, model.batch, mixed, takes_parts=takes_parts)
+            assert (delta[..., (mapping < 0).all(1).to(device), :] == 0).all()
+            if delta.dim() == 3:
+                assert takes_parts
+                assert model.batch.splits_rows
+                delta = delta.double().sum(0)
+            apart = untouched.double() + delta.double() - want
+            assert num_tokens == 0 or apart.abs().max() / want.abs().max() < TOLERANCE[stack.a.dtype]
     else:
         add_lora(y, x, stack, model.batch)
     assert wide[:, width:].isnan().all()
@@ -213,6 +216,24 @@ def test_both_ways_to_expand(backend, num_tokens, num_active):
     add_lora_reference(want, x, model.stack, mapping, weights)
     add_lora(y, x, model.stack, model.batch)
     torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", [interpreted])
+def test_expand_of_many_rows_in_parts(backend):
+    """Programs share the rows of a tile where these are many, and whoever reads the result adds up the parts."""
+    torch.manual_seed(0)
+    model = build([[64, 64, 64]] * 8, backend=backend)
+    mapping, weights = assign("uniform", 64, 3, 8)
+    x = torch.randn(64, 40)
+    for num_active, num_parts in ((4, 1), (8, 4)):
+        model.batch.update(mapping % num_active, weights, num_active)
+        assert model.batch.splits_rows == (num_parts > 1)
+        v = lora_shrink(x, model.stack, model.batch)
+        mixed = lora_mix(v, model.stack, model.batch)
+        whole = lora_delta(v, model.stack, model.batch, mixed)
+        parts = lora_delta(v, model.stack, model.batch, mixed, takes_parts=True)
+        assert parts.shape == ((4, 64, 80) if num_parts > 1 else (64, 80))
+        torch.testing.assert_close(parts.sum(0) if num_parts > 1 else parts, whole, rtol=1e-5, atol=1e-5)
 
 
 def test_launches_are_sized_by_the_ranks_that_are_loaded():

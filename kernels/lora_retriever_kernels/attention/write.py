@@ -112,8 +112,8 @@ def _write_kernel(
         slot = (page * PAGE + position % PAGE) * num_kv_heads
         _prepare_heads(
             key + token * key_stride, delta + num_heads * DIM, keys + slot * DIM, key_weight, cos, sin, eps, offset,
-            heads, num_stored, key_head_stride, DIM, delta_stride, NUM_DELTAS, HAS_ROTARY, HAS_NORM, DIM, ROTARY_DIM, BLOCK_HALF,
-            BLOCK_TAIL,
+            heads, num_stored, key_head_stride, DIM, delta_stride, NUM_DELTAS, HAS_ROTARY, HAS_NORM, DIM, ROTARY_DIM,
+            BLOCK_HALF, BLOCK_TAIL,
         )  # fmt: skip
         d = tl.arange(0, BLOCK_VALUE)
         ok = (heads < num_stored)[:, None] & (d < VALUE_DIM)[None, :]

@@ -51,8 +51,8 @@ def gated_activation(x: torch.Tensor, name: str, delta: torch.Tensor | None = No
     Args:
         x: `[num_tokens, 2 * width]`, unit stride in a row.
         name: One of `ACTIVATIONS`.
-        delta: What belongs to `x` and was computed apart, of its shape, contiguous, or its parts `[num_parts, num_tokens,
-            2 * width]`, which are added up; None for nothing.
+        delta: What belongs to `x` and was computed apart, of its shape, contiguous, or its parts
+            `[num_parts, num_tokens, 2 * width]`, which are added up; None for nothing.
 
     Returns:
         `[num_tokens, width]`.

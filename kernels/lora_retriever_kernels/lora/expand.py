@@ -273,13 +273,14 @@ def expand(
     bias: torch.Tensor | None = None,
     *,
     add: bool = True,
+    in_parts: bool = False,
 ) -> None:
     """Add `v`'s products with B to `y` in place, or write them there; see `ops.lora_expand` and `ops.lora_delta`.
 
-    What is written may have parts, as many as `plan_expand` says.
+    `in_parts` writes them to a `y` with as many parts as `plan_expand` says.
     """
     _, num_tokens, k, _, max_rank = v.shape
-    p = plan.plan_expand(block_m, num_tokens, k, max_rank, out_features, takes_parts=not add)
+    p = plan.plan_expand(block_m, num_tokens, k, max_rank, out_features, in_parts=in_parts)
     if block_m == 1:
         _expand_tokens(y, v, b, ranks, starts, out_features, batch, p, gains, bias, add=add)
     else:

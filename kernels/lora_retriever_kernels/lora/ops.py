@@ -385,7 +385,14 @@ def _(*args: object) -> None:
     """Nothing to shape: `y` is mutated."""
 
 
-def lora_delta(v: torch.Tensor, stack: LoraStack, batch: LoraBatch, mixed: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+def lora_delta(
+    v: torch.Tensor,
+    stack: LoraStack,
+    batch: LoraBatch,
+    mixed: Sequence[torch.Tensor] = (),
+    *,
+    takes_parts: bool = False,
+) -> torch.Tensor:
     """Do what `lora_expand` does, for whoever adds the result to the outputs: nothing of it waits for these.
 
     Args:
@@ -393,10 +400,11 @@ def lora_delta(v: torch.Tensor, stack: LoraStack, batch: LoraBatch, mixed: Seque
         stack: The adapters' tensors.
         batch: The step's assignment.
         mixed: What `lora_mix` returned for them, if it was called.
+        takes_parts: Whether the caller can add up parts.
 
     Returns:
-        `[num_tokens, sum(out_features)]`, the stack's dtype; 0 for a token without adapters. Or parts of it, whose sum it
-        is, `[num_parts, num_tokens, sum(out_features)]`.
+        `[num_tokens, sum(out_features)]`, the stack's dtype; 0 for a token without adapters. Or parts of it, whose sum
+        it is, `[num_parts, num_tokens, sum(out_features)]`, where they come sooner.
 
     Raises:
         ValueError: If shapes, dtypes, devices or strides disagree.
@@ -412,6 +420,7 @@ def lora_delta(v: torch.Tensor, stack: LoraStack, batch: LoraBatch, mixed: Seque
         batch.block_m,
         list(mixed),
         batch.tensors(),
+        takes_parts and batch.splits_rows,
     )
     return delta
 
@@ -426,6 +435,7 @@ def _lora_delta(
     block_m: int,
     mixed: list[torch.Tensor],
     batch: list[torch.Tensor],
+    in_parts: bool,
 ) -> torch.Tensor:
     if v.numel() == 0 or len(batch) == 2:
         delta = b.new_zeros(v.shape[1], sum(out_features))
@@ -433,15 +443,17 @@ def _lora_delta(
         return delta
     from lora_retriever_kernels.lora.expand import expand  # noqa: PLC0415 - Triton is optional
 
-    delta = _empty_delta(v, b, out_features, block_m)
-    expand(delta, v, b, ranks, starts, out_features, block_m, mixed, batch, add=False)
+    delta = _empty_delta(v, b, out_features, block_m, in_parts=in_parts)
+    expand(delta, v, b, ranks, starts, out_features, block_m, mixed, batch, add=False, in_parts=in_parts)
     return delta
 
 
-def _empty_delta(v: torch.Tensor, b: torch.Tensor, out_features: list[int], block_m: int) -> torch.Tensor:
+def _empty_delta(
+    v: torch.Tensor, b: torch.Tensor, out_features: list[int], block_m: int, *, in_parts: bool
+) -> torch.Tensor:
     """Allocate the result, or its parts."""
     _, num_tokens, k, _, max_rank = v.shape
-    num_parts = plan.plan_expand(block_m, num_tokens, k, max_rank, out_features, takes_parts=True).num_parts
+    num_parts = plan.plan_expand(block_m, num_tokens, k, max_rank, out_features, in_parts=in_parts).num_parts
     return b.new_empty(*((num_parts,) if num_parts > 1 else ()), num_tokens, sum(out_features))
 
 
@@ -455,7 +467,8 @@ def _(
     block_m: int,
     mixed: list[torch.Tensor],  # noqa: ARG001 - the schema's
     batch: list[torch.Tensor],
+    in_parts: bool,
 ) -> torch.Tensor:
     if len(batch) == 2:
         return b.new_empty(v.shape[1], sum(out_features))
-    return _empty_delta(v, b, out_features, block_m)
+    return _empty_delta(v, b, out_features, block_m, in_parts=in_parts)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 # The unit in which an expand program walks through the rank rows of its tile.
 ITEM_ROWS = 16
 _FEW_PROGRAMS = 128  # of expand, which leave most of a GPU to others
+_MANY_ITEMS = 16  # of a tile: more steps than that take longer than adding up parts
 
 
 def cdiv(a: int, b: int) -> int:
@@ -47,6 +48,19 @@ def token_block(num_tokens: int, k: int, num_active: int) -> int:
     if num_tokens <= 64 and (num_tokens < 16 or pairs < 48 or pairs < (6 if num_tokens > 32 else 13) * num_active):
         return 1
     return min(max(16, power_of_2(num_tokens)), 32 if k == 1 and num_tokens <= 256 else 64)
+
+
+def splits_rows(num_tokens: int, k: int, num_active: int, max_rank: int) -> bool:
+    """Whether several expand programs share the rank rows of a tile (split-K), where its result may come in parts.
+
+    Args:
+        num_tokens: Tokens of the step.
+        k: Adapters per token.
+        num_active: Adapters that the step's tokens name, at most.
+        max_rank: The largest rank among them, or a bound of it.
+    """
+    block_m = token_block(num_tokens, k, num_active)
+    return block_m > 1 and num_tokens <= 256 and max_items(block_m, k, num_active, max_rank) > _MANY_ITEMS
 
 
 def max_pair_tiles(num_tokens: int, k: int, max_loras: int) -> int:
@@ -126,9 +140,9 @@ class ExpandPlan:
 
 
 def plan_expand(
-    block_m: int, num_tokens: int, k: int, max_rank: int, out_features: Sequence[int], *, takes_parts: bool = False
+    block_m: int, num_tokens: int, k: int, max_rank: int, out_features: Sequence[int], *, in_parts: bool = False
 ) -> ExpandPlan:
-    """Choose the launch shape of `expand`; `takes_parts` says whether whoever reads the result can add up parts."""
+    """Choose the launch shape of `expand`; `in_parts` says whether its result may come in parts, see `splits_rows`."""
     widest = max(16, power_of_2(max(out_features)))
     if block_m == 1:
         # One warp per program, with at most 8,192 elements of B in flight.
@@ -137,6 +151,6 @@ def plan_expand(
         return ExpandPlan(1, min(block_n, 8192 // (rows * power_of_2(k)), widest), rows, 1, 1)
     if num_tokens <= 256:
         # A program of few goes through a tile's rows step by step, each as long as a load from memory takes.
-        is_narrow = takes_parts and cdiv(num_tokens, block_m) * sum(cdiv(n, 64) for n in out_features) <= _FEW_PROGRAMS
+        is_narrow = in_parts and cdiv(num_tokens, block_m) * sum(cdiv(n, 64) for n in out_features) <= _FEW_PROGRAMS
         return ExpandPlan(block_m, min(64, widest), 64, 4, 3, 4 if is_narrow else 1)
     return ExpandPlan(block_m, min(128, widest), 16 if k * max_rank <= 16 else 64, 4, 2)

@@ -249,7 +249,7 @@ class LoraLayers:
             self._vocabulary.is_active = kinds.vocabulary
         return kinds
 
-    def launch_shape(self, num_tokens: int, k: int, num_active: int, rank_bound: int) -> tuple[int, int] | None:
+    def launch_shape(self, num_tokens: int, k: int, num_active: int, rank_bound: int) -> tuple[int, int, bool] | None:
         """What a captured step is made for besides its number of tokens and of adapters per token, see `LoraBatch`."""
         _, batch = next(iter(self._devices.values()))
         return batch.launch_shape(num_tokens, k, num_active, rank_bound) if k else None
@@ -372,7 +372,7 @@ class LoraLayers:
 
         def apart() -> torch.Tensor:
             v = lora_shrink(x, stack, batch)
-            return lora_delta(v, stack, batch, lora_mix(v, stack, batch))
+            return lora_delta(v, stack, batch, lora_mix(v, stack, batch), takes_parts=True)
 
         return run_beside(side, apart, lambda: multiply(x))
 

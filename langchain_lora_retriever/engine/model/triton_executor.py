@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from langchain_lora_retriever.engine.model.recurrent import RecurrentLayers
     from langchain_lora_retriever.engine.model.step_graph import StaticInputs, StepShape
 
-    _GraphKey = tuple[StepShape, tuple[int, int] | None, StepKinds]
+    _GraphKey = tuple[StepShape, tuple[int, int, bool] | None, StepKinds]
     Adapters = list[tuple[int, Sequence[int], Sequence[float]]]  # for each sequence its tokens, slots and weights
 
 __all__ = ["TritonExecutor"]
@@ -189,6 +189,7 @@ class TritonExecutor:
         """Which graph serves steps of a shape; few adapters and many are told apart for the lowest ranks alone."""
         if not shape.num_adapters:
             return shape, None, StepKinds()
+        num_active = min(1 << (num_active - 1).bit_length(), self._max_loras)  # so that all that differ can be listed
         if rank_bound != self._rank_bounds[0]:
             num_active = self._max_loras
         launch = self._lora_layers.launch_shape(shape.num_tokens, shape.num_adapters, num_active, rank_bound)
@@ -227,14 +228,13 @@ class TritonExecutor:
     def _capture_all(self, shapes: StepShapes) -> None:
         """Capture every foreseen step."""
         start = time.perf_counter()
+        nums_active = [*(1 << i for i in range((self._max_loras - 1).bit_length())), self._max_loras]
         try:
             for shape in shapes.all():
                 for rank_bound in self._rank_bounds[: None if shape.num_adapters else 1]:
                     is_lowest = rank_bound == self._rank_bounds[0]
                     if is_lowest or shape.num_tokens <= _MAX_TOKENS_OF_HIGH_RANKS:
-                        for num_active, kinds in product(
-                            (1, self._max_loras), dict.fromkeys((StepKinds(), self._kinds))
-                        ):
+                        for num_active, kinds in product(nums_active, dict.fromkeys((StepKinds(), self._kinds))):
                             self._capture(shape, num_active, rank_bound, kinds)
         except CaptureError as error:
             self._give_up_graphs(error)
