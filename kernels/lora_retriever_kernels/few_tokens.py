@@ -22,7 +22,6 @@ from lora_retriever_kernels.decoder.activation import ACTIVATIONS, activate
 from lora_retriever_kernels.launch import pdl_options, wait_for_earlier_launches
 
 __all__ = [
-    "MAX_GATED_TOKENS",
     "MAX_TOKENS",
     "ProductShape",
     "choose_gated_product",
@@ -33,9 +32,9 @@ __all__ = [
 ]
 
 MAX_TOKENS = 64
-MAX_GATED_TOKENS = 128
 _SMALL = 16  # tokens, of which two programs with narrow blocks fit an SM's shared memory
 _LEAST_BUSY, _LEAST_BUSY_SMALL = 0.72, 0.36  # below this share of SMs at work the library's product is as fast
+_LEAST_BUSY_GATED = 0.8  # in one round, two on an SM; two rounds were slower than two launches
 _LEAST_PART, _GOOD_PART = 512, 2048  # features of a part: at least, and from when on more parts do no harm
 
 
@@ -86,18 +85,26 @@ def choose_gated_product(num_tokens: int, weight: torch.Tensor) -> ProductShape 
     Returns:
         None where two launches are as fast or faster, and on all GPUs but Hopper's. The blocks are of gate and up each.
     """
-    if not 0 < num_tokens <= MAX_GATED_TOKENS or weight.dtype not in (torch.bfloat16, torch.float16):
+    if not _SMALL < num_tokens <= MAX_TOKENS or weight.dtype not in (torch.bfloat16, torch.float16):
         return None
     if weight.device.type != "cuda" or not weight.is_contiguous() or weight.data_ptr() % 16:
         return None
-    width, features = weight.shape[0] // 2, weight.shape[1]
-    num_sms, is_small = _num_sms(weight.device), num_tokens <= _SMALL
-    shape = ProductShape(64, 128 if is_small else 64, 1, 3, 4 if num_tokens <= MAX_TOKENS else 8)
-    if not num_sms or width % shape.block_n or features % shape.block_k:
+    return _choose_gated(weight.shape[0] // 2, weight.shape[1], _num_sms(weight.device))
+
+
+def _choose_gated(width: int, features: int, num_sms: int) -> ProductShape | None:
+    """The one shape, where its programs fill the SMs in one round."""
+    shape, places = ProductShape(64, 64, 1, 3, 4), 2 * num_sms
+    if width % shape.block_n or features % shape.block_k:
         return None
-    num_programs, places = width // shape.block_n, 2 * num_sms
-    least = _LEAST_BUSY_SMALL if is_small else _LEAST_BUSY
-    return shape if num_programs / (-(-num_programs // places) * places) >= least else None
+    return shape if _LEAST_BUSY_GATED * places <= width // shape.block_n <= places else None
+
+
+def _reads(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether a launch beside `weight` can read `x`: its rows begin at multiples of 16 bytes, on the current device."""
+    is_aligned = x.data_ptr() % 16 == 0 and (x.shape[0] == 1 or x.stride(0) * x.element_size() % 16 == 0)
+    is_here = x.device == weight.device and x.device.index == torch.cuda.current_device()
+    return x.dtype == weight.dtype and x.stride(1) == 1 and is_aligned and is_here
 
 
 @functools.cache
@@ -210,7 +217,7 @@ def launch_product(
     block_t = max(16, triton.next_power_of_2(num_tokens))
     _few_kernel[(width // shape.block_n, shape.num_parts)](
         y,
-        TensorDescriptor(x, x.shape, x.stride(), [block_t, shape.block_k]),
+        TensorDescriptor(x, x.shape, [x.stride(0) if num_tokens > 1 else features, 1], [block_t, shape.block_k]),
         TensorDescriptor(weight, weight.shape, weight.stride(), [shape.block_n, shape.block_k]),
         bias if bias is not None else weight,
         num_tokens,
@@ -249,7 +256,7 @@ def multiply_few(
         dtype, on another GPU than Hopper's or one that is not the current device.
     """
     shape = choose_product(x.shape[0], weight, takes_parts=takes_parts)
-    if shape is None or x.dtype != weight.dtype or x.stride(1) != 1 or x.device.index != torch.cuda.current_device():
+    if shape is None or not _reads(x, weight):
         return None
     return launch_product(x, weight, bias, shape)
 
@@ -272,6 +279,6 @@ def multiply_gated(
         `[num_tokens, width]` of the inputs' dtype; None where two launches are as fast or faster, as in `multiply_few`.
     """
     shape = choose_gated_product(x.shape[0], weight)
-    if shape is None or x.dtype != weight.dtype or x.stride(1) != 1 or x.device.index != torch.cuda.current_device():
+    if shape is None or not _reads(x, weight):
         return None
     return launch_product(x, weight, bias, shape, activation)

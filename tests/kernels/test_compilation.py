@@ -185,8 +185,8 @@ def test_products_of_few_tokens(compiler: Compiler) -> None:
         launch_product(x, weight, None, ProductShape(64, 128, 2, 4, 4))
         wide = ProductShape(128, 128, 1, 3, 8) if num_tokens == 1 else ProductShape(128, 64, 1, 4, 8)
         launch_product(x, weight, weight[:, 0].contiguous(), wide)
-    for num_tokens, block_k, num_warps in ((1, 128, 4), (64, 64, 4), (128, 64, 8)):
+    for num_tokens, block_k, num_warps in ((1, 128, 4), (64, 64, 4)):
         x = torch.zeros(num_tokens, 4096, dtype=torch.bfloat16)
         launch_product(x, weight, None, ProductShape(64, block_k, 1, 3, num_warps), "silu")
-    assert len(compiler.known) == 7
+    assert len(compiler.known) == 6
     assert compiler.most_shared <= (128 << 10) + 64  # barriers of the copies

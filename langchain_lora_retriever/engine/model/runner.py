@@ -16,7 +16,7 @@ import torch
 from langchain_lora_retriever.engine.adapter_transfer import StagedStore
 from langchain_lora_retriever.engine.logits_rules import PendingTokens
 from langchain_lora_retriever.engine.model.attention import PagedCache
-from langchain_lora_retriever.engine.model.joint_linears import pack_output_layer
+from langchain_lora_retriever.engine.model.joint_linears import speed_up_output_layer
 from langchain_lora_retriever.engine.model.lora_layers import LoraLayers
 from langchain_lora_retriever.engine.model.memory import longest_sequence, num_state_slots, plan_memory
 from langchain_lora_retriever.engine.model.packed_adapter import AdapterPacking
@@ -101,7 +101,7 @@ class ModelRunner:
         if config.adapter_kinds is None:
             config = replace(config, adapter_kinds=_kinds_of(expected, self.probe.vocabulary))
         self.memory = plan_memory(base, self.probe, config)
-        self._give_back.callback(pack_output_layer(base.model))
+        self._give_back.callback(speed_up_output_layer(base.model))
         self._adapts_vocabulary = "vocabulary" in (config.adapter_kinds or ())
         try:
             self.lora_layers = LoraLayers(
