@@ -21,6 +21,7 @@ from langchain_lora_retriever.engine.model.recurrent import StatePiece
 from langchain_lora_retriever.engine.model.step_graph import CaptureError, StepGraph, StepShapes
 from langchain_lora_retriever.engine.pinned_copy import upload
 from lora_retriever_kernels.attention import Pages, queries_per_tile
+from lora_retriever_kernels.chosen_tokens import choose_greedily
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -59,7 +60,9 @@ class TritonExecutor:
         recurrent: Its layers that keep states: with them, steps of streams alone are captured.
         memory: Sizes.
         config: What to use.
-        chosen: The last step's tokens `[>= max_num_seqs]`, int64, read for pending tokens.
+        chosen: The last step's tokens `[>= max_num_seqs, 2]` int64, see `lora_retriever_kernels.chosen_tokens`; read
+            for pending tokens, then overwritten with the likeliest token after each of `PackedBatch.sampled_tokens`.
+        vocab_size: Token ids there are; logits may be wider.
     """
 
     def __init__(
@@ -72,6 +75,8 @@ class TritonExecutor:
         memory: MemoryPlan,
         config: EngineConfig,
         chosen: torch.Tensor,
+        *,
+        vocab_size: int,
     ) -> None:
         self._model = model
         self._caches = caches
@@ -80,6 +85,7 @@ class TritonExecutor:
         self._padding_slot = num_state_slots(memory.max_num_seqs) - 1
         self._device = chosen.device
         self._chosen = chosen
+        self._vocab_size = vocab_size
         self._tables = BlockTables(memory.max_num_seqs, -(-memory.max_model_len // config.block_size), self._device)
         self._tile_size = min(queries_per_tile(g.num_heads, g.num_kv_heads) for g in probe.attention.values())
         self._num_layers = len(probe.attention)
@@ -107,6 +113,8 @@ class TritonExecutor:
             self._capture_all(self._shapes)
 
     name = "triton"
+    chooses_greedily = True
+    """Whether a step writes to `chosen` itself."""
 
     @property
     def graphs(self) -> AbstractSet[Any]:
@@ -147,7 +155,7 @@ class TritonExecutor:
             upload(prefill_tiles, torch.int64, self._device).view(-1, 2),
             len(decode_tokens),
         )
-        return self._run(tokens, tiles, upload(wanted, torch.int64, self._device))
+        return self._run(tokens, tiles, upload(wanted, torch.int64, self._device), len(batch.sampled_tokens))
 
     def close(self) -> None:
         """Give the model's layers their own forwards back, and drop the graphs."""
@@ -264,7 +272,7 @@ class TritonExecutor:
         if self._recurrent:
             slot = zeros[:1] + self._padding_slot
             self._recurrent.set_step([StatePiece(0, num_tokens, slot, True, is_decode=False)])
-        return self._run(tokens, tiles, sampled)
+        return self._run(tokens, tiles, sampled, len(sampled))
 
     def _give_up_graphs(self, error: CaptureError) -> None:
         _logger.warning("%s runs without CUDA graphs: %s", type(self._model).__name__, error.__cause__)
@@ -284,20 +292,22 @@ class TritonExecutor:
             _, positions, rows, _ = inputs.tokens
             slots = torch.where(rows >= 0, rows, self._padding_slot)
             self._recurrent.set_step([StatePiece(0, shape.num_tokens, slots, positions == 0, is_decode=True)])
-        logits = self._run(inputs.tokens, tiles, inputs.sampled)
+        logits = self._run(inputs.tokens, tiles, inputs.sampled, shape.num_sampled)
         if self._device.type != "cuda":
             return logits
         # One place for all graphs: what a graph returns stays allocated in their pool.
         return self._logits[: shape.num_sampled].copy_(logits)
 
-    def _run(self, tokens: torch.Tensor, tiles: QueryTiles, sampled: torch.Tensor) -> torch.Tensor:
+    def _run(self, tokens: torch.Tensor, tiles: QueryTiles, wanted: torch.Tensor, num_sampled: int) -> torch.Tensor:
+        """Logits after the wanted tokens; the likeliest next ones of the first `num_sampled` go to `chosen`."""
         token_ids, positions, rows, sources = tokens
-        token_ids = torch.where(sources >= 0, self._chosen[sources.clamp_min(0)], token_ids)
+        token_ids = torch.where(sources >= 0, self._chosen[sources.clamp_min(0), 0], token_ids)
         with attending(PagedStep(self._caches, Pages(self._tables.tables, rows, positions), tiles)):
             output = self._model(
-                input_ids=token_ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=sampled
+                input_ids=token_ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=wanted
             )
         logits: torch.Tensor = output.logits[0]
+        choose_greedily(self._chosen, logits[:num_sampled], self._vocab_size)
         return logits
 
     def _tiles(self, batch: PackedBatch) -> tuple[list[int], list[tuple[int, int]]]:
