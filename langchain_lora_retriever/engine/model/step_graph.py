@@ -146,8 +146,8 @@ class StepGraph:
     """A step of a fixed shape.
 
     Args:
-        forward: Computes the step from its inputs and returns logits `[num_sampled, vocab_size]`, always the same
-            tensor on a GPU; it must only launch.
+        forward: Computes the step from its inputs and returns logits `[num_sampled, vocab_size]`; it must only launch.
+            Nothing else may keep the tensor: a graph's logits would stay allocated, beside those of all others.
         shape: The step's sizes.
         device: Where it runs. On a CPU nothing is captured, and a replay calls `forward`.
         pool: Memory that the graphs of one model share; they must not run at the same time.
@@ -208,10 +208,34 @@ class StepGraph:
         try:
             stream = _capture_stream(self._data.device)
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                self._logits = self._forward(self._inputs)
+                logits = self._forward(self._inputs)
         except RuntimeError as error:
             raise CaptureError from error
+        # The logits stay where the graph writes them, in memory that is free for the graphs captured after it, like all
+        # that a graph computes on its way. That is safe: the pool serves captures alone and is not given back while one
+        # of its graphs lives, and a graph that writes there is replayed in the order of the stream on which the logits
+        # are read, after whoever reads them.
+        self._logits = _unowned(logits)
         self._graph = graph
+
+
+class _DeviceArray:
+    """What `torch.as_tensor` makes a tensor of without a copy, see Numba's CUDA Array Interface, version 3."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        size = tensor.itemsize
+        self.__cuda_array_interface__ = {
+            "version": 3,
+            "shape": tuple(tensor.shape),
+            "strides": tuple(stride * size for stride in tensor.stride()),  # in bytes
+            "typestr": f"<i{size}",  # integers stand for every dtype, the interface does not know all of them
+            "data": (tensor.data_ptr(), False),
+        }
+
+
+def _unowned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same elements at the same place of a GPU, in a tensor that does not keep the memory allocated."""
+    return torch.as_tensor(_DeviceArray(tensor), device=tensor.device).view(tensor.dtype)
 
 
 @cache

@@ -106,7 +106,6 @@ class TritonExecutor:
         self._graphs: dict[_GraphKey, StepGraph] = {}
         self._told: set[tuple[int, int, StepKinds]] = set()
         self._pool: Any = None
-        self._logits = torch.empty(0)
         if self._device.type == "cuda":
             self._warm_up(memory)
         if self._shapes is not None:
@@ -227,9 +226,8 @@ class TritonExecutor:
             for num_adapters in self._num_adapters:
                 for rank_bound in self._rank_bounds[: None if num_adapters else 1]:
                     for kinds in dict.fromkeys((StepKinds(), self._kinds if num_adapters else StepKinds())):
-                        logits = self._run_padding(num_tokens, num_adapters, memory.max_num_seqs, rank_bound, kinds)
+                        self._run_padding(num_tokens, num_adapters, memory.max_num_seqs, rank_bound, kinds)
         self._pool = torch.cuda.graph_pool_handle()
-        self._logits = torch.empty(memory.max_num_seqs, logits.shape[1], dtype=logits.dtype, device=self._device)
 
     @torch.inference_mode()
     def _capture_all(self, shapes: StepShapes) -> None:
@@ -292,11 +290,7 @@ class TritonExecutor:
             _, positions, rows, _ = inputs.tokens
             slots = torch.where(rows >= 0, rows, self._padding_slot)
             self._recurrent.set_step([StatePiece(0, shape.num_tokens, slots, positions == 0, is_decode=True)])
-        logits = self._run(inputs.tokens, tiles, inputs.sampled, shape.num_sampled)
-        if self._device.type != "cuda":
-            return logits
-        # One place for all graphs: what a graph returns stays allocated in their pool.
-        return self._logits[: shape.num_sampled].copy_(logits)
+        return self._run(inputs.tokens, tiles, inputs.sampled, shape.num_sampled)
 
     def _run(self, tokens: torch.Tensor, tiles: QueryTiles, wanted: torch.Tensor, num_sampled: int) -> torch.Tensor:
         """Logits after the wanted tokens; the likeliest next ones of the first `num_sampled` go to `chosen`."""
