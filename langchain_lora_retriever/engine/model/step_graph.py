@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 
 from langchain_lora_retriever.engine.model.packed_batch import LoraSpans, PackedBatch
-from langchain_lora_retriever.engine.pinned_copy import copy_to_device
+from langchain_lora_retriever.engine.pinned_copy import copy_into
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -188,7 +188,7 @@ class StepGraph:
             Logits `[len(batch.sampled_tokens), vocab_size]`, valid until the next replay of any graph of the pool.
         """
         host = torch.tensor(_padded(self._shape, batch, decode_tokens, chain.from_iterable(prefill_tiles)))
-        self._data.copy_(copy_to_device(host, self._data.device), non_blocking=True)
+        copy_into(self._data, host)
         static = self._inputs
         if static.lora_slots is not None and static.lora_weights is not None and batch.lora != self._lora:
             slots, weights = batch.lora.per_token(self._shape.num_adapters)
@@ -273,4 +273,4 @@ def _fill(target: torch.Tensor, rows: torch.Tensor, padding: float) -> None:
     """Copy each token's row; `padding` behind them."""
     host = torch.full(target.shape, padding, dtype=target.dtype)
     host[: len(rows)] = rows
-    target.copy_(copy_to_device(host, target.device), non_blocking=True)
+    copy_into(target, host)
