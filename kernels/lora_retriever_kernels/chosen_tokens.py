@@ -15,9 +15,10 @@ import triton.language as tl
 
 from lora_retriever_kernels.launch import pdl_options, wait_for_earlier_launches
 
-__all__ = ["choose_greedily"]
+__all__ = ["choose_greedily", "fill_in_pending"]
 
 _BLOCK = 4096  # columns of a program
+_NUM_TOKENS = 256  # of a program
 # Beyond every column. NaN counts as larger than all numbers, as in torch: a column that holds one is told as the
 # column less this, which is negative, and the least of several is the first.
 _BEYOND = tl.constexpr(1 << 30)
@@ -78,3 +79,33 @@ def choose_greedily(chosen: torch.Tensor, logits: torch.Tensor, vocab_size: int)
     )
     block = triton.next_power_of_2(num_parts)
     _choice_kernel[(num_rows,)](chosen, peaks, places, num_parts, BLOCK=block, num_warps=1, **options)
+
+
+@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["token_ids", "sources"])
+def _pending_kernel(out, token_ids, sources, chosen, num_tokens, BLOCK: tl.constexpr):
+    """One program per block of tokens. As a step's first launch it has none to overlap with."""
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ok = token < num_tokens
+    source = tl.load(sources + token, mask=ok, other=-1)
+    known = tl.load(token_ids + token, mask=ok, other=0)
+    pending = tl.load(chosen + 2 * source, mask=source >= 0, other=0)
+    tl.store(out + token, tl.where(source >= 0, pending, known), mask=ok)
+
+
+def fill_in_pending(token_ids: torch.Tensor, sources: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """The tokens of a step, those among them that the step before has chosen.
+
+    Args:
+        token_ids: `[num_tokens]` int64, contiguous; anything where a token is pending.
+        sources: `[num_tokens]` int64, contiguous: the row of each pending token in `chosen`; negative for all others.
+        chosen: `[num_rows, 2]` int64, contiguous: token ids, and what belongs to them.
+
+    Returns:
+        `[num_tokens]` int64, new.
+    """
+    out = torch.empty_like(token_ids)
+    num_tokens = len(token_ids)
+    if num_tokens > 0:
+        grid = (triton.cdiv(num_tokens, _NUM_TOKENS),)
+        _pending_kernel[grid](out, token_ids, sources, chosen, num_tokens, BLOCK=_NUM_TOKENS, num_warps=4)
+    return out

@@ -1,4 +1,4 @@
-"""Greedy choices in Triton against `torch.max`."""
+"""Greedy choices in Triton against `torch.max`, and how the next step takes them."""
 
 from __future__ import annotations
 
@@ -92,3 +92,17 @@ def test_logits_that_are_not_finite(dtype: torch.dtype) -> None:
 def test_no_rows() -> None:
     """A step that samples nothing."""
     assert choose(torch.zeros(0, 320, device=DEVICE)) == ([], [])
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 64, 257, 700])
+def test_pending_tokens_are_filled_in(num_tokens: int) -> None:
+    """From any row, several from one; all others stay, whatever their negative source."""
+    from lora_retriever_kernels.chosen_tokens import fill_in_pending
+
+    generator = torch.Generator().manual_seed(num_tokens)
+    chosen = torch.randint(2**40, (9, 2), generator=generator)
+    token_ids = torch.randint(2**40, (num_tokens,), generator=generator)
+    sources = torch.randint(-9, 9, (num_tokens,), generator=generator)
+    expected = torch.where(sources >= 0, chosen[sources.clamp_min(0), 0], token_ids)
+    filled = fill_in_pending(token_ids.to(DEVICE), sources.to(DEVICE), chosen.to(DEVICE))
+    assert filled.tolist() == expected.tolist()

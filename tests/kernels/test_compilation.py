@@ -192,11 +192,13 @@ def test_products_of_few_tokens(compiler: Compiler) -> None:
 
 @pytest.mark.parametrize("compiler", [HOPPER, AMPERE], indirect=True)
 def test_greedy_choices(compiler: Compiler) -> None:
-    """Of few columns and of many, in every dtype that models compute in."""
-    from lora_retriever_kernels.chosen_tokens import choose_greedily
+    """Of few columns and of many, in every dtype that models compute in; and taken by the next step."""
+    from lora_retriever_kernels.chosen_tokens import choose_greedily, fill_in_pending
 
     chosen = torch.zeros(4, 2, dtype=torch.int64)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for width in (320, 128_256):
             choose_greedily(chosen, torch.zeros(4, width, dtype=dtype), width)
-    assert {key.split()[0] for key in compiler.known} == {"_part_kernel", "_choice_kernel"}
+    for num_tokens in (1, 64):
+        fill_in_pending(*torch.zeros(2, num_tokens, dtype=torch.int64), chosen)
+    assert {key.split()[0] for key in compiler.known} == {"_part_kernel", "_choice_kernel", "_pending_kernel"}

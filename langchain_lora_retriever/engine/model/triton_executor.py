@@ -21,7 +21,7 @@ from langchain_lora_retriever.engine.model.recurrent import StatePiece
 from langchain_lora_retriever.engine.model.step_graph import CaptureError, StepGraph, StepShapes
 from langchain_lora_retriever.engine.pinned_copy import upload
 from lora_retriever_kernels.attention import Pages, queries_per_tile
-from lora_retriever_kernels.chosen_tokens import choose_greedily
+from lora_retriever_kernels.chosen_tokens import choose_greedily, fill_in_pending
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -295,7 +295,7 @@ class TritonExecutor:
     def _run(self, tokens: torch.Tensor, tiles: QueryTiles, wanted: torch.Tensor, num_sampled: int) -> torch.Tensor:
         """Logits after the wanted tokens; the likeliest next ones of the first `num_sampled` go to `chosen`."""
         token_ids, positions, rows, sources = tokens
-        token_ids = torch.where(sources >= 0, self._chosen[sources.clamp_min(0), 0], token_ids)
+        token_ids = fill_in_pending(token_ids, sources, self._chosen)
         with attending(PagedStep(self._caches, Pages(self._tables.tables, rows, positions), tiles)):
             output = self._model(
                 input_ids=token_ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=wanted
