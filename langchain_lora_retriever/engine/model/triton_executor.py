@@ -18,6 +18,7 @@ from langchain_lora_retriever.engine.model.lora_layers import StepKinds
 from langchain_lora_retriever.engine.model.memory import num_state_slots
 from langchain_lora_retriever.engine.model.paged_step import PagedStep, QueryTiles
 from langchain_lora_retriever.engine.model.recurrent import StatePiece
+from langchain_lora_retriever.engine.model.rotary_tables import RotaryTables
 from langchain_lora_retriever.engine.model.step_graph import CaptureError, StepGraph, StepShapes
 from langchain_lora_retriever.engine.pinned_copy import upload
 from lora_retriever_kernels.attention import Pages, queries_per_tile
@@ -86,10 +87,12 @@ class TritonExecutor:
         self._device = chosen.device
         self._chosen = chosen
         self._vocab_size = vocab_size
-        self._tables = BlockTables(memory.max_num_seqs, -(-memory.max_model_len // config.block_size), self._device)
+        max_pages = -(-memory.max_model_len // config.block_size)
+        self._tables = BlockTables(memory.max_num_seqs, max_pages, self._device)
         self._tile_size = min(queries_per_tile(g.num_heads, g.num_kv_heads) for g in probe.attention.values())
         self._num_layers = len(probe.attention)
         self._fused = self._fuse(probe) if config.enable_fused_layers else None
+        self._rotary_tables = RotaryTables(model, max_pages * config.block_size)
         self._max_loras = config.max_loras
         self._rank_bounds = sorted({lora_layers.rank_bound(rank) for rank in config.captured_ranks})
         self._num_adapters = sorted(
@@ -159,6 +162,7 @@ class TritonExecutor:
     def close(self) -> None:
         """Give the model's layers their own forwards back, and drop the graphs."""
         self._graphs.clear()
+        self._rotary_tables.detach()
         if self._fused is not None:
             self._fused.detach()
 
