@@ -79,14 +79,14 @@ class Compiler:
 @pytest.fixture
 def compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Compiler]:
     """Catches launches; on Hopper with programmatic dependent launch, as on the device."""
-    from lora_retriever_kernels import few_tokens
+    from lora_retriever_kernels import chosen_tokens, few_tokens
     from lora_retriever_kernels.attention import decode, prefill, write
     from lora_retriever_kernels.decoder import activation, norm
     from lora_retriever_kernels.lora import expand, shrink
 
     made = Compiler(request.param)
     options = {"PDL": True, "launch_pdl": True} if request.param >= 90 else {"PDL": False}
-    for module in (expand, shrink, decode, prefill, write, activation, norm, few_tokens):
+    for module in (expand, shrink, decode, prefill, write, activation, norm, few_tokens, chosen_tokens):
         monkeypatch.setattr(module, "pdl_options", lambda _: options)
 
     def run(kernel: Any, *args: Any, **kwargs: Any) -> None:
@@ -190,3 +190,17 @@ def test_products_of_few_tokens(compiler: Compiler) -> None:
         launch_product(x, weight, None, ProductShape(64, block_k, 1, 3, num_warps), "silu")
     assert len(compiler.known) == 6
     assert compiler.most_shared <= (128 << 10) + 64  # barriers of the copies
+
+
+@pytest.mark.parametrize("compiler", [HOPPER, AMPERE], indirect=True)
+def test_greedy_choices(compiler: Compiler) -> None:
+    """Of few columns and of many, in every dtype that models compute in; and taken by the next step."""
+    from lora_retriever_kernels.chosen_tokens import choose_greedily, fill_in_pending
+
+    chosen = torch.zeros(4, 2, dtype=torch.int64)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for width in (320, 128_256):
+            choose_greedily(chosen, torch.zeros(4, width, dtype=dtype), width)
+    for num_tokens in (1, 64):
+        fill_in_pending(*torch.zeros(2, num_tokens, dtype=torch.int64), chosen)
+    assert {key.split()[0] for key in compiler.known} == {"_part_kernel", "_choice_kernel", "_pending_kernel"}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 
 from langchain_lora_retriever.engine.model.packed_batch import LoraSpans, PackedBatch
-from langchain_lora_retriever.engine.pinned_copy import copy_to_device
+from langchain_lora_retriever.engine.pinned_copy import copy_into
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -146,8 +146,8 @@ class StepGraph:
     """A step of a fixed shape.
 
     Args:
-        forward: Computes the step from its inputs and returns logits `[num_sampled, vocab_size]`, always the same
-            tensor on a GPU; it must only launch.
+        forward: Computes the step from its inputs and returns logits `[num_sampled, vocab_size]`; it must only launch.
+            Nothing else may keep the tensor: a graph's logits would stay allocated, beside those of all others.
         shape: The step's sizes.
         device: Where it runs. On a CPU nothing is captured, and a replay calls `forward`.
         pool: Memory that the graphs of one model share; they must not run at the same time.
@@ -188,7 +188,7 @@ class StepGraph:
             Logits `[len(batch.sampled_tokens), vocab_size]`, valid until the next replay of any graph of the pool.
         """
         host = torch.tensor(_padded(self._shape, batch, decode_tokens, chain.from_iterable(prefill_tiles)))
-        self._data.copy_(copy_to_device(host, self._data.device), non_blocking=True)
+        copy_into(self._data, host)
         static = self._inputs
         if static.lora_slots is not None and static.lora_weights is not None and batch.lora != self._lora:
             slots, weights = batch.lora.per_token(self._shape.num_adapters)
@@ -208,10 +208,34 @@ class StepGraph:
         try:
             stream = _capture_stream(self._data.device)
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                self._logits = self._forward(self._inputs)
+                logits = self._forward(self._inputs)
         except RuntimeError as error:
             raise CaptureError from error
+        # The logits stay where the graph writes them, in memory that is free for the graphs captured after it, like all
+        # that a graph computes on its way. That is safe: the pool serves captures alone and is not given back while one
+        # of its graphs lives, and a graph that writes there is replayed in the order of the stream on which the logits
+        # are read, after whoever reads them.
+        self._logits = _unowned(logits)
         self._graph = graph
+
+
+class _DeviceArray:
+    """What `torch.as_tensor` makes a tensor of without a copy, see Numba's CUDA Array Interface, version 3."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        size = tensor.itemsize
+        self.__cuda_array_interface__ = {
+            "version": 3,
+            "shape": tuple(tensor.shape),
+            "strides": tuple(stride * size for stride in tensor.stride()),  # in bytes
+            "typestr": f"<i{size}",  # integers stand for every dtype, the interface does not know all of them
+            "data": (tensor.data_ptr(), False),
+        }
+
+
+def _unowned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same elements at the same place of a GPU, in a tensor that does not keep the memory allocated."""
+    return torch.as_tensor(_DeviceArray(tensor), device=tensor.device).view(tensor.dtype)
 
 
 @cache
@@ -249,4 +273,4 @@ def _fill(target: torch.Tensor, rows: torch.Tensor, padding: float) -> None:
     """Copy each token's row; `padding` behind them."""
     host = torch.full(target.shape, padding, dtype=target.dtype)
     host[: len(rows)] = rows
-    target.copy_(copy_to_device(host, target.device), non_blocking=True)
+    copy_into(target, host)

@@ -39,6 +39,8 @@ class TorchExecutor:
     """Steps are not padded."""
     graphs: AbstractSet[Any] = frozenset()
     """None is captured."""
+    chooses_greedily = False
+    """Whether a step writes to `chosen` itself."""
     is_fused = False
     num_fused_layers = 0
 
