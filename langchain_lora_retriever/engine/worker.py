@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from traceback import clear_frames
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -90,7 +91,7 @@ class EngineWorker:
         self._submitted: WeakSet[Generation] = WeakSet()  # for a forked process, which tells those who hold one
         self._inbox: deque[Callable[[], None]] = deque()
         self._news = threading.Condition()
-        self._arriving: set[Generation] = set()  # submitted, and not with the scheduler yet
+        self._arriving: dict[Request, Generation] = {}  # submitted, and not with the scheduler yet
         self._preparer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lora-preparer")
         self._num_failed_steps = 0  # one after the other
         self._is_closing = False
@@ -144,18 +145,18 @@ class EngineWorker:
         if self._is_closing:
             raise self._dead()
         request = self.core.make_request(prompt_token_ids, sampling, adapters, output_token_ids)
-        generation = Generation(on_abort=lambda: self._leave(request, generation))
+        generation = Generation(on_abort=partial(self._leave, request))  # which does not hold it: no cycle to collect
         with self._news:
             self._check_alive()
             self._check_room()
-            self._arriving.add(generation)
+            self._arriving[request] = generation
         self._submitted.add(generation)
         try:
             compiled = None if grammar is None else self._compiler.start(grammar)
             prepared = [self._preparer.submit(prepare) for prepare in self.core.preparations(request)]
         except BaseException as error:
             with self._news:
-                self._arriving.discard(generation)
+                self._arriving.pop(request, None)
             if isinstance(error, RuntimeError) and self._is_closing:  # the preparer has just been shut down
                 raise self._dead() from error
             raise
@@ -262,10 +263,10 @@ class EngineWorker:
                 f"EngineConfig(max_waiting={limit}) lets no more wait: try again later, or raise it."
             )
 
-    def _leave(self, request: Request, generation: Generation) -> None:
+    def _leave(self, request: Request) -> None:
         """Let go of a request that was aborted; a stopped engine has done so already."""
         with self._news:
-            self._arriving.discard(generation)
+            self._arriving.pop(request, None)
         with suppress(EngineDeadError):
             self._post(lambda: self._forget(request))
 
@@ -291,12 +292,12 @@ class EngineWorker:
             self._post(lambda: self._accept(request, generation))
         except BaseException as error:  # noqa: BLE001 - panics of native code too; it ends the request it came from
             with self._news:
-                self._arriving.discard(generation)
+                self._arriving.pop(request, None)
             generation.fail(failure("The request could not be prepared", fresh(error)))
 
     def _accept(self, request: Request, generation: Generation) -> None:
         with self._news:
-            self._arriving.discard(generation)
+            self._arriving.pop(request, None)
         if not generation.is_done:  # it may have been aborted on the way
             self._generations[request] = generation
             self.core.add(request)
@@ -374,7 +375,11 @@ class EngineWorker:
         news: list[tuple[Generation, Delta | Exception]] = []
         ended: list[Request] = []
         for request, delta, error in outputs:
-            news += [(self._generations[request], item) for item in (delta, error) if item is not None]
+            generation = self._generations[request]
+            if delta is not None:
+                news.append((generation, delta))
+            if error is not None:
+                news.append((generation, error))
             if error is not None or (delta is not None and delta.finish_reason is not None):
                 ended.append(request)
         deliver(news)
@@ -398,7 +403,7 @@ class EngineWorker:
         )
         error.__cause__ = cause
         with self._news:
-            generations = [*self._generations.values(), *self._arriving]
+            generations = [*self._generations.values(), *self._arriving.values()]
             self._generations.clear()
             self._arriving.clear()
         for generation in generations:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import textwrap
 import threading
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -114,6 +116,20 @@ def test_an_error_that_stays_with_the_device_ends_the_engine(worker: EngineWorke
     with pytest.raises(EngineDeadError, match="start another"):
         worker.submit([5, 6], SHORT).result(30)
     assert not worker.is_alive
+
+
+def test_a_generation_that_ended_is_freed_without_the_garbage_collector(worker: EngineWorker) -> None:
+    """Nothing that it holds holds it: no collection, which stops every thread, has to find it."""
+    gc.disable()
+    try:
+        generation = worker.submit([5, 6, 7], SHORT)
+        generation.result(60)
+        seen = weakref.ref(generation)
+        del generation
+        worker.check_integrity()  # the engine's thread has let go of it
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 def test_no_more_wait_than_are_allowed() -> None:

@@ -7,6 +7,7 @@ from functools import cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 
 from langchain_lora_retriever.engine.model.packed_batch import LoraSpans, PackedBatch
@@ -14,6 +15,8 @@ from langchain_lora_retriever.engine.pinned_copy import copy_into
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+
+    import numpy.typing as npt
 
     Forward: TypeAlias = "Callable[[StaticInputs], torch.Tensor]"
 
@@ -247,26 +250,35 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _padded(shape: StepShape, batch: PackedBatch, decode_tokens: Sequence[int], tiles: Iterable[int]) -> list[int]:
+def _padded(
+    shape: StepShape, batch: PackedBatch, decode_tokens: Sequence[int], tiles: Iterable[int]
+) -> npt.NDArray[np.int64]:
     """The integers of a step, one after the other, filled up to its shape.
 
     Padding that no sequence is there for is attended for as well, which writes zeros for it.
     """
-    num, num_padding = len(batch.rows), shape.num_tokens - len(batch.rows)
-    padding = range(num, shape.num_tokens)
-    zeros, nones = [0] * num_padding, [-1] * num_padding
+    padding = range(len(batch.rows), shape.num_tokens)
     if shape.is_decode:
         decode_tokens = [*decode_tokens, *padding]
     else:
         size = shape.tile_size
         tiles = [*tiles, *(x for first in padding[::size] for x in (first, min(size, shape.num_tokens - first)))]
-    tiles = list(tiles)
-    return [
-        *batch.token_ids, *zeros, *batch.positions, *zeros, *batch.rows, *nones, *batch.sources, *nones,
-        *decode_tokens, *[-1] * (shape.num_decodes - len(decode_tokens)),
-        *tiles, *[0] * (2 * shape.num_tiles - len(tiles)),
-        *batch.sampled_tokens, *[0] * (shape.num_sampled - len(batch.sampled_tokens)),
-    ]  # fmt: skip
+    parts: list[tuple[Sequence[int], int, int]] = [
+        (batch.token_ids, shape.num_tokens, 0),
+        (batch.positions, shape.num_tokens, 0),
+        (batch.rows, shape.num_tokens, -1),
+        (batch.sources, shape.num_tokens, -1),
+        (decode_tokens, shape.num_decodes, -1),
+        (list(tiles), 2 * shape.num_tiles, 0),
+        (batch.sampled_tokens, shape.num_sampled, 0),
+    ]
+    integers = np.empty(sum(size for _, size, _ in parts), np.int64)
+    start = 0
+    for values, size, filling in parts:
+        integers[start : start + len(values)] = values
+        integers[start + len(values) : start + size] = filling
+        start += size
+    return integers
 
 
 def _fill(target: torch.Tensor, rows: torch.Tensor, padding: float) -> None:
