@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["RotaryTables"]
 
 _STATIC = frozenset({"default", "linear", "llama3", "yarn"})
-"""Kinds of rotary embeddings, by their names in configurations, whose frequencies do not depend on a sequence's length."""
+"""Kinds of rotary embeddings, by their names in configurations, whose frequencies are the same for any length."""
 _MAX_BYTES = 64 << 20  # of a table: 131,072 positions of heads of 128 in bfloat16
 _NUM_AT_ONCE = 4096  # positions
 _NUM_COMPARED = 256
