@@ -21,6 +21,7 @@ from lora_retriever_kernels.lora import (
     add_lora,
     lora_delta,
     lora_expand,
+    lora_expand_gated,
     lora_mix,
     lora_shrink,
 )
@@ -129,6 +130,23 @@ def test_adapters(compiler: Compiler, num_tokens: int, k: int) -> None:
     expand = {"_expand_token_kernel"} if batch.block_m == 1 else {"_mix_kernel", "_expand_tile_kernel"}
     loading = {"_unpack_kernel", "_unpack_gains_kernel"}
     assert names == {"_sort_kernel", "_tile_kernel", "_shrink_kernel", "_look_up_kernel", *loading, *expand}
+
+
+@pytest.mark.parametrize("compiler", [HOPPER, AMPERE], indirect=True)
+def test_adapters_of_an_activation(compiler: Compiler) -> None:
+    """Of two modules and of one that is both, for adapters that share an input and for wide ones."""
+    dtype = torch.bfloat16
+    rows = LoraRows(8, 256, "cpu")
+    batch = LoraBatch(rows, 2048, 3, backend="triton")
+    mapping, weights = torch.zeros(2048, 3, dtype=torch.int32), torch.ones(2048, 3)
+    x, y = torch.randn(2048, 256).to(dtype), torch.randn(2048, 256).to(dtype)
+    for rank, out_features in ((4, (128, 128)), (256, (256,))):
+        rows.assign(0, 0, rank)
+        stack = LoraStack(rows, 256, 256, out_features, dtype)
+        batch.update(mapping, weights)
+        lora_expand_gated(y, stack, batch, lora_mix(lora_shrink(x, stack, batch), stack, batch), "silu")
+    names = {key.split()[0] for key in compiler.known}
+    assert names == {"_sort_kernel", "_tile_kernel", "_shrink_kernel", "_mix_kernel", "_expand_gated_kernel"}
 
 
 @pytest.mark.parametrize("compiler", [HOPPER], indirect=True)

@@ -20,10 +20,13 @@ from lora_retriever_kernels.lora import (
     LoraStack,
     add_lora,
     add_lora_reference,
+    can_expand_gated,
     lora_delta,
     lora_expand,
+    lora_expand_gated,
     lora_mix,
     lora_shrink,
+    plan,
 )
 
 HAS_GPU = torch.cuda.is_available()
@@ -199,6 +202,48 @@ def test_shrink_then_expand(backend, num_tokens):
     torch.manual_seed(0)
     model = build(MIXED, backend=backend)
     assert error_of(model, *assign("uniform", num_tokens, 3, 5), in_two=True) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("backend", [interpreted])
+@pytest.mark.parametrize("name", ["silu", "gelu"])
+@pytest.mark.parametrize("out_features", [(48, 48), (34,)], ids=["gate and up", "one module"])
+@pytest.mark.parametrize(("popularity", "k"), [("uniform", 3), ("none", 1), ("skewed", 2)])
+def test_gate_and_up_are_expanded_with_their_activation(backend, popularity, k, out_features, name, monkeypatch):
+    """As in float64; a token gets the same bits whatever its neighbours name."""
+    monkeypatch.setattr(plan, "GATED_EXPAND_TOKENS", 65)
+    torch.manual_seed(0)
+    model = build([[r] * len(out_features) for r in (4, 33, 1, 20, 8)], out_features, backend=backend)
+    stack, batch, num_tokens = model.stack, model.batch, 133
+    mapping, weights = assign(popularity, num_tokens, k, 5)
+    x, wide = torch.randn(num_tokens, 40), torch.randn(num_tokens, sum(out_features) + 16)
+    y = wide[:, : sum(out_features)]
+    want, results = y.double(), []
+    add_lora_reference(want, x, stack, mapping, weights)
+    for _ in range(2):
+        batch.update(mapping, weights)
+        assert can_expand_gated(stack, batch)
+        results.append(lora_expand_gated(y, stack, batch, lora_mix(lora_shrink(x, stack, batch), stack, batch), name))
+        mapping = torch.cat([mapping[:1], assign("uniform", num_tokens - 1, k, 5)[0]])
+    gate, up = want.chunk(2, 1)
+    activated = {"silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu}[name](gate) * up
+    torch.testing.assert_close(results[0].double(), activated, rtol=1e-5, atol=1e-5)
+    assert torch.equal(results[1][0], results[0][0])
+
+
+def test_what_is_not_expanded_with_an_activation():
+    """Few tokens, PyTorch's path, adapters with gains, slices of two widths or of more than two modules."""
+    for out_features, sizes in (((16, 16), (1600, 64)), ((16, 8), (1600,)), ((8, 8, 8), (1600,)), ((17,), (1600,))):
+        model = build([[4] * len(out_features)], out_features)
+        for num_tokens in sizes:
+            for backend, has_gains in (("torch", False), ("triton", True), ("triton", False)):
+                batch = model.batch
+                batch.backend, batch.has_gains, batch.num_tokens = backend, has_gains, num_tokens
+                batch.block_m = 64 if num_tokens > 64 else 1
+                expected = out_features == (16, 16) and num_tokens == 1600 and backend == "triton" and not has_gains
+                assert can_expand_gated(model.stack, batch) == expected
+    batch.num_tokens = 3
+    with pytest.raises(ValueError, match="lora_mix"):
+        lora_expand_gated(torch.zeros(3, 17), model.stack, batch, [], "silu")
 
 
 @backends
@@ -439,14 +484,20 @@ def test_torch_compile_and_opcheck(backend):
         (y.clone(), v, stack.b, *common, out, batch.block_m, [], batch.tensors()),
         test_utils=checks,
     )
-    torch.library.opcheck(
-        torch.ops.lora_retriever_kernels.lora_delta.default,
-        (v, stack.b, *common, out, batch.block_m, [], batch.tensors()),
-        test_utils=checks,
-    )
+    for in_parts in (False, True):
+        torch.library.opcheck(
+            torch.ops.lora_retriever_kernels.lora_delta.default,
+            (v, stack.b, *common, out, batch.block_m, [], batch.tensors(), in_parts),
+            test_utils=checks,
+        )
     if batch.block_m > 1:
         mixed_arguments = (v, stack.b, *common, out, batch.block_m, batch.tensors())
         torch.library.opcheck(torch.ops.lora_retriever_kernels.lora_mix.default, mixed_arguments, test_utils=checks)
+        torch.library.opcheck(
+            torch.ops.lora_retriever_kernels.lora_expand_gated.default,
+            (y.clone(), lora_mix(v, stack, batch), stack.b, out, rows.rank_bound, "silu", batch.tensors()),
+            test_utils=checks,
+        )
     if backend == "triton":
         return  # Dynamo cannot trace into the interpreter's launches.
 

@@ -472,3 +472,79 @@ def _(
     if len(batch) == 2:
         return b.new_empty(v.shape[1], sum(out_features))
     return _empty_delta(v, b, out_features, block_m, in_parts=in_parts)
+
+
+def can_expand_gated(stack: LoraStack, batch: LoraBatch) -> bool:
+    """Whether `lora_expand_gated` can be called, and is faster than `lora_delta` and an activation that adds it.
+
+    Args:
+        stack: The adapters' tensors of gate and up: of both, or of one module that is both.
+        batch: The step's assignment.
+    """
+    return (
+        batch.backend == "triton"
+        and batch.block_m > 1
+        and batch.num_tokens >= plan.GATED_EXPAND_TOKENS
+        and not batch.has_gains
+        and stack.b.shape[1] % 2 == 0
+        and len(stack.out_features) in {1, 2}
+        and stack.out_features[0] == stack.out_features[-1]
+    )
+
+
+def lora_expand_gated(
+    y: torch.Tensor, stack: LoraStack, batch: LoraBatch, mixed: Sequence[torch.Tensor], activation: str
+) -> torch.Tensor:
+    """Add what adapters add to gate and up, and multiply the activation of the first with the second, in one launch.
+
+    Args:
+        y: The base's outputs `[num_tokens, 2 * width]`, the stack's dtype, unit stride in a row: gate, then up.
+        stack: The adapters' tensors.
+        batch: The step's assignment, for which `can_expand_gated` says yes.
+        mixed: What `lora_mix` returned for them.
+        activation: One of `decoder.ACTIVATIONS`.
+
+    Returns:
+        `[num_tokens, width]`, the stack's dtype.
+
+    Raises:
+        ValueError: If shapes, dtypes, devices or strides disagree, or there is nothing mixed.
+    """
+    _check_batch(stack, batch)
+    _check("y", y, (batch.num_tokens, stack.b.shape[1]), stack)
+    if len(mixed) != 2 or batch.has_gains:
+        raise ValueError("lora_expand_gated takes what lora_mix returned for a step of tiles without gains")
+    out: torch.Tensor = _lora_expand_gated(
+        y, list(mixed), stack.b, list(stack.out_features), batch.rank_bound, activation, batch.tensors()
+    )
+    return out
+
+
+@torch.library.custom_op("lora_retriever_kernels::lora_expand_gated", mutates_args=())
+def _lora_expand_gated(
+    y: torch.Tensor,
+    mixed: list[torch.Tensor],
+    b: torch.Tensor,
+    out_features: list[int],
+    max_rank: int,
+    activation: str,
+    batch: list[torch.Tensor],
+) -> torch.Tensor:
+    from lora_retriever_kernels.lora.expand import expand_gated  # noqa: PLC0415 - Triton is optional
+
+    out = y.new_empty(y.shape[0], y.shape[1] // 2)
+    expand_gated(out, y, mixed, b, out_features, max_rank, activation, batch)
+    return out
+
+
+@_lora_expand_gated.register_fake
+def _(
+    y: torch.Tensor,
+    mixed: list[torch.Tensor],  # noqa: ARG001 - the schema's
+    b: torch.Tensor,  # noqa: ARG001 - the schema's
+    out_features: list[int],  # noqa: ARG001 - the schema's
+    max_rank: int,  # noqa: ARG001 - the schema's
+    activation: str,  # noqa: ARG001 - the schema's
+    batch: list[torch.Tensor],  # noqa: ARG001 - the schema's
+) -> torch.Tensor:
+    return y.new_empty(y.shape[0], y.shape[1] // 2)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 ITEM_ROWS = 16
 _FEW_PROGRAMS = 128  # of expand, which leave most of a GPU to others
 _MANY_ITEMS = 16  # of a tile: more steps than that take longer than adding up parts
+# From how many tokens on the launch that activates gate and up expands them, too.
+GATED_EXPAND_TOKENS = 1536
 
 
 def cdiv(a: int, b: int) -> int:
@@ -154,3 +156,9 @@ def plan_expand(
         is_narrow = in_parts and cdiv(num_tokens, block_m) * sum(cdiv(n, 64) for n in out_features) <= _FEW_PROGRAMS
         return ExpandPlan(block_m, min(64, widest), 64, 4, 3, 4 if is_narrow else 1)
     return ExpandPlan(block_m, min(128, widest), 16 if k * max_rank <= 16 else 64, 4, 2)
+
+
+def plan_gated_expand(block_m: int, num_tokens: int, k: int, max_rank: int, out_features: Sequence[int]) -> ExpandPlan:
+    """Choose the launch shape of the expand that activates; its steps over the rows are those of `plan_expand`."""
+    p = plan_expand(block_m, num_tokens, k, max_rank, out_features)
+    return ExpandPlan(block_m, min(64, p.block_n), p.block_rows, 4, 2)

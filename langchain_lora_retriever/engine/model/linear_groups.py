@@ -136,9 +136,9 @@ class LoraGroup:
 
     def compute_gated(self, x: torch.Tensor, activation: str) -> torch.Tensor | None:
         """The activation of the first half of the outputs times the second; see `Product.gated`."""
-        if self.product is None or self._layers.is_active:
+        if self.product is None:
             return None
-        return self.product.gated(x, activation)
+        return self._layers.gated_product(x, self.product, self.stack, self._batch, activation)
 
 
 class Product(Protocol):

@@ -19,8 +19,10 @@ from lora_retriever_kernels.lora import (
     LoraSlice,
     LoraStack,
     add_lora,
+    can_expand_gated,
     lora_delta,
     lora_expand,
+    lora_expand_gated,
     lora_mix,
     lora_shrink,
 )
@@ -375,6 +377,32 @@ class LoraLayers:
             return lora_delta(v, stack, batch, lora_mix(v, stack, batch), takes_parts=True)
 
         return run_beside(side, apart, lambda: multiply(x))
+
+    def gated_product(
+        self, x: torch.Tensor, product: JointLinears, stack: LoraStack, batch: LoraBatch, activation: str
+    ) -> torch.Tensor | None:
+        """The activation of the first half of a product's outputs times the second; None if others have it sooner.
+
+        For many tokens with adapters, one launch reads the product, adds the adapters' outputs and activates.
+
+        Args:
+            x: Packed inputs.
+            product: The base's.
+            stack: The adapters' tensors.
+            batch: Which tokens run which.
+            activation: One of `decoder.ACTIVATIONS`.
+        """
+        if not self._is_active:
+            return product.gated(x, activation)
+        if len(self._devices) > 1 or not can_expand_gated(stack, batch):
+            return None
+
+        def begin() -> list[torch.Tensor]:
+            return lora_mix(lora_shrink(x, stack, batch), stack, batch)
+
+        side = self._side_to_capture()
+        y, mixed = (product(x), begin()) if side is None else run_beside(side, begin, lambda: product(x))
+        return lora_expand_gated(y, stack, batch, mixed, activation)
 
     def add_to_product(
         self, x: torch.Tensor, product: JointLinears, stack: LoraStack, batch: LoraBatch
