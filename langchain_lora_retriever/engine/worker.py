@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import threading
+import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -50,6 +51,8 @@ _logger = logging.getLogger(__name__)
 
 _MAX_FAILED_STEPS = 8
 """Steps that may fail one after the other before the engine takes itself for broken."""
+_SECONDS_TO_BEGIN = 1e-4
+"""How long whoever fills the first step of an idle engine lets its thread have the interpreter."""
 _MAX_SECONDS_AT_EXIT = 60
 """How long a process that ends waits for the step that runs."""
 
@@ -91,6 +94,7 @@ class EngineWorker:
         self._submitted: WeakSet[Generation] = WeakSet()  # for a forked process, which tells those who hold one
         self._inbox: deque[Callable[[], None]] = deque()
         self._news = threading.Condition()
+        self._num_idle_tokens = 0  # of prompts that came since the thread had nothing to do; -1 while it has
         self._arriving: dict[Request, Generation] = {}  # submitted, and not with the scheduler yet
         self._preparer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lora-preparer")
         self._num_failed_steps = 0  # one after the other
@@ -164,7 +168,21 @@ class EngineWorker:
             [*prepared, *([compiled] if compiled else [])],
             lambda: self._arrive(request, generation, prepared, compiled),
         )
+        self._let_begin(len(request.prompt_token_ids))
         return generation
+
+    def _let_begin(self, num_tokens: int) -> None:
+        """Let the engine's thread have the interpreter once what came while it was idle fills a step.
+
+        Whoever submits many requests one after the other would keep it for the switch interval, 5 ms, at least.
+        """
+        with self._news:
+            if self._num_idle_tokens < 0:
+                return
+            self._num_idle_tokens += num_tokens
+            is_full = self._num_idle_tokens >= self.core.runner.memory.max_num_batched_tokens
+        if is_full:
+            time.sleep(_SECONDS_TO_BEGIN)
 
     def check_process(self) -> None:
         """Say what is wrong in a forked process, where neither the engine nor its model can be used.
@@ -338,8 +356,11 @@ class EngineWorker:
         """Do what was posted, and wait if there is nothing to compute; False once the engine is closing."""
         while True:
             with self._news:
+                if not (self._inbox or self._is_closing or self.core.has_unfinished_requests):
+                    self._num_idle_tokens = 0
                 while not (self._inbox or self._is_closing or self.core.has_unfinished_requests):
                     self._news.wait()
+                self._num_idle_tokens = -1
                 if self._is_closing:
                     return False
             self._do_what_was_posted()

@@ -245,11 +245,12 @@ class ModelRunner:
         if config.attention_backend == "torch" or (config.attention_backend == "auto" and not serves):
             if self.device.type == "cuda":
                 _logger.warning("This placement of the model runs without CUDA graphs and fused kernels.")
-            return TorchExecutor(self._model, self._caches, self.lora_layers, self._recurrent, self._chosen[:, 0])
+            parts = (self._model, self._caches, self.lora_layers, self._recurrent, self._chosen[:, 0])
+            return TorchExecutor(*parts, max_model_len=self.memory.max_model_len)
         from langchain_lora_retriever.engine.model.triton_executor import TritonExecutor  # noqa: PLC0415 - needs Triton
 
-        parts = (self._caches, self.lora_layers, self._recurrent, self.memory, config, self._chosen)
-        return TritonExecutor(self._model, self.probe, *parts, vocab_size=self.vocab_size)
+        state = (self._caches, self.lora_layers, self._recurrent, self.memory, config, self._chosen)
+        return TritonExecutor(self._model, self.probe, *state, vocab_size=self.vocab_size)
 
 
 def _claim(model: PreTrainedModel) -> Callable[[], None]:
