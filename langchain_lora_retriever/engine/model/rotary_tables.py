@@ -97,7 +97,7 @@ class _Lookup:
             if part is None:
                 return None
             table[:, start:end] = part
-        return table if torch.equal(table[:, some], sample) else None
+        return table if x.is_meta or torch.equal(table[:, some], sample) else None
 
     def _compute(self, x: torch.Tensor, positions: torch.Tensor, named: dict[str, str]) -> torch.Tensor | None:
         """Cosines and sines `[2, n, width]` of positions `[n]`; None if the module returns something else."""
