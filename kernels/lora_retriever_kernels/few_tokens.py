@@ -16,14 +16,25 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from lora_retriever_kernels.decoder.activation import ACTIVATIONS, activate
 from lora_retriever_kernels.launch import pdl_options, wait_for_earlier_launches
 
-__all__ = ["MAX_TOKENS", "ProductShape", "choose_product", "launch_product", "multiply_few"]
+__all__ = [
+    "MAX_TOKENS",
+    "ProductShape",
+    "choose_gated_product",
+    "choose_product",
+    "launch_product",
+    "multiply_few",
+    "multiply_gated",
+]
 
 MAX_TOKENS = 64
 _SMALL = 16  # tokens, of which two programs with narrow blocks fit an SM's shared memory
 _LEAST_BUSY, _LEAST_BUSY_SMALL = 0.72, 0.36  # below this share of SMs at work the library's product is as fast
+_LEAST_BUSY_GATED = 0.8  # in one round, two on an SM; two rounds were slower than two launches
 _LEAST_PART, _GOOD_PART = 512, 2048  # features of a part: at least, and from when on more parts do no harm
 
 
@@ -62,6 +73,38 @@ def choose_product(num_tokens: int, weight: torch.Tensor, *, takes_parts: bool) 
         return None
     num_sms = _num_sms(weight.device)
     return _choose(tuple(weight.shape), num_sms, is_small=num_tokens <= _SMALL, takes_parts=takes_parts)
+
+
+def choose_gated_product(num_tokens: int, weight: torch.Tensor) -> ProductShape | None:
+    """Choose how a product with gate and up, and its activation, are launched together.
+
+    Args:
+        num_tokens: Rows of the other factor.
+        weight: `[2 * width, in_features]`, gate above up; as in `choose_product`.
+
+    Returns:
+        None where two launches are as fast or faster, and on all GPUs but Hopper's. The blocks are of gate and up each.
+    """
+    if not _SMALL < num_tokens <= MAX_TOKENS or weight.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    if weight.device.type != "cuda" or not weight.is_contiguous() or weight.data_ptr() % 16:
+        return None
+    return _choose_gated(weight.shape[0] // 2, weight.shape[1], _num_sms(weight.device))
+
+
+def _choose_gated(width: int, features: int, num_sms: int) -> ProductShape | None:
+    """The one shape, where its programs fill the SMs in one round."""
+    shape, places = ProductShape(64, 64, 1, 3, 4), 2 * num_sms
+    if width % shape.block_n or features % shape.block_k:
+        return None
+    return shape if _LEAST_BUSY_GATED * places <= width // shape.block_n <= places else None
+
+
+def _reads(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether a launch beside `weight` can read `x`: its rows begin at multiples of 16 bytes, on the current device."""
+    is_aligned = x.data_ptr() % 16 == 0 and (x.shape[0] == 1 or x.stride(0) * x.element_size() % 16 == 0)
+    is_here = x.device == weight.device and x.device.index == torch.cuda.current_device()
+    return x.dtype == weight.dtype and x.stride(1) == 1 and is_aligned and is_here
 
 
 @functools.cache
@@ -111,61 +154,79 @@ def _choose(weight: tuple[int, int], num_sms: int, *, is_small: bool, takes_part
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _few_kernel(
-    y, x, weight, bias, num_tokens, x_stride,
-    WIDTH: tl.constexpr, FEATURES: tl.constexpr, HAS_BIAS: tl.constexpr, NUM_PARTS: tl.constexpr,
+    y, x, weight, bias, num_tokens,
+    WIDTH: tl.constexpr, FEATURES: tl.constexpr, HAS_BIAS: tl.constexpr, NUM_PARTS: tl.constexpr, KIND: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NUM_STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program per block of outputs and part of the features, for all tokens: the weight is read once."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """One program per block of outputs and part of the features, for all tokens: the weight is read once.
+
+    `x` and `weight` are tensor descriptors: the copy engine (TMA) brings their blocks. With a `KIND` of activation a
+    program has its rows of gate and its rows of up, and `WIDTH` is that of each.
+    """
+    first = tl.program_id(0) * BLOCK_N
     part = tl.program_id(1)
+    n = first + tl.arange(0, BLOCK_N)
     t = tl.arange(0, BLOCK_T)
-    d = tl.arange(0, BLOCK_K)
     PART: tl.constexpr = FEATURES // NUM_PARTS
-    rows = weight + n.to(tl.int64)[:, None] * FEATURES + (part * PART + d)[None, :]
-    inputs = x + t[:, None] * x_stride + (part * PART + d)[None, :]
-    ok = (t < num_tokens)[:, None]
     total = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+    up = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     wait_for_earlier_launches(PDL)
-    for k in tl.range(0, PART, BLOCK_K, num_stages=NUM_STAGES):
-        w = tl.load(rows + k, eviction_policy="evict_first")
-        total = tl.dot(w, tl.trans(tl.load(inputs + k, mask=ok, other=0.0)), total, input_precision="ieee")
+    for k in tl.range(part * PART, (part + 1) * PART, BLOCK_K, num_stages=NUM_STAGES):
+        rows = weight.load([first, k])
+        columns = tl.trans(x.load([0, k]))
+        total = tl.dot(rows, columns, total, input_precision="ieee")
+        if KIND is not None:
+            up = tl.dot(weight.load([WIDTH + first, k]), columns, up, input_precision="ieee")
     if HAS_BIAS:
         total += tl.where(part == 0, tl.load(bias + n).to(tl.float32), 0.0)[:, None]
+    if KIND is not None:
+        if HAS_BIAS:
+            up += tl.load(bias + WIDTH + n).to(tl.float32)[:, None]
+        total = activate(total, KIND) * up
     target = y + (part * num_tokens + t[:, None]) * WIDTH + n[None, :]
-    tl.store(target, tl.trans(total).to(y.dtype.element_ty), mask=ok)
+    tl.store(target, tl.trans(total).to(y.dtype.element_ty), mask=(t < num_tokens)[:, None])
 
 
 def launch_product(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, shape: ProductShape
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    shape: ProductShape,
+    activation: str | None = None,
 ) -> torch.Tensor:
-    """Multiply few tokens with a weight; see `multiply_few`.
+    """Multiply few tokens with a weight; see `multiply_few` and `multiply_gated`.
 
     Args:
-        x: `[num_tokens, in_features]`, unit stride in a row.
-        weight: `[out_features, in_features]`, contiguous, of its dtype.
+        x: `[num_tokens, in_features]`, unit stride in a row; the rows begin at multiples of 16 bytes.
+        weight: `[out_features, in_features]`, contiguous, of its dtype; its rows begin there, too.
         bias: `[out_features]`, or None.
-        shape: How; its blocks and parts divide the weight's sizes.
+        shape: How; its blocks and parts divide the weight's sizes, or with an activation those of its halves, and then
+            there is one part.
+        activation: One of `ACTIVATIONS`: of the first half of the outputs, times the second. None leaves them.
 
     Returns:
-        `[num_tokens, out_features]` of the inputs' dtype; with several parts `[num_parts, num_tokens, out_features]`
-        float32.
+        `[num_tokens, out_features]` of the inputs' dtype, or half as wide with an activation; with several parts
+        `[num_parts, num_tokens, out_features]` float32.
     """
     num_tokens, (width, features) = x.shape[0], weight.shape
+    if activation is not None:
+        width //= 2
     y = torch.empty(num_tokens, width, dtype=x.dtype, device=x.device)
     if shape.num_parts > 1:
         y = torch.empty(shape.num_parts, num_tokens, width, dtype=torch.float32, device=x.device)
+    block_t = max(16, triton.next_power_of_2(num_tokens))
     _few_kernel[(width // shape.block_n, shape.num_parts)](
         y,
-        x,
-        weight,
+        TensorDescriptor(x, x.shape, [x.stride(0) if num_tokens > 1 else features, 1], [block_t, shape.block_k]),
+        TensorDescriptor(weight, weight.shape, weight.stride(), [shape.block_n, shape.block_k]),
         bias if bias is not None else weight,
         num_tokens,
-        x.stride(0),
         WIDTH=width,
         FEATURES=features,
         HAS_BIAS=bias is not None,
         NUM_PARTS=shape.num_parts,
-        BLOCK_T=max(16, triton.next_power_of_2(num_tokens)),
+        KIND=None if activation is None else ACTIVATIONS[activation],
+        BLOCK_T=block_t,
         BLOCK_N=shape.block_n,
         BLOCK_K=shape.block_k,
         NUM_STAGES=shape.num_stages,
@@ -195,6 +256,29 @@ def multiply_few(
         dtype, on another GPU than Hopper's or one that is not the current device.
     """
     shape = choose_product(x.shape[0], weight, takes_parts=takes_parts)
-    if shape is None or x.dtype != weight.dtype or x.stride(1) != 1 or x.device.index != torch.cuda.current_device():
+    if shape is None or not _reads(x, weight):
         return None
     return launch_product(x, weight, bias, shape)
+
+
+def multiply_gated(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str
+) -> torch.Tensor | None:
+    """Multiply few tokens with gate and up, and the activation of the one with the other, where that is faster at once.
+
+    Semantics:
+        gate, up = (x @ weight.T + bias).chunk(2, 1); y = activation(gate) * up, rounded once.
+
+    Args:
+        x: `[num_tokens, in_features]`, unit stride in a row.
+        weight: `[2 * width, in_features]`.
+        bias: `[2 * width]`, or None.
+        activation: One of `ACTIVATIONS`.
+
+    Returns:
+        `[num_tokens, width]` of the inputs' dtype; None where two launches are as fast or faster, as in `multiply_few`.
+    """
+    shape = choose_gated_product(x.shape[0], weight)
+    if shape is None or not _reads(x, weight):
+        return None
+    return launch_product(x, weight, bias, shape, activation)

@@ -30,6 +30,11 @@ def stages_that_fit(device: torch.device, wanted: int, stage_bytes: int) -> int:
     return max(1, min(wanted, available // stage_bytes))
 
 
+def num_parts(x: torch.Tensor | None) -> int:
+    """How many parts of something come, which whoever reads it adds up: `[num_parts, num_tokens, width]` has some."""
+    return 0 if x is None else x.shape[0] if x.dim() == 3 else 1
+
+
 @triton.jit
 def wait_for_earlier_launches(PDL: tl.constexpr) -> None:
     """Wait for the results of all kernels launched before, and let the next one be launched meanwhile.

@@ -6,6 +6,7 @@ import itertools
 import logging
 import math
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -96,6 +97,7 @@ class Engine:
     def __init__(self, base: BaseModel, config: EngineConfig, expected: Sequence[Adapter] = ()) -> None:
         self.config = config
         self._defaults = GenerationDefaults.of(base)
+        self._has_rules = replace(self._defaults, eos_token_ids=frozenset()) != GenerationDefaults()
         self.tokenizer = base.tokenizer
         self.runner = ModelRunner(base, config, expected)
         try:
@@ -183,20 +185,22 @@ class Engine:
         token_ids = self.admission.check(prompt_token_ids, sampling, adapters, output_token_ids)
         max_num_tokens = min(len(token_ids) + sampling.max_tokens, self.max_model_len)
         end_token_ids = self._end_token_ids(sampling)
-        rules = LogitsRules(
-            self._defaults,
-            token_ids,
-            repetition_penalty=sampling.repetition_penalty,
-            end_token_ids=end_token_ids,
-            max_num_tokens=max_num_tokens,
-        )
+        rules = None
+        if self._has_rules or sampling.repetition_penalty is not None:
+            rules = LogitsRules(
+                self._defaults,
+                token_ids,
+                repetition_penalty=sampling.repetition_penalty,
+                end_token_ids=end_token_ids,
+                max_num_tokens=max_num_tokens,
+            )
         layers = self.runner.lora_layers
-        self.store.prefetch(
-            [a for a, _ in adapters if not a.members and layers.is_prepared(a) and not self.slots.is_resident(a)]
-        )
+        missing = [adapter for adapter, _ in adapters if not self.slots.is_resident(adapter)]
+        self.store.prefetch([adapter for adapter in missing if not adapter.members and layers.is_prepared(adapter)])
         ordered = sorted(adapters, key=lambda pair: pair[0].fingerprint)  # one sum, whatever order it was asked in
-        activations = tuple(first_active(adapter.invocation_tokens, token_ids) for adapter, _ in ordered)
-        self._tell_dormant([a for (a, _), first in zip(ordered, activations, strict=True) if first is None])
+        activations = tuple([first_active(adapter.invocation_tokens, token_ids) for adapter, _ in ordered])
+        if None in activations:
+            self._tell_dormant([a for (a, _), first in zip(ordered, activations, strict=True) if first is None])
         request = Request(
             request_id=next(self._ids),
             prompt_token_ids=token_ids,
@@ -209,7 +213,7 @@ class Engine:
                 skip_special_tokens=sampling.skip_special_tokens,
                 vocabulary=self._vocabulary,
             ),
-            rules=rules if rules.is_needed else None,
+            rules=rules if rules is not None and rules.is_needed else None,
             end_token_ids=end_token_ids,
             max_num_tokens=max_num_tokens,
             output_token_ids=list(output_token_ids),
@@ -377,7 +381,8 @@ class Engine:
         return [output for output in outputs if output.delta is not None or output.error is not None]
 
     def _deliver(self, request: Request, outcome: Outcome) -> StepOutput:
-        if isinstance(outcome, ChosenToken) and not all(map(math.isfinite, request.prompt_logprobs.values())):
+        scores = request.prompt_logprobs
+        if scores and isinstance(outcome, ChosenToken) and not all(map(math.isfinite, scores.values())):
             outcome = not_finite(request)
         if not isinstance(outcome, ChosenToken):
             self.kv_cache.forget(request)  # what it has computed may be as wrong as its logits

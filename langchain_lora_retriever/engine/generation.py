@@ -231,17 +231,16 @@ class Generation:
                 return None
             if self._sink is not None:
                 self._sink(news)
+            wakes, self._on_news = self._on_news, []
             if isinstance(news, Exception):
                 self._future.set_exception(news)
-            else:
-                if self._sink is None:
-                    self._pending.append(news)
-                self._received.append(news)
-                if news.finish_reason is not None:
-                    self._future.set_result(_join(self._received))
-            wakes, self._on_news = self._on_news, []
-            if self._future.done():
-                wakes += self._on_end
+                return wakes + self._on_end
+            if self._sink is None:
+                self._pending.append(news)
+            self._received.append(news)
+            if news.finish_reason is not None:
+                self._future.set_result(_join(self._received))
+                return wakes + self._on_end
             return wakes
 
     def _next_or_wait(self, wake: Wake) -> Delta | None:

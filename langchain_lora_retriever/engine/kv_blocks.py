@@ -106,6 +106,8 @@ class KVCacheManager:
     def allocate(self, request: Request, num_tokens: int) -> bool:
         """Make room for the request's first `num_tokens` tokens; False, and nothing changed, if there is none."""
         num_missing = -(-num_tokens // self.block_size) - len(request.block_ids)
+        if num_missing <= 0:
+            return True
         if num_missing > self.num_free_blocks:
             return False
         for _ in range(num_missing):

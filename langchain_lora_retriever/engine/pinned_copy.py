@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from contextlib import AbstractContextManager
 
-__all__ = ["copy_to_device", "copy_to_host", "on_device", "upload"]
+__all__ = ["copy_into", "copy_to_device", "copy_to_host", "on_device", "upload"]
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
@@ -31,6 +31,13 @@ def copy_to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if tensor.device.type == "cuda":
         return tensor.to(device, non_blocking=True)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def copy_into(target: torch.Tensor, host: torch.Tensor) -> None:
+    """Copy to a place on a device through page-locked memory, in the order of the current stream."""
+    if target.device.type == "cuda":
+        host = host.pin_memory()  # the allocator of which gives it to nobody else before the copy has run
+    target.copy_(host, non_blocking=True)
 
 
 def copy_to_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Constraint", "Request", "composition_salt", "failure", "first_active"]
 
 _TOKEN_BYTES = array("q").itemsize
+_NO_PLACES = range(0)
 
 
 class Constraint(Protocol):
@@ -104,7 +105,7 @@ class Request:
         constraint: Grammar of the answer, if any.
         rules: Penalties and bans, if there are any.
         end_token_ids: Tokens that end it.
-        seed: Seed of its random choices.
+        seed: Seed of its random choices, if it makes any.
         states: From which token on which of its adapters run: `(first token, indices of adapters)`, ascending from 0.
         salts: What identifies each of these states where KV is computed, by its first token.
         output_token_ids: Tokens generated so far.
@@ -151,8 +152,15 @@ class Request:
 
     def __post_init__(self) -> None:
         """Fix the seed, and what its adapters do to which tokens, for its whole life."""
-        self.seed = secrets.randbits(62) if self.sampling.seed is None else self.sampling.seed
+        if self.sampling.seed is not None:
+            self.seed = self.sampling.seed
+        elif self.sampling.temperature > 0:
+            self.seed = secrets.randbits(62)
         firsts = self.activations or (0,) * len(self.adapters)
+        if not any(firsts) and None not in firsts:
+            self.states = ((0, tuple(range(len(firsts)))),)
+            self.salts = {0: composition_salt(self.adapters)}
+            return
         changes = sorted({0, *(first for first in firsts if first is not None)})
         self.states = tuple(
             (change, tuple(i for i, first in enumerate(firsts) if first is not None and first <= change))
@@ -163,7 +171,7 @@ class Request:
     @property
     def num_tokens(self) -> int:
         """Tokens so far, prompt and output, pending ones included."""
-        return self.num_known_tokens + self.num_pending_tokens
+        return len(self.prompt_token_ids) + len(self.output_token_ids) + self.num_pending_tokens
 
     @property
     def num_known_tokens(self) -> int:
@@ -193,6 +201,8 @@ class Request:
 
     def scored_places(self, start: int, end: int) -> range:
         """Those of the places from `start` to before `end` after which logits are wanted for that."""
+        if self.sampling.prompt_logprobs_from is None:
+            return _NO_PLACES
         return range(max(start, self.first_scored_place), min(end, len(self.prompt_token_ids) - 1))
 
     def take_prompt_logprobs(self) -> tuple[float, ...] | None:

@@ -61,6 +61,7 @@ class Choice(NamedTuple):
         top_logprobs: The likeliest tokens' `[num_requests, n]`, or None.
         top_token_ids: Their ids, or None.
         failures: What went wrong before the device was asked, by row.
+        pairs: Where token ids and peaks lie side by side, see `of_pairs`; None where they do not.
     """
 
     token_ids: torch.Tensor
@@ -70,9 +71,25 @@ class Choice(NamedTuple):
     top_logprobs: torch.Tensor | None = None
     top_token_ids: torch.Tensor | None = None
     failures: Mapping[int, LoraRetrieverError] | None = None
+    pairs: torch.Tensor | None = None
+
+    @classmethod
+    def of_pairs(cls, pairs: torch.Tensor) -> Choice:
+        """The choice of a step that is plain greedy.
+
+        Args:
+            pairs: `[num_requests, 2]` int64, contiguous: token ids, and the bits of the peaks as float64.
+        """
+        return cls(pairs[:, 0], pairs.view(torch.float64)[:, 1], pairs=pairs)
 
     def to_host(self) -> Choice:
-        """Begin to copy all of it to the host; to be read once the current stream has come this far."""
+        """Begin to copy all of it to the host; to be read once the current stream has come this far.
+
+        The next step may overwrite the pairs.
+        """
+        if self.pairs is not None:
+            is_on_gpu = self.pairs.device.type == "cuda"
+            return Choice.of_pairs(copy_to_host(self.pairs) if is_on_gpu else self.pairs.clone())
         return Choice._make(copy_to_host(part) if isinstance(part, torch.Tensor) else part for part in self)
 
     def read(self, requests: Sequence[Request]) -> list[Outcome]:

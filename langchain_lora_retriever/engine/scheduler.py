@@ -101,9 +101,10 @@ class Scheduler:
         index = 0
         while index < len(self.running) and budget > 0:
             request = self.running[index]
-            if request.num_tokens - request.num_computed_tokens > 1:
+            num_new_tokens = request.num_tokens - request.num_computed_tokens
+            if num_new_tokens > 1:
                 self._kv_cache.extend_prefix(request)
-            num_new_tokens = _num_next(request, min(budget, prompt_limit), scores)
+                num_new_tokens = _num_next(request, min(budget, prompt_limit), scores)
             if request.is_exhausted or not num_new_tokens:
                 index += 1
                 continue
@@ -185,7 +186,7 @@ class Scheduler:
 
         Five prompts of 128 tokens and three streams are 643 tokens, and would take as long as 768.
         """
-        num_tokens = sum(item.num_new_tokens for item in scheduled)
+        num_tokens = sum([item.num_new_tokens for item in scheduled])
         index = bisect.bisect_right(self._step_sizes, num_tokens)
         if num_tokens < _MIN_TOKENS_TO_TRIM or not 0 < index < len(self._step_sizes) or self._kv_cache.has_lent:
             return scheduled
@@ -205,9 +206,11 @@ class Scheduler:
 
         Then each gets a part, so that a long one comes in pieces and short ones, which soon are streams too, do not.
         """
-        num_streams = sum(request.num_tokens - request.num_computed_tokens == 1 for request in self.running)
+        if self._max_num_prefill_tokens is None:
+            return self._max_num_batched_tokens
+        num_streams = sum([request.num_tokens - request.num_computed_tokens == 1 for request in self.running])
         num_others = len(self.waiting) + len(self.running) - num_streams
-        if self._max_num_prefill_tokens is None or num_streams <= num_others:
+        if num_streams <= num_others:
             return self._max_num_batched_tokens
         return self._max_num_prefill_tokens
 

@@ -130,13 +130,12 @@ class StatsRecorder(RequestCounts):
         self.num_output_tokens += len(sampled)
         self._recent.append((now, len(sampled)))
         for request in sampled:
-            submitted = self._submitted.pop(request.request_id, None)
             last = self._last_token.get(request.request_id)
-            if submitted is not None:
+            if last is not None:
+                self.inter_token.append(now - last)
+            elif (submitted := self._submitted.pop(request.request_id, None)) is not None:
                 self.first_token.append(now - submitted)
                 self.num_cached_tokens += request.num_cached_tokens or 0
-            elif last is not None:
-                self.inter_token.append(now - last)
             self._last_token[request.request_id] = now
 
     def on_finished(self, request: Request) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import atexit
 import logging
 import threading
+import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from traceback import clear_frames
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -49,6 +51,8 @@ _logger = logging.getLogger(__name__)
 
 _MAX_FAILED_STEPS = 8
 """Steps that may fail one after the other before the engine takes itself for broken."""
+_SECONDS_TO_BEGIN = 1e-4
+"""How long whoever fills the first step of an idle engine lets its thread have the interpreter."""
 _MAX_SECONDS_AT_EXIT = 60
 """How long a process that ends waits for the step that runs."""
 
@@ -90,7 +94,8 @@ class EngineWorker:
         self._submitted: WeakSet[Generation] = WeakSet()  # for a forked process, which tells those who hold one
         self._inbox: deque[Callable[[], None]] = deque()
         self._news = threading.Condition()
-        self._arriving: set[Generation] = set()  # submitted, and not with the scheduler yet
+        self._num_idle_tokens = 0  # of prompts that came since the thread had nothing to do; -1 while it has
+        self._arriving: dict[Request, Generation] = {}  # submitted, and not with the scheduler yet
         self._preparer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lora-preparer")
         self._num_failed_steps = 0  # one after the other
         self._is_closing = False
@@ -144,18 +149,18 @@ class EngineWorker:
         if self._is_closing:
             raise self._dead()
         request = self.core.make_request(prompt_token_ids, sampling, adapters, output_token_ids)
-        generation = Generation(on_abort=lambda: self._leave(request, generation))
+        generation = Generation(on_abort=partial(self._leave, request))  # which does not hold it: no cycle to collect
         with self._news:
             self._check_alive()
             self._check_room()
-            self._arriving.add(generation)
+            self._arriving[request] = generation
         self._submitted.add(generation)
         try:
             compiled = None if grammar is None else self._compiler.start(grammar)
             prepared = [self._preparer.submit(prepare) for prepare in self.core.preparations(request)]
         except BaseException as error:
             with self._news:
-                self._arriving.discard(generation)
+                self._arriving.pop(request, None)
             if isinstance(error, RuntimeError) and self._is_closing:  # the preparer has just been shut down
                 raise self._dead() from error
             raise
@@ -163,7 +168,21 @@ class EngineWorker:
             [*prepared, *([compiled] if compiled else [])],
             lambda: self._arrive(request, generation, prepared, compiled),
         )
+        self._let_begin(len(request.prompt_token_ids))
         return generation
+
+    def _let_begin(self, num_tokens: int) -> None:
+        """Let the engine's thread have the interpreter once what came while it was idle fills a step.
+
+        Whoever submits many requests one after the other would keep it for the switch interval, 5 ms, at least.
+        """
+        with self._news:
+            if self._num_idle_tokens < 0:
+                return
+            self._num_idle_tokens += num_tokens
+            is_full = self._num_idle_tokens >= self.core.runner.memory.max_num_batched_tokens
+        if is_full:
+            time.sleep(_SECONDS_TO_BEGIN)
 
     def check_process(self) -> None:
         """Say what is wrong in a forked process, where neither the engine nor its model can be used.
@@ -262,10 +281,10 @@ class EngineWorker:
                 f"EngineConfig(max_waiting={limit}) lets no more wait: try again later, or raise it."
             )
 
-    def _leave(self, request: Request, generation: Generation) -> None:
+    def _leave(self, request: Request) -> None:
         """Let go of a request that was aborted; a stopped engine has done so already."""
         with self._news:
-            self._arriving.discard(generation)
+            self._arriving.pop(request, None)
         with suppress(EngineDeadError):
             self._post(lambda: self._forget(request))
 
@@ -291,12 +310,12 @@ class EngineWorker:
             self._post(lambda: self._accept(request, generation))
         except BaseException as error:  # noqa: BLE001 - panics of native code too; it ends the request it came from
             with self._news:
-                self._arriving.discard(generation)
+                self._arriving.pop(request, None)
             generation.fail(failure("The request could not be prepared", fresh(error)))
 
     def _accept(self, request: Request, generation: Generation) -> None:
         with self._news:
-            self._arriving.discard(generation)
+            self._arriving.pop(request, None)
         if not generation.is_done:  # it may have been aborted on the way
             self._generations[request] = generation
             self.core.add(request)
@@ -337,8 +356,11 @@ class EngineWorker:
         """Do what was posted, and wait if there is nothing to compute; False once the engine is closing."""
         while True:
             with self._news:
+                if not (self._inbox or self._is_closing or self.core.has_unfinished_requests):
+                    self._num_idle_tokens = 0
                 while not (self._inbox or self._is_closing or self.core.has_unfinished_requests):
                     self._news.wait()
+                self._num_idle_tokens = -1
                 if self._is_closing:
                     return False
             self._do_what_was_posted()
@@ -374,7 +396,11 @@ class EngineWorker:
         news: list[tuple[Generation, Delta | Exception]] = []
         ended: list[Request] = []
         for request, delta, error in outputs:
-            news += [(self._generations[request], item) for item in (delta, error) if item is not None]
+            generation = self._generations[request]
+            if delta is not None:
+                news.append((generation, delta))
+            if error is not None:
+                news.append((generation, error))
             if error is not None or (delta is not None and delta.finish_reason is not None):
                 ended.append(request)
         deliver(news)
@@ -398,7 +424,7 @@ class EngineWorker:
         )
         error.__cause__ = cause
         with self._news:
-            generations = [*self._generations.values(), *self._arriving]
+            generations = [*self._generations.values(), *self._arriving.values()]
             self._generations.clear()
             self._arriving.clear()
         for generation in generations:

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from lora_retriever_kernels.attention import Pages, Rotary, attend_decode, choose_num_splits, write_kv
 from lora_retriever_kernels.decoder import RmsNorm, add_rms_norm, gated_activation, rms_norm
-from lora_retriever_kernels.few_tokens import multiply_few
+from lora_retriever_kernels.few_tokens import multiply_few, multiply_gated
 from lora_retriever_kernels.lora import LoraBatch, LoraRows, LoraStack, lora_delta, lora_mix, lora_shrink
 from lora_retriever_kernels.streams import run_beside
 
@@ -119,11 +119,19 @@ class Layers:
 
         def apart() -> torch.Tensor:
             v = lora_shrink(x, stack, self.batch)
-            return lora_delta(v, stack, self.batch, lora_mix(v, stack, self.batch))
+            return lora_delta(v, stack, self.batch, lora_mix(v, stack, self.batch), takes_parts=True)
 
         if not self.k:
             return multiply(), None
         return run_beside(self._side, apart, multiply) if self._side is not None else (multiply(), apart())
+
+    def _gated(self, x: torch.Tensor, group: Group) -> torch.Tensor:
+        """As `_Mlp`."""
+        gated = multiply_gated(x, group.weight, None, "silu") if not self.k and DEVICE == "cuda" else None
+        if gated is None:
+            y, delta = self._product(x, group)
+            gated = gated_activation(y, "silu", delta)
+        return gated
 
     def run(self) -> torch.Tensor:
         """All layers, as `FusedForward` computes them."""
@@ -138,8 +146,7 @@ class Layers:
             attend_decode(x, query, cache[0], cache[1], self.pages, self.tokens, scaling=scaling, num_splits=num_splits)
             y, delta = self._product(x.flatten(1), layer["out"], takes_parts=True)
             residual, x = add_rms_norm(y, residual, self.norm, None, delta)
-            y, delta = self._product(x, layer["gate_up"])
-            y, delta = self._product(gated_activation(y, "silu", delta), layer["down"], takes_parts=True)
+            y, delta = self._product(self._gated(x, layer["gate_up"]), layer["down"], takes_parts=True)
             residual, x = add_rms_norm(y, residual, self.norm, None, delta)
         return residual
 

@@ -5,7 +5,8 @@
 For each of a layer's products, over the weights of as many layers as do not fit the L2 cache, in a CUDA graph: the
 library's product and the launch that reads it, ours and the same launch, which adds up the parts where there are some.
 Microseconds a layer, medians; the floor is the weight's bytes at the rate at which memory is read here. Before
-that, each result is compared with float64. `--sweep` tries other launch shapes than the rule's.
+that, each result is compared with float64. Gate and up
+are timed together with their activation, in one launch, too. `--sweep` tries other launch shapes than the rule's.
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ from bench_lora_kernels import bandwidths, replay_us
 from torch.nn.functional import linear
 
 from lora_retriever_kernels.decoder import RmsNorm, add_rms_norm, gated_activation
-from lora_retriever_kernels.few_tokens import ProductShape, choose_product, launch_product
+from lora_retriever_kernels.few_tokens import (
+    MAX_TOKENS,
+    ProductShape,
+    choose_gated_product,
+    choose_product,
+    launch_product,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,6 +50,12 @@ CANDIDATES = [
     *(ProductShape(64, 128, parts, 4, 4) for parts in (1, 2, 4, 8)),
     *(ProductShape(128, 64, parts, 4, 8) for parts in (1, 2)),
     *(ProductShape(128, 128, parts, 3, 8) for parts in (1, 2, 4)),
+]
+GATED = [
+    ProductShape(64, 64, 1, 3, 4),
+    ProductShape(64, 64, 1, 4, 4),
+    ProductShape(64, 64, 1, 3, 8),
+    ProductShape(64, 128, 1, 2, 8),
 ]
 
 
@@ -75,6 +88,20 @@ class Case:
         def run() -> None:
             for weight in self.weights:
                 self.read(multiply(self.x, weight))
+
+        return replay_us(run, seconds=0.05) / len(self.weights)
+
+    def gated_us(self, shape: ProductShape) -> float:
+        """Microseconds of one layer's gate and up with their activation."""
+        y = launch_product(self.x, self.weights[0], None, shape, "silu").double()
+        gate, up = (self.x.double() @ self.weights[0].double().T).chunk(2, 1)
+        expected = torch.nn.functional.silu(gate) * up
+        theirs = gated_activation(linear(self.x, self.weights[0]), "silu").double()
+        assert (y - expected).norm() <= 1.1 * (theirs - expected).norm(), shape
+
+        def run() -> None:
+            for weight in self.weights:
+                launch_product(self.x, weight, None, shape, "silu")
 
         return replay_us(run, seconds=0.05) / len(self.weights)
 
@@ -129,12 +156,15 @@ def main() -> None:
     for (model, name), shape in shapes.items():
         for num_tokens in options.tokens:
             case = Case(name, shape, num_tokens)
-            chosen = choose_product(num_tokens, case.weights[0], takes_parts=case.takes_parts)
+            chosen = None
+            if num_tokens <= MAX_TOKENS:
+                chosen = choose_product(num_tokens, case.weights[0], takes_parts=case.takes_parts)
             row = {
                 "model": model, "product": name, "shape": shape, "tokens": num_tokens,
                 "floor": round(1e6 * case.weights[0].nbytes / rate, 1), "library": round(case.us(linear), 1),
             }  # fmt: skip
-            candidates = fitting(shape, takes_parts=case.takes_parts) if options.sweep else []
+            few = options.sweep and num_tokens <= MAX_TOKENS
+            candidates = fitting(shape, takes_parts=case.takes_parts) if few else []
             times = {}
             for candidate in {*candidates, *([chosen] if chosen else [])}:
                 case.check(candidate)
@@ -142,6 +172,13 @@ def main() -> None:
             row |= {"ours": times.get(chosen), "how": chosen and tuple(chosen)}
             if options.sweep:
                 row["best"] = [(us, tuple(c)) for c, us in sorted(times.items(), key=lambda item: item[1])[:3]]
+            if name == "gate_up":
+                gated = choose_gated_product(num_tokens, case.weights[0])
+                shapes_to_try = {*(GATED if options.sweep else []), *([gated] if gated else [])}
+                at_once = {c: round(case.gated_us(c), 1) for c in shapes_to_try if shape[0] // 2 % c.block_n == 0}
+                row |= {"at once": at_once.get(gated), "how at once": gated and tuple(gated)}
+                if options.sweep:
+                    row["best at once"] = [(us, tuple(c)) for c, us in sorted(at_once.items(), key=lambda i: i[1])]
             rows.append(row)
             print(json.dumps(row), flush=True)
             del case

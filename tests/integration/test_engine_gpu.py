@@ -20,8 +20,11 @@ import torch
 from langchain_lora_retriever.engine import BaseModel, EngineConfig, EngineWorker, load_base_model
 from langchain_lora_retriever.engine.logits_rules import LogitsRules, PendingTokens, apply_rules
 from langchain_lora_retriever.engine.model.generation_defaults import GenerationDefaults
+from langchain_lora_retriever.engine.model.packed_batch import PackedBatch
+from langchain_lora_retriever.engine.model.step_graph import StaticInputs, StepGraph, StepShape
 from langchain_lora_retriever.engine.request import Request
 from langchain_lora_retriever.engine.sampler import choose
+from langchain_lora_retriever.engine.scheduler import ScheduledRequest
 from langchain_lora_retriever.errors import EngineError, RequestAbortedError
 from langchain_lora_retriever.types import SamplingParams
 from makers import make_adapter, make_tiny_model, make_tokenizer, merge_adapters
@@ -205,6 +208,38 @@ def test_serving_captures_nothing_and_takes_no_memory(llama: Any) -> None:
         assert executor.graphs == captured
         assert torch.cuda.memory_reserved() == reserved
         worker.check_integrity()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_graphs_keep_no_memory_for_their_logits(dtype: torch.dtype) -> None:
+    """Each finds its own where it writes them, replayed in any order; the smaller take nothing beside the largest."""
+    table = torch.randn(64, 1 << 18, device=DEVICE).to(dtype)
+    pool, device = torch.cuda.graph_pool_handle(), table.device
+    requests = [
+        Request(row, [8 * row + i for i in range(6)], SamplingParams(), (), detokenizer=None, row=row)  # type: ignore[arg-type]
+        for row in range(8)
+    ]
+    for request in requests:
+        request.num_computed_tokens = 5
+
+    def forward(inputs: StaticInputs) -> torch.Tensor:
+        doubled = 2 * table[inputs.tokens[0, inputs.sampled]]
+        return doubled + 1
+
+    def replay(graph: StepGraph, num: int) -> None:
+        batch = PackedBatch.pack([ScheduledRequest(request, 1) for request in requests[:num]], {})
+        assert torch.equal(graph.replay(batch, range(num), []), 2 * table[batch.token_ids] + 1)
+
+    with torch.inference_mode():
+        largest = StepGraph(forward, StepShape(8, 8, 0, 3, 8, 0), device, pool)
+        allocated = torch.cuda.memory_allocated()
+        others = [StepGraph(forward, StepShape(num, num, 0, 3, num, 0), device, pool) for num in (4, 2, 1) * 4]
+        assert torch.cuda.memory_allocated() - allocated < table[0].nbytes
+        for _ in range(2):
+            for graph in reversed(others):
+                replay(graph, 1)
+                torch.empty(8, 1 << 18, dtype=dtype, device=DEVICE).fill_(-1)  # of another pool
+                replay(largest, 7)
 
 
 def test_ranks_from_8_to_128_capture_no_graph_while_serving(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:

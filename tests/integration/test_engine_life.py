@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import textwrap
 import threading
+import time
+import weakref
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from langchain_lora_retriever.engine import BaseModel, EngineConfig, EngineWorker, load_base_model
+from langchain_lora_retriever.engine import worker as engine_worker
 from langchain_lora_retriever.errors import EngineDeadError, EngineError, EngineOverloadedError
 from langchain_lora_retriever.support import openmp
 from langchain_lora_retriever.types import SamplingParams
@@ -116,6 +121,43 @@ def test_an_error_that_stays_with_the_device_ends_the_engine(worker: EngineWorke
     assert not worker.is_alive
 
 
+def test_a_generation_that_ended_is_freed_without_the_garbage_collector(worker: EngineWorker) -> None:
+    """Nothing that it holds holds it: no collection, which stops every thread, has to find it."""
+    gc.disable()
+    try:
+        generation = worker.submit([5, 6, 7], SHORT)
+        generation.result(60)
+        seen = weakref.ref(generation)
+        del generation
+        worker.check_integrity()  # the engine's thread has let go of it
+        assert seen() is None
+    finally:
+        gc.enable()
+
+
+def test_who_fills_a_step_lets_the_idle_engine_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once what came while it was idle fills a step, and not before; nor while it has begun."""
+    sleeps: list[float] = []
+    config = replace(CONFIG, max_num_batched_tokens=16)
+    with EngineWorker(BaseModel(make_tiny_model(), make_tokenizer(), "tiny"), config) as worker:
+        worker.submit([5], SHORT).result(30)
+        while worker._num_idle_tokens < 0:
+            time.sleep(0.001)
+        with monkeypatch.context() as patch, worker._news:  # it cannot begin
+            patch.setattr(engine_worker.time, "sleep", sleeps.append)
+            running = [worker.submit([5] * 7, LONG) for _ in range(2)]
+            assert sleeps == []
+            running.append(worker.submit([5] * 7, LONG))
+            assert sleeps == [engine_worker._SECONDS_TO_BEGIN]
+        go = hold(worker)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine_worker.time, "sleep", sleeps.append)
+            running += [worker.submit([5] * 7, SHORT) for _ in range(3)]
+        assert len(sleeps) == 1
+        go.set()
+        assert all(generation.result(60).finish_reason == "length" for generation in running)
+
+
 def test_no_more_wait_than_are_allowed() -> None:
     """One more is refused with numbers, and all that were accepted are answered."""
     config = EngineConfig(max_num_seqs=1, max_waiting=2, kv_cache_bytes=1 << 20, lora_cache_bytes=4 << 20)
@@ -180,6 +222,7 @@ def test_a_model_has_one_engine_at_a_time() -> None:
 
 
 START = """
+from langchain_lora_retriever.engine import worker as engine_worker
 from langchain_lora_retriever.engine import BaseModel, EngineConfig, EngineWorker
 from langchain_lora_retriever.types import SamplingParams
 from makers import make_tiny_model, make_tokenizer

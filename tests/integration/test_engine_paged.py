@@ -119,10 +119,13 @@ def test_the_triton_backend_gives_the_tokens_of_generate(
         again = worker.submit(cases[1][0], sampling, cases[1][1]).result(120)
         assert list(again.token_ids) == expected[1]
         assert again.usage.num_cached_tokens == 32
+        num_rotary = {"gemma3_text": 2, "llama4_text": 0}.get(architecture, 1)
+        assert executor._rotary_tables.num_tables == num_rotary
         worker.check_integrity()
     if options == {} and architecture == "llama":
         assert "forward" not in vars(model.model.layers[0])
         assert "forward" not in vars(model.model.norm)
+        assert "forward" not in vars(model.model.rotary_emb)
 
 
 @needs_triton
@@ -156,6 +159,45 @@ def test_the_triton_backend_keeps_what_is_not_finite_with_its_request(
             assert [generation.result(120).token_ids for generation in running] == expected
             with pytest.raises(EngineError, match=r"'wild'.*not finite"):
                 ill.result(120)
+        worker.check_integrity()
+
+
+@needs_triton
+@pytest.mark.parametrize("enable_cuda_graphs", [True, False])
+def test_steps_that_are_not_plain_greedy_on_the_triton_backend(
+    enable_cuda_graphs: bool, byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A penalty knows the token that the step before chose, though the step has overwritten it with its own greedy one.
+
+    Steps with draws and with log-probabilities in them, and plain ones after and before, take one another's tokens.
+    """
+    if DEVICE == "cpu":
+        from langchain_lora_retriever.engine.model import paged_step
+
+        monkeypatch.setattr(paged_step, "choose_num_splits", lambda *_: 2)
+    model = make_tiny_model("llama", num_hidden_layers=1)
+    with torch.no_grad():
+        model.lm_head.weight[16:] *= 0.3  # it repeats itself
+    model.generation_config.repetition_penalty = 1.4
+    prompts = [make_prompt(length) for length in (3, 9)]
+    num_tokens = 8
+    penalised = [generate(model, prompt, [], num_tokens) for prompt in prompts]
+    model.generation_config.repetition_penalty = 1.0
+    plain = [generate(model, prompt, [], num_tokens) for prompt in prompts]
+    assert penalised != plain
+    config = EngineConfig(
+        attention_backend="triton", enable_async_scheduling=True, enable_cuda_graphs=enable_cuda_graphs, **SMALL
+    )
+    greedy, penalty = (SamplingParams(max_tokens=num_tokens, ignore_eos=True, repetition_penalty=p) for p in (1.0, 1.4))
+    short = SamplingParams(max_tokens=3, ignore_eos=True, temperature=1.0, seed=1, logprobs=1)
+    with EngineWorker(BaseModel(model.to(DEVICE), byte_tokenizer, "tiny"), config) as worker:
+        assert worker.core.runner.executor.name == "triton"
+        running = [worker.submit(prompt, penalty) for prompt in prompts]
+        assert [list(generation.result(120).token_ids) for generation in running] == penalised
+        running = [worker.submit(prompt, greedy) for prompt in prompts]
+        drawn = worker.submit(prompts[0], short)
+        assert [list(generation.result(120).token_ids) for generation in running] == plain
+        assert drawn.result(120).token_ids == worker.submit(prompts[0], short).result(120).token_ids
         worker.check_integrity()
 
 

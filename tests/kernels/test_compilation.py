@@ -21,6 +21,7 @@ from lora_retriever_kernels.lora import (
     add_lora,
     lora_delta,
     lora_expand,
+    lora_expand_gated,
     lora_mix,
     lora_shrink,
 )
@@ -69,6 +70,8 @@ class Compiler:
             return "constexpr"
         if isinstance(value, torch.Tensor):
             return f"*{TYPES[value.dtype]}"
+        if isinstance(value, triton.tools.tensor_descriptor.TensorDescriptor):
+            return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>".replace(" ", "")
         if isinstance(value, float):
             return "fp32"
         return "constexpr" if value == 1 and not param.do_not_specialize else "i32"
@@ -77,14 +80,14 @@ class Compiler:
 @pytest.fixture
 def compiler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Compiler]:
     """Catches launches; on Hopper with programmatic dependent launch, as on the device."""
-    from lora_retriever_kernels import few_tokens
+    from lora_retriever_kernels import chosen_tokens, few_tokens
     from lora_retriever_kernels.attention import decode, prefill, write
     from lora_retriever_kernels.decoder import activation, norm
     from lora_retriever_kernels.lora import expand, shrink
 
     made = Compiler(request.param)
     options = {"PDL": True, "launch_pdl": True} if request.param >= 90 else {"PDL": False}
-    for module in (expand, shrink, decode, prefill, write, activation, norm, few_tokens):
+    for module in (expand, shrink, decode, prefill, write, activation, norm, few_tokens, chosen_tokens):
         monkeypatch.setattr(module, "pdl_options", lambda _: options)
 
     def run(kernel: Any, *args: Any, **kwargs: Any) -> None:
@@ -127,6 +130,23 @@ def test_adapters(compiler: Compiler, num_tokens: int, k: int) -> None:
     expand = {"_expand_token_kernel"} if batch.block_m == 1 else {"_mix_kernel", "_expand_tile_kernel"}
     loading = {"_unpack_kernel", "_unpack_gains_kernel"}
     assert names == {"_sort_kernel", "_tile_kernel", "_shrink_kernel", "_look_up_kernel", *loading, *expand}
+
+
+@pytest.mark.parametrize("compiler", [HOPPER, AMPERE], indirect=True)
+def test_adapters_of_an_activation(compiler: Compiler) -> None:
+    """Of two modules and of one that is both, for adapters that share an input and for wide ones."""
+    dtype = torch.bfloat16
+    rows = LoraRows(8, 256, "cpu")
+    batch = LoraBatch(rows, 2048, 3, backend="triton")
+    mapping, weights = torch.zeros(2048, 3, dtype=torch.int32), torch.ones(2048, 3)
+    x, y = torch.randn(2048, 256).to(dtype), torch.randn(2048, 256).to(dtype)
+    for rank, out_features in ((4, (128, 128)), (256, (256,))):
+        rows.assign(0, 0, rank)
+        stack = LoraStack(rows, 256, 256, out_features, dtype)
+        batch.update(mapping, weights)
+        lora_expand_gated(y, stack, batch, lora_mix(lora_shrink(x, stack, batch), stack, batch), "silu")
+    names = {key.split()[0] for key in compiler.known}
+    assert names == {"_sort_kernel", "_tile_kernel", "_shrink_kernel", "_mix_kernel", "_expand_gated_kernel"}
 
 
 @pytest.mark.parametrize("compiler", [HOPPER], indirect=True)
@@ -183,5 +203,22 @@ def test_products_of_few_tokens(compiler: Compiler) -> None:
         launch_product(x, weight, None, ProductShape(64, 128, 2, 4, 4))
         wide = ProductShape(128, 128, 1, 3, 8) if num_tokens == 1 else ProductShape(128, 64, 1, 4, 8)
         launch_product(x, weight, weight[:, 0].contiguous(), wide)
-    assert len(compiler.known) == 4
-    assert compiler.most_shared <= 128 << 10
+    for num_tokens, block_k, num_warps in ((1, 128, 4), (64, 64, 4)):
+        x = torch.zeros(num_tokens, 4096, dtype=torch.bfloat16)
+        launch_product(x, weight, None, ProductShape(64, block_k, 1, 3, num_warps), "silu")
+    assert len(compiler.known) == 6
+    assert compiler.most_shared <= (128 << 10) + 64  # barriers of the copies
+
+
+@pytest.mark.parametrize("compiler", [HOPPER, AMPERE], indirect=True)
+def test_greedy_choices(compiler: Compiler) -> None:
+    """Of few columns and of many, in every dtype that models compute in; and taken by the next step."""
+    from lora_retriever_kernels.chosen_tokens import choose_greedily, fill_in_pending
+
+    chosen = torch.zeros(4, 2, dtype=torch.int64)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for width in (320, 128_256):
+            choose_greedily(chosen, torch.zeros(4, width, dtype=dtype), width)
+    for num_tokens in (1, 64):
+        fill_in_pending(*torch.zeros(2, num_tokens, dtype=torch.int64), chosen)
+    assert {key.split()[0] for key in compiler.known} == {"_part_kernel", "_choice_kernel", "_pending_kernel"}

@@ -12,6 +12,7 @@ import torch
 
 TESTS = Path(__file__).parents[1]
 FILES = (
+    "kernels/test_chosen_tokens.py",
     "kernels/test_decoder_kernels.py",
     "kernels/test_few_tokens.py",
     "kernels/test_lora_kinds.py",

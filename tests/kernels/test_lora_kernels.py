@@ -20,10 +20,13 @@ from lora_retriever_kernels.lora import (
     LoraStack,
     add_lora,
     add_lora_reference,
+    can_expand_gated,
     lora_delta,
     lora_expand,
+    lora_expand_gated,
     lora_mix,
     lora_shrink,
+    plan,
 )
 
 HAS_GPU = torch.cuda.is_available()
@@ -110,10 +113,15 @@ def error_of(model: Model, mapping: torch.Tensor, weights: torch.Tensor, *, in_t
         v = lora_shrink(x, stack, model.batch)
         mixed = lora_mix(v, stack, model.batch)
         lora_expand(y, v, stack, model.batch, mixed)
-        delta = lora_delta(v, stack, model.batch, mixed)
-        assert (delta[(mapping < 0).all(1).to(device)] == 0).all()
-        apart = untouched.double() + delta.double() - want
-        assert num_tokens == 0 or apart.abs().max() / want.abs().max() < TOLERANCE[stack.a.dtype]
+        for takes_parts in (False, True):
+            delta = lora_delta(v, stack, model.batch, mixed, takes_parts=takes_parts)
+            assert (delta[..., (mapping < 0).all(1).to(device), :] == 0).all()
+            if delta.dim() == 3:
+                assert takes_parts
+                assert model.batch.splits_rows
+                delta = delta.double().sum(0)
+            apart = untouched.double() + delta.double() - want
+            assert num_tokens == 0 or apart.abs().max() / want.abs().max() < TOLERANCE[stack.a.dtype]
     else:
         add_lora(y, x, stack, model.batch)
     assert wide[:, width:].isnan().all()
@@ -196,6 +204,48 @@ def test_shrink_then_expand(backend, num_tokens):
     assert error_of(model, *assign("uniform", num_tokens, 3, 5), in_two=True) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize("backend", [interpreted])
+@pytest.mark.parametrize("name", ["silu", "gelu"])
+@pytest.mark.parametrize("out_features", [(48, 48), (34,)], ids=["gate and up", "one module"])
+@pytest.mark.parametrize(("popularity", "k"), [("uniform", 3), ("none", 1), ("skewed", 2)])
+def test_gate_and_up_are_expanded_with_their_activation(backend, popularity, k, out_features, name, monkeypatch):
+    """As in float64; a token gets the same bits whatever its neighbours name."""
+    monkeypatch.setattr(plan, "GATED_EXPAND_TOKENS", 65)
+    torch.manual_seed(0)
+    model = build([[r] * len(out_features) for r in (4, 33, 1, 20, 8)], out_features, backend=backend)
+    stack, batch, num_tokens = model.stack, model.batch, 133
+    mapping, weights = assign(popularity, num_tokens, k, 5)
+    x, wide = torch.randn(num_tokens, 40), torch.randn(num_tokens, sum(out_features) + 16)
+    y = wide[:, : sum(out_features)]
+    want, results = y.double(), []
+    add_lora_reference(want, x, stack, mapping, weights)
+    for _ in range(2):
+        batch.update(mapping, weights)
+        assert can_expand_gated(stack, batch)
+        results.append(lora_expand_gated(y, stack, batch, lora_mix(lora_shrink(x, stack, batch), stack, batch), name))
+        mapping = torch.cat([mapping[:1], assign("uniform", num_tokens - 1, k, 5)[0]])
+    gate, up = want.chunk(2, 1)
+    activated = {"silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu}[name](gate) * up
+    torch.testing.assert_close(results[0].double(), activated, rtol=1e-5, atol=1e-5)
+    assert torch.equal(results[1][0], results[0][0])
+
+
+def test_what_is_not_expanded_with_an_activation():
+    """Few tokens, PyTorch's path, adapters with gains, slices of two widths or of more than two modules."""
+    for out_features, sizes in (((16, 16), (1600, 64)), ((16, 8), (1600,)), ((8, 8, 8), (1600,)), ((17,), (1600,))):
+        model = build([[4] * len(out_features)], out_features)
+        for num_tokens in sizes:
+            for backend, has_gains in (("torch", False), ("triton", True), ("triton", False)):
+                batch = model.batch
+                batch.backend, batch.has_gains, batch.num_tokens = backend, has_gains, num_tokens
+                batch.block_m = 64 if num_tokens > 64 else 1
+                expected = out_features == (16, 16) and num_tokens == 1600 and backend == "triton" and not has_gains
+                assert can_expand_gated(model.stack, batch) == expected
+    batch.num_tokens = 3
+    with pytest.raises(ValueError, match="lora_mix"):
+        lora_expand_gated(torch.zeros(3, 17), model.stack, batch, [], "silu")
+
+
 @backends
 @pytest.mark.parametrize("num_active", [1, 3, 60])
 @pytest.mark.parametrize("num_tokens", [16, 40])
@@ -211,6 +261,24 @@ def test_both_ways_to_expand(backend, num_tokens, num_active):
     add_lora_reference(want, x, model.stack, mapping, weights)
     add_lora(y, x, model.stack, model.batch)
     torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", [interpreted])
+def test_expand_of_many_rows_in_parts(backend):
+    """Programs share the rows of a tile where these are many, and whoever reads the result adds up the parts."""
+    torch.manual_seed(0)
+    model = build([[64, 64, 64]] * 8, backend=backend)
+    mapping, weights = assign("uniform", 64, 3, 8)
+    x = torch.randn(64, 40)
+    for num_active, num_parts in ((4, 1), (8, 4)):
+        model.batch.update(mapping % num_active, weights, num_active)
+        assert model.batch.splits_rows == (num_parts > 1)
+        v = lora_shrink(x, model.stack, model.batch)
+        mixed = lora_mix(v, model.stack, model.batch)
+        whole = lora_delta(v, model.stack, model.batch, mixed)
+        parts = lora_delta(v, model.stack, model.batch, mixed, takes_parts=True)
+        assert parts.shape == ((4, 64, 80) if num_parts > 1 else (64, 80))
+        torch.testing.assert_close(parts.sum(0) if num_parts > 1 else parts, whole, rtol=1e-5, atol=1e-5)
 
 
 def test_launches_are_sized_by_the_ranks_that_are_loaded():
@@ -416,14 +484,20 @@ def test_torch_compile_and_opcheck(backend):
         (y.clone(), v, stack.b, *common, out, batch.block_m, [], batch.tensors()),
         test_utils=checks,
     )
-    torch.library.opcheck(
-        torch.ops.lora_retriever_kernels.lora_delta.default,
-        (v, stack.b, *common, out, batch.block_m, [], batch.tensors()),
-        test_utils=checks,
-    )
+    for in_parts in (False, True):
+        torch.library.opcheck(
+            torch.ops.lora_retriever_kernels.lora_delta.default,
+            (v, stack.b, *common, out, batch.block_m, [], batch.tensors(), in_parts),
+            test_utils=checks,
+        )
     if batch.block_m > 1:
         mixed_arguments = (v, stack.b, *common, out, batch.block_m, batch.tensors())
         torch.library.opcheck(torch.ops.lora_retriever_kernels.lora_mix.default, mixed_arguments, test_utils=checks)
+        torch.library.opcheck(
+            torch.ops.lora_retriever_kernels.lora_expand_gated.default,
+            (y.clone(), lora_mix(v, stack, batch), stack.b, out, rows.rank_bound, "silu", batch.tensors()),
+            test_utils=checks,
+        )
     if backend == "triton":
         return  # Dynamo cannot trace into the interpreter's launches.
 

@@ -204,10 +204,10 @@ def test_a_rotation_that_does_not_fit_heads_and_tokens_is_refused(shape: tuple[i
     torch.testing.assert_close((step.query, step.keys), (query, keys), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("has_delta", [False, True])
+@pytest.mark.parametrize("num_deltas", [0, 1, 3])
 @pytest.mark.parametrize("has_norm", [False, True])
 @pytest.mark.parametrize(("dim", "rotary_dim"), [(16, 16), (24, 24), (20, 12)])
-def test_write_normalises_and_rotates(dim: int, rotary_dim: int, has_norm: bool, has_delta: bool) -> None:
+def test_write_normalises_and_rotates(dim: int, rotary_dim: int, has_norm: bool, num_deltas: int) -> None:
     """Queries change in place inside a wider buffer, keys on their way to the cache, values by what comes apart."""
     from lora_retriever_kernels.attention import QueryKeyNorm, Rotary, write_kv
 
@@ -225,15 +225,15 @@ def test_write_normalises_and_rotates(dim: int, rotary_dim: int, has_norm: bool,
         turned = torch.cat([-second, first], -1)
         return torch.cat([x[..., :rotary_dim] * cos[:, None] + turned * sin[:, None], x[..., rotary_dim:]], -1)
 
-    delta = torch.randn_like(packed) if has_delta else torch.zeros_like(packed)
-    parts = (packed + delta).split([10, 3, 3], 1)
+    deltas = torch.randn(num_deltas, *packed.shape, device=DEVICE)
+    parts = (packed + deltas.sum(0)).split([10, 3, 3], 1)
     expected_query, expected_key = expect(parts[0], weights[0]), expect(parts[1], weights[1])
     write_kv(
         query, key, value, step.keys, step.values, step.pages, Rotary(cos, sin), norm,
-        delta.flatten(1) if has_delta else None,
+        None if not num_deltas else deltas[0].flatten(1) if num_deltas == 1 else deltas.flatten(2),
     )  # fmt: skip
     torch.testing.assert_close(query[:3], expected_query[:3])
     for token, (row, position) in enumerate([(0, 0), (0, 1), (1, 8)]):
         block = int(step.pages.tables[row, position // PAGE])
         torch.testing.assert_close(step.keys[block, position % PAGE], expected_key[token])
-        assert torch.equal(step.values[block, position % PAGE], parts[2][token])
+        torch.testing.assert_close(step.values[block, position % PAGE], parts[2][token])

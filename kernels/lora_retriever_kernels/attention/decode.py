@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -18,11 +18,36 @@ if TYPE_CHECKING:
 
 _TARGET_PROGRAMS = 512
 _MAX_SPLITS = 32
+_MANY_PROGRAMS = 1024  # without splits: several on every SM
 
 
 def choose_num_splits(num_sequences: int, num_kv_heads: int) -> int:
     """Programs that share one sequence's keys, so that few sequences fill a GPU as well."""
     return max(1, min(_MAX_SPLITS, _TARGET_PROGRAMS // (num_sequences * num_kv_heads)))
+
+
+class _Shape(NamedTuple):
+    """Keys of a step, warps, and steps whose loads are under way at once."""
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def _choose_shape(block_group: int, row_bytes: int, num_programs: int, num_splits: int) -> _Shape:
+    """Choose the launch shape.
+
+    Args:
+        block_group: Query heads of a program, padded.
+        row_bytes: Of a key.
+        num_programs: Programs.
+        num_splits: Of these, those that share a sequence's keys.
+    """
+    if row_bytes > 256 or block_group > 16:
+        return _Shape(64 if row_bytes <= 256 else 32, 4, 2)
+    if num_programs >= (_TARGET_PROGRAMS if num_splits > 1 else _MANY_PROGRAMS):
+        return _Shape(32, 1, 3)  # enough of them to have loads under way in many small programs
+    return _Shape(64, 2, 3)
 
 
 # What differs from step to step must not be compiled in: a step waits for every new variant.
@@ -181,7 +206,9 @@ def attend_decode(
     if num_splits > 1:
         partial = torch.empty(num_sequences, num_splits, num_heads, value_dim, dtype=torch.float32, device=out.device)
         stats = torch.empty(num_sequences, num_splits, num_heads, dtype=torch.float32, device=out.device)
-    block_dim = max(16, triton.next_power_of_2(dim))
+    block_dim, block_group = max(16, triton.next_power_of_2(dim)), max(16, triton.next_power_of_2(group))
+    num_programs = num_sequences * num_kv_heads * num_splits
+    shape = _choose_shape(block_group, block_dim * query.element_size(), num_programs, num_splits)
     _decode_kernel[(num_sequences, num_kv_heads, num_splits)](
         out,
         partial,
@@ -212,12 +239,12 @@ def attend_decode(
         PAGE=keys.shape[1],
         DIM=dim,
         VALUE_DIM=value_dim,
-        BLOCK_GROUP=max(16, triton.next_power_of_2(group)),
-        BLOCK_N=64 if block_dim * query.element_size() <= 256 else 32,
+        BLOCK_GROUP=block_group,
+        BLOCK_N=shape.block_n,
         BLOCK_DIM=block_dim,
         BLOCK_VALUE=max(16, triton.next_power_of_2(value_dim)),
-        num_warps=4,
-        num_stages=2,
+        num_warps=shape.num_warps,
+        num_stages=shape.num_stages,
         **pdl_options(out.device),
     )
     if num_splits > 1:

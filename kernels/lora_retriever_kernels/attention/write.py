@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import triton
 import triton.language as tl
 
-from lora_retriever_kernels.launch import pdl_options, wait_for_earlier_launches
+from lora_retriever_kernels.launch import num_parts, pdl_options, wait_for_earlier_launches
 
 if TYPE_CHECKING:
     import torch
@@ -38,8 +38,8 @@ class QueryKeyNorm(NamedTuple):
 
 @triton.jit
 def _prepare_heads(
-    source, delta, target, weight, cos, sin, eps, offset, heads, num_heads, source_stride, target_stride,
-    HAS_DELTA: tl.constexpr, HAS_ROTARY: tl.constexpr, HAS_NORM: tl.constexpr, DIM: tl.constexpr,
+    source, delta, target, weight, cos, sin, eps, offset, heads, num_heads, source_stride, target_stride, delta_stride,
+    NUM_DELTAS: tl.constexpr, HAS_ROTARY: tl.constexpr, HAS_NORM: tl.constexpr, DIM: tl.constexpr,
     ROTARY_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_TAIL: tl.constexpr,
 ):  # fmt: skip
     """Normalise and rotate some heads of a token. A thread holds both members of a pair, so this may be in place."""
@@ -52,12 +52,12 @@ def _prepare_heads(
         t = ROTARY_DIM + tl.arange(0, BLOCK_TAIL)
         tail_ok = (heads < num_heads)[:, None] & (t < DIM)[None, :]
         tail = tl.load(source + heads[:, None] * source_stride + t[None, :], mask=tail_ok, other=0.0).to(tl.float32)
-    if HAS_DELTA:
-        delta += heads[:, None] * DIM
-        first += tl.load(delta + d[None, :], mask=ok, other=0.0).to(tl.float32)
-        second += tl.load(delta + HALF + d[None, :], mask=ok, other=0.0).to(tl.float32)
+    for part in tl.static_range(NUM_DELTAS):
+        apart = delta + part * delta_stride + heads[:, None] * DIM
+        first += tl.load(apart + d[None, :], mask=ok, other=0.0).to(tl.float32)
+        second += tl.load(apart + HALF + d[None, :], mask=ok, other=0.0).to(tl.float32)
         if ROTARY_DIM < DIM:
-            tail += tl.load(delta + t[None, :], mask=tail_ok, other=0.0).to(tl.float32)
+            tail += tl.load(apart + t[None, :], mask=tail_ok, other=0.0).to(tl.float32)
     if HAS_NORM:
         total = tl.sum(first * first, 1) + tl.sum(second * second, 1)
         if ROTARY_DIM < DIM:
@@ -89,7 +89,7 @@ def _write_kernel(
     query, key, value, delta, keys, values, tables, rows, positions, query_weight, key_weight, cos, sin, eps, offset,
     query_stride, query_head_stride, key_stride, key_head_stride, value_stride, value_head_stride, table_stride,
     rotary_stride, num_heads, num_kv_heads,
-    HAS_DELTA: tl.constexpr, HAS_ROTARY: tl.constexpr, HAS_NORM: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr,
+    NUM_DELTAS: tl.constexpr, HAS_ROTARY: tl.constexpr, HAS_NORM: tl.constexpr, PAGE: tl.constexpr, DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
     BLOCK_TAIL: tl.constexpr, BLOCK_VALUE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -100,7 +100,9 @@ def _write_kernel(
     row = tl.load(rows + token)
     position = tl.load(positions + token)
     num_key_groups = tl.cdiv(num_kv_heads, BLOCK_HEADS)
-    delta += token * (num_heads * DIM + num_kv_heads * (DIM + VALUE_DIM))
+    width = num_heads * DIM + num_kv_heads * (DIM + VALUE_DIM)
+    delta += token * width
+    delta_stride = tl.num_programs(0).to(tl.int64) * width
     cos += token * rotary_stride
     sin += token * rotary_stride
     if group < num_key_groups:
@@ -110,23 +112,25 @@ def _write_kernel(
         slot = (page * PAGE + position % PAGE) * num_kv_heads
         _prepare_heads(
             key + token * key_stride, delta + num_heads * DIM, keys + slot * DIM, key_weight, cos, sin, eps, offset,
-            heads, num_stored, key_head_stride, DIM, HAS_DELTA, HAS_ROTARY, HAS_NORM, DIM, ROTARY_DIM, BLOCK_HALF,
-            BLOCK_TAIL,
+            heads, num_stored, key_head_stride, DIM, delta_stride, NUM_DELTAS, HAS_ROTARY, HAS_NORM, DIM, ROTARY_DIM,
+            BLOCK_HALF, BLOCK_TAIL,
         )  # fmt: skip
         d = tl.arange(0, BLOCK_VALUE)
         ok = (heads < num_stored)[:, None] & (d < VALUE_DIM)[None, :]
         found = tl.load(value + token * value_stride + heads[:, None] * value_head_stride + d[None, :], mask=ok)
-        if HAS_DELTA:
+        if NUM_DELTAS > 0:
             apart = delta + (num_heads + num_kv_heads) * DIM + heads[:, None] * VALUE_DIM + d[None, :]
-            total = found.to(tl.float32) + tl.load(apart, mask=ok, other=0.0).to(tl.float32)
+            total = found.to(tl.float32)
+            for part in tl.static_range(NUM_DELTAS):
+                total += tl.load(apart + part * delta_stride, mask=ok, other=0.0).to(tl.float32)
             found = total.to(values.dtype.element_ty)
         tl.store(values + slot * VALUE_DIM + heads[:, None] * VALUE_DIM + d[None, :], found, mask=ok)
-    elif HAS_ROTARY or HAS_NORM or HAS_DELTA:
+    elif HAS_ROTARY or HAS_NORM or NUM_DELTAS > 0:
         heads = (group - num_key_groups) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
         query += token * query_stride
         _prepare_heads(
             query, delta, query, query_weight, cos, sin, eps, offset, heads, num_heads, query_head_stride,
-            query_head_stride, HAS_DELTA, HAS_ROTARY, HAS_NORM, DIM, ROTARY_DIM, BLOCK_HALF, BLOCK_TAIL,
+            query_head_stride, delta_stride, NUM_DELTAS, HAS_ROTARY, HAS_NORM, DIM, ROTARY_DIM, BLOCK_HALF, BLOCK_TAIL,
         )  # fmt: skip
 
 
@@ -154,7 +158,7 @@ def write_kv(
         rotary: Rotation of the pairs `(i, i + rotary_dim / 2)`; dimensions past `rotary_dim` stay.
         norm: Norm of each head before the rotation.
         delta: What belongs to queries, keys and values and was computed apart, side by side `[num_tokens, ...]`,
-            contiguous; added before all else. None for nothing.
+            contiguous, or parts of that `[num_parts, num_tokens, ...]`; added before all else. None for nothing.
 
     Raises:
         ValueError: If `rotary` is not of as many tokens, or of an odd number of dimensions, or of more than a head has:
@@ -200,7 +204,7 @@ def write_kv(
         rotary.cos.stride(0) if rotary is not None else 0,
         num_heads,
         num_kv_heads,
-        HAS_DELTA=delta is not None,
+        NUM_DELTAS=num_parts(delta),
         HAS_ROTARY=rotary is not None,
         HAS_NORM=norm is not None,
         PAGE=keys.shape[1],

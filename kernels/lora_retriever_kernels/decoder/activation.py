@@ -9,15 +9,27 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_retriever_kernels.launch import pdl_options, wait_for_earlier_launches
+from lora_retriever_kernels.launch import num_parts, pdl_options, wait_for_earlier_launches
 
 # Names as in the configurations of transformers.
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu": 2}
 
 
 @triton.jit
+def activate(gate, KIND: tl.constexpr) -> tl.tensor:
+    """The activation of a kind that `ACTIVATIONS` lists."""
+    if KIND == 0:
+        gate = gate * tl.sigmoid(gate)
+    elif KIND == 1:
+        gate = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+    else:
+        gate = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+    return gate
+
+
+@triton.jit
 def _activation_kernel(
-    out, x, delta, width, x_stride, HAS_DELTA: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+    out, x, delta, width, x_stride, NUM_DELTAS: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):
     """One program per token and block of columns."""
     wait_for_earlier_launches(PDL)
@@ -26,16 +38,11 @@ def _activation_kernel(
     ok = d < width
     gate = tl.load(x + token * x_stride + d, mask=ok, other=0.0).to(tl.float32)
     up = tl.load(x + token * x_stride + width + d, mask=ok, other=0.0).to(tl.float32)
-    if HAS_DELTA:
-        gate += tl.load(delta + token * 2 * width + d, mask=ok, other=0.0).to(tl.float32)
-        up += tl.load(delta + token * 2 * width + width + d, mask=ok, other=0.0).to(tl.float32)
-    if KIND == 0:
-        gate = gate * tl.sigmoid(gate)
-    elif KIND == 1:
-        gate = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
-    else:
-        gate = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
-    tl.store(out + token * width + d, (gate * up).to(out.dtype.element_ty), mask=ok)
+    for part in tl.static_range(NUM_DELTAS):
+        row = (part * tl.num_programs(0) + token) * 2 * width
+        gate += tl.load(delta + row + d, mask=ok, other=0.0).to(tl.float32)
+        up += tl.load(delta + row + width + d, mask=ok, other=0.0).to(tl.float32)
+    tl.store(out + token * width + d, (activate(gate, KIND) * up).to(out.dtype.element_ty), mask=ok)
 
 
 def gated_activation(x: torch.Tensor, name: str, delta: torch.Tensor | None = None) -> torch.Tensor:
@@ -44,7 +51,8 @@ def gated_activation(x: torch.Tensor, name: str, delta: torch.Tensor | None = No
     Args:
         x: `[num_tokens, 2 * width]`, unit stride in a row.
         name: One of `ACTIVATIONS`.
-        delta: What belongs to `x` and was computed apart, of its shape, contiguous; None for nothing.
+        delta: What belongs to `x` and was computed apart, of its shape, contiguous, or its parts
+            `[num_parts, num_tokens, 2 * width]`, which are added up; None for nothing.
 
     Returns:
         `[num_tokens, width]`.
@@ -59,7 +67,7 @@ def gated_activation(x: torch.Tensor, name: str, delta: torch.Tensor | None = No
             delta if delta is not None else x,
             width,
             x.stride(0),
-            HAS_DELTA=delta is not None,
+            NUM_DELTAS=num_parts(delta),
             KIND=ACTIVATIONS[name],
             BLOCK=block,
             num_warps=max(1, block // 256),

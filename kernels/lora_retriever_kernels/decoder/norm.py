@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_retriever_kernels.launch import pdl_options, wait_for_earlier_launches
+from lora_retriever_kernels.launch import num_parts, pdl_options, wait_for_earlier_launches
 
 
 class RmsNorm(NamedTuple):
@@ -25,7 +25,7 @@ class RmsNorm(NamedTuple):
 @triton.jit
 def _norm_kernel(
     out, total, x, delta, residual, weight, inner_weight, eps, offset, inner_eps, inner_offset, width, x_stride,
-    HAS_DELTA: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_INNER: tl.constexpr, NUM_PARTS: tl.constexpr,
+    NUM_DELTAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_INNER: tl.constexpr, NUM_PARTS: tl.constexpr,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per token."""
@@ -38,8 +38,8 @@ def _norm_kernel(
     for part in tl.static_range(1, NUM_PARTS):
         row = part * tl.num_programs(0) + token
         y += tl.load(x + row * x_stride + d, mask=ok, other=0.0).to(tl.float32)
-    if HAS_DELTA:
-        y += tl.load(delta + token * width + d, mask=ok, other=0.0).to(tl.float32)
+    for part in tl.static_range(NUM_DELTAS):
+        y += tl.load(delta + (part * tl.num_programs(0) + token) * width + d, mask=ok, other=0.0).to(tl.float32)
     if HAS_INNER:
         inner = tl.load(inner_weight + d, mask=ok, other=0.0).to(tl.float32) + inner_offset
         y = y * tl.rsqrt(tl.sum(y * y, 0) / width + inner_eps) * inner
@@ -62,7 +62,8 @@ def rms_norm(
         x: `[num_tokens, width]`, unit stride in a row; or its parts `[num_parts, num_tokens, width]`, contiguous, which
             are added up.
         norm: The norm.
-        delta: What belongs to `x` and was computed apart, `[num_tokens, width]`, contiguous; None for nothing.
+        delta: What belongs to `x` and was computed apart, `[num_tokens, width]`, contiguous, or its parts like those of
+            `x`; None for nothing.
         dtype: Of the result; None for that of `x`.
 
     Returns:
@@ -91,7 +92,8 @@ def add_rms_norm(
         residual: `[num_tokens, width]`, contiguous, of the results' dtype.
         norm: Norm of the sum.
         inner: Norm of `x` before the addition; None adds `x` as it is.
-        delta: What belongs to `x` and was computed apart, `[num_tokens, width]`, contiguous; None for nothing.
+        delta: What belongs to `x` and was computed apart, `[num_tokens, width]`, contiguous, or its parts like those of
+            `x`; None for nothing.
 
     Returns:
         `total` and `out`, both new.
@@ -128,10 +130,10 @@ def _launch(
         inner.offset if inner is not None else 0.0,
         width,
         x.stride(-2),
-        HAS_DELTA=delta is not None,
+        NUM_DELTAS=num_parts(delta),
         HAS_RESIDUAL=residual is not None,
         HAS_INNER=inner is not None,
-        NUM_PARTS=x.shape[0] if x.dim() == 3 else 1,
+        NUM_PARTS=num_parts(x),
         BLOCK=block,
         num_warps=max(1, min(16, block // 512)),
         **pdl_options(x.device),

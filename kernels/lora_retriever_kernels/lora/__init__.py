@@ -20,7 +20,15 @@ Triton runs it on a GPU; without Triton, or on a CPU, PyTorch does. `add_lora_re
 """
 
 from lora_retriever_kernels.lora.batch import LoraBatch
-from lora_retriever_kernels.lora.ops import add_lora, lora_delta, lora_expand, lora_mix, lora_shrink
+from lora_retriever_kernels.lora.ops import (
+    add_lora,
+    can_expand_gated,
+    lora_delta,
+    lora_expand,
+    lora_expand_gated,
+    lora_mix,
+    lora_shrink,
+)
 from lora_retriever_kernels.lora.packing import LoraPacking
 from lora_retriever_kernels.lora.reference import add_lora_reference
 from lora_retriever_kernels.lora.rows import LoraRows
@@ -34,8 +42,10 @@ __all__ = [
     "LoraStack",
     "add_lora",
     "add_lora_reference",
+    "can_expand_gated",
     "lora_delta",
     "lora_expand",
+    "lora_expand_gated",
     "lora_mix",
     "lora_shrink",
 ]

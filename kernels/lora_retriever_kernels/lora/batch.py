@@ -35,6 +35,7 @@ class LoraBatch:
         num_tokens: Tokens of the last `update`.
         rank_bound: First part of the last `update`'s `launch_shape`.
         block_m: The second.
+        splits_rows: The third.
         has_gains: Whether the last `update` may name adapters with gains.
 
     Raises:
@@ -59,6 +60,7 @@ class LoraBatch:
         self.k = 1
         self.rank_bound = rows.rank_bound
         self.block_m = 1
+        self.splits_rows = False
         self.has_gains = False
         self.token_lora_mapping = torch.full((max_num_tokens, max_k), -1, dtype=torch.int32, device=rows.device)
         self.token_lora_weights = torch.zeros(max_num_tokens, max_k, dtype=torch.float32, device=rows.device)
@@ -138,7 +140,7 @@ class LoraBatch:
         self.num_tokens, self.k = shape
         self.has_gains = self.rows.have_gains() if has_gains is None else has_gains
         num_active = self.rows.num_used if num_active is None else num_active
-        self.rank_bound, self.block_m = self.launch_shape(*shape, num_active, rank_bound)
+        self.rank_bound, self.block_m, self.splits_rows = self.launch_shape(*shape, num_active, rank_bound)
         if self.backend == "torch":
             self.dense = plan_dense(
                 token_lora_mapping,
@@ -160,7 +162,9 @@ class LoraBatch:
             (*self._buffers, self._segments),
         )
 
-    def launch_shape(self, num_tokens: int, k: int, num_active: int, rank_bound: int | None = None) -> tuple[int, int]:
+    def launch_shape(
+        self, num_tokens: int, k: int, num_active: int, rank_bound: int | None = None
+    ) -> tuple[int, int, bool]:
         """What a captured step is made for besides its number of tokens and `k`: capture again when this changes.
 
         Args:
@@ -170,9 +174,12 @@ class LoraBatch:
             rank_bound: As in `update`.
 
         Returns:
-            The bound of the ranks, and how many tokens one program of expand takes.
+            The bound of the ranks, how many tokens one program of expand takes, and whether several programs share the
+            rows of its adapters.
         """
-        return self.rows.rank_bound if rank_bound is None else rank_bound, plan.token_block(num_tokens, k, num_active)
+        rank_bound = self.rows.rank_bound if rank_bound is None else rank_bound
+        sizes = num_tokens, k, num_active
+        return rank_bound, plan.token_block(*sizes), plan.splits_rows(*sizes, rank_bound)
 
     def tensors(self) -> list[torch.Tensor]:
         """Return what the operators read: the step's mapping and weights, and the Triton path's groups."""

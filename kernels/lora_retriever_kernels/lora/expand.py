@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lora_retriever_kernels.decoder.activation import ACTIVATIONS, activate
 from lora_retriever_kernels.launch import pdl_options, wait_for_earlier_launches
 from lora_retriever_kernels.lora import plan
 
@@ -208,10 +209,15 @@ def _expand_tile_kernel(
     GAINS: tl.constexpr,
     BIAS: tl.constexpr,
     ADD: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A tile of tokens, one column block: a product over the rows of all adapters in the tile, y touched once."""
+    """A tile of tokens, one column block: a product over the rows of all adapters in the tile, y touched once.
+
+    With several parts each takes some of the rows, and has a `y` of its own, one after the other.
+    """
     tile = tl.program_id(1)
+    part = tl.program_id(2)
     count = tl.load(num_items + tile)
     wait_for_earlier_launches(PDL)
     if ADD:  # noqa: SIM102 - only this one is decided at compile time
@@ -224,7 +230,7 @@ def _expand_tile_kernel(
         token = tl.where(token < -1, -2 - token, token)
     n = tl.multiple_of(column, ALIGN) + tl.arange(0, BLOCK_N)
     i = tl.arange(0, BLOCK_ROWS)
-    y_ptr = y + token.to(tl.int64)[:, None] * stride_y + n[None, :]
+    y_ptr = y + (part * num_tokens + token).to(tl.int64)[:, None] * stride_y + n[None, :]
     y_mask = (token >= 0)[:, None] & (n < end)[None, :]
     if ADD:
         old = tl.load(y_ptr, mask=y_mask, other=0.0)
@@ -232,7 +238,7 @@ def _expand_tile_kernel(
     row_ptr = rows + out * max_rows + i
     mixed_ptr = mixed + (out * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]) * max_rows + i[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for first in range(0, count * ITEM_ROWS, BLOCK_ROWS):
+    for first in range(part * BLOCK_ROWS, count * ITEM_ROWS, NUM_PARTS * BLOCK_ROWS):
         row = tl.load(row_ptr + first)
         b_mask = (row >= 0)[:, None] & (n < end)[None, :]
         b_part = tl.load(b + row.to(tl.int64)[:, None] * stride_b + n[None, :], mask=b_mask, other=0.0)
@@ -254,6 +260,63 @@ def _expand_tile_kernel(
     tl.store(y_ptr, acc.to(y.dtype.element_ty), mask=y_mask)
 
 
+@triton.jit(do_not_specialize=["num_tokens"])
+def _expand_gated_kernel(
+    out,
+    y,
+    mixed,
+    rows,
+    b,
+    order,
+    num_items,
+    num_tokens,
+    max_rows,
+    stride_y,
+    stride_b,
+    width,
+    NUM_SLICES: tl.constexpr,
+    ITEM_ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    KIND: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A tile of tokens, one column block of gate and up: what adapters add to both, then the activation."""
+    tile = tl.program_id(1)
+    count = tl.load(num_items + tile)
+    wait_for_earlier_launches(PDL)
+    t = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    token = tl.load(order + t, mask=t < num_tokens, other=-1)
+    token = tl.where(token < -1, -2 - token, token)  # tokens without adapters
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    i = tl.arange(0, BLOCK_ROWS)
+    mask = (token >= 0)[:, None] & (n < width)[None, :]
+    y_ptr = y + token.to(tl.int64)[:, None] * stride_y + n[None, :]
+    gate_y = tl.load(y_ptr, mask=mask, other=0.0)
+    up_y = tl.load(y_ptr + width, mask=mask, other=0.0)
+    gate_out = (tile * NUM_SLICES).to(tl.int64)
+    up_out = gate_out + NUM_SLICES - 1
+    m = tl.arange(0, BLOCK_M)
+    gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for first in range(0, count * ITEM_ROWS, BLOCK_ROWS):
+        row = tl.load(rows + gate_out * max_rows + first + i)
+        b_ptr = b + row.to(tl.int64)[:, None] * stride_b + n[None, :]
+        b_part = tl.load(b_ptr, mask=(row >= 0)[:, None] & (n < width)[None, :], other=0.0)
+        part = tl.load(mixed + (gate_out * BLOCK_M + m)[:, None] * max_rows + first + i[None, :])
+        gate = tl.dot(part, b_part, gate, input_precision="ieee")
+        row = tl.load(rows + up_out * max_rows + first + i)
+        b_ptr = b + row.to(tl.int64)[:, None] * stride_b + (width + n)[None, :]
+        b_part = tl.load(b_ptr, mask=(row >= 0)[:, None] & (n < width)[None, :], other=0.0)
+        part = tl.load(mixed + (up_out * BLOCK_M + m)[:, None] * max_rows + first + i[None, :])
+        up = tl.dot(part, b_part, up, input_precision="ieee")
+    gate += gate_y.to(tl.float32)
+    up += up_y.to(tl.float32)
+    out_ptr = out + token.to(tl.int64)[:, None] * width + n[None, :]
+    tl.store(out_ptr, (activate(gate, KIND) * up).to(out.dtype.element_ty), mask=mask)
+
+
 def expand(
     y: torch.Tensor,
     v: torch.Tensor,
@@ -268,10 +331,14 @@ def expand(
     bias: torch.Tensor | None = None,
     *,
     add: bool = True,
+    in_parts: bool = False,
 ) -> None:
-    """Add `v`'s products with B to `y` in place, or write them there; see `ops.lora_expand` and `ops.lora_delta`."""
+    """Add `v`'s products with B to `y` in place, or write them there; see `ops.lora_expand` and `ops.lora_delta`.
+
+    `in_parts` writes them to a `y` with as many parts as `plan_expand` says.
+    """
     _, num_tokens, k, _, max_rank = v.shape
-    p = plan.plan_expand(block_m, num_tokens, k, max_rank, out_features)
+    p = plan.plan_expand(block_m, num_tokens, k, max_rank, out_features, in_parts=in_parts)
     if block_m == 1:
         _expand_tokens(y, v, b, ranks, starts, out_features, batch, p, gains, bias, add=add)
     else:
@@ -427,7 +494,7 @@ def _expand_tiles(
     """A tile of tokens by a tile of columns."""
     blocks, options = _column_options(y, b, out_features, p, gains, bias)
     tiles, num_slices, block_m, max_rows = mixed[0].shape
-    _expand_tile_kernel[(blocks, tiles)](
+    _expand_tile_kernel[(blocks, tiles, p.num_parts)](
         y,
         *mixed,
         b,
@@ -435,9 +502,9 @@ def _expand_tiles(
         batch[6],
         batch[0],
         batch[1],
-        num_tokens=y.shape[0],
+        num_tokens=y.shape[-2],
         max_rows=max_rows,
-        stride_y=y.stride(0),
+        stride_y=y.stride(-2),
         stride_b=b.stride(0),
         K=1 if gains is None else k,
         NUM_SLICES=num_slices,
@@ -445,5 +512,44 @@ def _expand_tiles(
         BLOCK_M=block_m,
         BLOCK_ROWS=p.block_rows,
         ADD=add,
+        NUM_PARTS=p.num_parts,
         **options,
+    )
+
+
+def expand_gated(
+    out: torch.Tensor,
+    y: torch.Tensor,
+    mixed: list[torch.Tensor],
+    b: torch.Tensor,
+    out_features: Sequence[int],
+    max_rank: int,
+    activation: str,
+    batch: list[torch.Tensor],
+) -> None:
+    """Fill `out [num_tokens, width]` from `y [num_tokens, 2 * width]`; see `ops.lora_expand_gated`."""
+    num_tokens, width = out.shape
+    tiles, num_slices, block_m, max_rows = mixed[0].shape
+    p = plan.plan_gated_expand(block_m, num_tokens, batch[0].shape[1], max_rank, out_features)
+    _expand_gated_kernel[(plan.cdiv(width, p.block_n), tiles)](
+        out,
+        y,
+        *mixed,
+        b,
+        batch[4],
+        batch[6],
+        num_tokens,
+        max_rows,
+        y.stride(0),
+        b.stride(0),
+        width,
+        NUM_SLICES=num_slices,
+        ITEM_ROWS=plan.ITEM_ROWS,
+        BLOCK_M=block_m,
+        BLOCK_N=p.block_n,
+        BLOCK_ROWS=p.block_rows,
+        KIND=ACTIVATIONS[activation],
+        num_warps=p.num_warps,
+        num_stages=p.num_stages,
+        **pdl_options(y.device),
     )

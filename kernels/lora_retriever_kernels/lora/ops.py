@@ -385,7 +385,14 @@ def _(*args: object) -> None:
     """Nothing to shape: `y` is mutated."""
 
 
-def lora_delta(v: torch.Tensor, stack: LoraStack, batch: LoraBatch, mixed: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+def lora_delta(
+    v: torch.Tensor,
+    stack: LoraStack,
+    batch: LoraBatch,
+    mixed: Sequence[torch.Tensor] = (),
+    *,
+    takes_parts: bool = False,
+) -> torch.Tensor:
     """Do what `lora_expand` does, for whoever adds the result to the outputs: nothing of it waits for these.
 
     Args:
@@ -393,9 +400,11 @@ def lora_delta(v: torch.Tensor, stack: LoraStack, batch: LoraBatch, mixed: Seque
         stack: The adapters' tensors.
         batch: The step's assignment.
         mixed: What `lora_mix` returned for them, if it was called.
+        takes_parts: Whether the caller can add up parts.
 
     Returns:
-        `[num_tokens, sum(out_features)]`, the stack's dtype; 0 for a token without adapters.
+        `[num_tokens, sum(out_features)]`, the stack's dtype; 0 for a token without adapters. Or parts of it, whose sum
+        it is, `[num_parts, num_tokens, sum(out_features)]`, where they come sooner.
 
     Raises:
         ValueError: If shapes, dtypes, devices or strides disagree.
@@ -411,6 +420,7 @@ def lora_delta(v: torch.Tensor, stack: LoraStack, batch: LoraBatch, mixed: Seque
         batch.block_m,
         list(mixed),
         batch.tensors(),
+        takes_parts and batch.splits_rows,
     )
     return delta
 
@@ -425,6 +435,7 @@ def _lora_delta(
     block_m: int,
     mixed: list[torch.Tensor],
     batch: list[torch.Tensor],
+    in_parts: bool,
 ) -> torch.Tensor:
     if v.numel() == 0 or len(batch) == 2:
         delta = b.new_zeros(v.shape[1], sum(out_features))
@@ -432,9 +443,18 @@ def _lora_delta(
         return delta
     from lora_retriever_kernels.lora.expand import expand  # noqa: PLC0415 - Triton is optional
 
-    delta = b.new_empty(v.shape[1], sum(out_features))
-    expand(delta, v, b, ranks, starts, out_features, block_m, mixed, batch, add=False)
+    delta = _empty_delta(v, b, out_features, block_m, in_parts=in_parts)
+    expand(delta, v, b, ranks, starts, out_features, block_m, mixed, batch, add=False, in_parts=in_parts)
     return delta
+
+
+def _empty_delta(
+    v: torch.Tensor, b: torch.Tensor, out_features: list[int], block_m: int, *, in_parts: bool
+) -> torch.Tensor:
+    """Allocate the result, or its parts."""
+    _, num_tokens, k, _, max_rank = v.shape
+    num_parts = plan.plan_expand(block_m, num_tokens, k, max_rank, out_features, in_parts=in_parts).num_parts
+    return b.new_empty(*((num_parts,) if num_parts > 1 else ()), num_tokens, sum(out_features))
 
 
 @_lora_delta.register_fake
@@ -444,8 +464,87 @@ def _(
     ranks: torch.Tensor,  # noqa: ARG001 - the schema's
     starts: torch.Tensor,  # noqa: ARG001 - the schema's
     out_features: list[int],
-    block_m: int,  # noqa: ARG001 - the schema's
+    block_m: int,
     mixed: list[torch.Tensor],  # noqa: ARG001 - the schema's
+    batch: list[torch.Tensor],
+    in_parts: bool,
+) -> torch.Tensor:
+    if len(batch) == 2:
+        return b.new_empty(v.shape[1], sum(out_features))
+    return _empty_delta(v, b, out_features, block_m, in_parts=in_parts)
+
+
+def can_expand_gated(stack: LoraStack, batch: LoraBatch) -> bool:
+    """Whether `lora_expand_gated` can be called, and is faster than `lora_delta` and an activation that adds it.
+
+    Args:
+        stack: The adapters' tensors of gate and up: of both, or of one module that is both.
+        batch: The step's assignment.
+    """
+    return (
+        batch.backend == "triton"
+        and batch.block_m > 1
+        and batch.num_tokens >= plan.GATED_EXPAND_TOKENS
+        and not batch.has_gains
+        and stack.b.shape[1] % 2 == 0
+        and len(stack.out_features) in {1, 2}
+        and stack.out_features[0] == stack.out_features[-1]
+    )
+
+
+def lora_expand_gated(
+    y: torch.Tensor, stack: LoraStack, batch: LoraBatch, mixed: Sequence[torch.Tensor], activation: str
+) -> torch.Tensor:
+    """Add what adapters add to gate and up, and multiply the activation of the first with the second, in one launch.
+
+    Args:
+        y: The base's outputs `[num_tokens, 2 * width]`, the stack's dtype, unit stride in a row: gate, then up.
+        stack: The adapters' tensors.
+        batch: The step's assignment, for which `can_expand_gated` says yes.
+        mixed: What `lora_mix` returned for them.
+        activation: One of `decoder.ACTIVATIONS`.
+
+    Returns:
+        `[num_tokens, width]`, the stack's dtype.
+
+    Raises:
+        ValueError: If shapes, dtypes, devices or strides disagree, or there is nothing mixed.
+    """
+    _check_batch(stack, batch)
+    _check("y", y, (batch.num_tokens, stack.b.shape[1]), stack)
+    if len(mixed) != 2 or batch.has_gains:
+        raise ValueError("lora_expand_gated takes what lora_mix returned for a step of tiles without gains")
+    out: torch.Tensor = _lora_expand_gated(
+        y, list(mixed), stack.b, list(stack.out_features), batch.rank_bound, activation, batch.tensors()
+    )
+    return out
+
+
+@torch.library.custom_op("lora_retriever_kernels::lora_expand_gated", mutates_args=())
+def _lora_expand_gated(
+    y: torch.Tensor,
+    mixed: list[torch.Tensor],
+    b: torch.Tensor,
+    out_features: list[int],
+    max_rank: int,
+    activation: str,
+    batch: list[torch.Tensor],
+) -> torch.Tensor:
+    from lora_retriever_kernels.lora.expand import expand_gated  # noqa: PLC0415 - Triton is optional
+
+    out = y.new_empty(y.shape[0], y.shape[1] // 2)
+    expand_gated(out, y, mixed, b, out_features, max_rank, activation, batch)
+    return out
+
+
+@_lora_expand_gated.register_fake
+def _(
+    y: torch.Tensor,
+    mixed: list[torch.Tensor],  # noqa: ARG001 - the schema's
+    b: torch.Tensor,  # noqa: ARG001 - the schema's
+    out_features: list[int],  # noqa: ARG001 - the schema's
+    max_rank: int,  # noqa: ARG001 - the schema's
+    activation: str,  # noqa: ARG001 - the schema's
     batch: list[torch.Tensor],  # noqa: ARG001 - the schema's
 ) -> torch.Tensor:
-    return b.new_empty(v.shape[1], sum(out_features))
+    return y.new_empty(y.shape[0], y.shape[1] // 2)

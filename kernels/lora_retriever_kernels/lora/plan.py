@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 
 # The unit in which an expand program walks through the rank rows of its tile.
 ITEM_ROWS = 16
+_FEW_PROGRAMS = 128  # of expand, which leave most of a GPU to others
+_MANY_ITEMS = 16  # of a tile: more steps than that take longer than adding up parts
+# From how many tokens on the launch that activates gate and up expands them, too.
+GATED_EXPAND_TOKENS = 1536
 
 
 def cdiv(a: int, b: int) -> int:
@@ -46,6 +50,19 @@ def token_block(num_tokens: int, k: int, num_active: int) -> int:
     if num_tokens <= 64 and (num_tokens < 16 or pairs < 48 or pairs < (6 if num_tokens > 32 else 13) * num_active):
         return 1
     return min(max(16, power_of_2(num_tokens)), 32 if k == 1 and num_tokens <= 256 else 64)
+
+
+def splits_rows(num_tokens: int, k: int, num_active: int, max_rank: int) -> bool:
+    """Whether several expand programs share the rank rows of a tile (split-K), where its result may come in parts.
+
+    Args:
+        num_tokens: Tokens of the step.
+        k: Adapters per token.
+        num_active: Adapters that the step's tokens name, at most.
+        max_rank: The largest rank among them, or a bound of it.
+    """
+    block_m = token_block(num_tokens, k, num_active)
+    return block_m > 1 and num_tokens <= 256 and max_items(block_m, k, num_active, max_rank) > _MANY_ITEMS
 
 
 def max_pair_tiles(num_tokens: int, k: int, max_loras: int) -> int:
@@ -113,6 +130,7 @@ class ExpandPlan:
         block_m: Tokens per program, as `token_block`.
         block_n: Output columns per program.
         block_rows: Rank rows per step.
+        num_parts: Programs that share the rows of a tile (split-K), where whoever reads the result adds up the parts.
     """
 
     block_m: int
@@ -120,10 +138,13 @@ class ExpandPlan:
     block_rows: int
     num_warps: int
     num_stages: int
+    num_parts: int = 1
 
 
-def plan_expand(block_m: int, num_tokens: int, k: int, max_rank: int, out_features: Sequence[int]) -> ExpandPlan:
-    """Choose the launch shape of `expand`."""
+def plan_expand(
+    block_m: int, num_tokens: int, k: int, max_rank: int, out_features: Sequence[int], *, in_parts: bool = False
+) -> ExpandPlan:
+    """Choose the launch shape of `expand`; `in_parts` says whether its result may come in parts, see `splits_rows`."""
     widest = max(16, power_of_2(max(out_features)))
     if block_m == 1:
         # One warp per program, with at most 8,192 elements of B in flight.
@@ -131,5 +152,13 @@ def plan_expand(block_m: int, num_tokens: int, k: int, max_rank: int, out_featur
         block_n = 256 if k == 1 and rows <= 16 and num_tokens > 32 else 64 if k > 1 and num_tokens <= 8 else 128
         return ExpandPlan(1, min(block_n, 8192 // (rows * power_of_2(k)), widest), rows, 1, 1)
     if num_tokens <= 256:
-        return ExpandPlan(block_m, min(64, widest), 64, 4, 3)
+        # A program of few goes through a tile's rows step by step, each as long as a load from memory takes.
+        is_narrow = in_parts and cdiv(num_tokens, block_m) * sum(cdiv(n, 64) for n in out_features) <= _FEW_PROGRAMS
+        return ExpandPlan(block_m, min(64, widest), 64, 4, 3, 4 if is_narrow else 1)
     return ExpandPlan(block_m, min(128, widest), 16 if k * max_rank <= 16 else 64, 4, 2)
+
+
+def plan_gated_expand(block_m: int, num_tokens: int, k: int, max_rank: int, out_features: Sequence[int]) -> ExpandPlan:
+    """Choose the launch shape of the expand that activates; its steps over the rows are those of `plan_expand`."""
+    p = plan_expand(block_m, num_tokens, k, max_rank, out_features)
+    return ExpandPlan(block_m, min(64, p.block_n), p.block_rows, 4, 2)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from langchain_lora_retriever.engine.pinned_copy import upload
+from langchain_lora_retriever.engine.pinned_copy import copy_to_device
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -48,5 +48,8 @@ class BlockTables:
                 pages += block_ids[count:]
             self._mirrored[request.row] = (block_ids, len(block_ids))
         if places:
-            changes = upload([places, pages], torch.int64, self.tables.device)
-            self.tables.view(-1).index_copy_(0, changes[0], changes[1].int())
+            # One copy, of the places' int64 as pairs of int32 and of the pages behind them.
+            changes = torch.cat([torch.tensor(places).view(torch.int32), torch.tensor(pages, dtype=torch.int32)])
+            on_device = copy_to_device(changes, self.tables.device)
+            where, what = on_device.split([2 * len(places), len(places)])
+            self.tables.view(-1).index_copy_(0, where.view(torch.int64), what)

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from langchain_lora_retriever.engine.model.lora_layers import LoraLayers, Product
+    from langchain_lora_retriever.engine.model.linear_groups import Product
+    from langchain_lora_retriever.engine.model.lora_layers import LoraLayers
     from langchain_lora_retriever.engine.model.paged_step import PagedStep
     from langchain_lora_retriever.engine.model.probe import AttentionGeometry, ModelProbe
 
@@ -71,8 +72,11 @@ class _Mlp(NamedTuple):
     activation: str
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        x, delta = self.gate_up(x)
-        return self.down(gated_activation(x, self.activation, delta))
+        gated = self.gate_up.gated(x, self.activation)
+        if gated is None:
+            x, delta = self.gate_up(x)
+            gated = gated_activation(x, self.activation, delta)
+        return self.down(gated)
 
 
 class FusedLayers:
@@ -209,7 +213,7 @@ class FusedForward:
         x = self._stack.take(hidden_states, layer.norm_before_attention)
         x, delta = layer.qkv(x)
         if layer.wide_norms is not None and delta is not None:
-            x, delta = x + delta, None
+            x, delta = x + _whole(delta, x), None
         query, key, value = x.split(layer.geometry.projected_widths, 1)
         if layer.wide_norms is not None:
             query, key = rms_norm(query, layer.wide_norms[0]), rms_norm(key, layer.wide_norms[1])
@@ -241,16 +245,20 @@ def _add(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`residual + inner(x + delta)`, and the norm of it; where there is no norm, both are the sum.
 
-    `x` may come in parts, see `JointLinears.in_parts`.
+    `x` and `delta` may come in parts, see `JointLinears.in_parts` and `lora_delta`.
     """
     if norm is not None:
         return add_rms_norm(x, residual, norm, inner, delta)
     if inner is not None:
         x, delta = rms_norm(x, inner, delta, residual.dtype), None
-    elif x.dim() > residual.dim():
-        x = x.sum(0).to(residual.dtype)
-    total = residual + x if delta is None else residual + (x + delta)
+    x = _whole(x, residual)
+    total = residual + x if delta is None else residual + (x + _whole(delta, residual))
     return total, total
+
+
+def _whole(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """What may have come in parts, added up, in the dtype of another."""
+    return x.sum(0).to(like.dtype) if x.dim() > like.dim() else x
 
 
 def _read_layer(

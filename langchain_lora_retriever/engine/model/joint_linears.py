@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-__all__ = ["JointLinears", "count_uses", "is_plain", "join_linears", "pack_output_layer"]
+__all__ = ["JointLinears", "count_uses", "is_plain", "join_linears", "speed_up_output_layer"]
 
 
 class JointLinears(Protocol):
@@ -39,6 +39,12 @@ class JointLinears(Protocol):
         """The same of `[num_tokens, in_features]`, or float32 parts of it `[num_parts, num_tokens, sum(out_features)]`.
 
         Parts come where they come sooner. Their sum is the product.
+        """
+
+    def gated(self, x: torch.Tensor, activation: str) -> torch.Tensor | None:
+        """The activation of the first half of the outputs times the second, `[num_tokens, sum(out_features) / 2]`.
+
+        None where that is not sooner there than by another launch.
         """
 
     def release(self) -> None:
@@ -65,15 +71,22 @@ def join_linears(modules: Sequence[nn.Module], uses: Mapping[int, int]) -> Joint
     return (_Packed if can_pack(linears[0].weight) else _SideBySide)(linears, uses)
 
 
-def pack_output_layer(model: PreTrainedModel) -> Callable[[], None]:
-    """Compute a model's output layer over a packed weight, where that can be; returns what undoes it.
+def speed_up_output_layer(model: PreTrainedModel) -> Callable[[], None]:
+    """Compute a model's output layer faster than by its own forward, where that can be; returns what undoes it.
 
-    A weight that is the embedding's too stays there beside.
+    On a CPU that is over a packed weight; one that is the embedding's too stays there beside. On a GPU the weight stays
+    as it is, and products of few tokens are ours.
     """
     module: Any = model.get_output_embeddings()
-    if module is None or not is_plain(module) or not can_pack(module.weight):
+    if module is None or not is_plain(module) or not isinstance(module, nn.Linear):
         return lambda: None
     base = BaseModule(module, module.weight.dtype, module.weight.device)
+    if module.weight.is_cuda:
+        few_tokens = _few_tokens()
+        base.wrap(lambda x: _multiply(few_tokens, x, module.weight, module.bias))
+        return base.unwrap
+    if not can_pack(module.weight):
+        return lambda: None
     product = _Packed([module], count_uses(model))
     base.wrap(product)
 
@@ -82,6 +95,18 @@ def pack_output_layer(model: PreTrainedModel) -> Callable[[], None]:
         product.release()
 
     return undo
+
+
+def _multiply(
+    few_tokens: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, takes_parts: bool = False
+) -> torch.Tensor:
+    """The product `x @ weight.T + bias` of `[..., in_features]`, by `few_tokens` where that has it sooner."""
+    if few_tokens is not None:
+        flat = x.reshape(-1, x.shape[-1])
+        product: torch.Tensor | None = few_tokens.multiply_few(flat, weight, bias, takes_parts=takes_parts)
+        if product is not None:
+            return product if x.dim() == 2 else product.view(*x.shape[:-1], -1)
+    return nn.functional.linear(x, weight, bias)
 
 
 def count_uses(model: nn.Module) -> Counter[int]:
@@ -109,7 +134,7 @@ class _SideBySide:
         if self.weight.device.type == "cpu":
             self.weight = self.weight.t().contiguous().t()
         self.bias = _joint_bias(linears)
-        self._multiply_few = _multiply_few() if self.weight.is_cuda else None
+        self._few_tokens = _few_tokens() if self.weight.is_cuda else None
         for module, part in zip(linears, self.weight.split([m.out_features for m in linears]), strict=True):
             if uses[id(module.weight)] > 1:
                 module.weight = nn.Parameter(part, requires_grad=False)
@@ -117,16 +142,16 @@ class _SideBySide:
                 module.weight.data = part
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._multiply(x, takes_parts=False)
+        return _multiply(self._few_tokens, x, self.weight, self.bias)
 
     def in_parts(self, x: torch.Tensor) -> torch.Tensor:
-        return self._multiply(x, takes_parts=True)
+        return _multiply(self._few_tokens, x, self.weight, self.bias, takes_parts=True)
 
-    def _multiply(self, x: torch.Tensor, *, takes_parts: bool) -> torch.Tensor:
-        product = None
-        if self._multiply_few is not None and x.dim() == 2:
-            product = self._multiply_few(x, self.weight, self.bias, takes_parts=takes_parts)
-        return nn.functional.linear(x, self.weight, self.bias) if product is None else product
+    def gated(self, x: torch.Tensor, activation: str) -> torch.Tensor | None:
+        if self._few_tokens is None:
+            return None
+        found: torch.Tensor | None = self._few_tokens.multiply_gated(x, self.weight, self.bias, activation)
+        return found
 
     def release(self) -> None:
         """Give the modules weights of their own again."""
@@ -162,6 +187,9 @@ class _Packed:
 
     in_parts = __call__
 
+    def gated(self, x: torch.Tensor, activation: str) -> torch.Tensor | None:  # noqa: ARG002 - the protocol's
+        return None
+
     def release(self) -> None:
         """Give the modules weights of their own again."""
         joint: Any = self._weight.to_dense()
@@ -175,13 +203,13 @@ class _Packed:
         return dense[begin:end]
 
 
-def _multiply_few() -> Callable[..., torch.Tensor | None] | None:
-    """The product of few tokens in Triton, if that is installed."""
+def _few_tokens() -> Any:
+    """The products of few tokens in Triton, if that is installed."""
     if importlib.util.find_spec("triton") is None:
         return None
-    from lora_retriever_kernels.few_tokens import multiply_few  # noqa: PLC0415 - needs Triton
+    from lora_retriever_kernels import few_tokens  # noqa: PLC0415 - needs Triton
 
-    return multiply_few
+    return few_tokens
 
 
 def _joint_bias(linears: Sequence[nn.Linear]) -> torch.Tensor | None:

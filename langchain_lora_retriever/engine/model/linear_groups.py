@@ -8,7 +8,9 @@ module works, quantised or offloaded, and so do routers of experts, which comput
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
 
 from langchain_lora_retriever.engine.model.base_module import BaseModule
 from langchain_lora_retriever.engine.model.joint_linears import is_plain, join_linears
@@ -18,14 +20,13 @@ from lora_retriever_kernels.lora import LoraBatch, LoraRows, LoraStack
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    import torch
     from torch import nn
     from transformers import PreTrainedModel
 
     from langchain_lora_retriever.engine.model.lora_layers import LoraLayers
     from langchain_lora_retriever.engine.model.probe import LinearGroup
 
-__all__ = ["LoraGroup", "split_group"]
+__all__ = ["GroupProduct", "LoraGroup", "Product", "SeparateProducts", "split_group"]
 
 
 class LoraGroup:
@@ -132,6 +133,62 @@ class LoraGroup:
         if self.product is None:
             return self.compute(x), None
         return self._layers.product_and_delta(x, self.product, self.stack, self._batch, in_parts=in_parts)
+
+    def compute_gated(self, x: torch.Tensor, activation: str) -> torch.Tensor | None:
+        """The activation of the first half of the outputs times the second; see `Product.gated`."""
+        if self.product is None:
+            return None
+        return self._layers.gated_product(x, self.product, self.stack, self._batch, activation)
+
+
+class Product(Protocol):
+    """The product of packed inputs `[num_tokens, in_features]` with some modules, adapters included."""
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The modules' outputs side by side, and what is to be added to them; see `LoraLayers.product_and_delta`."""
+
+    def gated(self, x: torch.Tensor, activation: str) -> torch.Tensor | None:
+        """The activation of the first half of the outputs times the second, where one launch has it sooner; or None."""
+
+
+class GroupProduct:
+    """A group's.
+
+    Args:
+        group: The group.
+        in_parts: Whether the product may come in parts, see `JointLinears.in_parts`.
+    """
+
+    def __init__(self, group: LoraGroup, *, in_parts: bool) -> None:
+        self._group = group
+        self._in_parts = in_parts
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As in `Product`."""
+        return self._group.compute_apart(x, in_parts=self._in_parts)
+
+    def gated(self, x: torch.Tensor, activation: str) -> torch.Tensor | None:
+        """As in `Product`."""
+        return self._group.compute_gated(x, activation)
+
+
+class SeparateProducts:
+    """Those of groups that share an input and are computed one after the other: quantised modules.
+
+    Args:
+        groups: The groups.
+    """
+
+    def __init__(self, groups: Sequence[LoraGroup]) -> None:
+        self._groups = groups
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As in `Product`."""
+        return torch.cat([group.compute(x) for group in self._groups], 1), None
+
+    def gated(self, x: torch.Tensor, activation: str) -> torch.Tensor | None:  # noqa: ARG002 - the protocol's
+        """As in `Product`."""
+        return None
 
 
 def split_group(model: PreTrainedModel, group: LinearGroup) -> Iterator[tuple[LinearGroup, list[nn.Module]]]:

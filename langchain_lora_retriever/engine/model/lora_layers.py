@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from langchain_lora_retriever.engine.model.dora import DoraGains
 from langchain_lora_retriever.engine.model.joint_linears import count_uses
-from langchain_lora_retriever.engine.model.linear_groups import LoraGroup, split_group
+from langchain_lora_retriever.engine.model.linear_groups import GroupProduct, LoraGroup, SeparateProducts, split_group
 from langchain_lora_retriever.engine.model.vocabulary_layers import VocabularyLayers
 from langchain_lora_retriever.engine.pinned_copy import copy_to_device, on_device
 from langchain_lora_retriever.errors import InvalidAdapterError
@@ -20,26 +19,27 @@ from lora_retriever_kernels.lora import (
     LoraSlice,
     LoraStack,
     add_lora,
+    can_expand_gated,
     lora_delta,
     lora_expand,
+    lora_expand_gated,
     lora_mix,
     lora_shrink,
 )
 from lora_retriever_kernels.streams import run_beside
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from transformers import PreTrainedModel
 
     from langchain_lora_retriever.engine.model.joint_linears import JointLinears
+    from langchain_lora_retriever.engine.model.linear_groups import Product
     from langchain_lora_retriever.engine.model.packed_batch import LoraSpans
     from langchain_lora_retriever.engine.model.probe import LinearGroup, Vocabulary
     from langchain_lora_retriever.types import Adapter, LoraWeights
 
-__all__ = ["MAX_RANK", "LoraLayers", "Product", "StepKinds"]
-
-Product: TypeAlias = "Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]"
+__all__ = ["MAX_RANK", "LoraLayers", "StepKinds"]
 
 MAX_RANK = 256  # of one adapter, by the kernels
 
@@ -251,7 +251,7 @@ class LoraLayers:
             self._vocabulary.is_active = kinds.vocabulary
         return kinds
 
-    def launch_shape(self, num_tokens: int, k: int, num_active: int, rank_bound: int) -> tuple[int, int] | None:
+    def launch_shape(self, num_tokens: int, k: int, num_active: int, rank_bound: int) -> tuple[int, int, bool] | None:
         """What a captured step is made for besides its number of tokens and of adapters per token, see `LoraBatch`."""
         _, batch = next(iter(self._devices.values()))
         return batch.launch_shape(num_tokens, k, num_active, rank_bound) if k else None
@@ -293,15 +293,14 @@ class LoraLayers:
             in_parts: Whether the product may come in parts, see `JointLinears.in_parts`.
 
         Returns:
-            A function that gives the modules' outputs side by side, and what is to be added to them, see
-            `product_and_delta`; None if these modules do not share an input.
+            None if these modules do not share an input.
         """
         groups = [group for group in self._groups if set(group.names) <= set(names)]
         if [name for group in groups for name in group.names] != list(names):
             return None
         if len(groups) == 1:
-            return partial(groups[0].compute_apart, in_parts=in_parts)
-        return lambda x: (torch.cat([group.compute(x) for group in groups], 1), None)
+            return GroupProduct(groups[0], in_parts=in_parts)
+        return SeparateProducts(groups)
 
     def attach(self) -> None:
         """Wrap the modules."""
@@ -363,7 +362,8 @@ class LoraLayers:
             in_parts: Whether the product may come in parts, see `JointLinears.in_parts`.
 
         Returns:
-            Both `[num_tokens, sum(out_features)]`; None where the adapters' outputs are in the product already.
+            Both `[num_tokens, sum(out_features)]`, what is added possibly in parts (`lora_delta`); None where the
+            adapters' outputs are in the product already.
         """
         multiply = product.in_parts if in_parts else product
         if not self._is_active:
@@ -374,9 +374,35 @@ class LoraLayers:
 
         def apart() -> torch.Tensor:
             v = lora_shrink(x, stack, batch)
-            return lora_delta(v, stack, batch, lora_mix(v, stack, batch))
+            return lora_delta(v, stack, batch, lora_mix(v, stack, batch), takes_parts=True)
 
         return run_beside(side, apart, lambda: multiply(x))
+
+    def gated_product(
+        self, x: torch.Tensor, product: JointLinears, stack: LoraStack, batch: LoraBatch, activation: str
+    ) -> torch.Tensor | None:
+        """The activation of the first half of a product's outputs times the second; None if others have it sooner.
+
+        For many tokens with adapters, one launch reads the product, adds the adapters' outputs and activates.
+
+        Args:
+            x: Packed inputs.
+            product: The base's.
+            stack: The adapters' tensors.
+            batch: Which tokens run which.
+            activation: One of `decoder.ACTIVATIONS`.
+        """
+        if not self._is_active:
+            return product.gated(x, activation)
+        if len(self._devices) > 1 or not can_expand_gated(stack, batch):
+            return None
+
+        def begin() -> list[torch.Tensor]:
+            return lora_mix(lora_shrink(x, stack, batch), stack, batch)
+
+        side = self._side_to_capture()
+        y, mixed = (product(x), begin()) if side is None else run_beside(side, begin, lambda: product(x))
+        return lora_expand_gated(y, stack, batch, mixed, activation)
 
     def add_to_product(
         self, x: torch.Tensor, product: JointLinears, stack: LoraStack, batch: LoraBatch

@@ -46,6 +46,7 @@ from langchain_lora_retriever.engine.model.probe import (
 )
 from langchain_lora_retriever.engine.model.quantisation import missing_packages, quantisation_of
 from langchain_lora_retriever.engine.model.recurrent import find_recurrent, probed_recurrent
+from langchain_lora_retriever.engine.model.rotary_tables import RotaryTables
 from langchain_lora_retriever.errors import EngineError
 
 if TYPE_CHECKING:
@@ -265,12 +266,15 @@ def _run_unmasked(model: PreTrainedModel, probe: ModelProbe) -> None:
 
 
 def _follow(model: PreTrainedModel, max_model_len: int) -> tuple[ModelProbe, tuple[str, ...]]:
-    """Follow a model once to see what it has, and once as it is served, to see what it asks of the host."""
+    """Follow a model to see what it has, and then as it is served, to see what a step asks of the host."""
+    reads = HostReads()
     with HostReads():
         probe = _follow_model(model, max_model_len)
-    reads = HostReads()
+        tables = RotaryTables(model, max_model_len)
+        _run_unmasked(model, probe)  # after which the tables are there
     with reads:
         _run_unmasked(model, probe)
+    tables.detach()
     return probe, tuple(sorted(reads.names))
 
 

@@ -78,7 +78,8 @@ class PagedStep:
         Args:
             layer_idx: Whose cache.
             projected: Queries, keys and values, each `[num_tokens, ...]` with unit stride in a row; mutated.
-            delta: What is to be added to them, side by side `[num_tokens, ...]`, contiguous; None for nothing.
+            delta: What is to be added to them, side by side `[num_tokens, ...]`, contiguous, or parts of it; None for
+                nothing.
             geometry: The layer's.
             rotary: Rotation of the step's tokens; None leaves them as they are.
             norm: Norms of queries and keys, if the layer has them.

@@ -16,7 +16,7 @@ import torch
 from langchain_lora_retriever.engine.adapter_transfer import StagedStore
 from langchain_lora_retriever.engine.logits_rules import PendingTokens
 from langchain_lora_retriever.engine.model.attention import PagedCache
-from langchain_lora_retriever.engine.model.joint_linears import pack_output_layer
+from langchain_lora_retriever.engine.model.joint_linears import speed_up_output_layer
 from langchain_lora_retriever.engine.model.lora_layers import LoraLayers
 from langchain_lora_retriever.engine.model.memory import longest_sequence, num_state_slots, plan_memory
 from langchain_lora_retriever.engine.model.packed_adapter import AdapterPacking
@@ -27,7 +27,7 @@ from langchain_lora_retriever.engine.model.selfcheck import check_model
 from langchain_lora_retriever.engine.model.torch_executor import TorchExecutor
 from langchain_lora_retriever.engine.pending_step import PendingStep
 from langchain_lora_retriever.engine.pinned_copy import on_device
-from langchain_lora_retriever.engine.sampler import choose, score
+from langchain_lora_retriever.engine.sampler import Choice, choose, is_plain_greedy, score
 from langchain_lora_retriever.errors import EngineError
 from lora_retriever_kernels.host_memory import lazy_zeros
 
@@ -101,7 +101,7 @@ class ModelRunner:
         if config.adapter_kinds is None:
             config = replace(config, adapter_kinds=_kinds_of(expected, self.probe.vocabulary))
         self.memory = plan_memory(base, self.probe, config)
-        self._give_back.callback(pack_output_layer(base.model))
+        self._give_back.callback(speed_up_output_layer(base.model))
         self._adapts_vocabulary = "vocabulary" in (config.adapter_kinds or ())
         try:
             self.lora_layers = LoraLayers(
@@ -130,7 +130,8 @@ class ModelRunner:
         self.vocab_size = num_embeddings(base.model)
         # Grammars know the tokenizer's tokens, which may be more than the model's.
         self._num_known = max(base.tokenizer.get_vocab().values(), default=-1) + 1
-        self._chosen = torch.zeros(self.memory.max_num_seqs, dtype=torch.int64, device=self.device)
+        # The tokens that the last step chose, and the bits of their logits as float64, see `Choice.of_pairs`.
+        self._chosen = torch.zeros(self.memory.max_num_seqs, 2, dtype=torch.int64, device=self.device)
         self._last_choice: dict[Request, int] = {}
         self.executor: TorchExecutor | TritonExecutor = self._make_executor(config)
         self._give_back.callback(self.executor.close)
@@ -170,16 +171,24 @@ class ModelRunner:
         On a GPU this returns before the device is done. A pending token must have been chosen by the launch before.
         """
         batch = PackedBatch.pack(scheduled, self._last_choice)
-        logits = self.executor.forward(batch)[:, : self.vocab_size]
         requests = batch.sampled_requests
+        is_greedy = self.executor.chooses_greedily and all(map(is_plain_greedy, requests))
+        pending = None
+        if not is_greedy and any(request.rules is not None for request in requests):
+            # A token that is chosen is embedded in the next step, before anybody could look at it. An executor that
+            # chooses overwrites it, so that rules look at a copy.
+            places = [batch.sources[token] for token in batch.sampled_tokens]
+            pending = PendingTokens(self._chosen[:, 0].clone(), places)
+        logits = self.executor.forward(batch)[:, : self.vocab_size]
         chosen_logits, scored_logits = logits.split([len(requests), len(batch.scored_tokens)])
         scores = None
         if batch.scored_tokens:
             scores = score(scored_logits, [request.prompt_token_ids[place] for request, place in batch.scored_requests])
-        # A token that is chosen is embedded in the next step, before anybody could look at it.
-        pending = PendingTokens(self._chosen, [batch.sources[token] for token in batch.sampled_tokens])
-        choice = choose(chosen_logits, requests, num_known=self._num_known, pending=pending)
-        self._chosen[: len(requests)] = choice.token_ids
+        if is_greedy:
+            choice = Choice.of_pairs(self._chosen[: len(requests)])
+        else:
+            choice = choose(chosen_logits, requests, num_known=self._num_known, pending=pending)
+            self._chosen[: len(requests), 0] = choice.token_ids
         self._last_choice = {request: place for place, request in enumerate(requests)}
         return PendingStep(requests, choice, batch.scored_requests, scores)
 
@@ -236,11 +245,12 @@ class ModelRunner:
         if config.attention_backend == "torch" or (config.attention_backend == "auto" and not serves):
             if self.device.type == "cuda":
                 _logger.warning("This placement of the model runs without CUDA graphs and fused kernels.")
-            return TorchExecutor(self._model, self._caches, self.lora_layers, self._recurrent, self._chosen)
+            parts = (self._model, self._caches, self.lora_layers, self._recurrent, self._chosen[:, 0])
+            return TorchExecutor(*parts, max_model_len=self.memory.max_model_len)
         from langchain_lora_retriever.engine.model.triton_executor import TritonExecutor  # noqa: PLC0415 - needs Triton
 
-        parts = (self._caches, self.lora_layers, self._recurrent, self.memory, config, self._chosen)
-        return TritonExecutor(self._model, self.probe, *parts)
+        state = (self._caches, self.lora_layers, self._recurrent, self.memory, config, self._chosen)
+        return TritonExecutor(self._model, self.probe, *state, vocab_size=self.vocab_size)
 
 
 def _claim(model: PreTrainedModel) -> Callable[[], None]:

@@ -7,13 +7,16 @@ from functools import cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 
 from langchain_lora_retriever.engine.model.packed_batch import LoraSpans, PackedBatch
-from langchain_lora_retriever.engine.pinned_copy import copy_to_device
+from langchain_lora_retriever.engine.pinned_copy import copy_into
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+
+    import numpy.typing as npt
 
     Forward: TypeAlias = "Callable[[StaticInputs], torch.Tensor]"
 
@@ -146,8 +149,8 @@ class StepGraph:
     """A step of a fixed shape.
 
     Args:
-        forward: Computes the step from its inputs and returns logits `[num_sampled, vocab_size]`, always the same
-            tensor on a GPU; it must only launch.
+        forward: Computes the step from its inputs and returns logits `[num_sampled, vocab_size]`; it must only launch.
+            Nothing else may keep the tensor: a graph's logits would stay allocated, beside those of all others.
         shape: The step's sizes.
         device: Where it runs. On a CPU nothing is captured, and a replay calls `forward`.
         pool: Memory that the graphs of one model share; they must not run at the same time.
@@ -188,7 +191,7 @@ class StepGraph:
             Logits `[len(batch.sampled_tokens), vocab_size]`, valid until the next replay of any graph of the pool.
         """
         host = torch.tensor(_padded(self._shape, batch, decode_tokens, chain.from_iterable(prefill_tiles)))
-        self._data.copy_(copy_to_device(host, self._data.device), non_blocking=True)
+        copy_into(self._data, host)
         static = self._inputs
         if static.lora_slots is not None and static.lora_weights is not None and batch.lora != self._lora:
             slots, weights = batch.lora.per_token(self._shape.num_adapters)
@@ -208,10 +211,34 @@ class StepGraph:
         try:
             stream = _capture_stream(self._data.device)
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                self._logits = self._forward(self._inputs)
+                logits = self._forward(self._inputs)
         except RuntimeError as error:
             raise CaptureError from error
+        # The logits stay where the graph writes them, in memory that is free for the graphs captured after it, like all
+        # that a graph computes on its way. That is safe: the pool serves captures alone and is not given back while one
+        # of its graphs lives, and a graph that writes there is replayed in the order of the stream on which the logits
+        # are read, after whoever reads them.
+        self._logits = _unowned(logits)
         self._graph = graph
+
+
+class _DeviceArray:
+    """What `torch.as_tensor` makes a tensor of without a copy, see Numba's CUDA Array Interface, version 3."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        size = tensor.itemsize
+        self.__cuda_array_interface__ = {
+            "version": 3,
+            "shape": tuple(tensor.shape),
+            "strides": tuple(stride * size for stride in tensor.stride()),  # in bytes
+            "typestr": f"<i{size}",  # integers stand for every dtype, the interface does not know all of them
+            "data": (tensor.data_ptr(), False),
+        }
+
+
+def _unowned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same elements at the same place of a GPU, in a tensor that does not keep the memory allocated."""
+    return torch.as_tensor(_DeviceArray(tensor), device=tensor.device).view(tensor.dtype)
 
 
 @cache
@@ -223,30 +250,39 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _padded(shape: StepShape, batch: PackedBatch, decode_tokens: Sequence[int], tiles: Iterable[int]) -> list[int]:
+def _padded(
+    shape: StepShape, batch: PackedBatch, decode_tokens: Sequence[int], tiles: Iterable[int]
+) -> npt.NDArray[np.int64]:
     """The integers of a step, one after the other, filled up to its shape.
 
     Padding that no sequence is there for is attended for as well, which writes zeros for it.
     """
-    num, num_padding = len(batch.rows), shape.num_tokens - len(batch.rows)
-    padding = range(num, shape.num_tokens)
-    zeros, nones = [0] * num_padding, [-1] * num_padding
+    padding = range(len(batch.rows), shape.num_tokens)
     if shape.is_decode:
         decode_tokens = [*decode_tokens, *padding]
     else:
         size = shape.tile_size
         tiles = [*tiles, *(x for first in padding[::size] for x in (first, min(size, shape.num_tokens - first)))]
-    tiles = list(tiles)
-    return [
-        *batch.token_ids, *zeros, *batch.positions, *zeros, *batch.rows, *nones, *batch.sources, *nones,
-        *decode_tokens, *[-1] * (shape.num_decodes - len(decode_tokens)),
-        *tiles, *[0] * (2 * shape.num_tiles - len(tiles)),
-        *batch.sampled_tokens, *[0] * (shape.num_sampled - len(batch.sampled_tokens)),
-    ]  # fmt: skip
+    parts: list[tuple[Sequence[int], int, int]] = [
+        (batch.token_ids, shape.num_tokens, 0),
+        (batch.positions, shape.num_tokens, 0),
+        (batch.rows, shape.num_tokens, -1),
+        (batch.sources, shape.num_tokens, -1),
+        (decode_tokens, shape.num_decodes, -1),
+        (list(tiles), 2 * shape.num_tiles, 0),
+        (batch.sampled_tokens, shape.num_sampled, 0),
+    ]
+    integers = np.empty(sum(size for _, size, _ in parts), np.int64)
+    start = 0
+    for values, size, filling in parts:
+        integers[start : start + len(values)] = values
+        integers[start + len(values) : start + size] = filling
+        start += size
+    return integers
 
 
 def _fill(target: torch.Tensor, rows: torch.Tensor, padding: float) -> None:
     """Copy each token's row; `padding` behind them."""
     host = torch.full(target.shape, padding, dtype=target.dtype)
     host[: len(rows)] = rows
-    target.copy_(copy_to_device(host, target.device), non_blocking=True)
+    copy_into(target, host)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from langchain_lora_retriever.engine.model.attention import GatheringStep, QuerySpan, attending
-from langchain_lora_retriever.engine.pinned_copy import upload
+from langchain_lora_retriever.engine.model.rotary_tables import RotaryTables
+from langchain_lora_retriever.engine.pinned_copy import copy_to_device, upload
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -32,6 +33,7 @@ class TorchExecutor:
         lora_layers: The adapters.
         recurrent: The layers that keep states.
         chosen: The tokens that the last step chose, `[max_num_seqs]`, where token ids go.
+        max_model_len: Longest sequence.
     """
 
     name = "torch"
@@ -39,6 +41,8 @@ class TorchExecutor:
     """Steps are not padded."""
     graphs: AbstractSet[Any] = frozenset()
     """None is captured."""
+    chooses_greedily = False
+    """Whether a step writes to `chosen` itself."""
     is_fused = False
     num_fused_layers = 0
 
@@ -49,12 +53,15 @@ class TorchExecutor:
         lora_layers: LoraLayers,
         recurrent: RecurrentLayers,
         chosen: torch.Tensor,
+        *,
+        max_model_len: int,
     ) -> None:
         self._model = model
         self._caches = caches
         self._lora_layers = lora_layers
         self._recurrent = recurrent
         self._chosen = chosen
+        self._rotary_tables = RotaryTables(model, max_model_len)
         self._is_on_one_device = len(set(map(str, getattr(model, "hf_device_map", {}).values()))) <= 1
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
@@ -64,9 +71,9 @@ class TorchExecutor:
         self._recurrent.set_step(pieces)
         wanted = batch.tokens_with_logits
         self._lora_layers.set_batch(batch.lora, wanted, pieces=[(piece.start, piece.num_tokens) for piece in pieces])
-        token_ids = upload(batch.token_ids, torch.int64, device)
+        token_ids = copy_to_device(torch.frombuffer(batch.token_ids, dtype=torch.int64), device)
         if max(batch.sources) >= 0:
-            sources = upload(batch.sources, torch.int64, device)
+            sources = copy_to_device(torch.frombuffer(batch.sources, dtype=torch.int64), device)
             token_ids = torch.where(sources >= 0, self._chosen[sources.clamp_min(0)], token_ids)
         spans = [
             QuerySpan(num, request.num_computed_tokens + num, request.block_ids) for request, num in batch.scheduled
@@ -74,7 +81,7 @@ class TorchExecutor:
         with attending(GatheringStep(spans, self._caches)):
             output = self._model(
                 input_ids=token_ids[None],
-                position_ids=upload([batch.positions], torch.int64, device),
+                position_ids=copy_to_device(torch.frombuffer(batch.positions, dtype=torch.int64)[None], device),
                 use_cache=False,
                 # The last hidden states may lie on another device than the inputs, where accelerate moves every tensor:
                 # a list of places serves on any.
@@ -84,4 +91,5 @@ class TorchExecutor:
         return logits
 
     def close(self) -> None:
-        """Nothing of the model was changed."""
+        """Give the model's rotary modules their own forwards back."""
+        self._rotary_tables.detach()

@@ -18,9 +18,11 @@ from langchain_lora_retriever.engine.model.lora_layers import StepKinds
 from langchain_lora_retriever.engine.model.memory import num_state_slots
 from langchain_lora_retriever.engine.model.paged_step import PagedStep, QueryTiles
 from langchain_lora_retriever.engine.model.recurrent import StatePiece
+from langchain_lora_retriever.engine.model.rotary_tables import RotaryTables
 from langchain_lora_retriever.engine.model.step_graph import CaptureError, StepGraph, StepShapes
 from langchain_lora_retriever.engine.pinned_copy import upload
 from lora_retriever_kernels.attention import Pages, queries_per_tile
+from lora_retriever_kernels.chosen_tokens import choose_greedily, fill_in_pending
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from langchain_lora_retriever.engine.model.recurrent import RecurrentLayers
     from langchain_lora_retriever.engine.model.step_graph import StaticInputs, StepShape
 
-    _GraphKey = tuple[StepShape, tuple[int, int] | None, StepKinds]
+    _GraphKey = tuple[StepShape, tuple[int, int, bool] | None, StepKinds]
     Adapters = list[tuple[int, Sequence[int], Sequence[float]]]  # for each sequence its tokens, slots and weights
 
 __all__ = ["TritonExecutor"]
@@ -59,7 +61,9 @@ class TritonExecutor:
         recurrent: Its layers that keep states: with them, steps of streams alone are captured.
         memory: Sizes.
         config: What to use.
-        chosen: The last step's tokens `[>= max_num_seqs]`, int64, read for pending tokens.
+        chosen: The last step's tokens `[>= max_num_seqs, 2]` int64, see `lora_retriever_kernels.chosen_tokens`; read
+            for pending tokens, then overwritten with the likeliest token after each of `PackedBatch.sampled_tokens`.
+        vocab_size: Token ids there are; logits may be wider.
     """
 
     def __init__(
@@ -72,6 +76,8 @@ class TritonExecutor:
         memory: MemoryPlan,
         config: EngineConfig,
         chosen: torch.Tensor,
+        *,
+        vocab_size: int,
     ) -> None:
         self._model = model
         self._caches = caches
@@ -80,10 +86,13 @@ class TritonExecutor:
         self._padding_slot = num_state_slots(memory.max_num_seqs) - 1
         self._device = chosen.device
         self._chosen = chosen
-        self._tables = BlockTables(memory.max_num_seqs, -(-memory.max_model_len // config.block_size), self._device)
+        self._vocab_size = vocab_size
+        max_pages = -(-memory.max_model_len // config.block_size)
+        self._tables = BlockTables(memory.max_num_seqs, max_pages, self._device)
         self._tile_size = min(queries_per_tile(g.num_heads, g.num_kv_heads) for g in probe.attention.values())
         self._num_layers = len(probe.attention)
         self._fused = self._fuse(probe) if config.enable_fused_layers else None
+        self._rotary_tables = RotaryTables(model, max_pages * config.block_size)
         self._max_loras = config.max_loras
         self._rank_bounds = sorted({lora_layers.rank_bound(rank) for rank in config.captured_ranks})
         self._num_adapters = sorted(
@@ -100,13 +109,14 @@ class TritonExecutor:
         self._graphs: dict[_GraphKey, StepGraph] = {}
         self._told: set[tuple[int, int, StepKinds]] = set()
         self._pool: Any = None
-        self._logits = torch.empty(0)
         if self._device.type == "cuda":
             self._warm_up(memory)
         if self._shapes is not None:
             self._capture_all(self._shapes)
 
     name = "triton"
+    chooses_greedily = True
+    """Whether a step writes to `chosen` itself."""
 
     @property
     def graphs(self) -> AbstractSet[Any]:
@@ -147,11 +157,12 @@ class TritonExecutor:
             upload(prefill_tiles, torch.int64, self._device).view(-1, 2),
             len(decode_tokens),
         )
-        return self._run(tokens, tiles, upload(wanted, torch.int64, self._device))
+        return self._run(tokens, tiles, upload(wanted, torch.int64, self._device), len(batch.sampled_tokens))
 
     def close(self) -> None:
         """Give the model's layers their own forwards back, and drop the graphs."""
         self._graphs.clear()
+        self._rotary_tables.detach()
         if self._fused is not None:
             self._fused.detach()
 
@@ -189,6 +200,7 @@ class TritonExecutor:
         """Which graph serves steps of a shape; few adapters and many are told apart for the lowest ranks alone."""
         if not shape.num_adapters:
             return shape, None, StepKinds()
+        num_active = min(1 << (num_active - 1).bit_length(), self._max_loras)  # so that all that differ can be listed
         if rank_bound != self._rank_bounds[0]:
             num_active = self._max_loras
         launch = self._lora_layers.launch_shape(shape.num_tokens, shape.num_adapters, num_active, rank_bound)
@@ -219,22 +231,20 @@ class TritonExecutor:
             for num_adapters in self._num_adapters:
                 for rank_bound in self._rank_bounds[: None if num_adapters else 1]:
                     for kinds in dict.fromkeys((StepKinds(), self._kinds if num_adapters else StepKinds())):
-                        logits = self._run_padding(num_tokens, num_adapters, memory.max_num_seqs, rank_bound, kinds)
+                        self._run_padding(num_tokens, num_adapters, memory.max_num_seqs, rank_bound, kinds)
         self._pool = torch.cuda.graph_pool_handle()
-        self._logits = torch.empty(memory.max_num_seqs, logits.shape[1], dtype=logits.dtype, device=self._device)
 
     @torch.inference_mode()
     def _capture_all(self, shapes: StepShapes) -> None:
         """Capture every foreseen step."""
         start = time.perf_counter()
+        nums_active = [*(1 << i for i in range((self._max_loras - 1).bit_length())), self._max_loras]
         try:
             for shape in shapes.all():
                 for rank_bound in self._rank_bounds[: None if shape.num_adapters else 1]:
                     is_lowest = rank_bound == self._rank_bounds[0]
                     if is_lowest or shape.num_tokens <= _MAX_TOKENS_OF_HIGH_RANKS:
-                        for num_active, kinds in product(
-                            (1, self._max_loras), dict.fromkeys((StepKinds(), self._kinds))
-                        ):
+                        for num_active, kinds in product(nums_active, dict.fromkeys((StepKinds(), self._kinds))):
                             self._capture(shape, num_active, rank_bound, kinds)
         except CaptureError as error:
             self._give_up_graphs(error)
@@ -264,7 +274,7 @@ class TritonExecutor:
         if self._recurrent:
             slot = zeros[:1] + self._padding_slot
             self._recurrent.set_step([StatePiece(0, num_tokens, slot, True, is_decode=False)])
-        return self._run(tokens, tiles, sampled)
+        return self._run(tokens, tiles, sampled, len(sampled))
 
     def _give_up_graphs(self, error: CaptureError) -> None:
         _logger.warning("%s runs without CUDA graphs: %s", type(self._model).__name__, error.__cause__)
@@ -284,20 +294,18 @@ class TritonExecutor:
             _, positions, rows, _ = inputs.tokens
             slots = torch.where(rows >= 0, rows, self._padding_slot)
             self._recurrent.set_step([StatePiece(0, shape.num_tokens, slots, positions == 0, is_decode=True)])
-        logits = self._run(inputs.tokens, tiles, inputs.sampled)
-        if self._device.type != "cuda":
-            return logits
-        # One place for all graphs: what a graph returns stays allocated in their pool.
-        return self._logits[: shape.num_sampled].copy_(logits)
+        return self._run(inputs.tokens, tiles, inputs.sampled, shape.num_sampled)
 
-    def _run(self, tokens: torch.Tensor, tiles: QueryTiles, sampled: torch.Tensor) -> torch.Tensor:
+    def _run(self, tokens: torch.Tensor, tiles: QueryTiles, wanted: torch.Tensor, num_sampled: int) -> torch.Tensor:
+        """Logits after the wanted tokens; the likeliest next ones of the first `num_sampled` go to `chosen`."""
         token_ids, positions, rows, sources = tokens
-        token_ids = torch.where(sources >= 0, self._chosen[sources.clamp_min(0)], token_ids)
+        token_ids = fill_in_pending(token_ids, sources, self._chosen)
         with attending(PagedStep(self._caches, Pages(self._tables.tables, rows, positions), tiles)):
             output = self._model(
-                input_ids=token_ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=sampled
+                input_ids=token_ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=wanted
             )
         logits: torch.Tensor = output.logits[0]
+        choose_greedily(self._chosen, logits[:num_sampled], self._vocab_size)
         return logits
 
     def _tiles(self, batch: PackedBatch) -> tuple[list[int], list[tuple[int, int]]]:

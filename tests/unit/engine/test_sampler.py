@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from langchain_lora_retriever.engine.pending_step import PendingStep
 from langchain_lora_retriever.engine.request import Request
 from langchain_lora_retriever.engine.sampler import (
+    Choice,
     ChosenToken,
     apply_bitmask,
     apply_top_k_top_p,
@@ -47,6 +49,20 @@ def test_greedy_takes_the_largest() -> None:
     """Temperature 0 is the argmax."""
     logits = make_logits(3)
     assert sample(logits.clone(), [make_request()] * 3)[0] == logits.argmax(-1).tolist()
+
+
+def test_a_greedy_choice_in_pairs_outlives_the_next_step() -> None:
+    """Token ids and peaks are read as they were when the step was launched; a peak that is not finite is a failure."""
+    pairs = torch.zeros(4, 2, dtype=torch.int64)
+    pairs[:3, 0] = torch.tensor([7, 2**40, 0])
+    pairs.view(torch.float64)[:3, 1] = torch.tensor([1.5, -3e38, math.nan])
+    requests = [make_request()] * 3
+    step = PendingStep(requests, Choice.of_pairs(pairs[:3]))
+    pairs.fill_(-1)
+    *tokens, failed = step.read()
+    assert tokens == [ChosenToken(7), ChosenToken(2**40)]
+    assert isinstance(failed, EngineError)
+    assert "not finite" in str(failed)
 
 
 def test_a_seeded_draw_does_not_depend_on_the_batch() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from langchain_lora_retriever.engine.model import joint_linears
 from langchain_lora_retriever.engine.model.base_module import BaseModule
-from langchain_lora_retriever.engine.model.joint_linears import count_uses, join_linears, pack_output_layer
+from langchain_lora_retriever.engine.model.joint_linears import count_uses, join_linears, speed_up_output_layer
 from langchain_lora_retriever.engine.model.packed_weight import PackedWeight
 from lora_retriever_kernels.packed_matrix import can_pack
 from makers import make_tiny_model
@@ -98,7 +98,7 @@ def test_the_output_layer_is_packed_and_the_embedding_keeps_its_weight(*, is_tie
     with torch.inference_mode():
         expected = model(input_ids=ids).logits
         before, numbers = model.lm_head.weight, model.lm_head.weight.clone()
-        undo = pack_output_layer(model)
+        undo = speed_up_output_layer(model)
         assert isinstance(model.lm_head.weight, PackedWeight)
         torch.testing.assert_close(model(input_ids=ids).logits, expected)
         undo()

@@ -1,4 +1,4 @@
-"""What a step computes as flat lists, and the pages its requests have on the device."""
+"""What a step computes as flat arrays, and the pages its requests have on the device."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def test_a_pending_token_is_named_by_its_place_in_the_last_choice() -> None:
     batch = PackedBatch.pack(
         [ScheduledRequest(chunk, 3), ScheduledRequest(known, 1), ScheduledRequest(pending, 1)], {known: 0, pending: 5}
     )
-    assert batch.token_ids == [2, 3, 4, 7, 0]
-    assert batch.positions == [2, 3, 4, 3, 4]
-    assert batch.rows == [0, 0, 0, 1, 2]
-    assert batch.sources == [-1, -1, -1, -1, 5]
+    assert list(batch.token_ids) == [2, 3, 4, 7, 0]
+    assert list(batch.positions) == [2, 3, 4, 3, 4]
+    assert list(batch.rows) == [0, 0, 0, 1, 2]
+    assert list(batch.sources) == [-1, -1, -1, -1, 5]
     assert batch.sampled_tokens == [3, 4]
     assert batch.sampled_requests == [known, pending]
     assert not batch.is_decode
