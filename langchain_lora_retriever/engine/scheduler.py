@@ -90,6 +90,17 @@ class Scheduler:
         """Queue a request."""
         self.waiting.append(request)
 
+    @property
+    def has_full_step(self) -> bool:
+        """Whether what waits and what runs fills a step, or more may not run."""
+        num_tokens = sum([request.num_tokens - request.num_computed_tokens for request in self.running])
+        room = self._max_num_seqs - len(self.running)
+        for request in itertools.islice(self.waiting, room):
+            if num_tokens >= self._max_num_batched_tokens:
+                break
+            num_tokens += request.num_tokens - request.num_computed_tokens
+        return num_tokens >= self._max_num_batched_tokens or len(self.waiting) >= room
+
     def schedule(self) -> list[ScheduledRequest]:
         """Choose the next step. Running requests come first, so that no stream waits for somebody's prompt.
 

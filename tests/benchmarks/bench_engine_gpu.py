@@ -50,9 +50,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder for bench_engine_gpu.json and kernels.jsonl")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and few requests")
     names = [section.__name__ for section in SECTIONS]
+    parser.add_argument("--rounds", type=int, default=3, help="runs of which the median counts")
     parser.add_argument("--only", nargs="*", default=names, choices=names, help="these sections, in their usual order")
     arguments = parser.parse_args()
-    bench = Bench(arguments.out, is_tiny=arguments.tiny)
+    bench = Bench(arguments.out, is_tiny=arguments.tiny, rounds=arguments.rounds)
     bench.put("device", torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.machine())
     bench.put("versions", f"torch {torch.__version__}, transformers {transformers.__version__}")
     skipped = [gate.__name__ for gate in GATES if gate.__name__ not in arguments.only]

@@ -286,6 +286,20 @@ def test_how_many_tokens_the_first_of_several_steps_has(sizes: list[int], max_nu
     assert sum(num for _, num, _ in run_step(scheduler)) == expected
 
 
+def test_a_step_is_full_when_no_token_or_no_request_has_room() -> None:
+    """What waits counts as far as it may run."""
+    scheduler = make_scheduler(num_blocks=64, max_num_seqs=3, max_num_batched_tokens=16)
+    assert not scheduler.has_full_step
+    scheduler.add(make_request(9))
+    assert not scheduler.has_full_step
+    scheduler.add(make_request(7, 100))
+    assert scheduler.has_full_step
+    assert len(run_step(scheduler)) == 2
+    assert not scheduler.has_full_step  # two streams, and room for a third
+    scheduler.add(make_request(2, 200))
+    assert scheduler.has_full_step
+
+
 def test_a_request_whose_adapters_cannot_be_loaded_leaves_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those behind it are admitted in the same step, and nothing stays held."""
     scheduler = make_scheduler()
