@@ -20,10 +20,6 @@ class Family(NamedTuple):
 
 
 _WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
-_PHIMOE_ROPE = {  # as published, of heads of 16: frequencies that differ by the length of what is read
-    "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64,
-    "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "short_mscale": 1.1, "long_mscale": 1.2,
-}  # fmt: skip
 _EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1}
 _LATENT = {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
@@ -75,7 +71,7 @@ FAMILIES = (
     Family("Mixtral", "mixtral", _EXPERTS),
     Family("Phi-3, Phi-4", "phi3", {}),
     Family("Phi 1.5, 2", "phi", {}),
-    Family("Phi-3.5 MoE", "phimoe", {**_EXPERTS, "sliding_window": 8, "rope_parameters": _PHIMOE_ROPE}),
+    Family("Phi-3.5 MoE", "phimoe", {**_EXPERTS, "sliding_window": 8}),
     Family("gpt-oss", "gpt_oss", {**_EXPERTS, **_WINDOWS}),
     Family("SmolLM 2", "llama", {"tie_word_embeddings": True}),
     Family("SmolLM 3", "smollm3", {"no_rope_layers": [1, 0], "use_sliding_window": False}),

@@ -258,16 +258,6 @@ class Engine:
         self.scheduler.finish(request)
         self.recorder.on_finished(request)
 
-    def seconds_to_spare(self) -> float:
-        """How long others may still come for the next step while the device is busy with the last; 0 or less: launch.
-
-        That is so for long steps of prompts. What fills a step need not wait for more.
-        """
-        clock = self._pending.clock if self._pending is not None else None
-        if clock is None or self.scheduler.has_full_step:
-            return 0.0
-        return clock.seconds_to_spare()
-
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
         """Compute one packed step: prefill what is waiting, decode what is running, choose tokens, deliver.

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
     from langchain_lora_retriever.engine.request import Request
     from langchain_lora_retriever.engine.sampler import Choice, Outcome
-    from langchain_lora_retriever.engine.step_times import StepClock
 
 __all__ = ["PendingStep"]
 
@@ -26,10 +25,6 @@ class PendingStep:
         choice: Their tokens, on the device.
         scored: Prompt tokens whose log-probabilities it tells, as requests and places in their prompts.
         logprobs: These log-probabilities `[len(scored)]`, on the device; None if there are none.
-        clock: Times it, if it is worth it.
-
-    Attributes:
-        clock: As given.
     """
 
     def __init__(
@@ -38,7 +33,6 @@ class PendingStep:
         choice: Choice,
         scored: Sequence[tuple[Request, int]] = (),
         logprobs: torch.Tensor | None = None,
-        clock: StepClock | None = None,
     ) -> None:
         self.requests = requests
         self._choice = choice.to_host()
@@ -46,9 +40,8 @@ class PendingStep:
         self._logprobs = None if logprobs is None else copy_to_host(logprobs)
         self._arrival: torch.cuda.Event | None = None
         if choice.token_ids.device.type == "cuda":
-            self._arrival = torch.cuda.Event(enable_timing=clock is not None)
+            self._arrival = torch.cuda.Event()
             self._arrival.record()
-        self.clock = clock
 
     def read(self) -> list[Outcome]:
         """Wait for the step; for each request its token, or the error that ends it.
@@ -57,8 +50,6 @@ class PendingStep:
         """
         if self._arrival is not None:
             self._arrival.synchronize()
-            if self.clock is not None:
-                self.clock.stop(self._arrival)
         if self._logprobs is not None:
             for (request, place), logprob in zip(self._scored, self._logprobs.tolist(), strict=True):
                 request.prompt_logprobs[place] = logprob

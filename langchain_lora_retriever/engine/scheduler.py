@@ -7,7 +7,6 @@ them. A decoding request has one; a waiting prompt has many, and takes what the 
 from __future__ import annotations
 
 import bisect
-import itertools
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,8 +24,6 @@ _MIN_TOKENS_TO_TRIM = 512
 _MAX_SCORED_PLACES = 256
 """Places of prompts in a step whose logits are wanted for the tokens that follow there: each takes a row of the
 vocabulary's length."""
-_MAX_EVEN_STEPS = 8
-"""Steps that prompts are spread over evenly; where they need more, the last one's size hardly counts."""
 _MIN_PROMPTS = 2
 """Prompts in a step of which one may get its first token a step later for the others' sake."""
 _MIN_PADDING_SAVED_PER_TOKEN = 2
@@ -90,17 +87,6 @@ class Scheduler:
         """Queue a request."""
         self.waiting.append(request)
 
-    @property
-    def has_full_step(self) -> bool:
-        """Whether what waits and what runs fills a step, or more may not run."""
-        num_tokens = sum([request.num_tokens - request.num_computed_tokens for request in self.running])
-        room = self._max_num_seqs - len(self.running)
-        for request in itertools.islice(self.waiting, room):
-            if num_tokens >= self._max_num_batched_tokens:
-                break
-            num_tokens += request.num_tokens - request.num_computed_tokens
-        return num_tokens >= self._max_num_batched_tokens or len(self.waiting) >= room
-
     def schedule(self) -> list[ScheduledRequest]:
         """Choose the next step. Running requests come first, so that no stream waits for somebody's prompt.
 
@@ -109,9 +95,8 @@ class Scheduler:
         pending tokens to be collected first.
         """
         self._kv_cache.begin_step()
-        left = [request.num_tokens - request.num_computed_tokens for request in self.running]
-        budget, scores = self._budget(left), _MAX_SCORED_PLACES
-        prompt_limit = self._prompt_limit(left.count(1))
+        budget, scores = self._max_num_batched_tokens, _MAX_SCORED_PLACES
+        prompt_limit = self._prompt_limit()
         scheduled: list[ScheduledRequest] = []
         index = 0
         while index < len(self.running) and budget > 0:
@@ -216,43 +201,14 @@ class Scheduler:
             self._kv_cache.retract(last.request, last.request.num_computed_tokens + last.num_new_tokens)
         return scheduled
 
-    def _budget(self, left: Sequence[int]) -> int:
-        """Tokens of the step. Where prompts need several, each has as many, and the last is no small one.
-
-        64 prompts of 128 tokens need five steps with the tokens of those that begin meanwhile. After four full ones the
-        fifth would have little to do beside the streams, and would take as long as reading the weights does.
-
-        Args:
-            left: What each running request has left to compute.
-        """
-        most = self._max_num_batched_tokens
-        num_streams = left.count(1)
-        room, num_tokens = most - num_streams, sum(left) - num_streams
-        if room <= 0 or not self._step_sizes:
-            return most
-        num_prompts = len(left) - num_streams
-        for request in itertools.islice(self.waiting, self._max_num_seqs - len(self.running)):
-            num_tokens += request.num_tokens - request.num_computed_tokens
-            num_prompts += 1
-            if num_tokens > _MAX_EVEN_STEPS * room:
-                return most
-        if num_tokens <= room:
-            return most
-        for num_steps in range(2, _MAX_EVEN_STEPS + 1):
-            # Prompts become streams one after the other, half of the steps through on average.
-            wanted = -(-(num_tokens + num_prompts * (num_steps - 1) // 2) // num_steps)
-            if wanted <= room:
-                index = bisect.bisect_left(self._step_sizes, num_streams + wanted)
-                return min(self._step_sizes[index], most) if index < len(self._step_sizes) else most
-        return most
-
-    def _prompt_limit(self, num_streams: int) -> int:
+    def _prompt_limit(self) -> int:
         """A prompt may have the whole step unless few of them would hold up many streams.
 
         Then each gets a part, so that a long one comes in pieces and short ones, which soon are streams too, do not.
         """
         if self._max_num_prefill_tokens is None:
             return self._max_num_batched_tokens
+        num_streams = sum([request.num_tokens - request.num_computed_tokens == 1 for request in self.running])
         num_others = len(self.waiting) + len(self.running) - num_streams
         if num_streams <= num_others:
             return self._max_num_batched_tokens

@@ -53,8 +53,6 @@ _MAX_FAILED_STEPS = 8
 """Steps that may fail one after the other before the engine takes itself for broken."""
 _SECONDS_TO_BEGIN = 1e-4
 """How long whoever fills the first step of an idle engine lets its thread have the interpreter."""
-_SECONDS_BETWEEN_LOOKS = 2e-3
-"""How often the thread looks for requests while a long step runs and the next one need not be launched yet."""
 _MAX_SECONDS_AT_EXIT = 60
 """How long a process that ends waits for the step that runs."""
 
@@ -366,18 +364,8 @@ class EngineWorker:
                 if self._is_closing:
                     return False
             self._do_what_was_posted()
-            if self.core.has_unfinished_requests and not self._wait_for_others():
+            if self.core.has_unfinished_requests:
                 return True
-
-    def _wait_for_others(self) -> bool:
-        """While a long step has just begun, let requests come for the next one; whether there may be news.
-
-        Nobody wakes this thread meanwhile: at every request it would compete with whoever submits them.
-        """
-        seconds = self.core.seconds_to_spare()
-        if seconds > 0:
-            time.sleep(min(seconds, _SECONDS_BETWEEN_LOOKS))
-        return seconds > 0
 
     def _do_what_was_posted(self) -> None:
         """One by one: if one of them fails, the others are still there for `_die`."""

@@ -158,24 +158,6 @@ def test_who_fills_a_step_lets_the_idle_engine_begin(monkeypatch: pytest.MonkeyP
         assert all(generation.result(60).finish_reason == "length" for generation in running)
 
 
-def test_the_next_step_is_launched_when_it_is_due(worker: EngineWorker, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until then requests may come, go, and the engine may be closed."""
-    due = threading.Event()
-    monkeypatch.setattr(worker.core, "seconds_to_spare", lambda: 0.0 if due.is_set() else 60.0)
-    first = worker.submit([5, 6], SHORT)
-    second = worker.submit([7, 8], SHORT)
-    second.abort()
-    with pytest.raises(TimeoutError):
-        first.result(0.2)
-    assert worker.stats().num_steps == 0
-    due.set()
-    assert len(first.result(30).token_ids) == 2
-    due.clear()
-    worker.submit([5, 6], SHORT)
-    worker.close()
-    assert not worker.is_alive
-
-
 def test_no_more_wait_than_are_allowed() -> None:
     """One more is refused with numbers, and all that were accepted are answered."""
     config = EngineConfig(max_num_seqs=1, max_waiting=2, kv_cache_bytes=1 << 20, lora_cache_bytes=4 << 20)

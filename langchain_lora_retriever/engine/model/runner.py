@@ -28,7 +28,6 @@ from langchain_lora_retriever.engine.model.torch_executor import TorchExecutor
 from langchain_lora_retriever.engine.pending_step import PendingStep
 from langchain_lora_retriever.engine.pinned_copy import on_device
 from langchain_lora_retriever.engine.sampler import Choice, choose, is_plain_greedy, score
-from langchain_lora_retriever.engine.step_times import StepTimes
 from langchain_lora_retriever.errors import EngineError
 from lora_retriever_kernels.host_memory import lazy_zeros
 
@@ -136,7 +135,6 @@ class ModelRunner:
         self._last_choice: dict[Request, int] = {}
         self.executor: TorchExecutor | TritonExecutor = self._make_executor(config)
         self._give_back.callback(self.executor.close)
-        self._times = StepTimes(self.executor.step_sizes if self.device.type == "cuda" else ())
         self._log_memory(config)
 
     @property
@@ -181,7 +179,6 @@ class ModelRunner:
             # chooses overwrites it, so that rules look at a copy.
             places = [batch.sources[token] for token in batch.sampled_tokens]
             pending = PendingTokens(self._chosen[:, 0].clone(), places)
-        clock = self._times.begin(len(batch.token_ids))
         logits = self.executor.forward(batch)[:, : self.vocab_size]
         chosen_logits, scored_logits = logits.split([len(requests), len(batch.scored_tokens)])
         scores = None
@@ -193,7 +190,7 @@ class ModelRunner:
             choice = choose(chosen_logits, requests, num_known=self._num_known, pending=pending)
             self._chosen[: len(requests), 0] = choice.token_ids
         self._last_choice = {request: place for place, request in enumerate(requests)}
-        return PendingStep(requests, choice, batch.scored_requests, scores, clock)
+        return PendingStep(requests, choice, batch.scored_requests, scores)
 
     def close(self) -> None:
         """Give the model back as it was and drop the device memory."""

@@ -254,52 +254,6 @@ def test_a_step_keeps_its_tokens_where_nothing_is_gained(sizes: tuple[int, ...])
     assert run_step(scheduler) == [(i, num, True) for i, num in enumerate(sizes)]
 
 
-def test_prompts_that_need_several_steps_share_them_evenly() -> None:
-    """With the tokens of those that begin meanwhile 64 prompts need five steps, and none of these is a small one."""
-    sizes = (512, *range(640, 2049, 128))
-    scheduler = make_scheduler(num_blocks=4096, max_num_seqs=64, max_num_batched_tokens=2048, step_sizes=sizes)
-    for first in range(64):
-        scheduler.add(make_request(128, 1000 * first))
-    steps = [run_step(scheduler) for _ in range(5)]
-    totals = [sum(num for _, num, _ in step) for step in steps]
-    assert totals == [1664, 1664, 1664, 1664, 1663]
-    assert {row[0] for step in steps for row in step if row[2]} == {1000 * first for first in range(64)}
-    assert run_step(scheduler) == [(1000 * first, 1, True) for first in range(64)]
-
-
-@pytest.mark.parametrize(
-    ("sizes", "max_num_seqs", "expected"),
-    [
-        pytest.param([2048], 4, 2048, id="one step"),
-        pytest.param([2049], 4, 1152, id="a little more than one"),
-        pytest.param([2000] * 9, 64, 2048, id="many"),
-        pytest.param([2000] * 9, 2, 2048, id="few of which may run"),
-        pytest.param([1500] * 2, 2, 1536, id="two"),
-    ],
-)
-def test_how_many_tokens_the_first_of_several_steps_has(sizes: list[int], max_num_seqs: int, expected: int) -> None:
-    """As many as the others will have, rounded up to a captured size."""
-    step_sizes = (512, *range(640, 2049, 128))
-    scheduler = make_scheduler(8192, max_num_seqs, 2048, step_sizes=step_sizes)
-    for first, num_tokens in enumerate(sizes):
-        scheduler.add(make_request(num_tokens, 10_000 * first))
-    assert sum(num for _, num, _ in run_step(scheduler)) == expected
-
-
-def test_a_step_is_full_when_no_token_or_no_request_has_room() -> None:
-    """What waits counts as far as it may run."""
-    scheduler = make_scheduler(num_blocks=64, max_num_seqs=3, max_num_batched_tokens=16)
-    assert not scheduler.has_full_step
-    scheduler.add(make_request(9))
-    assert not scheduler.has_full_step
-    scheduler.add(make_request(7, 100))
-    assert scheduler.has_full_step
-    assert len(run_step(scheduler)) == 2
-    assert not scheduler.has_full_step  # two streams, and room for a third
-    scheduler.add(make_request(2, 200))
-    assert scheduler.has_full_step
-
-
 def test_a_request_whose_adapters_cannot_be_loaded_leaves_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those behind it are admitted in the same step, and nothing stays held."""
     scheduler = make_scheduler()
