@@ -75,7 +75,7 @@ def create_app(llm: ChatLoraRetriever, config: ServeConfig | None = None) -> Fas
         await _end(follower)
         await llm.runtime.aclose()
 
-    app = FastAPI(title="lora-retriever", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="lora-retriever", lifespan=lifespan, openapi_url=None)
     app.add_exception_handler(HTTPException, _on_http_error)
     for path, methods, handler in (
         ("/v1/chat/completions", ["POST"], server.complete),
@@ -89,7 +89,8 @@ def create_app(llm: ChatLoraRetriever, config: ServeConfig | None = None) -> Fas
         *explorer_paths(llm),
         *page_paths(),
     ):
-        app.add_api_route(path, server.counted(path, handler), methods=methods, response_model=None)
+        # Not as FastAPI's own routes: what it finds out about functions it keeps for ever, and with them the model.
+        app.add_route(path, server.counted(path, handler), methods=methods)
     app.add_middleware(
         Gate,
         keys=read_keys(config.api_key_file),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import re
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -193,7 +195,8 @@ def test_what_is_no_json_and_no_path_is_told_too(address: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "allowed"), [("v1/chat/completions", "POST"), ("v1/adapters", "GET, POST"), ("v1/adapters/sql", "DELETE")]
+    ("path", "allowed"),
+    [("v1/chat/completions", "POST"), ("v1/adapters", "GET, HEAD, POST"), ("v1/adapters/sql", "DELETE")],
 )
 def test_a_method_that_a_path_does_not_take_is_told(
     llm: ChatLoraRetriever, tmp_path: Path, path: str, allowed: str
@@ -207,6 +210,18 @@ def test_a_method_that_a_path_does_not_take_is_told(
     assert (answer.status_code, answer.headers["Allow"]) == (405, allowed)
     assert (error["type"], error["code"]) == ("invalid_request_error", "method_not_allowed")
     assert error["message"] == f"/{path} does not take PUT: send {allowed}."
+
+
+def test_a_server_that_has_ended_is_freed(llm: ChatLoraRetriever) -> None:
+    """With its chat model, whose pool keeps files open."""
+    copy = llm.model_copy()
+    with running(copy) as address:
+        assert httpx.head(f"{address}/v1/models").status_code == 200
+        assert httpx.post(f"{address}/v1/chat/completions", json={"model": "auto", "messages": USER}).is_success
+    left = weakref.ref(copy)
+    del copy
+    gc.collect()
+    assert left() is None
 
 
 def test_an_overloaded_engine_says_when_to_come_again(address: str, engine: Any) -> None:
