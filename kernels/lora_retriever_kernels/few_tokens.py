@@ -67,9 +67,7 @@ def choose_product(num_tokens: int, weight: torch.Tensor, *, takes_parts: bool) 
     Returns:
         None where the library's product is as good or better, and on all GPUs but Hopper's.
     """
-    if not 0 < num_tokens <= MAX_TOKENS or weight.dtype not in (torch.bfloat16, torch.float16):
-        return None
-    if weight.device.type != "cuda" or not weight.is_contiguous() or weight.data_ptr() % 16:
+    if not 0 < num_tokens <= MAX_TOKENS or not _can_read(weight):
         return None
     num_sms = _num_sms(weight.device)
     return _choose(tuple(weight.shape), num_sms, is_small=num_tokens <= _SMALL, takes_parts=takes_parts)
@@ -85,9 +83,7 @@ def choose_gated_product(num_tokens: int, weight: torch.Tensor) -> ProductShape 
     Returns:
         None where two launches are as fast or faster, and on all GPUs but Hopper's. The blocks are of gate and up each.
     """
-    if not _SMALL < num_tokens <= MAX_TOKENS or weight.dtype not in (torch.bfloat16, torch.float16):
-        return None
-    if weight.device.type != "cuda" or not weight.is_contiguous() or weight.data_ptr() % 16:
+    if not _SMALL < num_tokens <= MAX_TOKENS or not _can_read(weight):
         return None
     return _choose_gated(weight.shape[0] // 2, weight.shape[1], _num_sms(weight.device))
 
@@ -98,6 +94,12 @@ def _choose_gated(width: int, features: int, num_sms: int) -> ProductShape | Non
     if width % shape.block_n or features % shape.block_k:
         return None
     return shape if _LEAST_BUSY_GATED * places <= width // shape.block_n <= places else None
+
+
+def _can_read(weight: torch.Tensor) -> bool:
+    """Whether a launch can read a weight: in half precision on a GPU, contiguous from a multiple of 16 bytes on."""
+    is_laid_out = weight.is_contiguous() and weight.data_ptr() % 16 == 0
+    return weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16) and is_laid_out
 
 
 def _reads(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -253,7 +255,8 @@ def multiply_few(
     Returns:
         `[num_tokens, out_features]` of the inputs' dtype; or parts of it, `[num_parts, num_tokens, out_features]`
         float32, whose sum is the product; or None where another's is as fast or faster: of more tokens, in another
-        dtype, on another GPU than Hopper's or one that is not the current device.
+        dtype, on another GPU than Hopper's or one that is not the current device; and where rows of `x` do not begin at
+        multiples of 16 bytes.
     """
     shape = choose_product(x.shape[0], weight, takes_parts=takes_parts)
     if shape is None or not _reads(x, weight):

@@ -286,6 +286,7 @@ class Engine:
                 outputs += self._collect(self._pending)
         except _BlamedError as blamed:
             outputs += self._end(blamed.requests, blamed.cause)
+            outputs += self._collect_what_ran()
             self.check_integrity()
             raise StepFailedError(outputs) from blamed.cause
         return outputs
@@ -379,6 +380,15 @@ class Engine:
             self.recorder.on_step([request for request, _ in served])
             outputs = [self._deliver(*row) for row in served]
         return [output for output in outputs if output.delta is not None or output.error is not None]
+
+    def _collect_what_ran(self) -> list[StepOutput]:
+        """Read the tokens of the step before one that failed, which may have written over them on the device."""
+        if self._pending is None:
+            return []
+        try:
+            return self._collect(self._pending)
+        except _BlamedError as blamed:
+            return self._end(blamed.requests, blamed.cause)
 
     def _deliver(self, request: Request, outcome: Outcome) -> StepOutput:
         scores = request.prompt_logprobs

@@ -94,7 +94,7 @@ class EngineWorker:
         self._submitted: WeakSet[Generation] = WeakSet()  # for a forked process, which tells those who hold one
         self._inbox: deque[Callable[[], None]] = deque()
         self._news = threading.Condition()
-        self._num_idle_tokens = 0  # of prompts that came since the thread had nothing to do; -1 while it has
+        self._num_idle_tokens = 0  # of prompts that came since the thread had nothing to do; -1 once it has
         self._arriving: dict[Request, Generation] = {}  # submitted, and not with the scheduler yet
         self._preparer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lora-preparer")
         self._num_failed_steps = 0  # one after the other
@@ -168,7 +168,8 @@ class EngineWorker:
             [*prepared, *([compiled] if compiled else [])],
             lambda: self._arrive(request, generation, prepared, compiled),
         )
-        self._let_begin(len(request.prompt_token_ids))
+        if not prepared and compiled is None:
+            self._let_begin(len(request.prompt_token_ids))
         return generation
 
     def _let_begin(self, num_tokens: int) -> None:
@@ -180,9 +181,10 @@ class EngineWorker:
             if self._num_idle_tokens < 0:
                 return
             self._num_idle_tokens += num_tokens
-            is_full = self._num_idle_tokens >= self.core.runner.memory.max_num_batched_tokens
-        if is_full:
-            time.sleep(_SECONDS_TO_BEGIN)
+            if self._num_idle_tokens < self.core.runner.memory.max_num_batched_tokens:
+                return
+            self._num_idle_tokens = -1
+        time.sleep(_SECONDS_TO_BEGIN)
 
     def check_process(self) -> None:
         """Say what is wrong in a forked process, where neither the engine nor its model can be used.

@@ -5,8 +5,8 @@
 For each of a layer's products, over the weights of as many layers as do not fit the L2 cache, in a CUDA graph: the
 library's product and the launch that reads it, ours and the same launch, which adds up the parts where there are some.
 Microseconds a layer, medians; the floor is the weight's bytes at the rate at which memory is read here. Before
-that, each result is compared with float64. Gate and up
-are timed together with their activation, in one launch, too. `--sweep` tries other launch shapes than the rule's.
+that, each result is compared with float64. Gate and up are timed together with their activation, in one launch, too.
+`--sweep` tries other launch shapes than the rule's.
 """
 
 from __future__ import annotations

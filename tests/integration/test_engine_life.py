@@ -10,14 +10,17 @@ import textwrap
 import threading
 import time
 import weakref
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from langchain_lora_retriever.engine import BaseModel, EngineConfig, EngineWorker, load_base_model
 from langchain_lora_retriever.engine import worker as engine_worker
+from langchain_lora_retriever.engine.core import Engine, StepFailedError
 from langchain_lora_retriever.errors import EngineDeadError, EngineError, EngineOverloadedError
 from langchain_lora_retriever.support import openmp
 from langchain_lora_retriever.types import SamplingParams
@@ -158,6 +161,40 @@ def test_who_fills_a_step_lets_the_idle_engine_begin(monkeypatch: pytest.MonkeyP
         assert all(generation.result(60).finish_reason == "length" for generation in running)
 
 
+def test_what_waits_for_its_adapters_is_not_let_begin(worker: EngineWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing could begin: nobody sleeps for it."""
+    sleeps: list[float] = []
+    held: Future[None] = Future()
+    monkeypatch.setattr(worker.core, "preparations", lambda _: [lambda: held.result(30)])
+    monkeypatch.setattr(engine_worker.time, "sleep", sleeps.append)
+    monkeypatch.setattr(worker, "_num_idle_tokens", 10**6)
+    generation = worker.submit([5] * 7, SHORT)
+    assert sleeps == []
+    held.set_result(None)
+    assert len(generation.result(30).token_ids) == 2
+
+
+def test_a_failed_step_leaves_no_tokens_on_the_device() -> None:
+    """Those of the step before it, which it may have written over, are read at once."""
+    core = Engine(BaseModel(make_tiny_model(), make_tokenizer(), "tiny"), replace(CONFIG, enable_async_scheduling=True))
+    runner: Any = core.runner
+    try:
+        core.add(core.make_request([5, 6, 7], LONG))
+        assert core.step() == []
+        assert core._pending is not None
+        launch, runner.launch = runner.launch, Mock(side_effect=RuntimeError("a kernel"))
+        with pytest.raises(StepFailedError) as failed:
+            core.step()
+        assert core._pending is None
+        assert [type(output.error) for output in failed.value.outputs] == [EngineError]
+        runner.launch = launch
+        core.add(core.make_request([5, 6, 7], SHORT))
+        while core.has_unfinished_requests:
+            core.step()
+    finally:
+        core.close()
+
+
 def test_no_more_wait_than_are_allowed() -> None:
     """One more is refused with numbers, and all that were accepted are answered."""
     config = EngineConfig(max_num_seqs=1, max_waiting=2, kv_cache_bytes=1 << 20, lora_cache_bytes=4 << 20)
@@ -222,7 +259,6 @@ def test_a_model_has_one_engine_at_a_time() -> None:
 
 
 START = """
-from langchain_lora_retriever.engine import worker as engine_worker
 from langchain_lora_retriever.engine import BaseModel, EngineConfig, EngineWorker
 from langchain_lora_retriever.types import SamplingParams
 from makers import make_tiny_model, make_tokenizer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -126,6 +127,24 @@ def test_the_triton_backend_gives_the_tokens_of_generate(
         assert "forward" not in vars(model.model.layers[0])
         assert "forward" not in vars(model.model.norm)
         assert "forward" not in vars(model.model.rotary_emb)
+
+
+@needs_triton
+def test_a_start_that_fails_gives_the_model_back_on_the_triton_backend(
+    byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers and rotations have their own forwards again, whatever failed after they were replaced."""
+    from langchain_lora_retriever.engine.model.triton_executor import TritonExecutor
+
+    model = make_tiny_model().to(DEVICE)
+    config = EngineConfig(attention_backend="triton", **SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(TritonExecutor, "_capture_all", Mock(side_effect=torch.OutOfMemoryError))
+        with pytest.raises(torch.OutOfMemoryError):
+            EngineWorker(BaseModel(model, byte_tokenizer, "tiny"), config)
+    assert not [name for name, module in model.named_modules() if "forward" in vars(module)]
+    with EngineWorker(BaseModel(model, byte_tokenizer, "tiny"), config) as worker:
+        assert len(worker.submit([5, 6], SamplingParams(max_tokens=2, ignore_eos=True)).result(120).token_ids) == 2
 
 
 @needs_triton

@@ -124,7 +124,8 @@ def test_adapters(compiler: Compiler, num_tokens: int, k: int) -> None:
         batch.update(mapping, weights, 4, has_gains=has_gains)
         v = lora_shrink(x, stack, batch)
         lora_expand(y, v, stack, batch, lora_mix(v, stack, batch), torch.zeros(384, dtype=dtype))
-    lora_delta(v, stack, batch, lora_mix(v, stack, batch))
+    for batch.splits_rows in (False, True):
+        lora_delta(v, stack, batch, lora_mix(v, stack, batch), takes_parts=True)
     add_lora(y, torch.zeros(num_tokens, dtype=torch.int64), stack, batch)
     names = {key.split()[0] for key in compiler.known}
     expand = {"_expand_token_kernel"} if batch.block_m == 1 else {"_mix_kernel", "_expand_tile_kernel"}
@@ -172,7 +173,8 @@ def test_attention_and_layers(compiler: Compiler) -> None:
     weight = torch.ones(dim, dtype=dtype)
     norm = QueryKeyNorm(weight, weight, 1e-5, 0.0)
     out = torch.empty_like(query)
-    for delta in (None, torch.randn(num_tokens, (heads + 2 * kv_heads) * dim).to(dtype)):
+    width = (heads + 2 * kv_heads) * dim
+    for delta in (None, torch.randn(num_tokens, width).to(dtype), torch.randn(4, num_tokens, width).to(dtype)):
         write_kv(query, key, value, keys, values, pages, rotary, norm, delta)
         write_kv(query, key, value, keys, values, pages, delta=delta)
     sinks = torch.randn(heads).to(dtype)
@@ -180,9 +182,11 @@ def test_attention_and_layers(compiler: Compiler) -> None:
         options = {"sliding_window": window, "chunk_size": chunk, "softcap": softcap, "scaling": 0.1, "sinks": sink}
         attend_decode(out, query, keys, values, pages, long, num_splits=4, **options)
         attend_prefill(out, query, keys, values, pages, torch.tensor([[0, 4]]), **options)
+    for many, num_splits in ((512, 1), (64, 4)):  # of which several are on every SM
+        attend_decode(out, query, keys, values, pages, long.repeat(many // 4), scaling=0.1, num_splits=num_splits)
     x = torch.randn(num_tokens, 2 * dim).to(dtype)
     wide = RmsNorm(torch.ones(2 * dim, dtype=dtype), 1e-5, 0.0)
-    for delta in (None, x.clone()):
+    for delta in (None, x.clone(), x.repeat(4, 1, 1)):
         rms_norm(x, wide, delta)
         add_rms_norm(x, x, wide, wide, delta)
         for name in ("silu", "gelu", "gelu_pytorch_tanh"):

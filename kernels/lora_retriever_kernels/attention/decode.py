@@ -46,7 +46,7 @@ def _choose_shape(block_group: int, row_bytes: int, num_programs: int, num_split
     if row_bytes > 256 or block_group > 16:
         return _Shape(64 if row_bytes <= 256 else 32, 4, 2)
     if num_programs >= (_TARGET_PROGRAMS if num_splits > 1 else _MANY_PROGRAMS):
-        return _Shape(32, 1, 3)  # enough of them to have loads under way in many small programs
+        return _Shape(32, 1, 3)  # enough of them to have loads under way; with splits where these come out even
     return _Shape(64, 2, 3)
 
 

@@ -404,7 +404,7 @@ def lora_delta(
 
     Returns:
         `[num_tokens, sum(out_features)]`, the stack's dtype; 0 for a token without adapters. Or parts of it, whose sum
-        it is, `[num_parts, num_tokens, sum(out_features)]`, where they come sooner.
+        it is, `[num_parts, num_tokens, sum(out_features)]`, each in that dtype, where they come sooner.
 
     Raises:
         ValueError: If shapes, dtypes, devices or strides disagree.

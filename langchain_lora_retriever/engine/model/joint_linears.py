@@ -75,7 +75,7 @@ def speed_up_output_layer(model: PreTrainedModel) -> Callable[[], None]:
     """Compute a model's output layer faster than by its own forward, where that can be; returns what undoes it.
 
     On a CPU that is over a packed weight; one that is the embedding's too stays there beside. On a GPU the weight stays
-    as it is, and products of few tokens are ours.
+    as it is, and products of few tokens are ours where `multiply_few` has them.
     """
     module: Any = model.get_output_embeddings()
     if module is None or not is_plain(module) or not isinstance(module, nn.Linear):
@@ -83,6 +83,8 @@ def speed_up_output_layer(model: PreTrainedModel) -> Callable[[], None]:
     base = BaseModule(module, module.weight.dtype, module.weight.device)
     if module.weight.is_cuda:
         few_tokens = _few_tokens()
+        if few_tokens is None:
+            return lambda: None
         base.wrap(lambda x: _multiply(few_tokens, x, module.weight, module.bias))
         return base.unwrap
     if not can_pack(module.weight):

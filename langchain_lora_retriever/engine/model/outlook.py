@@ -272,9 +272,11 @@ def _follow(model: PreTrainedModel, max_model_len: int) -> tuple[ModelProbe, tup
         probe = _follow_model(model, max_model_len)
         tables = RotaryTables(model, max_model_len)
         _run_unmasked(model, probe)  # after which the tables are there
-    with reads:
-        _run_unmasked(model, probe)
-    tables.detach()
+    try:
+        with reads:
+            _run_unmasked(model, probe)
+    finally:
+        tables.detach()
     return probe, tuple(sorted(reads.names))
 
 

@@ -68,8 +68,10 @@ class LoraSpans:
         """
         k = self.num_adapters if num_adapters is None else num_adapters
         # numpy reads nested tuples several times as fast as torch does.
-        slots = np.array([row + (-1,) * (k - len(row)) for row in self.slots], np.int32).reshape(-1, k)
-        weights = np.array([row + (0.0,) * (k - len(row)) for row in self.weights], np.float32).reshape(-1, k)
+        slots = np.array([row + (-1,) * (k - len(row)) for row in self.slots], np.int32).reshape(len(self.slots), k)
+        weights = np.array([row + (0.0,) * (k - len(row)) for row in self.weights], np.float32).reshape(
+            len(self.slots), k
+        )
         return torch.from_numpy(slots.repeat(self.counts, 0)), torch.from_numpy(weights.repeat(self.counts, 0))
 
 
@@ -130,7 +132,8 @@ class PackedBatch(NamedTuple):
         sampled_requests: list[Request] = []
         scored_tokens: list[int] = []
         scored_requests: list[tuple[Request, int]] = []
-        for request, num in scheduled:
+        for item in scheduled:
+            request, num = item
             first, start = len(token_ids), request.num_computed_tokens
             end = start + num
             num_known = min(num, request.num_known_tokens - start)
@@ -149,7 +152,7 @@ class PackedBatch(NamedTuple):
             for place in request.scored_places(start, end):
                 scored_tokens.append(first + place - start)
                 scored_requests.append((request, place + 1))
-            if end == request.num_tokens:
+            if item.is_sampled:
                 sampled_tokens.append(first + num - 1)
                 sampled_requests.append(request)
         return cls(

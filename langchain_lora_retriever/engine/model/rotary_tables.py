@@ -86,7 +86,10 @@ class _Lookup:
 
     def _make(self, x: torch.Tensor, named: dict[str, str]) -> torch.Tensor | None:
         """The table, in the module's own numbers; None if it is too large, or is not what a call elsewhere gives."""
-        some = torch.arange(0, self._num_positions, -(-self._num_positions // _NUM_COMPARED), device=x.device).flip(0)
+        # Without the first: a module that reckons from the lowest position of a call gives other numbers here.
+        some = torch.arange(1, self._num_positions, -(-self._num_positions // _NUM_COMPARED), device=x.device).flip(0)
+        if not len(some):
+            return None
         sample = self._compute(x, some, named)
         if sample is None or sample.nbytes // len(some) * self._num_positions > _MAX_BYTES:
             return None

@@ -245,8 +245,7 @@ class ModelRunner:
         if config.attention_backend == "torch" or (config.attention_backend == "auto" and not serves):
             if self.device.type == "cuda":
                 _logger.warning("This placement of the model runs without CUDA graphs and fused kernels.")
-            parts = (self._model, self._caches, self.lora_layers, self._recurrent, self._chosen[:, 0])
-            return TorchExecutor(*parts, max_model_len=self.memory.max_model_len)
+            return TorchExecutor(self._model, self._caches, self.lora_layers, self._recurrent, self._chosen[:, 0])
         from langchain_lora_retriever.engine.model.triton_executor import TritonExecutor  # noqa: PLC0415 - needs Triton
 
         state = (self._caches, self.lora_layers, self._recurrent, self.memory, config, self._chosen)

@@ -275,6 +275,7 @@ def _padded(
     integers = np.empty(sum(size for _, size, _ in parts), np.int64)
     start = 0
     for values, size, filling in parts:
+        assert len(values) <= size, "the step is larger than its shape"
         integers[start : start + len(values)] = values
         integers[start + len(values) : start + size] = filling
         start += size

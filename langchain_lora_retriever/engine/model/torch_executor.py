@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from langchain_lora_retriever.engine.model.attention import GatheringStep, QuerySpan, attending
-from langchain_lora_retriever.engine.model.rotary_tables import RotaryTables
 from langchain_lora_retriever.engine.pinned_copy import copy_to_device, upload
 
 if TYPE_CHECKING:
@@ -33,7 +32,6 @@ class TorchExecutor:
         lora_layers: The adapters.
         recurrent: The layers that keep states.
         chosen: The tokens that the last step chose, `[max_num_seqs]`, where token ids go.
-        max_model_len: Longest sequence.
     """
 
     name = "torch"
@@ -53,15 +51,12 @@ class TorchExecutor:
         lora_layers: LoraLayers,
         recurrent: RecurrentLayers,
         chosen: torch.Tensor,
-        *,
-        max_model_len: int,
     ) -> None:
         self._model = model
         self._caches = caches
         self._lora_layers = lora_layers
         self._recurrent = recurrent
         self._chosen = chosen
-        self._rotary_tables = RotaryTables(model, max_model_len)
         self._is_on_one_device = len(set(map(str, getattr(model, "hf_device_map", {}).values()))) <= 1
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
@@ -91,5 +86,4 @@ class TorchExecutor:
         return logits
 
     def close(self) -> None:
-        """Give the model's rotary modules their own forwards back."""
-        self._rotary_tables.detach()
+        """Nothing of the model was changed."""

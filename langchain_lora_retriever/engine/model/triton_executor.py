@@ -20,7 +20,7 @@ from langchain_lora_retriever.engine.model.paged_step import PagedStep, QueryTil
 from langchain_lora_retriever.engine.model.recurrent import StatePiece
 from langchain_lora_retriever.engine.model.rotary_tables import RotaryTables
 from langchain_lora_retriever.engine.model.step_graph import CaptureError, StepGraph, StepShapes
-from langchain_lora_retriever.engine.pinned_copy import upload
+from langchain_lora_retriever.engine.pinned_copy import copy_to_device, upload
 from lora_retriever_kernels.attention import Pages, queries_per_tile
 from lora_retriever_kernels.chosen_tokens import choose_greedily, fill_in_pending
 
@@ -91,8 +91,8 @@ class TritonExecutor:
         self._tables = BlockTables(memory.max_num_seqs, max_pages, self._device)
         self._tile_size = min(queries_per_tile(g.num_heads, g.num_kv_heads) for g in probe.attention.values())
         self._num_layers = len(probe.attention)
-        self._fused = self._fuse(probe) if config.enable_fused_layers else None
-        self._rotary_tables = RotaryTables(model, max_pages * config.block_size)
+        self._fused: FusedLayers | None = None
+        self._rotary_tables: RotaryTables | None = None
         self._max_loras = config.max_loras
         self._rank_bounds = sorted({lora_layers.rank_bound(rank) for rank in config.captured_ranks})
         self._num_adapters = sorted(
@@ -109,10 +109,16 @@ class TritonExecutor:
         self._graphs: dict[_GraphKey, StepGraph] = {}
         self._told: set[tuple[int, int, StepKinds]] = set()
         self._pool: Any = None
-        if self._device.type == "cuda":
-            self._warm_up(memory)
-        if self._shapes is not None:
-            self._capture_all(self._shapes)
+        try:
+            self._fused = self._fuse(probe) if config.enable_fused_layers else None
+            self._rotary_tables = RotaryTables(model, max_pages * config.block_size)
+            if self._device.type == "cuda":
+                self._warm_up(memory)
+            if self._shapes is not None:
+                self._capture_all(self._shapes)
+        except BaseException:
+            self.close()
+            raise
 
     name = "triton"
     chooses_greedily = True
@@ -151,7 +157,9 @@ class TritonExecutor:
         wanted = batch.tokens_with_logits
         parts = [(piece.start, piece.num_tokens) for piece in pieces]
         self._lora_layers.set_batch(batch.lora, wanted, rank_bound, parts)
-        tokens = upload([batch.token_ids, batch.positions, batch.rows, batch.sources], torch.int64, self._device)
+        arrays = (batch.token_ids, batch.positions, batch.rows, batch.sources)
+        host = torch.stack([torch.frombuffer(part, dtype=torch.int64) for part in arrays])
+        tokens = copy_to_device(host, self._device)
         tiles = QueryTiles(
             upload(decode_tokens, torch.int64, self._device),
             upload(prefill_tiles, torch.int64, self._device).view(-1, 2),
@@ -162,7 +170,8 @@ class TritonExecutor:
     def close(self) -> None:
         """Give the model's layers their own forwards back, and drop the graphs."""
         self._graphs.clear()
-        self._rotary_tables.detach()
+        if self._rotary_tables is not None:
+            self._rotary_tables.detach()
         if self._fused is not None:
             self._fused.detach()
 

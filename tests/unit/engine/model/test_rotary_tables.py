@@ -72,14 +72,16 @@ def test_the_same_bits_are_looked_up(
 
 
 def test_what_a_table_does_not_know_is_computed() -> None:
-    """Several rows, and positions in three dimensions."""
+    """Several rows of positions, among them some that the table does not have."""
     model = make_tiny_model()
     rotary = model.model.rotary_emb
     positions = torch.tensor([[0, 3], [5, 6]])
     x = torch.zeros(2, 2, 8)
     expected = rotary(x, positions)
-    RotaryTables(model, 4)  # which has no row for the fifth
+    tables = RotaryTables(model, 4)
     torch.testing.assert_close(rotary(x, positions), expected, rtol=0, atol=0)
+    assert tables.num_tables == 0
+    tables.detach()
 
 
 def test_a_module_that_answers_otherwise_elsewhere_is_left_alone() -> None:
@@ -100,6 +102,8 @@ def test_a_module_that_answers_otherwise_elsewhere_is_left_alone() -> None:
     large.detach()
     rotary.__class__ = Strange
     expected = rotary(x, positions)
-    tables = RotaryTables(model, NUM_POSITIONS)
-    torch.testing.assert_close(rotary(x, positions), expected, rtol=0, atol=0)
-    assert tables.num_tables == 0
+    for num_positions in (NUM_POSITIONS, 1000, 1):
+        tables = RotaryTables(model, num_positions)
+        torch.testing.assert_close(rotary(x, positions), expected, rtol=0, atol=0)
+        assert tables.num_tables == 0
+        tables.detach()
