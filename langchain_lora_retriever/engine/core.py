@@ -6,7 +6,6 @@ import itertools
 import logging
 import math
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -97,7 +96,6 @@ class Engine:
     def __init__(self, base: BaseModel, config: EngineConfig, expected: Sequence[Adapter] = ()) -> None:
         self.config = config
         self._defaults = GenerationDefaults.of(base)
-        self._has_rules = replace(self._defaults, eos_token_ids=frozenset()) != GenerationDefaults()
         self.tokenizer = base.tokenizer
         self.runner = ModelRunner(base, config, expected)
         try:
@@ -186,7 +184,7 @@ class Engine:
         max_num_tokens = min(len(token_ids) + sampling.max_tokens, self.max_model_len)
         end_token_ids = self._end_token_ids(sampling)
         rules = None
-        if self._has_rules or sampling.repetition_penalty is not None:
+        if self._defaults.has_rules or sampling.repetition_penalty is not None:
             rules = LogitsRules(
                 self._defaults,
                 token_ids,

@@ -238,10 +238,10 @@ class Generation:
             if self._sink is None:
                 self._pending.append(news)
             self._received.append(news)
-            if news.finish_reason is not None:
-                self._future.set_result(_join(self._received))
-                return wakes + self._on_end
-            return wakes
+            if news.finish_reason is None:
+                return wakes
+            self._future.set_result(_join(self._received))
+            return wakes + self._on_end
 
     def _next_or_wait(self, wake: Wake) -> Delta | None:
         """The next delta; or None, and `wake` will be called once there is news."""

@@ -358,9 +358,8 @@ class EngineWorker:
         """Do what was posted, and wait if there is nothing to compute; False once the engine is closing."""
         while True:
             with self._news:
-                if not (self._inbox or self._is_closing or self.core.has_unfinished_requests):
-                    self._num_idle_tokens = 0
                 while not (self._inbox or self._is_closing or self.core.has_unfinished_requests):
+                    self._num_idle_tokens = 0
                     self._news.wait()
                 self._num_idle_tokens = -1
                 if self._is_closing:

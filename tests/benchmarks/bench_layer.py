@@ -123,7 +123,7 @@ class Layers:
 
         if not self.k:
             return multiply(), None
-        return run_beside(self._side, apart, multiply) if self._side is not None else (multiply(), apart())
+        return run_beside(self._side, apart, multiply)
 
     def _gated(self, x: torch.Tensor, group: Group) -> torch.Tensor:
         """As `_Mlp`."""

@@ -182,6 +182,16 @@ def _mix_kernel(
         tl.store(target, (total * weight).to(mixed.dtype.element_ty))
 
 
+@triton.jit
+def _add_rows(acc, mixed, rows, b, stride_b, n, ok):
+    """Add the product of a block of mixed columns with the rows of B that go with them, of which -1 is none."""
+    row = tl.load(rows)
+    b_part = tl.load(
+        b + row.to(tl.int64)[:, None] * stride_b + n[None, :], mask=(row >= 0)[:, None] & ok[None, :], other=0.0
+    )
+    return tl.dot(tl.load(mixed), b_part, acc, input_precision="ieee")
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def _expand_tile_kernel(
     y,
@@ -239,10 +249,7 @@ def _expand_tile_kernel(
     mixed_ptr = mixed + (out * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]) * max_rows + i[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in range(part * BLOCK_ROWS, count * ITEM_ROWS, NUM_PARTS * BLOCK_ROWS):
-        row = tl.load(row_ptr + first)
-        b_mask = (row >= 0)[:, None] & (n < end)[None, :]
-        b_part = tl.load(b + row.to(tl.int64)[:, None] * stride_b + n[None, :], mask=b_mask, other=0.0)
-        acc = tl.dot(tl.load(mixed_ptr + first), b_part, acc, input_precision="ieee")
+        acc = _add_rows(acc, mixed_ptr + first, row_ptr + first, b, stride_b, n, n < end)
     if GAINS:
         base = old.to(tl.float32)
         if BIAS:
@@ -296,21 +303,15 @@ def _expand_gated_kernel(
     gate_y = tl.load(y_ptr, mask=mask, other=0.0)
     up_y = tl.load(y_ptr + width, mask=mask, other=0.0)
     gate_out = (tile * NUM_SLICES).to(tl.int64)
-    up_out = gate_out + NUM_SLICES - 1
-    m = tl.arange(0, BLOCK_M)
+    gate_rows = rows + gate_out * max_rows + i
+    gate_mixed = mixed + (gate_out * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]) * max_rows + i[None, :]
+    to_up = (NUM_SLICES - 1) * max_rows
     gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in range(0, count * ITEM_ROWS, BLOCK_ROWS):
-        row = tl.load(rows + gate_out * max_rows + first + i)
-        b_ptr = b + row.to(tl.int64)[:, None] * stride_b + n[None, :]
-        b_part = tl.load(b_ptr, mask=(row >= 0)[:, None] & (n < width)[None, :], other=0.0)
-        part = tl.load(mixed + (gate_out * BLOCK_M + m)[:, None] * max_rows + first + i[None, :])
-        gate = tl.dot(part, b_part, gate, input_precision="ieee")
-        row = tl.load(rows + up_out * max_rows + first + i)
-        b_ptr = b + row.to(tl.int64)[:, None] * stride_b + (width + n)[None, :]
-        b_part = tl.load(b_ptr, mask=(row >= 0)[:, None] & (n < width)[None, :], other=0.0)
-        part = tl.load(mixed + (up_out * BLOCK_M + m)[:, None] * max_rows + first + i[None, :])
-        up = tl.dot(part, b_part, up, input_precision="ieee")
+        gate = _add_rows(gate, gate_mixed + first, gate_rows + first, b, stride_b, n, n < width)
+        up_mixed, up_rows = gate_mixed + to_up * BLOCK_M + first, gate_rows + to_up + first
+        up = _add_rows(up, up_mixed, up_rows, b, stride_b, width + n, n < width)
     gate += gate_y.to(tl.float32)
     up += up_y.to(tl.float32)
     out_ptr = out + token.to(tl.int64)[:, None] * width + n[None, :]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from transformers import GenerationConfig
@@ -66,6 +67,11 @@ class GenerationDefaults:
     begin_suppress_tokens: tuple[int, ...] = ()
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
     forced_eos_token_ids: tuple[int, ...] = ()
+
+    @cached_property
+    def has_rules(self) -> bool:
+        """Whether any of them changes what is chosen, beside the tokens that end an answer."""
+        return replace(self, eos_token_ids=frozenset()) != GenerationDefaults()
 
     @classmethod
     def of(cls, base: BaseModel) -> GenerationDefaults:

@@ -78,7 +78,7 @@ def speed_up_output_layer(model: PreTrainedModel) -> Callable[[], None]:
     as it is, and products of few tokens are ours where `multiply_few` has them.
     """
     module: Any = model.get_output_embeddings()
-    if module is None or not is_plain(module) or not isinstance(module, nn.Linear):
+    if module is None or not is_plain(module):
         return lambda: None
     base = BaseModule(module, module.weight.dtype, module.weight.device)
     if module.weight.is_cuda:

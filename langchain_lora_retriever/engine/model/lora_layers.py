@@ -396,12 +396,7 @@ class LoraLayers:
             return product.gated(x, activation)
         if len(self._devices) > 1 or not can_expand_gated(stack, batch):
             return None
-
-        def begin() -> list[torch.Tensor]:
-            return lora_mix(lora_shrink(x, stack, batch), stack, batch)
-
-        side = self._side_to_capture()
-        y, mixed = (product(x), begin()) if side is None else run_beside(side, begin, lambda: product(x))
+        y, (_, mixed) = _mix_beside(self._side_to_capture(), x, product, stack, batch)
         return lora_expand_gated(y, stack, batch, mixed, activation)
 
     def add_to_product(
@@ -416,11 +411,18 @@ class LoraLayers:
             y = product(x)
             self.add(y, x, stack, batch, product.bias)
             return y
-
-        def begin() -> tuple[torch.Tensor, list[torch.Tensor]]:
-            v = lora_shrink(x, stack, batch)
-            return v, lora_mix(v, stack, batch)
-
-        y, (v, mixed) = run_beside(side, begin, lambda: product(x))
+        y, (v, mixed) = _mix_beside(side, x, product, stack, batch)
         lora_expand(y, v, stack, batch, mixed, product.bias)
         return y
+
+
+def _mix_beside(
+    side: torch.cuda.Stream | None, x: torch.Tensor, product: JointLinears, stack: LoraStack, batch: LoraBatch
+) -> tuple[torch.Tensor, tuple[torch.Tensor, list[torch.Tensor]]]:
+    """A product, and beside it what of the adapters' part does not wait for it: as `lora_shrink` and `lora_mix` do."""
+
+    def begin() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        v = lora_shrink(x, stack, batch)
+        return v, lora_mix(v, stack, batch)
+
+    return run_beside(side, begin, lambda: product(x))

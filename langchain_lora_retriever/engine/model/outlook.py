@@ -267,17 +267,23 @@ def _run_unmasked(model: PreTrainedModel, probe: ModelProbe) -> None:
 
 def _follow(model: PreTrainedModel, max_model_len: int) -> tuple[ModelProbe, tuple[str, ...]]:
     """Follow a model to see what it has, and then as it is served, to see what a step asks of the host."""
-    reads = HostReads()
     with HostReads():
         probe = _follow_model(model, max_model_len)
-        tables = RotaryTables(model, max_model_len)
-        _run_unmasked(model, probe)  # after which the tables are there
+    tables = RotaryTables(model, max_model_len)
     try:
-        with reads:
-            _run_unmasked(model, probe)
+        names = _reads_of_a_step(model, probe)
+        if names:  # some may have been asked while the tables were made
+            names = _reads_of_a_step(model, probe)
     finally:
         tables.detach()
-    return probe, tuple(sorted(reads.names))
+    return probe, tuple(sorted(names))
+
+
+def _reads_of_a_step(model: PreTrainedModel, probe: ModelProbe) -> set[str]:
+    reads = HostReads()
+    with reads:
+        _run_unmasked(model, probe)
+    return reads.names
 
 
 def _kinds(probe: ModelProbe) -> tuple[tuple[str, int], ...]:

@@ -16,8 +16,6 @@ from langchain_lora_retriever.engine.pinned_copy import copy_into
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    import numpy.typing as npt
-
     Forward: TypeAlias = "Callable[[StaticInputs], torch.Tensor]"
 
 __all__ = ["MAX_CAPTURED_TOKENS", "CaptureError", "StaticInputs", "StepGraph", "StepShape", "StepShapes"]
@@ -162,7 +160,7 @@ class StepGraph:
     def __init__(self, forward: Forward, shape: StepShape, device: torch.device, pool: Any) -> None:
         num_tokens, num_decodes, num_tiles, _, num_sampled, k = self._shape = shape
         sizes = [4 * num_tokens, num_decodes, 2 * num_tiles, num_sampled]
-        self._data = torch.tensor(_padded(shape, PackedBatch.pack([], {}), [], []), device=device)
+        self._data = _padded(shape, PackedBatch.pack([], {}), [], []).to(device)
         tokens, decode_tokens, tiles, sampled = self._data.split(sizes)
         slots = torch.full((num_tokens, k), -1, dtype=torch.int32, device=device) if k else None
         weights = torch.zeros(num_tokens, k, dtype=torch.float32, device=device) if k else None
@@ -190,8 +188,7 @@ class StepGraph:
         Returns:
             Logits `[len(batch.sampled_tokens), vocab_size]`, valid until the next replay of any graph of the pool.
         """
-        host = torch.tensor(_padded(self._shape, batch, decode_tokens, chain.from_iterable(prefill_tiles)))
-        copy_into(self._data, host)
+        copy_into(self._data, _padded(self._shape, batch, decode_tokens, chain.from_iterable(prefill_tiles)))
         static = self._inputs
         if static.lora_slots is not None and static.lora_weights is not None and batch.lora != self._lora:
             slots, weights = batch.lora.per_token(self._shape.num_adapters)
@@ -250,10 +247,8 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _padded(
-    shape: StepShape, batch: PackedBatch, decode_tokens: Sequence[int], tiles: Iterable[int]
-) -> npt.NDArray[np.int64]:
-    """The integers of a step, one after the other, filled up to its shape.
+def _padded(shape: StepShape, batch: PackedBatch, decode_tokens: Sequence[int], tiles: Iterable[int]) -> torch.Tensor:
+    """The integers of a step on the host, one after the other, filled up to its shape.
 
     Padding that no sequence is there for is attended for as well, which writes zeros for it.
     """
@@ -279,7 +274,7 @@ def _padded(
         integers[start : start + len(values)] = values
         integers[start + len(values) : start + size] = filling
         start += size
-    return integers
+    return torch.from_numpy(integers)
 
 
 def _fill(target: torch.Tensor, rows: torch.Tensor, padding: float) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from langchain_lora_retriever.engine.model.attention import GatheringStep, QuerySpan, attending
-from langchain_lora_retriever.engine.pinned_copy import copy_to_device, upload
+from langchain_lora_retriever.engine.pinned_copy import upload
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -66,9 +66,9 @@ class TorchExecutor:
         self._recurrent.set_step(pieces)
         wanted = batch.tokens_with_logits
         self._lora_layers.set_batch(batch.lora, wanted, pieces=[(piece.start, piece.num_tokens) for piece in pieces])
-        token_ids = copy_to_device(torch.frombuffer(batch.token_ids, dtype=torch.int64), device)
+        token_ids = upload(batch.token_ids, torch.int64, device)
         if max(batch.sources) >= 0:
-            sources = copy_to_device(torch.frombuffer(batch.sources, dtype=torch.int64), device)
+            sources = upload(batch.sources, torch.int64, device)
             token_ids = torch.where(sources >= 0, self._chosen[sources.clamp_min(0)], token_ids)
         spans = [
             QuerySpan(num, request.num_computed_tokens + num, request.block_ids) for request, num in batch.scheduled
@@ -76,7 +76,7 @@ class TorchExecutor:
         with attending(GatheringStep(spans, self._caches)):
             output = self._model(
                 input_ids=token_ids[None],
-                position_ids=copy_to_device(torch.frombuffer(batch.positions, dtype=torch.int64)[None], device),
+                position_ids=upload([batch.positions], torch.int64, device),
                 use_cache=False,
                 # The last hidden states may lie on another device than the inputs, where accelerate moves every tensor:
                 # a list of places serves on any.

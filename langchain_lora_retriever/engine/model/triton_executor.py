@@ -20,9 +20,10 @@ from langchain_lora_retriever.engine.model.paged_step import PagedStep, QueryTil
 from langchain_lora_retriever.engine.model.recurrent import StatePiece
 from langchain_lora_retriever.engine.model.rotary_tables import RotaryTables
 from langchain_lora_retriever.engine.model.step_graph import CaptureError, StepGraph, StepShapes
-from langchain_lora_retriever.engine.pinned_copy import copy_to_device, upload
+from langchain_lora_retriever.engine.pinned_copy import upload
 from lora_retriever_kernels.attention import Pages, queries_per_tile
 from lora_retriever_kernels.chosen_tokens import choose_greedily, fill_in_pending
+from lora_retriever_kernels.lora.plan import power_of_2
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -157,9 +158,7 @@ class TritonExecutor:
         wanted = batch.tokens_with_logits
         parts = [(piece.start, piece.num_tokens) for piece in pieces]
         self._lora_layers.set_batch(batch.lora, wanted, rank_bound, parts)
-        arrays = (batch.token_ids, batch.positions, batch.rows, batch.sources)
-        host = torch.stack([torch.frombuffer(part, dtype=torch.int64) for part in arrays])
-        tokens = copy_to_device(host, self._device)
+        tokens = upload([batch.token_ids, batch.positions, batch.rows, batch.sources], torch.int64, self._device)
         tiles = QueryTiles(
             upload(decode_tokens, torch.int64, self._device),
             upload(prefill_tiles, torch.int64, self._device).view(-1, 2),
@@ -209,11 +208,13 @@ class TritonExecutor:
         """Which graph serves steps of a shape; few adapters and many are told apart for the lowest ranks alone."""
         if not shape.num_adapters:
             return shape, None, StepKinds()
-        num_active = min(1 << (num_active - 1).bit_length(), self._max_loras)  # so that all that differ can be listed
-        if rank_bound != self._rank_bounds[0]:
-            num_active = self._max_loras
+        num_active = self._rounded(num_active) if rank_bound == self._rank_bounds[0] else self._max_loras
         launch = self._lora_layers.launch_shape(shape.num_tokens, shape.num_adapters, num_active, rank_bound)
         return shape, launch, kinds
+
+    def _rounded(self, num_active: int) -> int:
+        """A number of adapters, up to a power of two: so few that all that differ are captured."""
+        return min(power_of_2(num_active), self._max_loras)
 
     def _tell(self, num_adapters: int, rank_bound: int, kinds: StepKinds | None) -> None:
         """Say once what runs without graphs."""
@@ -247,7 +248,7 @@ class TritonExecutor:
     def _capture_all(self, shapes: StepShapes) -> None:
         """Capture every foreseen step."""
         start = time.perf_counter()
-        nums_active = [*(1 << i for i in range((self._max_loras - 1).bit_length())), self._max_loras]
+        nums_active = sorted({self._rounded(num) for num in range(1, self._max_loras + 1)})
         try:
             for shape in shapes.all():
                 for rank_bound in self._rank_bounds[: None if shape.num_adapters else 1]:
