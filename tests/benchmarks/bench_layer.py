@@ -20,7 +20,7 @@ import torch
 from bench_lora_kernels import bandwidths, replay_us
 from torch.nn import functional
 
-from lora_retriever_kernels.attention import Pages, Rotary, attend_decode, choose_num_splits, write_kv
+from lora_retriever_kernels.attention import Pages, Projected, Rotary, attend_decode, choose_num_splits
 from lora_retriever_kernels.decoder import RmsNorm, add_rms_norm, gated_activation, rms_norm
 from lora_retriever_kernels.few_tokens import multiply_few, multiply_gated
 from lora_retriever_kernels.lora import LoraBatch, LoraRows, LoraStack, lora_delta, lora_mix, lora_shrink
@@ -141,9 +141,11 @@ class Layers:
         for layer, cache in zip(self.layers, self.caches, strict=True):
             y, delta = self._product(x, layer["qkv"])
             query, key, value = (part.unflatten(1, (-1, dim)) for part in y.split(self.shape.qkv, 1))
-            write_kv(query, key, value, cache[0], cache[1], self.pages, self.rotary, None, delta)
             x = torch.empty(query.shape, device=DEVICE, dtype=DTYPE)
-            attend_decode(x, query, cache[0], cache[1], self.pages, self.tokens, scaling=scaling, num_splits=num_splits)
+            attend_decode(
+                x, query, cache[0], cache[1], self.pages, self.tokens, Projected(key, value, self.rotary, None, delta),
+                scaling=scaling, num_splits=num_splits,
+            )  # fmt: skip
             y, delta = self._product(x.flatten(1), layer["out"], takes_parts=True)
             residual, x = add_rms_norm(y, residual, self.norm, None, delta)
             y, delta = self._product(self._gated(x, layer["gate_up"]), layer["down"], takes_parts=True)

@@ -155,6 +155,7 @@ def test_attention_and_layers(compiler: Compiler) -> None:
     """Writing, decoding and prefill over pages; norms and activations; with what adapters add, and without."""
     from lora_retriever_kernels.attention import (
         Pages,
+        Projected,
         QueryKeyNorm,
         Rotary,
         attend_decode,
@@ -177,6 +178,11 @@ def test_attention_and_layers(compiler: Compiler) -> None:
     for delta in (None, torch.randn(num_tokens, width).to(dtype), torch.randn(4, num_tokens, width).to(dtype)):
         write_kv(query, key, value, keys, values, pages, rotary, norm, delta)
         write_kv(query, key, value, keys, values, pages, delta=delta)
+        for num_splits in (1, 4):
+            projected = Projected(key, value, rotary, norm, delta)
+            options = {"scaling": 0.1, "num_splits": num_splits}
+            attend_decode(out, query, keys, values, pages, long, projected, **options)
+            attend_decode(out, query, keys, values, pages, long, projected._replace(norm=None), **options)
     sinks = torch.randn(heads).to(dtype)
     for window, chunk, softcap, sink in ((None, None, None, None), (8, None, None, sinks), (None, 8, 30.0, None)):
         options = {"sliding_window": window, "chunk_size": chunk, "softcap": softcap, "scaling": 0.1, "sinks": sink}

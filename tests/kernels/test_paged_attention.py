@@ -115,6 +115,7 @@ CASES = [
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("is_written", [False, True])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "window", "chunk", "softcap"), CASES)
 def test_decode(
     heads: int,
@@ -123,20 +124,23 @@ def test_decode(
     window: int | None,
     chunk: int | None,
     softcap: float | None,
+    is_written: bool,
     num_splits: int,
     dtype: torch.dtype,
 ) -> None:
-    """Contexts of one token up to several blocks, split or not, beside a padding token."""
-    from lora_retriever_kernels.attention import attend_decode, write_kv
+    """Contexts of one token up to several blocks, split or not, beside a padding token; own keys written or not."""
+    from lora_retriever_kernels.attention import Projected, attend_decode, write_kv
 
-    step = make_step([(1, 1), (1, 63), (1, 130), (1, 5)], heads, kv_heads, dim, dtype)
-    write_kv(step.query, step.key, step.value, step.keys, step.values, step.pages)
+    step = make_step([(1, 1), (1, 63), (1, 130), (1, 5), (1, 65)], heads, kv_heads, dim, dtype)
+    projected = None if is_written else Projected(step.key, step.value, None, None, None)
+    if is_written:
+        write_kv(step.query, step.key, step.value, step.keys, step.values, step.pages)
     out = torch.full_like(step.query, torch.nan)
-    tokens = torch.tensor([2, 0, 1, 3, 4, -1], device=DEVICE)
+    tokens = torch.tensor([2, 0, 1, 3, 4, 5, -1], device=DEVICE)
     options = {"sliding_window": window, "chunk_size": chunk, "softcap": softcap, "num_splits": num_splits}
-    attend_decode(out, step.query, step.keys, step.values, step.pages, tokens, scaling=0.3, **options)
-    close(out[:4], reference(step, window, chunk, softcap), dtype)
-    assert (out[4] == 0).all()
+    attend_decode(out, step.query, step.keys, step.values, step.pages, tokens, projected, scaling=0.3, **options)
+    close(out[:5], reference(step, window, chunk, softcap), dtype)
+    assert (out[5] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -172,12 +176,16 @@ def test_prefill(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("is_written", [False, True])
 @pytest.mark.parametrize(("heads", "kv_heads", "window"), [(4, 2, None), (6, 2, 5)])
-def test_sinks(heads: int, kv_heads: int, window: int | None, num_splits: int, dtype: torch.dtype) -> None:
+def test_sinks(
+    heads: int, kv_heads: int, window: int | None, is_written: bool, num_splits: int, dtype: torch.dtype
+) -> None:
     """A score of each head takes part in the softmax: small, larger than all others, and none at all."""
-    from lora_retriever_kernels.attention import attend_decode, attend_prefill, queries_per_tile, write_kv
+    from lora_retriever_kernels.attention import Projected, attend_decode, attend_prefill, queries_per_tile, write_kv
 
     step = make_step([(1, 1), (30, 45), (1, 130)], heads, kv_heads, 16, dtype)
+    projected = None if is_written else Projected(step.key, step.value, None, None, None)
     write_kv(step.query, step.key, step.value, step.keys, step.values, step.pages)
     sinks = torch.tensor([0.5, 30.0, -torch.inf, -2.0, 1.0, 0.0][:heads], device=DEVICE).to(dtype)
     out = torch.full_like(step.query, torch.nan)
@@ -185,7 +193,7 @@ def test_sinks(heads: int, kv_heads: int, window: int | None, num_splits: int, d
     size = queries_per_tile(heads, kv_heads)
     tiles = torch.tensor([(i, min(size, 31 - i)) for i in range(1, 31, size)], device=DEVICE)
     options = {"scaling": 0.3, "sliding_window": window, "sinks": sinks}
-    attend_decode(*args, torch.tensor([0, 31, -1, 32], device=DEVICE), num_splits=num_splits, **options)
+    attend_decode(*args, torch.tensor([0, 31, -1, 32], device=DEVICE), projected, num_splits=num_splits, **options)
     attend_prefill(*args, tiles, **options)
     close(out[:-1], reference(step, window, None, None, sinks), dtype)
     assert (out[-1] == 0).all()
@@ -194,13 +202,16 @@ def test_sinks(heads: int, kv_heads: int, window: int | None, num_splits: int, d
 @pytest.mark.parametrize("shape", [(3, 15), (3, 18), (3, 32), (2, 16), (1, 3, 16)], ids=str)
 def test_a_rotation_that_does_not_fit_heads_and_tokens_is_refused(shape: tuple[int, ...]) -> None:
     """Nothing is written: not into the next head, nor behind the last one's memory."""
-    from lora_retriever_kernels.attention import Rotary, write_kv
+    from lora_retriever_kernels.attention import Projected, Rotary, attend_decode, write_kv
 
     step = make_step([(2, 2)], 4, 2, 16, torch.float32)
     query, keys = step.query.clone(), step.keys.clone()
     turns = torch.ones(shape, device=DEVICE)
     with pytest.raises(ValueError, match=r"cos and sin must be \[3, rotary_dim\].* at most head_dim 16, got"):
         write_kv(step.query, step.key, step.value, step.keys, step.values, step.pages, Rotary(turns, turns))
+    args = (torch.zeros_like(query), step.query, step.keys, step.values, step.pages, torch.tensor([0], device=DEVICE))
+    with pytest.raises(ValueError, match=r"cos and sin must be \[3, rotary_dim\].* at most head_dim 16, got"):
+        attend_decode(*args, Projected(step.key, step.value, Rotary(turns, turns), None, None), scaling=0.3)
     torch.testing.assert_close((step.query, step.keys), (query, keys), rtol=0, atol=0, equal_nan=True)
 
 
@@ -237,3 +248,41 @@ def test_write_normalises_and_rotates(dim: int, rotary_dim: int, has_norm: bool,
         block = int(step.pages.tables[row, position // PAGE])
         torch.testing.assert_close(step.keys[block, position % PAGE], expected_key[token])
         torch.testing.assert_close(step.values[block, position % PAGE], parts[2][token])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("num_deltas", [0, 1, 3])
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize(("dim", "rotary_dim"), [(16, 16), (64, 64), (24, 24), (20, 12), (17, 16)])
+def test_attention_prepares_its_heads_as_a_launch_before_it_does(
+    dim: int, rotary_dim: int, has_norm: bool, num_deltas: int, num_splits: int, dtype: torch.dtype
+) -> None:
+    """The same keys and values come into the cache, and the same outputs; queries stay as they are."""
+    from lora_retriever_kernels.attention import Projected, QueryKeyNorm, Rotary, attend_decode, write_kv
+
+    heads, kv_heads = 6, 3
+    step = make_step([(1, 1), (1, 63), (1, 130)], heads, kv_heads, dim, dtype)
+    packed = torch.cat([step.query, step.key, step.value], 1)
+    query, key, value = packed.split([heads, kv_heads, kv_heads], 1)
+    num_tokens = len(packed)
+    rotary = Rotary(*(torch.randn(num_tokens, rotary_dim // 2).repeat(1, 2).to(DEVICE, dtype) for _ in range(2)))
+    weights = torch.randn(2, dim).to(DEVICE, dtype)
+    norm = QueryKeyNorm(weights[0], weights[1], 1e-5, 1.0) if has_norm else None
+    deltas = torch.randn(num_deltas, num_tokens, packed[0].numel()).to(DEVICE, dtype)
+    delta = None if not num_deltas else deltas[0] if num_deltas == 1 else deltas
+    tokens = torch.tensor([3, 1, 0, 2], device=DEVICE)
+    caches, outs = [], []
+    for is_apart in (True, False):
+        keys, values, own = step.keys.clone(), step.values.clone(), query.clone()
+        projected = Projected(key, value, rotary, norm, delta)
+        if is_apart:
+            write_kv(own, key, value, keys, values, step.pages, rotary, norm, delta)
+            projected = None
+        out = torch.full_like(step.query, torch.nan)
+        attend_decode(out, own, keys, values, step.pages, tokens, projected, scaling=0.3, num_splits=num_splits)
+        assert is_apart or torch.equal(own, query)
+        caches.append((keys, values))
+        outs.append(out)
+    torch.testing.assert_close(caches[1], caches[0], rtol=0, atol=0, equal_nan=True)
+    close(outs[1], outs[0].double().cpu(), dtype)

@@ -5,83 +5,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
 
+from lora_retriever_kernels.attention.heads import load_heads, load_values, store_heads
 from lora_retriever_kernels.launch import num_parts, pdl_options, wait_for_earlier_launches
 
 if TYPE_CHECKING:
     import torch
 
+    from lora_retriever_kernels.attention.heads import QueryKeyNorm, Rotary
     from lora_retriever_kernels.attention.pages import Pages
 
 _MAX_TILE = 1024  # elements of one program's half heads
-
-
-class Rotary(NamedTuple):
-    """Rotary embedding of the step's tokens: `cos` and `sin`, each `[num_tokens, rotary_dim]`, the halves alike."""
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-
-
-class QueryKeyNorm(NamedTuple):
-    """RMS norm over each head of the queries and keys; `x * rsqrt(mean(x^2) + eps) * (weight + offset)`."""
-
-    query_weight: torch.Tensor
-    key_weight: torch.Tensor
-    eps: float
-    offset: float
-
-
-@triton.jit
-def _prepare_heads(
-    source, delta, target, weight, cos, sin, eps, offset, heads, num_heads, source_stride, target_stride, delta_stride,
-    NUM_DELTAS: tl.constexpr, HAS_ROTARY: tl.constexpr, HAS_NORM: tl.constexpr, DIM: tl.constexpr,
-    ROTARY_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_TAIL: tl.constexpr,
-):  # fmt: skip
-    """Normalise and rotate some heads of a token. A thread holds both members of a pair, so this may be in place."""
-    HALF: tl.constexpr = ROTARY_DIM // 2
-    d = tl.arange(0, BLOCK_HALF)
-    ok = (heads < num_heads)[:, None] & (d < HALF)[None, :]
-    first = tl.load(source + heads[:, None] * source_stride + d[None, :], mask=ok, other=0.0).to(tl.float32)
-    second = tl.load(source + heads[:, None] * source_stride + HALF + d[None, :], mask=ok, other=0.0).to(tl.float32)
-    if ROTARY_DIM < DIM:
-        t = ROTARY_DIM + tl.arange(0, BLOCK_TAIL)
-        tail_ok = (heads < num_heads)[:, None] & (t < DIM)[None, :]
-        tail = tl.load(source + heads[:, None] * source_stride + t[None, :], mask=tail_ok, other=0.0).to(tl.float32)
-    for part in tl.static_range(NUM_DELTAS):
-        apart = delta + part * delta_stride + heads[:, None] * DIM
-        first += tl.load(apart + d[None, :], mask=ok, other=0.0).to(tl.float32)
-        second += tl.load(apart + HALF + d[None, :], mask=ok, other=0.0).to(tl.float32)
-        if ROTARY_DIM < DIM:
-            tail += tl.load(apart + t[None, :], mask=tail_ok, other=0.0).to(tl.float32)
-    if HAS_NORM:
-        total = tl.sum(first * first, 1) + tl.sum(second * second, 1)
-        if ROTARY_DIM < DIM:
-            total += tl.sum(tail * tail, 1)
-        scale = tl.rsqrt(total / DIM + eps)[:, None]
-        in_half = d < HALF
-        first *= scale * (tl.load(weight + d, mask=in_half, other=0.0).to(tl.float32) + offset)[None, :]
-        second *= scale * (tl.load(weight + HALF + d, mask=in_half, other=0.0).to(tl.float32) + offset)[None, :]
-        if ROTARY_DIM < DIM:
-            tail *= scale * (tl.load(weight + t, mask=t < DIM, other=0.0).to(tl.float32) + offset)[None, :]
-    if HAS_ROTARY:
-        in_half = d < HALF
-        cos_1 = tl.load(cos + d, mask=in_half, other=0.0).to(tl.float32)[None, :]
-        cos_2 = tl.load(cos + HALF + d, mask=in_half, other=0.0).to(tl.float32)[None, :]
-        sin_1 = tl.load(sin + d, mask=in_half, other=0.0).to(tl.float32)[None, :]
-        sin_2 = tl.load(sin + HALF + d, mask=in_half, other=0.0).to(tl.float32)[None, :]
-        rotated = first * cos_1 - second * sin_1
-        second = second * cos_2 + first * sin_2
-        first = rotated
-    dtype = target.dtype.element_ty
-    tl.store(target + heads[:, None] * target_stride + d[None, :], first.to(dtype), mask=ok)
-    tl.store(target + heads[:, None] * target_stride + HALF + d[None, :], second.to(dtype), mask=ok)
-    if ROTARY_DIM < DIM:
-        tl.store(target + heads[:, None] * target_stride + t[None, :], tail.to(dtype), mask=tail_ok)
 
 
 @triton.jit(do_not_specialize_on_alignment=["rows", "positions"])
@@ -110,28 +48,31 @@ def _write_kernel(
         num_stored = tl.where(row >= 0, num_kv_heads, 0)
         page = tl.load(tables + row * table_stride + position // PAGE, mask=row >= 0, other=0).to(tl.int64)
         slot = (page * PAGE + position % PAGE) * num_kv_heads
-        _prepare_heads(
-            key + token * key_stride, delta + num_heads * DIM, keys + slot * DIM, key_weight, cos, sin, eps, offset,
-            heads, num_stored, key_head_stride, DIM, delta_stride, NUM_DELTAS, HAS_ROTARY, HAS_NORM, DIM, ROTARY_DIM,
-            BLOCK_HALF, BLOCK_TAIL,
+        first, second, tail = load_heads(
+            key + token * key_stride, delta + num_heads * DIM, key_weight, cos, sin, eps, offset, heads, num_stored,
+            key_head_stride, delta_stride, NUM_DELTAS, HAS_ROTARY, HAS_NORM, DIM, ROTARY_DIM, BLOCK_HALF, BLOCK_TAIL,
         )  # fmt: skip
-        d = tl.arange(0, BLOCK_VALUE)
-        ok = (heads < num_stored)[:, None] & (d < VALUE_DIM)[None, :]
-        found = tl.load(value + token * value_stride + heads[:, None] * value_head_stride + d[None, :], mask=ok)
-        if NUM_DELTAS > 0:
-            apart = delta + (num_heads + num_kv_heads) * DIM + heads[:, None] * VALUE_DIM + d[None, :]
-            total = found.to(tl.float32)
-            for part in tl.static_range(NUM_DELTAS):
-                total += tl.load(apart + part * delta_stride, mask=ok, other=0.0).to(tl.float32)
-            found = total.to(values.dtype.element_ty)
-        tl.store(values + slot * VALUE_DIM + heads[:, None] * VALUE_DIM + d[None, :], found, mask=ok)
+        store_heads(
+            keys + slot * DIM, first, second, tail, heads, num_stored, DIM, DIM, ROTARY_DIM, BLOCK_HALF, BLOCK_TAIL
+        )
+        found = load_values(
+            value + token * value_stride, delta + (num_heads + num_kv_heads) * DIM, heads, num_stored,
+            value_head_stride, delta_stride, NUM_DELTAS, VALUE_DIM, BLOCK_VALUE,
+        )  # fmt: skip
+        e = tl.arange(0, BLOCK_VALUE)
+        ok = (heads < num_stored)[:, None] & (e < VALUE_DIM)[None, :]
+        target = values + slot * VALUE_DIM + heads[:, None] * VALUE_DIM + e[None, :]
+        tl.store(target, found.to(values.dtype.element_ty), mask=ok)
     elif HAS_ROTARY or HAS_NORM or NUM_DELTAS > 0:
         heads = (group - num_key_groups) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
         query += token * query_stride
-        _prepare_heads(
-            query, delta, query, query_weight, cos, sin, eps, offset, heads, num_heads, query_head_stride,
-            query_head_stride, delta_stride, NUM_DELTAS, HAS_ROTARY, HAS_NORM, DIM, ROTARY_DIM, BLOCK_HALF, BLOCK_TAIL,
+        first, second, tail = load_heads(
+            query, delta, query_weight, cos, sin, eps, offset, heads, num_heads, query_head_stride, delta_stride,
+            NUM_DELTAS, HAS_ROTARY, HAS_NORM, DIM, ROTARY_DIM, BLOCK_HALF, BLOCK_TAIL,
         )  # fmt: skip
+        store_heads(
+            query, first, second, tail, heads, num_heads, query_head_stride, DIM, ROTARY_DIM, BLOCK_HALF, BLOCK_TAIL
+        )
 
 
 def write_kv(
@@ -146,6 +87,8 @@ def write_kv(
     delta: torch.Tensor | None = None,
 ) -> None:
     """Normalise and rotate queries in place, and keys on their way to the cache; store keys and values.
+
+    In a step without prompts `attend_decode` does that itself, see `Projected`.
 
     Args:
         query: `[num_tokens, num_heads, head_dim]`, unit stride in a head; mutated where there is a norm, a rotation or
@@ -167,12 +110,8 @@ def write_kv(
     num_tokens, num_heads, dim = query.shape
     num_kv_heads, value_dim = value.shape[1:]
     rotary_dim = rotary.cos.shape[-1] if rotary is not None else dim // 2 * 2
-    # Of a rotation wider than a head the kernel would write the rest into the next head, and behind the last one.
-    if rotary_dim > dim or rotary_dim % 2 or any(x.shape != (num_tokens, rotary_dim) for x in rotary or ()):
-        shapes = [list(x.shape) for x in rotary or ()]
-        raise ValueError(
-            f"cos and sin must be [{num_tokens}, rotary_dim], rotary_dim even and at most head_dim {dim}, got {shapes}"
-        )
+    if rotary is not None:
+        rotary.check(num_tokens, dim)
     block_half = triton.next_power_of_2(rotary_dim // 2)
     block_heads = max(1, min(8, _MAX_TILE // block_half, triton.next_power_of_2(num_kv_heads)))
     num_groups = triton.cdiv(num_kv_heads, block_heads)

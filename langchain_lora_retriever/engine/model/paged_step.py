@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from lora_retriever_kernels.attention import attend_decode, attend_prefill, choose_num_splits, write_kv
+from lora_retriever_kernels.attention import Projected, attend_decode, attend_prefill, choose_num_splits, write_kv
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,7 +22,8 @@ class QueryTiles(NamedTuple):
     """How a step's queries are shared out.
 
     Attributes:
-        decode_tokens: Tokens that are their sequence's only one in the step `[n]`, int64; -1 is padding.
+        decode_tokens: Tokens that are their sequence's only one in the step `[n]`, int64; -1 is padding. All tokens of
+            the step, where there are no pieces of others.
         prefill_tiles: First token and number of tokens of pieces of the other sequences `[n, 2]`, int64.
         num_decodes: How many of the first are to be reckoned with; fewer of them share out each one's keys further.
     """
@@ -59,9 +60,8 @@ class PagedStep:
     ) -> torch.Tensor:
         """Write the step's keys and values, then attend."""
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-        cache = self._caches[layer_idx]
-        write_kv(query, key, value, cache.keys, cache.values, self._pages)
-        return self._attend(cache, query, scaling, softcap, sinks)
+        projected = Projected(key, value, None, None, None)
+        return self._attend(self._caches[layer_idx], query, projected, scaling, softcap, sinks)
 
     def attend_projected(
         self,
@@ -93,15 +93,15 @@ class PagedStep:
         query = query.unflatten(1, (geometry.num_heads, geometry.head_dim))
         key = key.unflatten(1, (geometry.num_kv_heads, geometry.head_dim))
         value = value.unflatten(1, (geometry.num_kv_heads, geometry.value_dim))
-        cache = self._caches[layer_idx]
-        write_kv(query, key, value, cache.keys, cache.values, self._pages, rotary, norm, delta)
-        out = self._attend(cache, query, geometry.scaling, geometry.softcap, sinks)
+        projected = Projected(key, value, rotary, norm, delta)
+        out = self._attend(self._caches[layer_idx], query, projected, geometry.scaling, geometry.softcap, sinks)
         return out.view(num_tokens, -1)
 
     def _attend(
         self,
         cache: PagedCache,
         query: torch.Tensor,
+        projected: Projected,
         scaling: float,
         softcap: float | None,
         sinks: torch.Tensor | None,
@@ -110,13 +110,17 @@ class PagedStep:
         num_tokens, num_heads, _ = query.shape
         out = torch.empty(num_tokens, num_heads, values.shape[-1], dtype=query.dtype, device=query.device)
         tokens, tiles, num_decodes = self._tiles
+        has_prompts = tiles.shape[0] > 0
+        if has_prompts:
+            key, value, rotary, norm, delta = projected
+            write_kv(query, key, value, keys, values, self._pages, rotary, norm, delta)
         if tokens.shape[0]:
             attend_decode(
-                out, query, keys, values, self._pages, tokens, scaling=scaling, sliding_window=sliding_window,
-                chunk_size=chunk_size, softcap=softcap, sinks=sinks,
+                out, query, keys, values, self._pages, tokens, None if has_prompts else projected, scaling=scaling,
+                sliding_window=sliding_window, chunk_size=chunk_size, softcap=softcap, sinks=sinks,
                 num_splits=choose_num_splits(num_decodes, keys.shape[2]),
             )  # fmt: skip
-        if tiles.shape[0]:
+        if has_prompts:
             attend_prefill(
                 out, query, keys, values, self._pages, tiles, scaling=scaling, sliding_window=sliding_window,
                 chunk_size=chunk_size, softcap=softcap, sinks=sinks,
