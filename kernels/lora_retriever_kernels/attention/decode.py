@@ -101,11 +101,10 @@ def _decode_kernel(
 
     Heads come in three parts, see `load_heads`: keys are read so, too.
     """
-    wait_for_earlier_launches(PDL)
     sequence = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
-    token = tl.load(tokens + sequence)
+    token = tl.load(tokens + sequence)  # where a step's tokens are is written at its beginning, before any wait
     row = tl.load(rows + token, mask=token >= 0, other=-1)
     length = tl.where(row >= 0, tl.load(positions + token, mask=token >= 0, other=-1) + 1, 0).to(tl.int32)
     first_seen = 0
@@ -133,6 +132,8 @@ def _decode_kernel(
     sin += token * rotary_stride
     num_real = tl.where(row >= 0, GROUP, 0)
     real = tl.where(g < num_real, head, num_heads)
+    tables += tl.maximum(row, 0) * table_stride
+    wait_for_earlier_launches(PDL)
     first, second, tail = load_heads(
         query + token * query_stride, delta, query_weight, cos, sin, eps, offset, real, num_heads, query_head_stride,
         delta_stride, NUM_DELTAS, HAS_ROTARY, HAS_NORM, DIM, ROTARY_DIM, BLOCK_HALF, BLOCK_TAIL,
@@ -147,7 +148,6 @@ def _decode_kernel(
         maximum = sink * 1.4426950408889634
         total = tl.where(sink > -float("inf"), 1.0, 0.0)
     acc = tl.zeros([BLOCK_GROUP, BLOCK_VALUE], tl.float32)
-    tables += tl.maximum(row, 0) * table_stride
     if IS_NEW:
         last = length - 1
         if (hi == length) & (lo < hi):  # the split that the token's own key falls to
@@ -269,8 +269,8 @@ def attend_decode(
         query: `[num_tokens, num_heads, head_dim]`, unit stride in a head.
         keys: Cache `[num_blocks, block_size, num_kv_heads, head_dim]`, contiguous; mutated if there is `projected`.
         values: Cache `[num_blocks, block_size, num_kv_heads, value_dim]`, contiguous; likewise.
-        pages: Where the tokens live.
-        tokens: Which tokens `[num_sequences]`, int64; -1 is skipped.
+        pages: Where the tokens live; read before the launch waits, so not to be written by the one right before it.
+        tokens: Which tokens `[num_sequences]`, int64; -1 is skipped. Likewise.
         projected: What is to be done first of all that `write_kv` does, for these tokens; `query` is left as it is.
             None: it is done already.
         scaling: Factor of the scores.
