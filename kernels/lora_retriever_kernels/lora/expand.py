@@ -20,10 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-# Programs that share a tile's rows when they are mixed.
-MIX_PARTS = 16
-
-
 @triton.jit
 def _locate(block, OUT: tl.constexpr, NUM_SLICES: tl.constexpr, BLOCK_N: tl.constexpr):
     """Return the slice, first column and end column of a column block; blocks never straddle slices."""
@@ -447,8 +443,8 @@ def mix(
     rows = torch.empty(rows_shape, dtype=torch.int32, device=b.device)
     max_items = plan.max_items(block_m, k, ranks.shape[0], max_rank)
     tiles, max_rows = shape[0], shape[3]
-    parts = min(MIX_PARTS, plan.cdiv(max_rows, p.block_rows))
-    mix_m = min(block_m, 16 if num_tokens <= 256 else 64)
+    parts = min(plan.mix_parts(num_tokens), plan.cdiv(max_rows, p.block_rows))
+    mix_m = plan.MIX_TOKENS
     _mix_kernel[(tiles * block_m // mix_m, num_slices, parts)](
         mixed,
         rows,

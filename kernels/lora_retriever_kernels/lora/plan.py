@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 ITEM_ROWS = 16
 _FEW_PROGRAMS = 128  # of expand, which leave most of a GPU to others
 _MANY_ITEMS = 16  # of a tile: more steps than that take longer than adding up parts
+USUAL_ADAPTERS = 64  # of a step, of which each may leave a tile of pairs half empty
+MIX_TOKENS = 16  # of a program that mixes
 # From how many tokens on the launch that activates gate and up expands them, too.
 GATED_EXPAND_TOKENS = 1536
 
@@ -69,6 +71,15 @@ def max_pair_tiles(num_tokens: int, k: int, max_loras: int) -> int:
     """Most tiles that the pairs of a step can fill, grouped by adapter."""
     pairs = num_tokens * k
     return cdiv(pairs, pair_block(num_tokens, k)) + min(max_loras, pairs)
+
+
+def pair_programs(num_tokens: int, k: int, max_loras: int) -> int:
+    """Programs that share the tiles of pairs: for steps of many adapters fewer than there may be tiles.
+
+    A graph is launched for as many tiles as its step might have. What finds none ends at once, and yet takes a place.
+    """
+    num_tiles = max_pair_tiles(num_tokens, k, max_loras)
+    return min(num_tiles, cdiv(num_tokens * k, pair_block(num_tokens, k)) + USUAL_ADAPTERS)
 
 
 def max_items(block_m: int, k: int, max_loras: int, max_rank: int) -> int:
@@ -156,6 +167,11 @@ def plan_expand(
         is_narrow = in_parts and cdiv(num_tokens, block_m) * sum(cdiv(n, 64) for n in out_features) <= _FEW_PROGRAMS
         return ExpandPlan(block_m, min(64, widest), 64, 4, 3, 4 if is_narrow else 1)
     return ExpandPlan(block_m, min(128, widest), 16 if k * max_rank <= 16 else 64, 4, 2)
+
+
+def mix_parts(num_tokens: int) -> int:
+    """Programs that share the rows of `MIX_TOKENS` tokens: fewer where there are many tokens, most of few adapters."""
+    return max(1, min(16, 4096 // num_tokens))
 
 
 def plan_gated_expand(block_m: int, num_tokens: int, k: int, max_rank: int, out_features: Sequence[int]) -> ExpandPlan:

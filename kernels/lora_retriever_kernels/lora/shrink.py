@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 # What changes with ranks and widths alone is no constant: each variant would be compiled when it is first met.
-@triton.jit(do_not_specialize=["chunk", "rank_blocks"])
+@triton.jit(do_not_specialize=["chunk", "rank_blocks", "num_tiles"])
 def _shrink_kernel(
     v,
     x,
@@ -34,6 +34,7 @@ def _shrink_kernel(
     max_rank,
     rank_blocks,
     chunk,
+    num_tiles,
     K: tl.constexpr,
     NUM_SLICES: tl.constexpr,
     SLICES: tl.constexpr,
@@ -45,43 +46,41 @@ def _shrink_kernel(
 ):
     """v[split, pair, slice, r] = x[token(pair), chunk(split)] . a[slice, start(slot) + r, chunk(split)]."""
     wait_for_earlier_launches(PDL)
-    tile = tl.program_id(0)
     part = tl.program_id(1)
     split = tl.program_id(2)
-    slot = tl.load(tiles + tile * 3)
-    if slot < 0:
-        return
     column = tl.arange(0, SLICES * BLOCK_R)
     index = part // rank_blocks * SLICES + column // BLOCK_R
     r = part % rank_blocks * BLOCK_R + column % BLOCK_R
-    rank = tl.load(ranks + slot * NUM_SLICES + index, mask=index < NUM_SLICES, other=0)
-    has_row = r < rank
-    if tl.max(has_row.to(tl.int32)) == 0:
-        return
-    begin = tl.load(tiles + tile * 3 + 1)
-    end = tl.load(tiles + tile * 3 + 2)
-    row = tl.load(starts + slot) + r
-    position = begin + tl.arange(0, BLOCK_M)
-    has_pair = position < end
-    pair = tl.load(pairs + position, mask=has_pair, other=0)
     first_k = tl.multiple_of(split * chunk, BLOCK_K)
     k = first_k + tl.arange(0, BLOCK_K)
-    x_ptr = x + (pair // K).to(tl.int64)[:, None] * stride_x + k[None, :]
-    a_ptr = a + (index.to(tl.int64) * stride_slice + row.to(tl.int64) * in_features)[None, :] + k[:, None]
-    acc = tl.zeros([BLOCK_M, SLICES * BLOCK_R], tl.float32)
     remaining = in_features - first_k
-    for k0 in range(0, tl.minimum(chunk, remaining), BLOCK_K):
-        x_mask = has_pair[:, None]
-        a_mask = has_row[None, :]
-        if not EVEN_K:
-            has_k = tl.arange(0, BLOCK_K) < remaining - k0
-            x_mask = x_mask & has_k[None, :]
-            a_mask = a_mask & has_k[:, None]
-        x_part = tl.load(x_ptr + k0, mask=x_mask, other=0.0)
-        a_part = tl.load(a_ptr + k0, mask=a_mask, other=0.0)
-        acc = tl.dot(x_part, a_part, acc, input_precision="ieee")
-    v_ptr = v + split.to(tl.int64) * stride_split + pair.to(tl.int64)[:, None] * (NUM_SLICES * max_rank)
-    tl.store(v_ptr + (index * max_rank + r)[None, :], acc, mask=has_pair[:, None] & has_row[None, :])
+    tile = tl.program_id(0)
+    slot = tl.load(tiles + tile * 3)
+    while slot >= 0:  # behind the last tile there are none
+        rank = tl.load(ranks + slot * NUM_SLICES + index, mask=index < NUM_SLICES, other=0)
+        has_row = r < rank
+        if tl.max(has_row.to(tl.int32)) > 0:
+            row = tl.load(starts + slot) + r
+            position = tl.load(tiles + tile * 3 + 1) + tl.arange(0, BLOCK_M)
+            has_pair = position < tl.load(tiles + tile * 3 + 2)
+            pair = tl.load(pairs + position, mask=has_pair, other=0)
+            x_ptr = x + (pair // K).to(tl.int64)[:, None] * stride_x + k[None, :]
+            a_ptr = a + (index.to(tl.int64) * stride_slice + row.to(tl.int64) * in_features)[None, :] + k[:, None]
+            acc = tl.zeros([BLOCK_M, SLICES * BLOCK_R], tl.float32)
+            for k0 in range(0, tl.minimum(chunk, remaining), BLOCK_K):
+                x_mask = has_pair[:, None]
+                a_mask = has_row[None, :]
+                if not EVEN_K:
+                    has_k = tl.arange(0, BLOCK_K) < remaining - k0
+                    x_mask = x_mask & has_k[None, :]
+                    a_mask = a_mask & has_k[:, None]
+                x_part = tl.load(x_ptr + k0, mask=x_mask, other=0.0)
+                a_part = tl.load(a_ptr + k0, mask=a_mask, other=0.0)
+                acc = tl.dot(x_part, a_part, acc, input_precision="ieee")
+            v_ptr = v + split.to(tl.int64) * stride_split + pair.to(tl.int64)[:, None] * (NUM_SLICES * max_rank)
+            tl.store(v_ptr + (index * max_rank + r)[None, :], acc, mask=has_pair[:, None] & has_row[None, :])
+        tile += tl.num_programs(0)
+        slot = tl.load(tiles + tile * 3, mask=tile < num_tiles, other=-1)
 
 
 def shrink(
@@ -100,11 +99,8 @@ def shrink(
     rank_blocks = plan.cdiv(max_rank, p.block_r)
     block_m = plan.pair_block(num_tokens, k)
     stage_bytes = (block_m + p.slices * p.block_r) * p.block_k * x.element_size()
-    grid = (
-        plan.max_pair_tiles(num_tokens, k, max_loras),
-        plan.cdiv(num_slices, p.slices) * rank_blocks,
-        p.num_splits,
-    )
+    num_programs = plan.pair_programs(num_tokens, k, max_loras)
+    grid = (num_programs, plan.cdiv(num_slices, p.slices) * rank_blocks, p.num_splits)
     _shrink_kernel[grid](
         v,
         x,
@@ -120,6 +116,7 @@ def shrink(
         max_rank,
         rank_blocks,
         p.chunk,
+        plan.max_pair_tiles(num_tokens, k, max_loras),
         K=k,
         NUM_SLICES=num_slices,
         SLICES=p.slices,
