@@ -39,7 +39,7 @@ class EngineConfig:
             refused with `EngineOverloadedError`. None sets no limit.
         max_num_batched_tokens: Maximum number of tokens computed in one step, >= `max_num_seqs`. A longer prompt is
             prefilled in chunks beside the decoding of others; None picks 512 on a CPU and 2,048 on a GPU, up to which
-            steps are captured.
+            steps are captured, and lets a step that ends all prompts have 128 more.
         max_num_prefill_tokens: Maximum number of tokens of one prompt in a step that also serves streams, while those
             are more than the requests that wait for their first token: bounds the pause that a long prompt causes. None
             picks 256 on a GPU and sets no limit on a CPU.

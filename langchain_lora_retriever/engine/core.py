@@ -150,6 +150,7 @@ class Engine:
             self.slots,
             max_num_seqs=memory.max_num_seqs,
             max_num_batched_tokens=memory.max_num_batched_tokens,
+            num_usual_tokens=memory.num_usual_tokens,
             max_num_prefill_tokens=memory.max_num_prefill_tokens,
             step_sizes=self.runner.step_sizes,
         )

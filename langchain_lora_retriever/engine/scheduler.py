@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 from collections import deque
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ class Scheduler:
         slots: Where device memory for adapters comes from.
         max_num_seqs: Maximum number of requests running at once.
         max_num_batched_tokens: Maximum number of tokens computed in one step.
+        num_usual_tokens: Up to how many of these prompts fill a step; it has more only where no prompt waits any
+            longer then: a few tokens with others take less time than by themselves. None: up to the maximum.
         max_num_prefill_tokens: Maximum number of tokens of one prompt in a step that also serves streams, while those
             are more than the requests that wait for their first token; None sets no such limit.
         step_sizes: Numbers of tokens, ascending, to which steps with prompts in them are padded.
@@ -68,6 +71,7 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        num_usual_tokens: int | None = None,
         max_num_prefill_tokens: int | None = None,
         step_sizes: Sequence[int] = (),
     ) -> None:
@@ -79,6 +83,7 @@ class Scheduler:
         self._slots = slots
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._num_usual_tokens = max_num_batched_tokens if num_usual_tokens is None else num_usual_tokens
         self._max_num_prefill_tokens = max_num_prefill_tokens
         self._step_sizes = step_sizes
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
@@ -95,7 +100,7 @@ class Scheduler:
         pending tokens to be collected first.
         """
         self._kv_cache.begin_step()
-        budget, scores = self._max_num_batched_tokens, _MAX_SCORED_PLACES
+        budget, scores = self._budget(), _MAX_SCORED_PLACES
         prompt_limit = self._prompt_limit()
         scheduled: list[ScheduledRequest] = []
         index = 0
@@ -200,6 +205,16 @@ class Scheduler:
             scheduled[prompts[-1]] = last = last._replace(num_new_tokens=last.num_new_tokens - num_surplus)
             self._kv_cache.retract(last.request, last.request.num_computed_tokens + last.num_new_tokens)
         return scheduled
+
+    def _budget(self) -> int:
+        """Tokens of the step: as many as usual, or what all requests need if that is little more."""
+        num_left = self._max_num_batched_tokens
+        if num_left > self._num_usual_tokens:
+            for request in chain(self.running, self.waiting):
+                num_left -= request.num_tokens - request.num_computed_tokens
+                if num_left < 0:
+                    return self._num_usual_tokens
+        return self._max_num_batched_tokens
 
     def _prompt_limit(self) -> int:
         """A prompt may have the whole step unless few of them would hold up many streams.

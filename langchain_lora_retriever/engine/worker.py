@@ -181,7 +181,7 @@ class EngineWorker:
             if self._num_idle_tokens < 0:
                 return
             self._num_idle_tokens += num_tokens
-            if self._num_idle_tokens < self.core.runner.memory.max_num_batched_tokens:
+            if self._num_idle_tokens < self.core.runner.memory.num_usual_tokens:
                 return
             self._num_idle_tokens = -1
         time.sleep(_SECONDS_TO_BEGIN)

@@ -196,6 +196,18 @@ def test_long_ragged_prefill(backend):
 
 
 @backends
+@pytest.mark.parametrize("num_tokens", [9, 200])
+def test_more_adapters_than_a_step_usually_has(backend, num_tokens, monkeypatch):
+    """Shrink's programs go from one tile of pairs to another, also where an adapter lacks a slice."""
+    monkeypatch.setattr(plan, "USUAL_ADAPTERS", 0)
+    torch.manual_seed(0)
+    model = build(MIXED, backend=backend)
+    mapping, weights = assign("distinct", num_tokens, 3, len(MIXED))
+    assert plan.pair_programs(num_tokens, 3, MAX_LORAS) < plan.max_pair_tiles(num_tokens, 3, MAX_LORAS)
+    assert error_of(model, mapping, weights) < TOLERANCE[torch.float32]
+
+
+@backends
 @pytest.mark.parametrize("num_tokens", [7, 80])
 def test_shrink_then_expand(backend, num_tokens):
     """The two operators in a row equal the one."""

@@ -19,7 +19,7 @@ _MANY_ITEMS = 16  # of a tile: more steps than that take longer than adding up p
 USUAL_ADAPTERS = 64  # of a step, of which each may leave a tile of pairs half empty
 MIX_TOKENS = 16  # of a program that mixes
 # From how many tokens on the launch that activates gate and up expands them, too.
-GATED_EXPAND_TOKENS = 1536
+GATED_EXPAND_TOKENS = 1024
 
 
 def cdiv(a: int, b: int) -> int:
@@ -128,9 +128,9 @@ def plan_shrink(
     block_k = 128 if itemsize == 2 else 64
     while (64 + slices * block_r) * block_k * itemsize > 40960 and block_k > 32:
         block_k //= 2
-    num_splits = max(1, min(8, power_of_2(256 // cdiv(pairs, 64) + 1) // 2))
+    num_splits = max(1, min(4, power_of_2(256 // cdiv(pairs, 64) + 1) // 2))
     chunk = cdiv(cdiv(in_features, block_k), num_splits) * block_k
-    return ShrinkPlan(slices, block_r, block_k, chunk, cdiv(in_features, chunk), 4 if slices * block_r <= 64 else 8, 3)
+    return ShrinkPlan(slices, block_r, block_k, chunk, cdiv(in_features, chunk), 4 if slices * block_r <= 64 else 8, 4)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ _CPU_WARM_TOKENS = 2048
 _CPU_WARM_ROWS = 128
 _GPU_LORA_SHARE = 0.1
 _LEAST_BLOCKS = 2
+_MAX_REST_TOKENS = 128  # of prompts, which a GPU does in less time with a step of 2,048 than by themselves
 _STAGING_SHARE = 1 / 16  # of the adapters' memory: where they arrive
 _PINNED_LORA_FACTOR = 4  # times the adapters' device memory
 _PINNED_SHARE = 0.25  # of the host's available memory, at most
@@ -61,6 +62,7 @@ class MemoryPlan(NamedTuple):
         max_model_len: Maximum number of tokens of one request.
         max_num_seqs: Maximum number of running requests.
         max_num_batched_tokens: Maximum number of tokens of one step.
+        num_usual_tokens: Up to how many of these prompts fill a step, see `Scheduler`.
         max_num_prefill_tokens: Maximum number of tokens of one prompt in a step that serves more streams than
             prompts; None: no limit.
     """
@@ -74,13 +76,24 @@ class MemoryPlan(NamedTuple):
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    num_usual_tokens: int
     max_num_prefill_tokens: int | None
 
 
-def step_limits(config: EngineConfig, *, on_gpu: bool) -> tuple[int, int]:
-    """Most running requests, and most tokens of one step."""
+class StepLimits(NamedTuple):
+    """How large steps may be: the fields of `MemoryPlan` of these names."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    num_usual_tokens: int
+
+
+def step_limits(config: EngineConfig, *, on_gpu: bool) -> StepLimits:
+    """Limits of steps, where a configuration leaves them open for a GPU or a CPU."""
     max_num_seqs = config.max_num_seqs or (128 if on_gpu else 16)
-    return max_num_seqs, max(config.max_num_batched_tokens or (MAX_CAPTURED_TOKENS if on_gpu else 512), max_num_seqs)
+    num_usual = max(config.max_num_batched_tokens or (MAX_CAPTURED_TOKENS if on_gpu else 512), max_num_seqs)
+    has_rest = on_gpu and config.max_num_batched_tokens is None
+    return StepLimits(max_num_seqs, num_usual + (_MAX_REST_TOKENS if has_rest else 0), num_usual)
 
 
 def activation_bytes(max_num_batched_tokens: int, hidden_size: int) -> int:
@@ -143,7 +156,7 @@ def plan_memory(base: BaseModel, probe: ModelProbe, config: EngineConfig) -> Mem
     devices = {g.device for g in probe.attention.values()} | {g.device for g in adapted}
     gpus = {device for device in devices if device.type == "cuda"}
     on_gpu = bool(gpus)
-    max_num_seqs, max_num_batched_tokens = step_limits(config, on_gpu=on_gpu)
+    limits = step_limits(config, on_gpu=on_gpu)
     max_model_len = longest_sequence(base.model, config)
 
     row_bytes = _bytes_by_device(
@@ -164,16 +177,16 @@ def plan_memory(base: BaseModel, probe: ModelProbe, config: EngineConfig) -> Mem
     elif on_gpu:
         torch.cuda.empty_cache()  # what this process let go of counts as free
         state_bytes = _bytes_by_device(
-            (g.device, num_state_slots(max_num_seqs) * g.state_bytes) for g in probe.recurrent
+            (g.device, num_state_slots(limits.max_num_seqs) * g.state_bytes) for g in probe.recurrent
         )
-        activations = activation_bytes(max_num_batched_tokens, base.model.config.get_text_config().hidden_size)
+        activations = activation_bytes(limits.max_num_batched_tokens, base.model.config.get_text_config().hidden_size)
         taken = {
             device: num_lora_rows * row_bytes.get(device, 0) + state_bytes.get(device, 0) + activations
             for device in gpus
         }
         num_blocks = _num_blocks_on_gpus(config, block_bytes, taken)
     else:
-        num_tokens = max_num_seqs * min(max_model_len, _CPU_CACHE_TOKENS_PER_SEQ)
+        num_tokens = limits.max_num_seqs * min(max_model_len, _CPU_CACHE_TOKENS_PER_SEQ)
         num_blocks = min(
             num_tokens // config.block_size,
             int(_CPU_MEMORY_SHARE * psutil.virtual_memory().available) // sum(block_bytes.values()),
@@ -193,7 +206,7 @@ def plan_memory(base: BaseModel, probe: ModelProbe, config: EngineConfig) -> Mem
     return MemoryPlan(
         num_blocks, num_warm_blocks or num_blocks, num_warm_rows or num_lora_rows,
         num_lora_rows - num_staging_rows, num_staging_rows, pinned_bytes,
-        min(max_model_len, num_blocks * config.block_size), max_num_seqs, max_num_batched_tokens,
+        min(max_model_len, num_blocks * config.block_size), *limits,
         config.max_num_prefill_tokens or (256 if on_gpu else None),
     )  # fmt: skip
 

@@ -143,8 +143,8 @@ class ModelOutlook:
         else:
             device, total = "CPU", psutil.virtual_memory().total
             usable = psutil.virtual_memory().available
-        _, max_num_batched_tokens = step_limits(config, on_gpu=has_gpu)
-        activations = activation_bytes(max_num_batched_tokens, self.hidden_size) if has_gpu else 0
+        limits = step_limits(config, on_gpu=has_gpu)
+        activations = activation_bytes(limits.max_num_batched_tokens, self.hidden_size) if has_gpu else 0
         free = usable - self.weight_bytes - activations
         lora_bytes = config.lora_cache_bytes
         if lora_bytes is None:

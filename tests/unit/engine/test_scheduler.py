@@ -254,6 +254,36 @@ def test_a_step_keeps_its_tokens_where_nothing_is_gained(sizes: tuple[int, ...])
     assert run_step(scheduler) == [(i, num, True) for i, num in enumerate(sizes)]
 
 
+@pytest.mark.parametrize(
+    ("sizes", "steps"),
+    [
+        pytest.param((15, 5), [[15, 5]], id="all of them"),
+        pytest.param((15, 6), [[15, 1], [1, 5]], id="too many"),
+        pytest.param((40,), [[16], [16], [8]], id="a long one, in pieces as usual"),
+        pytest.param((35,), [[16], [19]], id="a long one, the last piece with the rest"),
+    ],
+)
+def test_a_step_has_more_tokens_than_usual_where_that_ends_the_prompts(
+    sizes: tuple[int, ...], steps: list[list[int]]
+) -> None:
+    """And no more than there may be."""
+    scheduler = make_scheduler(num_blocks=64, max_num_batched_tokens=20, num_usual_tokens=16)
+    for first, num_tokens in enumerate(sizes):
+        scheduler.add(make_request(num_tokens, 100 * first))
+    assert [[num for _, num, _ in run_step(scheduler)] for _ in steps] == steps
+
+
+def test_streams_count_among_what_ends_the_prompts() -> None:
+    """Two of them, and a prompt of as many tokens as are left, or of one more."""
+    for num_tokens, computed in ((18, 18), (19, 14)):
+        scheduler = make_scheduler(num_blocks=64, max_num_batched_tokens=20, num_usual_tokens=16)
+        for first in (0, 100):
+            scheduler.add(make_request(4, first))
+        run_step(scheduler)
+        scheduler.add(make_request(num_tokens, 200))
+        assert [num for _, num, _ in run_step(scheduler)] == [1, 1, computed]
+
+
 def test_a_request_whose_adapters_cannot_be_loaded_leaves_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those behind it are admitted in the same step, and nothing stays held."""
     scheduler = make_scheduler()
