@@ -82,6 +82,35 @@ def _scaled(scores, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     return scores * 1.4426950408889634
 
 
+@triton.jit
+def _write_own(
+    first, second, tail, key, value, delta, keys, values, weight, cos, sin, eps, offset, kv_head, num_kv_heads,
+    key_stride, value_stride, delta_stride,
+    NUM_DELTAS: tl.constexpr, HAS_ROTARY: tl.constexpr, HAS_NORM: tl.constexpr, DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_TAIL: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+):  # fmt: skip
+    """Write a token's own key and value of one head to the cache; the queries' products with the key, and the value."""
+    head = kv_head + tl.arange(0, 1)
+    key_1, key_2, key_3 = load_heads(
+        key, delta, weight, cos, sin, eps, offset, head, num_kv_heads, key_stride, delta_stride, NUM_DELTAS, HAS_ROTARY,
+        HAS_NORM, DIM, ROTARY_DIM, BLOCK_HALF, BLOCK_TAIL,
+    )  # fmt: skip
+    store_heads(keys, key_1, key_2, key_3, head, num_kv_heads, DIM, DIM, ROTARY_DIM, BLOCK_HALF, BLOCK_TAIL)
+    v = load_values(
+        value, delta + num_kv_heads * DIM, head, num_kv_heads, value_stride, delta_stride, NUM_DELTAS, VALUE_DIM,
+        BLOCK_VALUE,
+    ).to(values.dtype.element_ty)  # fmt: skip
+    e = tl.arange(0, BLOCK_VALUE)
+    tl.store(values + kv_head * VALUE_DIM + e[None, :], v, mask=(e < VALUE_DIM)[None, :])
+    dtype = keys.dtype.element_ty
+    scores = tl.sum(first.to(tl.float32) * key_1.to(dtype).to(tl.float32), 1)
+    scores += tl.sum(second.to(tl.float32) * key_2.to(dtype).to(tl.float32), 1)
+    if ROTARY_DIM < DIM:
+        scores += tl.sum(tail.to(tl.float32) * key_3.to(dtype).to(tl.float32), 1)
+    return scores, v
+
+
 # What differs from step to step must not be compiled in: a step waits for every new variant.
 @triton.jit(
     do_not_specialize=["num_splits", "num_tokens"], do_not_specialize_on_alignment=["rows", "positions", "tokens"]
@@ -153,24 +182,12 @@ def _decode_kernel(
         if (hi == length) & (lo < hi):  # the split that the token's own key falls to
             page = tl.load(tables + last // PAGE).to(tl.int64)
             slot = (page * PAGE + last % PAGE) * num_kv_heads
-            one = kv_head + tl.arange(0, 1)
-            key_1, key_2, key_3 = load_heads(
-                key + token * key_stride, delta + num_heads * DIM, key_weight, cos, sin, eps, offset, one,
-                num_kv_heads, key_head_stride, delta_stride, NUM_DELTAS, HAS_ROTARY, HAS_NORM, DIM, ROTARY_DIM,
-                BLOCK_HALF, BLOCK_TAIL,
+            scores, v = _write_own(
+                first, second, tail, key + token * key_stride, value + token * value_stride, delta + num_heads * DIM,
+                keys + slot * DIM, values + slot * VALUE_DIM, key_weight, cos, sin, eps, offset, kv_head,
+                num_kv_heads, key_head_stride, value_head_stride, delta_stride, NUM_DELTAS, HAS_ROTARY, HAS_NORM, DIM,
+                ROTARY_DIM, VALUE_DIM, BLOCK_HALF, BLOCK_TAIL, BLOCK_VALUE,
             )  # fmt: skip
-            store_heads(
-                keys + slot * DIM, key_1, key_2, key_3, one, num_kv_heads, DIM, DIM, ROTARY_DIM, BLOCK_HALF, BLOCK_TAIL
-            )
-            v = load_values(
-                value + token * value_stride, delta + (num_heads + num_kv_heads) * DIM, one, num_kv_heads,
-                value_head_stride, delta_stride, NUM_DELTAS, VALUE_DIM, BLOCK_VALUE,
-            ).to(values.dtype.element_ty)  # fmt: skip
-            tl.store(values + (slot + kv_head) * VALUE_DIM + e[None, :], v, mask=(e < VALUE_DIM)[None, :])
-            scores = tl.sum(first.to(tl.float32) * key_1.to(keys.dtype.element_ty).to(tl.float32), 1)
-            scores += tl.sum(second.to(tl.float32) * key_2.to(keys.dtype.element_ty).to(tl.float32), 1)
-            if ROTARY_DIM < DIM:
-                scores += tl.sum(tail.to(tl.float32) * key_3.to(keys.dtype.element_ty).to(tl.float32), 1)
             scores = _scaled(scores, scale, softcap, HAS_SOFTCAP)
             new_maximum = tl.maximum(maximum, scores)
             p = tl.exp2(scores - new_maximum)

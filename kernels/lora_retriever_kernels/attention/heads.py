@@ -1,6 +1,6 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 # mypy: disallow-untyped-decorators=False, disallow-untyped-calls=False
-# ruff: noqa: ANN001, ANN202 - Triton types the kernels' arguments itself
+# ruff: noqa: ANN001, ANN201 - Triton types the kernels' arguments itself
 """What happens to queries and keys between the projections and attention: what adapters add, head norms, rotation."""
 
 from __future__ import annotations

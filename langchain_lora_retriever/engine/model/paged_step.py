@@ -93,8 +93,8 @@ class PagedStep:
         query = query.unflatten(1, (geometry.num_heads, geometry.head_dim))
         key = key.unflatten(1, (geometry.num_kv_heads, geometry.head_dim))
         value = value.unflatten(1, (geometry.num_kv_heads, geometry.value_dim))
-        projected = Projected(key, value, rotary, norm, delta)
-        out = self._attend(self._caches[layer_idx], query, projected, geometry.scaling, geometry.softcap, sinks)
+        prepared = Projected(key, value, rotary, norm, delta)
+        out = self._attend(self._caches[layer_idx], query, prepared, geometry.scaling, geometry.softcap, sinks)
         return out.view(num_tokens, -1)
 
     def _attend(
