@@ -21,6 +21,8 @@ OURS = {
     "_mix_kernel": "LoRA expand",
     "_expand_token_kernel": "LoRA expand",
     "_expand_tile_kernel": "LoRA expand",
+    "_expand_gated_kernel": "LoRA expand",
+    "_few_kernel": "products",
     "_write_kernel": "keys and values",
     "_decode_kernel": "attention",
     "_combine_kernel": "attention",
@@ -35,7 +37,7 @@ OTHERS = (
     ("copies", ("memcpy", "memset", "multi_tensor_apply")),
 )
 SAMPLING_AND_REST = "sampling, embedding, rotary table"
-ONCE_PER_LAYER = "_write_kernel"
+ONCE_PER_LAYER = "_decode_kernel"
 
 
 def timeline(bench: Bench) -> None:
