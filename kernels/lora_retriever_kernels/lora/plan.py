@@ -34,7 +34,7 @@ def power_of_2(n: int) -> int:
 
 def pair_block(num_tokens: int, k: int) -> int:
     """Pairs (token, slot) of one adapter that one shrink program takes."""
-    return 16 if num_tokens * k <= 512 else 64
+    return 16 if num_tokens * k <= 512 or num_tokens <= 256 else 64
 
 
 def token_block(num_tokens: int, k: int, num_active: int) -> int:
@@ -166,7 +166,11 @@ def plan_expand(
         # A program of few goes through a tile's rows step by step, each as long as a load from memory takes.
         is_narrow = in_parts and cdiv(num_tokens, block_m) * sum(cdiv(n, 64) for n in out_features) <= _FEW_PROGRAMS
         return ExpandPlan(block_m, min(64, widest), 64, 4, 3, 4 if is_narrow else 1)
-    return ExpandPlan(block_m, min(128, widest), 16 if k * max_rank <= 16 else 64, 4, 2)
+    if num_tokens <= 768:
+        return ExpandPlan(block_m, min(64, widest), 64, 4, 2)
+    # Most tiles of a step of prompts have one adapter for each of the k; where streams are many, theirs have all.
+    has_few_rows = k * max_rank <= 16 and num_tokens > 1024
+    return ExpandPlan(block_m, min(128, widest), 16 if has_few_rows else 64, 4, 2)
 
 
 def mix_parts(num_tokens: int) -> int:
