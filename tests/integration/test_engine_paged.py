@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from langchain_lora_retriever.engine import BaseModel, Engine, EngineConfig, EngineWorker
-from langchain_lora_retriever.engine.model import joint_linears
+from langchain_lora_retriever.engine.model import joint_linears, paged_step
 from langchain_lora_retriever.errors import EngineError
 from langchain_lora_retriever.types import Adapter, LoraWeights, SamplingParams
 from makers import ScriptedCompiler, make_adapter, make_tiny_model, make_tokenizer, merge_adapters
@@ -37,6 +37,13 @@ EXTRA: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
 }  # fmt: skip
 Pairs = list[tuple[Adapter, float]]
+
+
+@pytest.fixture(autouse=True)
+def _few_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter every program takes milliseconds, whether it finds keys or not."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(paged_step, "choose_num_splits", lambda *_: 3)
 
 
 @pytest.fixture(scope="module")
