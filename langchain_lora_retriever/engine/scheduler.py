@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bisect
 from collections import deque
-from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -100,8 +99,8 @@ class Scheduler:
         pending tokens to be collected first.
         """
         self._kv_cache.begin_step()
-        budget, scores = self._budget(), _MAX_SCORED_PLACES
-        prompt_limit = self._prompt_limit()
+        budget, prompt_limit = self._limits()
+        scores = _MAX_SCORED_PLACES
         scheduled: list[ScheduledRequest] = []
         index = 0
         while index < len(self.running) and budget > 0:
@@ -206,26 +205,32 @@ class Scheduler:
             self._kv_cache.retract(last.request, last.request.num_computed_tokens + last.num_new_tokens)
         return scheduled
 
-    def _budget(self) -> int:
-        """Tokens of the step: as many as usual, or what all requests need if that is little more."""
-        num_left = self._max_num_batched_tokens
-        if num_left > self._num_usual_tokens:
-            for request in chain(self.running, self.waiting):
-                num_left -= request.num_tokens - request.num_computed_tokens
-                if num_left < 0:
-                    return self._num_usual_tokens
-        return self._max_num_batched_tokens
+    def _limits(self) -> tuple[int, int]:
+        """Tokens of the step, and of one prompt in it."""
+        most = self._max_num_batched_tokens
+        if self._num_usual_tokens == most and self._max_num_prefill_tokens is None:
+            return most, most
+        left = [request.num_tokens - request.num_computed_tokens for request in self.running]
+        return self._budget(sum(left)), self._prompt_limit(left.count(1))
 
-    def _prompt_limit(self) -> int:
+    def _budget(self, num_needed: int) -> int:
+        """As many tokens as usual, or what all requests need if that is little more: those that run, so many."""
+        most, usual = self._max_num_batched_tokens, self._num_usual_tokens
+        if usual == most:
+            return most
+        for request in self.waiting:
+            if num_needed > most:
+                break
+            num_needed += request.num_tokens - request.num_computed_tokens
+        return most if num_needed <= most else usual
+
+    def _prompt_limit(self, num_streams: int) -> int:
         """A prompt may have the whole step unless few of them would hold up many streams.
 
         Then each gets a part, so that a long one comes in pieces and short ones, which soon are streams too, do not.
         """
-        if self._max_num_prefill_tokens is None:
-            return self._max_num_batched_tokens
-        num_streams = sum([request.num_tokens - request.num_computed_tokens == 1 for request in self.running])
         num_others = len(self.waiting) + len(self.running) - num_streams
-        if num_streams <= num_others:
+        if self._max_num_prefill_tokens is None or num_streams <= num_others:
             return self._max_num_batched_tokens
         return self._max_num_prefill_tokens
 

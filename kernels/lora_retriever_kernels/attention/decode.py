@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lora_retriever_kernels.attention.heads import load_heads, load_values, store_heads
+from lora_retriever_kernels.attention.heads import load_heads, load_values, rotated_width, store_heads
 from lora_retriever_kernels.launch import num_parts, pdl_options, wait_for_earlier_launches
 
 if TYPE_CHECKING:
@@ -310,9 +310,7 @@ def attend_decode(
     num_kv_heads, value_dim = values.shape[2:]
     group = num_heads // num_kv_heads
     key, value, rotary, norm, delta = projected or Projected(query, query, None, None, None)
-    if rotary is not None:
-        rotary.check(num_tokens, dim)
-    rotary_dim = rotary.cos.shape[-1] if rotary is not None else dim // 2 * 2
+    rotary_dim = rotated_width(rotary, num_tokens, dim)
     partial, stats = out, out
     if num_splits > 1:
         partial = torch.empty(num_sequences, num_splits, num_heads, value_dim, dtype=torch.float32, device=out.device)

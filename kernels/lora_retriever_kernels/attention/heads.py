@@ -20,18 +20,6 @@ class Rotary(NamedTuple):
     cos: torch.Tensor
     sin: torch.Tensor
 
-    def check(self, num_tokens: int, head_dim: int) -> None:
-        """Raise ValueError unless it is of as many tokens, and of an even number of dimensions that a head has.
-
-        Of a rotation wider than a head a kernel would write the rest into the next head, and behind the last one.
-        """
-        rotary_dim = self.cos.shape[-1]
-        if rotary_dim > head_dim or rotary_dim % 2 or any(x.shape != (num_tokens, rotary_dim) for x in self):
-            raise ValueError(
-                f"cos and sin must be [{num_tokens}, rotary_dim], rotary_dim even and at most head_dim {head_dim}, got "
-                f"{[list(x.shape) for x in self]}"
-            )
-
 
 class QueryKeyNorm(NamedTuple):
     """RMS norm over each head of the queries and keys; `x * rsqrt(mean(x^2) + eps) * (weight + offset)`."""
@@ -40,6 +28,25 @@ class QueryKeyNorm(NamedTuple):
     key_weight: torch.Tensor
     eps: float
     offset: float
+
+
+def rotated_width(rotary: Rotary | None, num_tokens: int, head_dim: int) -> int:
+    """How many dimensions of a head the kernels read in two halves: those that are rotated, without a rotation all.
+
+    Of a rotation wider than a head a kernel would write the rest into the next head, and behind the last one.
+
+    Raises:
+        ValueError: Unless the rotation is of as many tokens, and of an even number of dimensions that a head has.
+    """
+    if rotary is None:
+        return head_dim // 2 * 2
+    width: int = rotary.cos.shape[-1]
+    if width > head_dim or width % 2 or any(x.shape != (num_tokens, width) for x in rotary):
+        raise ValueError(
+            f"cos and sin must be [{num_tokens}, rotary_dim], rotary_dim even and at most head_dim {head_dim}, got "
+            f"{[list(x.shape) for x in rotary]}"
+        )
+    return width
 
 
 @triton.jit

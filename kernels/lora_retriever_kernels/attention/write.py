@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from lora_retriever_kernels.attention.heads import load_heads, load_values, store_heads
+from lora_retriever_kernels.attention.heads import load_heads, load_values, rotated_width, store_heads
 from lora_retriever_kernels.launch import num_parts, pdl_options, wait_for_earlier_launches
 
 if TYPE_CHECKING:
@@ -109,9 +109,7 @@ def write_kv(
     """
     num_tokens, num_heads, dim = query.shape
     num_kv_heads, value_dim = value.shape[1:]
-    rotary_dim = rotary.cos.shape[-1] if rotary is not None else dim // 2 * 2
-    if rotary is not None:
-        rotary.check(num_tokens, dim)
+    rotary_dim = rotated_width(rotary, num_tokens, dim)
     block_half = triton.next_power_of_2(rotary_dim // 2)
     block_heads = max(1, min(8, _MAX_TILE // block_half, triton.next_power_of_2(num_kv_heads)))
     num_groups = triton.cdiv(num_kv_heads, block_heads)

@@ -78,8 +78,7 @@ def pair_programs(num_tokens: int, k: int, max_loras: int) -> int:
 
     A graph is launched for as many tiles as its step might have. What finds none ends at once, and yet takes a place.
     """
-    num_tiles = max_pair_tiles(num_tokens, k, max_loras)
-    return min(num_tiles, cdiv(num_tokens * k, pair_block(num_tokens, k)) + USUAL_ADAPTERS)
+    return max_pair_tiles(num_tokens, k, min(max_loras, USUAL_ADAPTERS))
 
 
 def max_items(block_m: int, k: int, max_loras: int, max_rank: int) -> int:
