@@ -141,6 +141,8 @@ class StagedStore:
             self._copier.shutdown(cancel_futures=True)
             if self._stream is not None:
                 self._stream.synchronize()
+            self._memory = self._memory[:0].clone()
+            self._pinned.release()
         self._staged.clear()
 
     def _stage_now(self, adapter: Adapter) -> Future[_Copy] | None:
@@ -239,6 +241,11 @@ class _PinnedAdapters:
             raise
         self._weights[key] = adapter.weights
         return self._view(start, size)
+
+    def release(self) -> None:
+        """Give the memory back; nothing may be asked for any more."""
+        self._chunks.clear()
+        self._weights.clear()
 
     def _view(self, start: int, size: int) -> torch.Tensor:
         index, offset = divmod(start, self._chunk)

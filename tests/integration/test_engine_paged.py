@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 from typing import Any
 from unittest.mock import Mock
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from langchain_lora_retriever.engine import BaseModel, Engine, EngineConfig, EngineWorker
-from langchain_lora_retriever.engine.model import joint_linears, paged_step
+from langchain_lora_retriever.engine.model import joint_linears, paged_step, runner
 from langchain_lora_retriever.errors import EngineError
 from langchain_lora_retriever.types import Adapter, LoraWeights, SamplingParams
 from makers import ScriptedCompiler, make_adapter, make_tiny_model, make_tokenizer, merge_adapters
@@ -330,6 +331,39 @@ def test_a_fused_forward_that_fails_leaves_the_triton_backend_unfused(
         assert "renamed in another version" in caplog.text
         running = worker.submit(make_prompt(5), SamplingParams(max_tokens=2, ignore_eos=True))
         assert list(running.result(120).token_ids) == expected
+
+
+def live_bytes() -> int:
+    """Memory of all plain tensors that Python still knows, on any device."""
+    tensors = [found for found in gc.get_objects() if type(found) in {torch.Tensor, torch.nn.Parameter}]
+    storages = [found.untyped_storage() for found in tensors if found.layout == torch.strided]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
+def test_a_closed_engine_has_let_go_of_its_memory(
+    backend: Any, byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of keys and values, of adapters and of those on their way, though somebody still holds the engine."""
+    plan_memory = runner.plan_memory
+
+    def plan(*args: Any) -> Any:
+        return plan_memory(*args)._replace(num_staging_rows=256, num_pinned_bytes=1 << 20)
+
+    monkeypatch.setattr(runner, "plan_memory", plan)
+    model = make_tiny_model("llama").to(DEVICE)
+    adapters = [(make_adapter(model, "a", targets=("q_proj", "down_proj", "lm_head")), 1.0)]
+    settings = {**SMALL, "kv_cache_bytes": 8 << 20, "lora_cache_bytes": 8 << 20}
+    config = EngineConfig(attention_backend=backend, freeze_heap=False, adapter_kinds=("vocabulary",), **settings)
+    gc.collect()
+    before = live_bytes()
+    with EngineWorker(BaseModel(model, byte_tokenizer, "tiny"), config) as worker:
+        running = worker.submit(make_prompt(5), SamplingParams(max_tokens=2, ignore_eos=True), adapters)
+        assert running.result(120).finish_reason == "length"
+        del running
+        assert live_bytes() > before + (16 << 20)
+    assert live_bytes() < before + (1 << 20), "without a collection"
+    assert worker.stats().num_running == 0
 
 
 def test_a_model_that_lies_elsewhere_cannot_have_the_triton_backend(byte_tokenizer: Any) -> None:

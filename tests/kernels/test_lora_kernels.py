@@ -580,6 +580,16 @@ def test_packing_names_what_was_met():
             call()
 
 
+def test_a_released_stack_has_no_rows():
+    """Its memory is free though it is still held, and its sizes are known; what is loaded into it is refused."""
+    stack = build(MIXED).stack
+    stack.release()
+    assert [tensor.untyped_storage().nbytes() for tensor in (stack.a, stack.b)] == [0, 0]
+    assert (stack.num_slices, stack.in_features, stack.b.shape) == (3, 40, (0, 80))
+    with pytest.raises(ValueError, match="the pool of 0 rows"):
+        stack.load(0, 0, [(torch.zeros(2, 40), torch.zeros(48, 2), 1.0), None, None])
+
+
 def test_errors_name_what_was_met():
     """Wrong shapes, dtypes, strides and sizes raise ValueError with expected and actual."""
     model = build(MIXED)

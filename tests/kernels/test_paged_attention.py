@@ -187,6 +187,12 @@ def test_sinks(
     step = make_step([(1, 1), (30, 45), (1, 130)], heads, kv_heads, 16, dtype)
     projected = None if is_written else Projected(step.key, step.value, None, None, None)
     write_kv(step.query, step.key, step.value, step.keys, step.values, step.pages)
+    decodes = torch.tensor([0, 31], device=DEVICE)
+    if not is_written:  # the launch writes these itself
+        positions = step.pages.positions[decodes]
+        blocks = step.pages.tables[step.pages.rows[decodes], positions // PAGE].long()
+        step.keys[blocks, positions % PAGE] = torch.nan
+        step.values[blocks, positions % PAGE] = torch.nan
     sinks = torch.tensor([0.5, 30.0, -torch.inf, -2.0, 1.0, 0.0][:heads], device=DEVICE).to(dtype)
     out = torch.full_like(step.query, torch.nan)
     args = (out, step.query, step.keys, step.values, step.pages)

@@ -211,6 +211,11 @@ class LoraStack:
         self.ranks[slot] = 0
         self.note_user(slot, is_one=False)
 
+    def release(self) -> None:
+        """Give the memory back, whoever still holds the stack: it has no rows any more, and nothing can be loaded."""
+        self.a, self.b = self.a[:, :0].clone(), self.b[:0].clone()
+        self._gathered = None
+
     @property
     def adapters(self) -> Adapters:
         """Its tensors, as the PyTorch path takes them."""

@@ -81,10 +81,11 @@ class LoraGroup:
             base.unwrap()
 
     def release(self) -> None:
-        """Give the modules weights of their own again."""
+        """Give the modules weights of their own again, and the adapters' memory back."""
         if self.product is not None:
             self.product.release()
         self.product = None
+        self.stack.release()
 
     def _forward_single(self, base: BaseModule, x: torch.Tensor) -> torch.Tensor:
         y = base.forward(x)

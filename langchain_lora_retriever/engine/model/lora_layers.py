@@ -313,8 +313,8 @@ class LoraLayers:
             group.detach()
 
     def release(self) -> None:
-        """Give the modules their own weights back, each in memory of its own, and drop the adapters'."""
-        for group in self._groups:
+        """Give the modules their own weights back, each in memory of its own, and the adapters' memory back."""
+        for group in self._wrapped():
             group.release()
         self._groups = []
         self._vocabulary = None

@@ -132,6 +132,11 @@ class VocabularyLayers:
         for layer in self._layers():
             layer.base.unwrap()
 
+    def release(self) -> None:
+        """Give the adapters' memory back."""
+        for layer in self._layers():
+            layer.stack.release()
+
     def _layers(self) -> Iterator[_Layer]:
         return (layer for layer in (self._embedding, self._output) if layer is not None)
 
