@@ -220,9 +220,9 @@ def train_encoder(
     if config.whitening is not None:
         kept = {name: usable[name] for name in trained}
         whiten(model, kept, shrinkage=config.whitening, instruction=instruction)
-    model.save(str(output_dir))
+    model.save(str(output_dir), create_model_card=False)  # the library's own card would quote samples
     shutil.rmtree(output_dir / _CHECKPOINTS, ignore_errors=True)
-    return TrainingReport(
+    report = TrainingReport(
         output_dir=output_dir,
         trained_adapters=trained,
         heldout_adapters=heldout,
@@ -232,6 +232,32 @@ def train_encoder(
         accuracy_after=probe.accuracy(model),
         config=config,
     )
+    (output_dir / "README.md").write_text(_model_card(report, Path(encoder).name, instruction), encoding="utf-8")
+    return report
+
+
+def _model_card(report: TrainingReport, encoder: str, instruction: str) -> str:
+    """What the folder holds, for whoever is given it: no sample, and no adapter's name."""
+    before, after = report.accuracy_before, report.accuracy_after
+    rows = "\n".join(f"| {k} | {before[k]:.1%} | {after[k]:.1%} |" for k in before)
+    whose = f"{len(report.heldout_adapters)} held out" if report.heldout_adapters else "trained on"
+    return f"""---
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+tags: [langchain-lora-retriever]
+---
+
+# An encoder that finds LoRA adapters for prompts
+
+Trained from {encoder} by langchain-lora-retriever: {report.num_steps} steps on samples of
+{len(report.trained_adapters)} adapters. Texts are embedded behind the instruction `{instruction}`.
+
+Leave-one-out retrieval of the adapters {whose}, the right one among the first k:
+
+| k | before | after |
+|---|---|---|
+{rows}
+"""
 
 
 def whiten(

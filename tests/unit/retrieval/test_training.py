@@ -76,6 +76,11 @@ def test_training_helps_retrieval(encoder: Path, tmp_path: Path, loss: str) -> N
     assert vectors.shape == (1, 16)
     assert np.linalg.norm(vectors) == pytest.approx(1, abs=1e-5)
     json.dumps(report.to_dict())
+    written = [path.read_text() for path in tmp_path.rglob("*") if path.suffix in {".md", ".json", ".txt"}]
+    card = (tmp_path / "README.md").read_text()
+    assert f"Trained from {encoder.name} by langchain-lora-retriever: 8 steps" in card
+    assert card in written
+    assert not [text for text in written for samples in SAMPLES.values() for sample in samples if sample in text]
 
 
 def test_heldout_adapters_are_not_trained_on(encoder: Path, tmp_path: Path, monkeypatch) -> None:
