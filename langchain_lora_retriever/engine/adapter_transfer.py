@@ -73,6 +73,7 @@ class StagedStore:
         self._copier = ThreadPoolExecutor(
             max_workers=1, thread_name_prefix="lora-copier", initializer=_begin_copying, initargs=(packing.device,)
         )
+        self._copier.submit(int).result()  # a thread that cannot be started is told now, and not between two bookings
 
     def prefetch(self, adapters: Sequence[Adapter], *, may_drop: bool = False) -> None:
         """Begin to copy adapters, as far as there is staging memory.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -98,20 +98,20 @@ class Engine:
         self._defaults = GenerationDefaults.of(base)
         self.tokenizer = base.tokenizer
         self.runner = ModelRunner(base, config, expected)
-        try:
+        with ExitStack() as undo:
+            undo.callback(self.runner.close)
+            self.store = self.runner.make_store()
+            undo.callback(self.store.close)
             self._make_rest(base, config)
-        except BaseException:
-            self.runner.close()
-            raise
+            undo.pop_all()
 
     def _make_rest(self, base: BaseModel, config: EngineConfig) -> None:
-        """Make what stands around the runner; the model is given back if that fails."""
+        """Make what stands around the runner and the store."""
         self.device = self.runner.device
         memory = self.runner.memory
         self.module_shapes = self.runner.module_shapes
         self.max_model_len = memory.max_model_len
         self.max_num_seqs = memory.max_num_seqs
-        self.store = self.runner.make_store()
         fit = AdapterFit(
             base.name,
             self.module_shapes,
@@ -283,6 +283,8 @@ class Engine:
                 outputs += self._collect(last)
             if self._pending is not None and not self._is_async:
                 outputs += self._collect(self._pending)
+            if self._pending is None:
+                self.runner.forget_choices()
         except _BlamedError as blamed:
             outputs += self._end(blamed.requests, blamed.cause)
             outputs += self._collect_what_ran()
@@ -312,7 +314,10 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Give the model back as it was and drop the device memory."""
+        """Give the model back as it was, drop the device memory, and let go of all requests."""
+        self._pending = None
+        self.scheduler.forget()
+        self.runner.forget_choices()
         self.store.close()
         self.runner.close()
 

@@ -110,6 +110,7 @@ class Request:
         salts: What identifies each of these states where KV is computed, by its first token.
         output_token_ids: Tokens generated so far.
         prompt_logprobs: Log-probabilities of prompt tokens that were asked for and are known, by the token's place.
+        has_told_prompt: Whether they were taken: a request that is preempted later does not tell them again.
         max_num_tokens: Prompt and answer together end here at the latest.
         num_computed_tokens: Leading tokens whose KV is in the cache, or will be once the launched steps are done.
         num_pending_tokens: Last tokens that launched steps choose and that are not known here yet: one between two
@@ -139,6 +140,7 @@ class Request:
     output_token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: dict[int, float] = field(default_factory=dict)
+    has_told_prompt: bool = False
     num_computed_tokens: int = 0
     num_pending_tokens: int = 0
     num_cached_tokens: int | None = None
@@ -197,11 +199,11 @@ class Request:
     def first_scored_place(self) -> int:
         """The first place of the prompt after which logits are wanted to tell how likely its next token is."""
         start = self.sampling.prompt_logprobs_from
-        return sys.maxsize if start is None else max(start, 1) - 1
+        return sys.maxsize if start is None or self.has_told_prompt else max(start, 1) - 1
 
     def scored_places(self, start: int, end: int) -> range:
         """Those of the places from `start` to before `end` after which logits are wanted for that."""
-        if self.sampling.prompt_logprobs_from is None:
+        if self.sampling.prompt_logprobs_from is None or self.has_told_prompt:
             return _NO_PLACES
         return range(max(start, self.first_scored_place), min(end, len(self.prompt_token_ids) - 1))
 
@@ -210,6 +212,7 @@ class Request:
         if not self.prompt_logprobs:
             return None
         taken, self.prompt_logprobs = self.prompt_logprobs, {}
+        self.has_told_prompt = True
         return tuple(taken[place] for place in sorted(taken))
 
     @property

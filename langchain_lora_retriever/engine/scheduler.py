@@ -92,23 +92,28 @@ class Scheduler:
         self.waiting.append(request)
 
     def schedule(self) -> list[ScheduledRequest]:
-        """Choose the next step. Running requests come first, so that no stream waits for somebody's prompt.
+        """Choose the next step.
+
+        Running requests come first, and prompts among them leave the streams behind them their tokens, so that no
+        stream waits for somebody's prompt.
 
         Mutates the requests' blocks, slots and rows. A waiting request that cannot be admitted (its adapters cannot be
         loaded) leaves the queue for `take_refused`. Empty only if nothing is waiting or running, or what runs has
         pending tokens to be collected first.
         """
         self._kv_cache.begin_step()
-        budget, prompt_limit = self._limits()
+        budget, prompt_limit, num_streams = self._limits()
         scores = _MAX_SCORED_PLACES
         scheduled: list[ScheduledRequest] = []
         index = 0
         while index < len(self.running) and budget > 0:
             request = self.running[index]
             num_new_tokens = request.num_tokens - request.num_computed_tokens
-            if num_new_tokens > 1:
+            if num_new_tokens == 1:
+                num_streams -= 1
+            elif num_new_tokens > 1:
                 self._kv_cache.extend_prefix(request)
-                num_new_tokens = _num_next(request, min(budget, prompt_limit), scores)
+                num_new_tokens = _num_next(request, min(max(0, budget - num_streams), prompt_limit), scores)
             if request.is_exhausted or not num_new_tokens:
                 index += 1
                 continue
@@ -155,6 +160,12 @@ class Scheduler:
             self._release(request)
         else:
             self.waiting.remove(request)
+
+    def forget(self) -> None:
+        """Let go of all requests, with what they hold; nothing is scheduled any more."""
+        self.waiting.clear()
+        self.running.clear()
+        self._refused.clear()
 
     def check_integrity(self) -> None:
         """Assert that blocks and slots are held by running requests and by nobody else."""
@@ -205,13 +216,11 @@ class Scheduler:
             self._kv_cache.retract(last.request, last.request.num_computed_tokens + last.num_new_tokens)
         return scheduled
 
-    def _limits(self) -> tuple[int, int]:
-        """Tokens of the step, and of one prompt in it."""
-        most = self._max_num_batched_tokens
-        if self._num_usual_tokens == most and self._max_num_prefill_tokens is None:
-            return most, most
+    def _limits(self) -> tuple[int, int, int]:
+        """Tokens of the step, and of one prompt in it; and how many streams run."""
         left = [request.num_tokens - request.num_computed_tokens for request in self.running]
-        return self._budget(sum(left)), self._prompt_limit(left.count(1))
+        num_streams = left.count(1)
+        return self._budget(sum(left)), self._prompt_limit(num_streams), num_streams
 
     def _budget(self, num_needed: int) -> int:
         """As many tokens as usual, or what all requests need if that is little more: those that run, so many."""

@@ -81,6 +81,23 @@ class EngineWorker:
     ) -> None:
         self.config = config or EngineConfig()
         self.core = Engine(base, self.config, expected)
+        has_begun = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(has_begun,), name="lora-engine", daemon=True)
+        try:
+            self._prepare(base, compiler)
+            self._thread.start()
+            has_begun.wait()  # the heap is frozen by then, before whoever loaded the model thaws it
+        except BaseException:
+            if self._thread in threading.enumerate():  # it has begun or is about to, and the core is its own
+                has_begun.wait()
+                self.close()
+            else:
+                self.core.close()
+            raise
+        _running.add(self)
+
+    def _prepare(self, base: BaseModel, compiler: GrammarCompiler | None) -> None:
+        """Make what the thread finds when it begins."""
         self._compiler = compiler or compiler_of(base.tokenizer)
         names = {base.name, str(base.model.config.name_or_path or "")}
         self.info = EngineInfo(
@@ -101,11 +118,6 @@ class EngineWorker:
         self._is_closing = False
         self._is_exiting = False
         self._death: BaseException | None = None
-        has_begun = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(has_begun,), name="lora-engine", daemon=True)
-        self._thread.start()
-        has_begun.wait()  # the heap is frozen by then, before whoever loaded the model thaws it
-        _running.add(self)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -436,10 +448,11 @@ class EngineWorker:
 def _when_done(futures: Sequence[Future[Any]], action: Callable[[], None]) -> None:
     """Call `action` once all are done: now, or in the thread that does the last."""
     left = list(range(len(futures) + 1))  # popped by one thread each, under the interpreter's lock
+    actions = [action]  # a future keeps its callbacks as long as it lives: they must not keep what the action holds
 
     def count(_: object = None) -> None:
         if left.pop() == 0:
-            action()
+            actions.pop()()
 
     for future in futures:
         future.add_done_callback(count)

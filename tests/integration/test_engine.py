@@ -121,6 +121,22 @@ def test_prompts_cut_to_spare_padding_answer_the_same(byte_tokenizer: Any, monke
     assert got == [generate(reference, *pair) for pair in zip(prompts, compositions, strict=True)]
 
 
+def test_a_preempted_request_tells_its_prompts_log_probabilities_once(llama: Any, byte_tokenizer: Any) -> None:
+    """In its first delta, though its prompt is computed again later."""
+    config = EngineConfig(max_num_seqs=2, kv_cache_bytes=6 * 16 * 2 * 2 * 16 * 2 * 4, lora_cache_bytes=4 << 20)
+    first, second = make_prompts(30, 31)
+    sampling = SamplingParams(max_tokens=40, ignore_eos=True, prompt_logprobs_from=0)
+    with EngineWorker(BaseModel(llama, byte_tokenizer, "tiny"), config) as worker:
+        older = worker.submit(first, greedy(40))
+        deltas = list(worker.submit(second, sampling))
+        assert older.result(60).finish_reason == "length"
+        assert worker.stats().num_preemptions > 0
+    told = [delta.prompt_logprobs for delta in deltas]
+    assert told[0] is not None
+    assert len(told[0]) == 30
+    assert told[1:] == [None] * (len(told) - 1)
+
+
 def test_preempted_requests_lose_nothing(llama: Any, byte_tokenizer: Any) -> None:
     """With a cache far too small for all, requests are preempted, computed again, and answer the same."""
     reference, adapters = copy.deepcopy(llama), make_adapters(llama)

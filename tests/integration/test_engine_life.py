@@ -20,11 +20,13 @@ import torch
 
 from langchain_lora_retriever.engine import BaseModel, EngineConfig, EngineWorker, load_base_model
 from langchain_lora_retriever.engine import worker as engine_worker
+from langchain_lora_retriever.engine.api import Grammar
 from langchain_lora_retriever.engine.core import Engine, StepFailedError
+from langchain_lora_retriever.engine.grammar import GrammarCompiler
 from langchain_lora_retriever.errors import EngineDeadError, EngineError, EngineOverloadedError
 from langchain_lora_retriever.support import openmp
 from langchain_lora_retriever.types import SamplingParams
-from makers import make_tiny_model, make_tokenizer
+from makers import make_adapter, make_tiny_model, make_tokenizer, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -244,6 +246,78 @@ def test_a_model_that_cannot_be_served_is_given_back() -> None:
     assert model.training
     assert all(parameter.requires_grad for parameter in model.parameters())
     model(torch.arange(5)[None]).logits.sum().backward()
+
+
+def test_an_engine_whose_thread_cannot_begin_gives_the_model_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it cannot be started, and where whoever waits for it is interrupted: the next engine may come."""
+    base = BaseModel(make_tiny_model(), make_tokenizer(), "tiny")
+    start, wait = threading.Thread.start, threading.Event.wait
+
+    def fail(thread: threading.Thread) -> None:
+        if thread.name == "lora-engine":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", fail)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            EngineWorker(base, CONFIG)
+    base.model(torch.arange(5)[None])
+
+    def interrupt(event: threading.Event, timeout: float | None = None) -> bool:
+        if any(thread.name == "lora-engine" for thread in threading.enumerate()):
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+        return wait(event, timeout)
+
+    monkeypatch.setattr(threading.Event, "wait", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        EngineWorker(base, CONFIG)
+    assert not [thread for thread in threading.enumerate() if thread.name == "lora-engine"]
+    base.model(torch.arange(5)[None])
+    with EngineWorker(base, CONFIG) as engine:
+        assert engine.submit([5, 6], SHORT).result(30).finish_reason == "length"
+
+
+def test_an_engine_that_served_a_grammar_is_freed_with_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a compiler keeps for others holds nobody who asked for it, though he came before it was done."""
+    go = threading.Event()
+    compile_ = GrammarCompiler._compile
+
+    def compile_late(compiler: GrammarCompiler, grammar: Grammar) -> Any:
+        assert go.wait(30)
+        return compile_(compiler, grammar)
+
+    monkeypatch.setattr(GrammarCompiler, "_compile", compile_late)
+    base = BaseModel(make_tiny_model(), make_tokenizer(), "tiny")
+    with EngineWorker(base, CONFIG) as engine:
+        adapter = make_adapter(base.model, "a")
+        tensor = next(iter(adapter.weights.values())).lora_A
+        held = [weakref.ref(one) for one in (engine, base.model, base.tokenizer, tensor)]
+        running = engine.submit([5, 6], SHORT, [(adapter, 1.0)], grammar=Grammar("start: /[ab]{2}/\n"))
+        go.set()
+        assert len(running.result(30).token_ids) == 2
+    del engine, running, adapter, base, tensor
+    wait_until(lambda: gc.collect() >= 0 and not any(ref() is not None for ref in held))
+
+
+@pytest.mark.parametrize("is_ended", [True, False], ids=["idle", "closed while it runs"])
+def test_an_engine_does_not_hold_the_adapters_of_past_requests(*, is_ended: bool) -> None:
+    """Those of requests that ended are gone while it idles, and those of running ones once it is closed."""
+    model = make_tiny_model()
+    engine = EngineWorker(BaseModel(model, make_tokenizer(), "tiny"), CONFIG)
+    adapter = make_adapter(model, "a")
+    held = weakref.ref(next(iter(adapter.weights.values())).lora_A)
+    running = engine.submit([5, 6], SHORT if is_ended else LONG, [(adapter, 1.0)])
+    if is_ended:
+        running.result(30)
+    else:
+        next(iter(running))
+        engine.close()
+    del adapter, running
+    wait_until(lambda: gc.collect() >= 0 and held() is None)
+    engine.close()
+    assert engine.stats().num_running == 0
 
 
 def test_a_model_has_one_engine_at_a_time() -> None:

@@ -333,6 +333,22 @@ def test_a_fused_forward_that_fails_leaves_the_triton_backend_unfused(
         assert list(running.result(120).token_ids) == expected
 
 
+@needs_triton
+def test_steps_are_captured_for_the_launches_by_which_they_are_found(byte_tokenizer: Any) -> None:
+    """Those of higher ranks as well, which few adapters and many share."""
+    settings = {**SMALL, "max_num_seqs": 64, "lora_cache_bytes": 32 << 20, "captured_ranks": (16, 64)}
+    config = EngineConfig(attention_backend="triton", max_loras=64, **settings)
+    with EngineWorker(BaseModel(make_tiny_model().to(DEVICE), byte_tokenizer, "tiny"), config) as worker:
+        runner_ = worker.core.runner
+        launches = {}
+        for (shape, launch, _), graph in runner_.executor._graphs.items():  # type: ignore[union-attr]
+            _, num_active, rank_bound, _ = graph._forward.args  # type: ignore[attr-defined]
+            made_for = runner_.lora_layers.launch_shape(shape.num_tokens, shape.num_adapters, num_active, rank_bound)
+            launches[shape, launch] = made_for
+    assert {launch[0] for _, launch in launches if launch is not None} == {16, 64}
+    assert all(made_for == launch for (_, launch), made_for in launches.items())
+
+
 def live_bytes() -> int:
     """Memory of all plain tensors that Python still knows, on any device."""
     tensors = [found for found in gc.get_objects() if type(found) in {torch.Tensor, torch.nn.Parameter}]

@@ -48,6 +48,11 @@ class DoraGains:
         self._lock = threading.Lock()  # held for a look into the dictionary
         self._known: OrderedDict[str, dict[str, torch.Tensor]] = OrderedDict()
 
+    def forget(self) -> None:
+        """Let go of all of them."""
+        with self._lock:
+            self._known.clear()
+
     def is_known(self, adapter: Adapter) -> bool:
         """Whether an adapter has no gains, or they need not be computed."""
         return not adapter.is_dora or adapter.fingerprint in self._known

@@ -95,6 +95,7 @@ class LoraLayers:
         uses = count_uses(model)
         self._groups: list[LoraGroup] = []
         self._vocabulary: VocabularyLayers | None = None
+        self._gains = DoraGains({})
         try:
             for shared in groups:
                 for group, modules in split_group(model, shared):
@@ -316,8 +317,9 @@ class LoraLayers:
         """Give the modules their own weights back, each in memory of its own, and the adapters' memory back."""
         for group in self._wrapped():
             group.release()
-        self._groups = []
+        self._groups, self._pieces = [], []
         self._vocabulary = None
+        self._gains.forget()
 
     def _wrapped(self) -> list[LoraGroup | VocabularyLayers]:
         """Everything whose forwards are replaced."""

@@ -192,6 +192,10 @@ class ModelRunner:
         self._last_choice = {request: place for place, request in enumerate(requests)}
         return PendingStep(requests, choice, batch.scored_requests, scores)
 
+    def forget_choices(self) -> None:
+        """Let go of the last step's requests: no request has a token pending."""
+        self._last_choice = {}
+
     def close(self) -> None:
         """Give the model back as it was and drop the device memory."""
         if self.device.type == "cuda":

@@ -192,6 +192,7 @@ class StepGraph:
         static = self._inputs
         if static.lora_slots is not None and static.lora_weights is not None and batch.lora != self._lora:
             slots, weights = batch.lora.per_token(self._shape.num_adapters)
+            self._lora = None  # of neither, if only one of the copies succeeds
             _fill(static.lora_slots, slots, -1)
             _fill(static.lora_weights, weights, 0)
             self._lora = batch.lora

@@ -208,13 +208,16 @@ class TritonExecutor:
         """Which graph serves steps of a shape; few adapters and many are told apart for the lowest ranks alone."""
         if not shape.num_adapters:
             return shape, None, StepKinds()
-        num_active = self._rounded(num_active) if rank_bound == self._rank_bounds[0] else self._max_loras
+        num_active = self._reckoned(num_active, rank_bound)
         launch = self._lora_layers.launch_shape(shape.num_tokens, shape.num_adapters, num_active, rank_bound)
         return shape, launch, kinds
 
-    def _rounded(self, num_active: int) -> int:
-        """A number of adapters, up to a power of two: so few that all that differ are captured."""
-        return min(power_of_2(num_active), self._max_loras)
+    def _reckoned(self, num_active: int, rank_bound: int) -> int:
+        """For how many adapters a step is launched: up to a power of two, so that few differ; of high ranks for one.
+
+        What is launched for one reads an adapter's rows once for all of its tokens, however many adapters there are.
+        """
+        return min(power_of_2(num_active), self._max_loras) if rank_bound == self._rank_bounds[0] else 1
 
     def _tell(self, num_adapters: int, rank_bound: int, kinds: StepKinds | None) -> None:
         """Say once what runs without graphs."""
@@ -248,13 +251,15 @@ class TritonExecutor:
     def _capture_all(self, shapes: StepShapes) -> None:
         """Capture every foreseen step."""
         start = time.perf_counter()
-        nums_active = sorted({self._rounded(num) for num in range(1, self._max_loras + 1)})
         try:
             for shape in shapes.all():
                 for rank_bound in self._rank_bounds[: None if shape.num_adapters else 1]:
                     is_lowest = rank_bound == self._rank_bounds[0]
                     if is_lowest or shape.num_tokens <= _MAX_TOKENS_OF_HIGH_RANKS:
-                        for num_active, kinds in product(nums_active, dict.fromkeys((StepKinds(), self._kinds))):
+                        nums_active = {self._reckoned(num, rank_bound) for num in range(1, self._max_loras + 1)}
+                        for num_active, kinds in product(
+                            sorted(nums_active), dict.fromkeys((StepKinds(), self._kinds))
+                        ):
                             self._capture(shape, num_active, rank_bound, kinds)
         except CaptureError as error:
             self._give_up_graphs(error)

@@ -304,6 +304,28 @@ def test_a_copy_waits_for_the_load_that_read_its_place(fake_stream: FakeStream) 
     assert fake_stream.num_synchronized == 1
 
 
+def test_a_thread_that_cannot_be_started_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the store that wants it, which has booked nothing yet: a container may have no room for one more."""
+    started: list[str] = []
+
+    def fail(thread: threading.Thread) -> None:
+        started.append(thread.name)
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        make_store()
+    assert len(started) == 1
+    monkeypatch.undo()
+    store, stacks = make_store()
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    store.prefetch([make("a", q=2)])
+    store.load(0, 0, make("a", q=2))
+    assert stacks.num_loads == 0
+    assert len(started) == 1
+    store.close()
+
+
 def test_a_closed_store_stages_nothing() -> None:
     """A request that comes while the engine closes is told that the engine has stopped, not that a thread has."""
     store, stacks = make_store()

@@ -188,6 +188,23 @@ def test_each_of_several_prompts_beside_streams_has_a_part_of_the_step() -> None
     assert run_step(scheduler) == [*streams, (400, 3, True), (500, 2, True), (600, 3, False)]
 
 
+def test_a_stream_behind_a_long_prompt_has_its_token_in_every_step() -> None:
+    """Also when the streams before the prompt have ended, and it may have the whole step."""
+    scheduler = make_scheduler(num_blocks=100, max_num_seqs=5, max_num_prefill_tokens=4)
+    earlier = [make_request(2, start) for start in (0, 100, 200)]
+    for request in earlier:
+        scheduler.add(request)
+    run_step(scheduler)
+    scheduler.add(make_request(32, 300))
+    scheduler.add(make_request(2, 400))
+    streams = [(start, 1, True) for start in (0, 100, 200)]
+    assert run_step(scheduler) == [*streams, (300, 4, False), (400, 2, True)]
+    for request in earlier:
+        scheduler.finish(request)
+    assert run_step(scheduler) == [(300, 15, False), (400, 1, True)]
+    assert run_step(scheduler) == [(300, 13, True), (400, 1, True)]
+
+
 def test_a_pending_token_is_scheduled_unless_it_is_the_last() -> None:
     """A stream goes on before its token is known; one that ends with it does not."""
     scheduler = make_scheduler()

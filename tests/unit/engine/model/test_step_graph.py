@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from langchain_lora_retriever.engine.config import EngineConfig
+from langchain_lora_retriever.engine.model import step_graph
 from langchain_lora_retriever.engine.model.packed_batch import LoraSpans, PackedBatch
 from langchain_lora_retriever.engine.model.step_graph import StaticInputs, StepGraph, StepShape, StepShapes
 from langchain_lora_retriever.engine.request import Request
@@ -61,6 +62,32 @@ def test_a_decode_step_is_padded_and_adapters_that_stay_are_kept() -> None:
     assert seen[1].lora_weights is not None
     assert seen[1].lora_slots[0].tolist() == [1, -1]
     assert seen[1].lora_weights.tolist() == [[1.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
+
+
+def test_adapters_are_copied_again_after_a_copy_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step as the one before the failed one runs its own adapters, not those of which half had come."""
+    seen: list[StaticInputs] = []
+    graph = StepGraph(watched(seen), StepShape(2, 2, 0, 3, 2, 1), CPU, None)
+    batch = PackedBatch.pack([ScheduledRequest(make_request(row, 5), 1) for row in (0, 1)], {})
+    first = with_adapters(batch, (1, (0,), (1.0,)), (1, (1,), (1.0,)))
+    graph.replay(first, [0, 1], [])
+    copies: list[torch.Tensor] = []
+
+    def fail_at_third(target: torch.Tensor, host: torch.Tensor) -> None:
+        copies.append(target)
+        if len(copies) == 3:
+            raise RuntimeError("CUDA error: out of memory")
+        target.copy_(host)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(step_graph, "copy_into", fail_at_third)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            graph.replay(with_adapters(batch, (1, (2,), (0.5,)), (1, (3,), (0.5,))), [0, 1], [])
+    graph.replay(first, [0, 1], [])
+    for before, after in zip(seen[0][4:], seen[1][4:], strict=True):
+        assert before is not None
+        assert after is not None
+        assert torch.equal(before, after)
 
 
 def test_a_step_with_a_prompt_lies_beside_its_streams() -> None:
