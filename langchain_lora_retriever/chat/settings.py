@@ -38,12 +38,14 @@ from langchain_lora_retriever.retrieval.encoder import Encoder
 from langchain_lora_retriever.retrieval.hybrid_encoder import HybridEncoder
 from langchain_lora_retriever.retrieval.retriever import DEFAULT_INSTRUCTION, LoraRetriever
 from langchain_lora_retriever.runtime import Runtime
+from langchain_lora_retriever.support.near_names import near_names
 from langchain_lora_retriever.support.shown import shown
 from langchain_lora_retriever.types import CompositionMode
 
 __all__ = ["ChatSettings", "GivenSettings"]
 
 _MADE_HERE = frozenset({"callbacks", "profile"})  # of a process, or found out again
+_USUAL_NAMES = {"max_new_tokens": "max_tokens", "model": "base_model", "model_id": "base_model"}  # other chat models'
 _OBJECTS = frozenset({"cache", "encoder", "engine", "pool", "rate_limiter", "retriever"})  # that may be iterable too
 _WORKED_OUT = frozenset({"pool", "encoder", "instruction", "retriever"})
 
@@ -191,9 +193,10 @@ class ChatSettings(ConcurrentChatModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_none(cls, values: Any) -> Any:
-        """Take None for not given, where a setting has another type; refuse what has no end unread."""
+        """Take None for not given, where a setting has another type; refuse what is none, or has no end, unread."""
         if not isinstance(values, dict):
             return values
+        _check_names(values, cls)
         for name, value in values.items():
             is_plain = value is None or isinstance(value, str | bytes | list | tuple | set | frozenset | Mapping)
             if not is_plain and isinstance(value, Iterable) and name not in _OBJECTS:
@@ -342,9 +345,7 @@ class ChatSettings(ConcurrentChatModel):
         return _make, (type(self), given)
 
     def _change(self, update: Mapping[str, Any]) -> None:
-        unknown = [name for name in update if name not in type(self).model_fields]
-        if unknown:
-            raise InvalidRequestError(f"{shown(unknown[0])} is no setting of the chat model.")
+        _check_names(update, type(self))
         found_out = {"profile"} if self._has_own_profile else set()
         kept = {name: getattr(self, name) for name in self.model_fields_set - update.keys() - found_out}
         changed = type(self)(**{**kept, **update})
@@ -402,6 +403,19 @@ class ChatSettings(ConcurrentChatModel):
         self._has_own_profile = True
         profile = profile_before_loading(self._name(), self.base_model, self.model_kwargs, self.engine_config)
         return profile if self.engine is None else loaded_profile(profile, self.engine)
+
+
+def _check_names(given: Mapping[str, Any], cls: type[ChatSettings]) -> None:
+    """Refuse what is no setting, with the one that is most like it."""
+    unknown = [name for name in given if name not in cls.model_fields]
+    if not unknown or cls.model_config.get("extra") != "forbid":
+        return
+    usual = _USUAL_NAMES.get(unknown[0])
+    near = [usual] if usual else near_names(str(unknown[0]), cls.model_fields, 1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise InvalidRequestError(
+        f"{shown(unknown[0])} is no setting of the chat model.{hint} It has: {', '.join(sorted(cls.model_fields))}."
+    )
 
 
 def _is_in_event_loop() -> bool:

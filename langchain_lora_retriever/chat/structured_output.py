@@ -44,15 +44,23 @@ def structured_output(
     """Build the runnable of `with_structured_output`.
 
     Raises:
-        InvalidRequestError: If the method is unknown or the schema is none.
+        InvalidRequestError: If the method is unknown, the schema is none, or there are `tools` beside a schema that is
+            a tool itself.
     """
     # A trace converts it, too, and LangChain's conversion raises where a TypedDict has keys that are not required.
     told = to_json_schema(schema) if is_typeddict(schema) else schema
     trace = {"kwargs": {"method": method, "strict": strict}, "schema": told}
+    called = None
     if method == "function_calling":
         tool = schema_tool(schema, strict=strict)
+        called = tool_name(tool)
+        if given := sorted(kwargs.keys() & {"tools", "tool_choice", "parallel_tool_calls"}):
+            raise InvalidRequestError(
+                f"{given[0]!r} goes with method='json_schema': with 'function_calling' the schema is the only tool, "
+                "and is always called."
+            )
         bound = llm.bind_tools(
-            [tool], tool_choice=tool_name(tool), parallel_tool_calls=False, ls_structured_output_format=trace, **kwargs
+            [tool], tool_choice=called, parallel_tool_calls=False, ls_structured_output_format=trace, **kwargs
         )
     elif method in {"json_schema", "json_mode"}:
         json_schema = to_json_schema(schema)
@@ -63,7 +71,7 @@ def structured_output(
         raise InvalidRequestError(
             f"method={method!r} is not allowed: pass 'json_schema', 'function_calling' or 'json_mode'."
         )
-    parser = StructuredOutputParser(target=schema)
+    parser = StructuredOutputParser(target=schema, called=called)
     if not include_raw:
         return bound | parser
     parsed = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
@@ -74,15 +82,18 @@ def structured_output(
 
 
 class StructuredOutputParser(BaseCumulativeTransformOutputParser[Any]):
-    """Reads the JSON of an answer's text, or of its tool call, and validates it against the schema asked for.
+    """Reads the JSON of an answer's text, or of the call that stands for it, and validates it against the schema.
 
-    In a stream, dictionaries and lists are given as they grow; an object of a class only when it is whole.
+    In a stream, dictionaries and lists are given as they grow; an object of a class only when it is whole. Of an answer
+    that calls other tools there is nothing to read, and None is given, as by LangChain's own parsers.
 
     Attributes:
         target: The pydantic class, TypedDict or JSON schema.
+        called: Name of the tool whose arguments are the answer; None where its text is.
     """
 
     target: Any
+    called: str | None = None
 
     def parse(self, text: str) -> Any:
         """Read an answer's text."""
@@ -94,7 +105,9 @@ class StructuredOutputParser(BaseCumulativeTransformOutputParser[Any]):
         Raises:
             StructuredOutputError: If it is cut off, or does not satisfy the schema.
         """
-        text, is_whole = _json_of(result[0])
+        text, is_whole = _json_of(result[0], self.called)
+        if text is None:
+            return None
         if partial and not is_whole:
             if isinstance(self.target, type) and not _is_typed_dict(self.target):
                 return None
@@ -123,18 +136,20 @@ class StructuredOutputParser(BaseCumulativeTransformOutputParser[Any]):
         return value
 
 
-def _json_of(generation: Generation) -> tuple[str, bool]:
-    """Return the JSON text of an answer, and whether there is no more to come."""
+def _json_of(generation: Generation, called: str | None) -> tuple[str | None, bool]:
+    """Return the JSON text of an answer, and whether there is no more to come; None if it calls other tools instead."""
     if not isinstance(generation, ChatGeneration) or not isinstance(generation.message, AIMessage):
         return generation.text, True
     message = generation.message
     is_whole = not isinstance(message, AIMessageChunk) or message.chunk_position == "last"
+    calls: list[tuple[str | None, str]]
     if isinstance(message, AIMessageChunk) and message.tool_call_chunks:
-        return message.tool_call_chunks[0]["args"] or "", is_whole
-    if message.tool_calls:
-        return json.dumps(message.tool_calls[0]["args"]), is_whole
-    if message.invalid_tool_calls:
-        return message.invalid_tool_calls[0]["args"] or "", is_whole
+        calls = [(chunk["name"], chunk["args"] or "") for chunk in message.tool_call_chunks]
+    else:
+        calls = [(call["name"], json.dumps(call["args"])) for call in message.tool_calls]
+        calls += [(call["name"], call["args"] or "") for call in message.invalid_tool_calls]
+    if calls:
+        return next((arguments for name, arguments in calls if called is not None and name == called), None), is_whole
     return str(message.text), is_whole
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, closing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import closing, contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -63,13 +63,17 @@ class TracedChatModel(BaseChatModel):
     ) -> AsyncIterator[AIMessageChunk]:
         """Stream an answer without blocking the event loop; see `BaseChatModel.astream`."""
         config, children = _with_children(AsyncCallbackManager, config)
-        async with aclosing(super().astream(input, config, stop=stop, **kwargs)) as chunks:  # type: ignore[type-var]
+        chunks = super().astream(input, config, stop=stop, **kwargs)
+        try:
             with _begun_under(children):
                 first = await anext(chunks, None)
             if first is not None:
                 yield first
                 async for chunk in chunks:
                     yield chunk
+        finally:  # no `aclosing`: a loop that ends closes all generators at once, and this one by itself
+            if isinstance(chunks, AsyncGenerator) and not getattr(chunks, "ag_running", False):
+                await chunks.aclose()
 
 
 def planner(runtime: Runtime, run_manager: CallbackManagerForLLMRun | None) -> Callable[[str, RoutingOptions], Plan]:

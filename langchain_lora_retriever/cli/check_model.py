@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from langchain_lora_retriever.cli.options import JsonOption
+from langchain_lora_retriever.cli.options import JsonOption, check_model_name
 from langchain_lora_retriever.cli.terminal import print_error, print_facts, print_json, status
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ _RANK = 16
 
 
 def check_model(
-    model: Annotated[str, typer.Argument(help="Hub name or folder.")],
+    model: Annotated[str, typer.Argument(help="Hub name or folder.", callback=check_model_name)],
     *,
     run: Annotated[bool, typer.Option("--run", metavar="", help="Load it, and let it answer.")] = False,
     dtype: Annotated[

@@ -10,6 +10,7 @@ import typer
 
 from langchain_lora_retriever.cli.terminal import status
 from langchain_lora_retriever.demo import POOL_FOLDER, demo_chat_model
+from langchain_lora_retriever.support.model_names import is_missing_folder
 
 if TYPE_CHECKING:
     from langchain_lora_retriever.chat.model import ChatLoraRetriever
@@ -26,6 +27,7 @@ __all__ = [
     "PoolOption",
     "TopKOption",
     "WordsOption",
+    "check_model_name",
     "encoder_source",
     "make_chat_model",
     "make_encoder",
@@ -65,12 +67,20 @@ def complete_adapter(context: typer.Context, incomplete: str) -> list[str]:
         return []
 
 
+def check_model_name(name: str | None) -> str | None:
+    """Refuse a folder that is not there, as other folders are."""
+    if name is not None and is_missing_folder(name):
+        raise typer.BadParameter(f"Directory {name!r} does not exist.")
+    return name
+
+
 BaseModelOption = Annotated[
     str | None,
     typer.Option(
-        "--base-model", metavar="MODEL", help="Hub name or folder; the demo's by default.", show_default=False
+        "--base-model", metavar="MODEL", help="Hub name or folder; the demo's by default.", show_default=False,
+        callback=check_model_name,
     ),
-]
+]  # fmt: skip
 PoolOption = Annotated[
     Path | None,
     typer.Option(

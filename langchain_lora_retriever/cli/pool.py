@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -145,11 +146,18 @@ def add(
     as_json: JsonOption = False,
 ) -> None:
     """Add an adapter, from a folder or from the Hugging Face hub; the checkpoint is copied into the pool."""
+    is_new = not folder.exists()
     pool = _open(folder, create=True)
-    pool.add(
-        name, checkpoint, samples=_read(samples), samples_from=samples_from, revision=revision, subfolder=subfolder,
-        convert=convert,
-    )  # fmt: skip
+    try:
+        pool.add(
+            name, checkpoint, samples=_read(samples), samples_from=samples_from, revision=revision, subfolder=subfolder,
+            convert=convert,
+        )  # fmt: skip
+    except BaseException:
+        if is_new and not len(pool):
+            with suppress(OSError):  # whatever else has come into it meanwhile stays
+                folder.rmdir()
+        raise
     _confirm(f"Added {name!r}: {len(pool)} adapters.", {"added": name, "num_adapters": len(pool)}, as_json=as_json)
 
 

@@ -158,7 +158,9 @@ def _open_weights(folder: AdapterFolder, where: str) -> RegularFile:
             f"{folder.path}, or pool.add(..., convert=True)."
         )
     if file is None:
-        raise InvalidAdapterError(f"{where} has no {WEIGHTS_FILE}.")
+        raise InvalidAdapterError(
+            f"{where} has no {WEIGHTS_FILE}. Save it again with PEFT's save_pretrained(), or copy the file into it."
+        )
     return file
 
 

@@ -17,7 +17,7 @@ from starlette.routing import Match
 
 from langchain_lora_retriever.chat.begin import LONG_CHAT, Begun, abegin, owned, text_to_route
 from langchain_lora_retriever.chat.call import CallOptions
-from langchain_lora_retriever.errors import InvalidRequestError, LoraRetrieverError, PoolError
+from langchain_lora_retriever.errors import InvalidRequestError, LoraRetrieverError, PoolError, UnknownAdapterError
 from langchain_lora_retriever.serving.config import ServeConfig, read_keys
 from langchain_lora_retriever.serving.errors import (
     ClientGoneError,
@@ -137,7 +137,10 @@ class _Server:
         async def begin() -> Begun:
             async with deadline.limit():
                 engine = await self._runtime.aready()
-                return await abegin(self._runtime, engine, messages, options)
+                try:
+                    return await abegin(self._runtime, engine, messages, options)
+                except UnknownAdapterError as error:
+                    raise UnknownAdapterError(f"{error} {self._what_model_may_be()}") from error
 
         begun = await _unless_gone(request, begin(), discard=Begun.abort)
         self._metrics.count_adapters(begun.composition.names)
@@ -188,6 +191,12 @@ class _Server:
         self._metrics.tokens.labels("prompt").inc(usage.num_prompt_tokens)
         self._metrics.tokens.labels("cached").inc(usage.num_cached_tokens)
         self._metrics.tokens.labels("output").inc(usage.num_output_tokens)
+
+    def _what_model_may_be(self) -> str:
+        return (
+            f"A model is {AUTO!r}, which finds adapters for every prompt, {self._llm.model_name!r}, the base model "
+            "alone, or an adapter's name."
+        )
 
     async def models(self, _: Request) -> Response:
         """What `model` may be: routed, the base model, or one adapter."""

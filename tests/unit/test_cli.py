@@ -513,6 +513,9 @@ def test_evaluate_composition_compares_what_is_asked_for(run, folder: Path, test
         (["pool", "add", "{pool}", "sql", "{pool}/sql"], 1, "update('sql'"),
         (["pool", "add", "{pool}", "../sql", "{pool}/sql"], 1, "cannot be the name"),
         (["train-adapters", "out", "--task", "unit_lenght"], 2, "unit_length"),
+        (["pool", "add", "new", "sql", "/nowhere"], 1, "/nowhere"),
+        (["chat", "hello", "--base-model", "/nowhere"], 2, "'/nowhere' does not exist"),
+        (["check-model", "./nowhere"], 2, "'./nowhere' does not exist"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
@@ -531,6 +534,7 @@ def test_what_is_wrong_is_told_in_a_paragraph(
     assert "Traceback" not in captured.err
     assert len(captured.err.splitlines()) < 8
     assert not captured.out
+    assert not list((tmp_path / "empty").iterdir()), "nothing is left of what could not be done"
 
 
 def test_a_fault_of_ours_says_how_to_see_more(monkeypatch, capsys) -> None:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from langchain_lora_retriever.engine.model.probe import num_embeddings
 from langchain_lora_retriever.engine.model.quantisation import bits_per_weight, quantisation_of, require_packages
 from langchain_lora_retriever.errors import EngineError
+from langchain_lora_retriever.support.model_names import is_missing_folder
 from langchain_lora_retriever.support.quiet_loading import quiet_loading
 
 if TYPE_CHECKING:
@@ -219,6 +220,11 @@ def _of_files(model_kwargs: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def _loading(name: str) -> Iterator[None]:
     """Show nothing of what the libraries tell meanwhile, and say in words what they raise."""
+    if is_missing_folder(name):
+        raise EngineError(
+            f"The base model {name!r} cannot be loaded: there is no such folder. Pass one that save_pretrained() "
+            "wrote, a hub name such as 'HuggingFaceTB/SmolLM2-135M-Instruct', or (model, tokenizer)."
+        )
     try:
         with quiet_loading:
             yield

@@ -8,6 +8,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from langchain_core.output_parsers import StrOutputParser
 
 from langchain_lora_retriever import ChatLoraRetriever
 from langchain_lora_retriever.engine import start
@@ -39,6 +40,24 @@ async def test_closing_an_astream_aborts(llm: ChatLoraRetriever, engine) -> None
     await anext(stream)
     await stream.aclose()
     await until(lambda: engine.num_aborted == 1)
+
+
+def test_leaving_a_chains_astream_is_silent_when_the_loop_ends(llm: ChatLoraRetriever, engine) -> None:
+    """A loop that ends closes all generators at once, those of a chain and those within."""
+    engine.delay = 0.01
+    told: list[dict[str, Any]] = []
+
+    async def leave() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+        async for _ in (llm | StrOutputParser()).astream(SQL):
+            break
+        kept.append(llm.astream(SQL))
+        await anext(kept[0])
+
+    kept: list[Any] = []
+    asyncio.run(leave())
+    assert told == []
+    wait_until(lambda: engine.num_aborted == 2)
 
 
 async def test_cancelling_ainvoke_aborts(llm: ChatLoraRetriever, engine) -> None:

@@ -35,6 +35,19 @@ def test_no_two_configurations_share_a_cached_answer(llm: ChatLoraRetriever, eng
     assert len(engine.requests) == len(copies) + 3
 
 
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("topk", "top_k"), ("model", "base_model"), ("max_new_tokens", "max_tokens"), ("adapter", "adapters")],
+)
+def test_a_setting_that_there_is_not_is_named_with_the_nearest(llm: ChatLoraRetriever, name: str, near: str) -> None:
+    """By the constructor and by a copy, before anything is loaded."""
+    said = f"'{name}' is no setting of the chat model. Did you mean '{near}'\\? It has: adapters, "
+    with pytest.raises(ValueError, match=said):
+        ChatLoraRetriever(base_model="fake/base", **{name: 1})
+    with pytest.raises(ValueError, match=said):
+        llm.model_copy(update={name: 1})
+
+
 def test_settings_can_be_configurable(llm: ChatLoraRetriever, engine) -> None:
     """Composition, top_k and adapters can be set per run through `configurable_fields`."""
     runnable = llm.configurable_fields(

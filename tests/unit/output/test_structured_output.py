@@ -377,6 +377,31 @@ async def test_include_raw_in_a_stream(llm: ChatLoraRetriever, engine) -> None:
             assert isinstance(result["parsing_error"], StructuredOutputError) == (rating is None)
 
 
+@pytest.mark.parametrize("method", ["json_schema", "json_mode"])
+async def test_a_call_of_another_tool_is_no_answer(llm: ChatLoraRetriever, engine, method: str) -> None:
+    """Though its arguments fit the schema: the raw message has the call, and there is nothing to read."""
+
+    class Forecast(BaseModel):
+        city: str
+        days: int
+
+    chain = llm.with_structured_output(Forecast, method=method, tools=[weather], include_raw=True)
+    engine.answers = lambda prompt, names: CALL
+    for answer in (chain.invoke("x"), await chain.ainvoke("x")):
+        assert [call["name"] for call in answer["raw"].tool_calls] == ["weather"]
+        assert (answer["parsed"], answer["parsing_error"]) == (None, None)
+    plain = llm.with_structured_output(WEATHER | {"title": "Forecast"}, method=method, tools=[weather])
+    assert plain.invoke("x") is None
+    assert [chunk for chunk in plain.stream("x") if chunk is not None] == []
+
+
+@pytest.mark.parametrize("name", ["tools", "tool_choice", "parallel_tool_calls"])
+def test_a_schema_that_is_a_tool_is_the_only_one(llm: ChatLoraRetriever, name: str) -> None:
+    """Others beside it are refused, with the method that takes them."""
+    with pytest.raises(InvalidRequestError, match=f"'{name}' goes with method='json_schema'"):
+        llm.with_structured_output(Joke, method="function_calling", **{name: [weather]})
+
+
 def test_an_unknown_method_is_refused(llm: ChatLoraRetriever) -> None:
     """The methods there are are listed."""
     with pytest.raises(InvalidRequestError, match="function_calling"):
