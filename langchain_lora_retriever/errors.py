@@ -25,6 +25,7 @@
 from __future__ import annotations
 
 import copy
+from typing import TypeVar
 
 __all__ = [
     "AdapterError",
@@ -46,7 +47,11 @@ __all__ = [
     "UnknownAdapterError",
     "UnsupportedAdapterError",
     "fresh",
+    "without_frames",
 ]
+
+
+ErrorT = TypeVar("ErrorT", bound=BaseException)
 
 
 class LoraRetrieverError(Exception):
@@ -144,6 +149,15 @@ def fresh(error: BaseException) -> BaseException:
     copied.__cause__, copied.__context__ = error.__cause__, error.__context__
     copied.__suppress_context__ = error.__suppress_context__
     return copied
+
+
+def without_frames(error: ErrorT) -> ErrorT:
+    """Take the tracebacks from an error that is kept, and from what it came of: their frames hold files and memory."""
+    chain: list[BaseException] = [error]
+    for one in chain:  # which grows meanwhile
+        one.__traceback__ = None
+        chain += [other for other in (one.__cause__, one.__context__) if other is not None and other not in chain]
+    return error
 
 
 def _made_without_constructor(error: BaseException) -> BaseException:

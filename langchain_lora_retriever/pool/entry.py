@@ -125,6 +125,11 @@ class PoolEntry:
         """Whether there is anything to find it by; without, it runs only where it is pinned."""
         return self.described_by is not None
 
+    def is_described_like(self, other: PoolEntry) -> bool:
+        """Whether all but the adapter is the same: what it is found by, outputs included, and where it comes from."""
+        mine, theirs = ((e.samples, e.encoder, e.samples_from, e.card_text, e.note, e.hub) for e in (self, other))
+        return self.routing_hash == other.routing_hash and mine == theirs
+
     @property
     def routing_texts(self) -> tuple[str, ...]:
         """The texts whose embeddings' mean is its own: its samples' inputs, or else what its card says."""

@@ -26,6 +26,7 @@ from langchain_lora_retriever.errors import (
     InvalidRequestError,
     PoolError,
     UnknownAdapterError,
+    without_frames,
 )
 from langchain_lora_retriever.pool.arguments import (
     as_path,
@@ -66,6 +67,7 @@ from langchain_lora_retriever.pool.hub import Hub, is_repo_id
 from langchain_lora_retriever.pool.samples import Sample, make_samples
 from langchain_lora_retriever.pool.state import PoolState
 from langchain_lora_retriever.pool.task import TASK_FILE, TaskEntry, make_members, read_task, write_task
+from langchain_lora_retriever.support.forking import begin_in_every_process
 from langchain_lora_retriever.support.nesting import check_unicode
 from langchain_lora_retriever.support.shown import shown
 
@@ -115,7 +117,7 @@ class AdapterPool:
             raise PoolError(f"base_model={shown(base_model)} is not allowed: pass a name or a path, or None.")
         self._path = None if path is None else Path(path)
         self._base_model = base_model
-        self._lock = threading.RLock()
+        begin_in_every_process(self._begin)
         self._known: PoolState | None = PoolState(0, {}, {})
         self._seen: object = None  # how the folder looked when it was read
         self._not_had: Mapping[str, AdapterError] = MappingProxyType({})  # of the hub: what no folder tells of
@@ -124,6 +126,9 @@ class AdapterPool:
                 with writing(self._path):
                     self._path.mkdir(parents=True, exist_ok=True)
             self._load(self._path, allow_empty=create)
+
+    def _begin(self) -> None:
+        self._lock = threading.RLock()
 
     def __repr__(self) -> str:
         where = "in memory" if self._path is None else repr(str(self._path))
@@ -187,7 +192,7 @@ class AdapterPool:
                     convert=convert,
                 )  # fmt: skip
             except AdapterError as error:
-                refused[name] = error
+                refused[name] = without_frames(error)
 
         with ThreadPoolExecutor(_NUM_FETCHED_AT_ONCE, thread_name_prefix="lora-retriever-hub") as threads:
             list(threads.map(add, missing.items()))
@@ -686,7 +691,7 @@ class AdapterPool:
                     entries[name] = read_entry(folder, name, base_model=self._base_model, cache=cache, guard=guard)
             except AdapterError as error:
                 if os.path.lexists(folder):  # and was not removed meanwhile
-                    rejected[name] = error
+                    rejected[name] = without_frames(error)
                     warn_rejected(error)
         cache.save()
         if not entries and not allow_empty:
@@ -715,11 +720,11 @@ def _unless_same(known: PoolEntry | None, found: PoolEntry) -> PoolEntry:
     """What was known, if it is the same still: those who hold its weights need not read them again."""
     if known is None or known.adapter.fingerprint != found.adapter.fingerprint:
         return found
-    return known if known.routing_hash == found.routing_hash else replace(found, adapter=known.adapter)
+    return known if known.is_described_like(found) else replace(found, adapter=known.adapter)
 
 
 def _unless_same_task(known: TaskEntry | None, found: TaskEntry) -> TaskEntry:
-    is_same = known is not None and (known.members, known.routing_hash) == (found.members, found.routing_hash)
+    is_same = known is not None and (known.members, known.samples) == (found.members, found.samples)
     return known if known is not None and is_same else found
 
 

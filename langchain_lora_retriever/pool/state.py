@@ -92,13 +92,16 @@ class PoolState:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Sha256 of every name, adapter, sample input and given embedding, and of every task."""
+        """Sha256 of every name, adapter, sample and given embedding, and of every task."""
         digest = hashlib.sha256()
         for name in self.names:
             entry = self.entries[name]
             digest.update(f"{name}\0{entry.adapter.fingerprint}\0{entry.routing_hash}\0".encode())
+            digest.update(repr([sample.output for sample in entry.samples]).encode(errors="surrogatepass"))
         for name in sorted(self.tasks):
-            digest.update(f"{name}\0{self.tasks[name].members!r}\0{self.tasks[name].routing_hash}\0".encode())
+            task = self.tasks[name]
+            digest.update(f"{name}\0{task.members!r}\0{task.routing_hash}\0".encode())
+            digest.update(repr([sample.output for sample in task.samples]).encode(errors="surrogatepass"))
         return digest.hexdigest()
 
     def __getitem__(self, name: str) -> PoolEntry:

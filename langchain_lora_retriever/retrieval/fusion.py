@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import cached_property
 from typing import TypeAlias
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -23,7 +24,8 @@ __all__ = ["FusedWeights", "FusionCache", "fuse"]
 
 Members: TypeAlias = "tuple[tuple[Adapter, float], ...]"
 
-_MAX_RECIPES = 4096
+_MAX_RECENT = 32
+"""Fusions that are kept though nobody runs them: their members stay, and these files open, also after an update."""
 
 
 class FusedWeights(Mapping[str, LoraWeights]):
@@ -39,6 +41,11 @@ class FusedWeights(Mapping[str, LoraWeights]):
         self._key = key
         self._members = members
         self._averages = averages
+
+    @property
+    def members(self) -> Members:
+        """Adapters and weights, in the order in which they are summed."""
+        return self._members
 
     @cached_property
     def shapes(self) -> Mapping[str, LoraWeights]:
@@ -79,7 +86,8 @@ class FusionCache:
 
     def __init__(self, max_bytes: int = 32 << 20) -> None:
         self._max_bytes = max_bytes
-        self._recipes: OrderedDict[str, Adapter] = OrderedDict()
+        self._recipes: WeakValueDictionary[str, FusedWeights] = WeakValueDictionary()
+        self._recent: OrderedDict[str, FusedWeights] = OrderedDict()
         begin_in_every_process(self._begin)
 
     def _begin(self) -> None:
@@ -103,20 +111,21 @@ class FusionCache:
         )  # sums do not depend on order
         key = _key(members)
         with self._lock:
-            recipe = self._recipes.get(key)
-            if recipe is None or not _are_same(recipe.members, members):
-                recipe = self._recipes[key] = Adapter(
-                    name="+".join(adapter.name for adapter, _ in members),
-                    fingerprint=key,
-                    weights=FusedWeights(key, members, self),
-                    base_model=members[0][0].base_model,
-                    members=members,
-                    invocation_tokens=invocation_tokens,
-                )
-            self._recipes.move_to_end(key)
-            while len(self._recipes) > _MAX_RECIPES:
-                self._recipes.popitem(last=False)
-            return recipe
+            weights = self._recipes.get(key)
+            if weights is None or not _are_same(weights.members, members):
+                weights = self._recipes[key] = FusedWeights(key, members, self)
+            self._recent[key] = weights
+            self._recent.move_to_end(key)
+            while len(self._recent) > _MAX_RECENT:
+                self._recent.popitem(last=False)
+        return Adapter(
+            name="+".join(adapter.name for adapter, _ in members),
+            fingerprint=key,
+            weights=weights,
+            base_model=members[0][0].base_model,
+            members=members,
+            invocation_tokens=invocation_tokens,
+        )
 
     def average(self, key: str, members: Members) -> dict[str, LoraWeights]:
         """Average the members' weights, once; whoever asks for the same meanwhile waits for it.

@@ -92,8 +92,11 @@ class HybridEncoder:
 
     @property
     def name(self) -> str:
-        """The encoder's name, and how much words count."""
-        return f"{self.meaning.name} + {self._weight:g} x {self.num_words} words"
+        """The encoder's name, how much words count, and behind which instruction, unless it is the usual one."""
+        weight = f"{self._weight:g}"
+        weight = weight if float(weight) == self._weight else repr(self._weight)
+        behind = "" if self._instruction == DEFAULT_INSTRUCTION else f" behind {self._instruction!r}"
+        return f"{self.meaning.name} + {weight} x {self.num_words} words{behind}"
 
     @property
     def dimension(self) -> int:

@@ -119,18 +119,27 @@ class AdapterIndex:
         """
         excluded = [frozenset(names) for names in exclude] or [frozenset[str]()] * len(queries)
         assert len(excluded) == len(queries), "one exclusion per query"
-        # Fetching as many more as may be left out finds the same as never looking at them.
+        # Fetching as many more as may be left out finds the same as never looking at them; one more tells of a tie.
         size = len(self._names)
-        fetch = min(size, top_k + max(map(len, excluded), default=0) + size - len(self._places))
+        fetch = min(size, top_k + max(map(len, excluded), default=0) + size - len(self._places) + 1)
         if not self._places or not len(queries):
             return [[] for _ in excluded]
         results = []
-        for left_out, (scores, rows) in zip(excluded, self._rows.search(queries, size, fetch), strict=True):
-            names = [self._names[row] for row in rows]
-            found = [(name, s) for name, s in zip(names, scores, strict=True) if name is not None]
-            kept = [(name, s) for name, s in found if name not in left_out]
-            results.append(sorted(kept, key=lambda pair: (-pair[1], pair[0]))[:top_k])
+        for number, (scores, rows) in enumerate(self._rows.search(queries, size, fetch)):
+            found = self._kept(scores, rows, excluded[number], top_k)
+            if fetch < size and found and found[-1][1] == scores[-1]:  # others that were not fetched may score as high
+                ((all_scores, all_rows),) = self._rows.search(queries[number : number + 1], size, size)
+                found = self._kept(all_scores, all_rows, excluded[number], top_k)
+            results.append(found)
         return results
+
+    def _kept(
+        self, scores: Sequence[float], rows: Sequence[int], left_out: Collection[str], top_k: int
+    ) -> list[tuple[str, float]]:
+        """The best of what was fetched that are neither gone nor left out."""
+        names = [self._names[row] for row in rows]
+        kept = [(n, s) for n, s in zip(names, scores, strict=True) if n is not None and n not in left_out]
+        return sorted(kept, key=lambda pair: (-pair[1], pair[0]))[:top_k]
 
     def _move(self, num_more: int) -> None:
         """Put the rows that are left together, where there is room for more; copies keep the old ones."""

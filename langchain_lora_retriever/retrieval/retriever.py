@@ -345,7 +345,7 @@ class LoraRetriever:
             entries = {name: state.routed(name) for name in sorted(names)}
             there = {name: entry for name, entry in entries.items() if entry is not None}
             vectors, floors, refused = self._embed_adapters(
-                {name: entry for name, entry in there.items() if not _found_alike(known(name), entry)}
+                {n: entry for n, entry in there.items() if n in old.rejected or not _found_alike(known(n), entry)}
             )
             gone = {name for name in entries if name not in there}
             rejected = {n: e for n, e in old.rejected.items() if n not in gone and n not in vectors} | refused
@@ -451,7 +451,7 @@ class LoraRetriever:
             if entry.embedding is not None:
                 adopted = self._adopt(entry, entry.embedding)
                 if adopted is not None:
-                    vectors[name] = adopted
+                    vectors[name], floors[name] = adopted, -math.inf
                 else:
                     refused[name] = self._misfit(entry, entry.embedding)
             elif key in known:

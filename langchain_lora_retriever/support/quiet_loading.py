@@ -8,6 +8,8 @@ from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from langchain_lora_retriever.support.forking import begin_in_every_process
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
@@ -25,6 +27,9 @@ class _QuietLoading:
     """
 
     def __init__(self) -> None:
+        begin_in_every_process(self._begin)
+
+    def _begin(self) -> None:
         self._lock = threading.Lock()
         self._num_inside = 0
         self._restore: Callable[[], None] | None = None

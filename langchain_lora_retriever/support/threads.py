@@ -132,6 +132,7 @@ class SingleFlight(Generic[T]):
             flight = self._flight
             if flight is None or flight.done():
                 flight = self._flight = _threads.submit(copy_context().run, work)
+        flight.add_done_callback(self._forget)
         landed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         flight.add_done_callback(lambda _: _tell(landed))
         await landed
@@ -139,6 +140,12 @@ class SingleFlight(Generic[T]):
         if error is not None:
             raise fresh(error)
         return flight.result()
+
+    def _forget(self, flight: Future[T]) -> None:
+        """Nobody joins it any more, so its result need not live on."""
+        with self._lock:
+            if self._flight is flight:
+                self._flight = None
 
 
 def _tell(landed: asyncio.Future[None]) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import threading
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from langchain_lora_retriever.errors import (
     DuplicateAdapterError,
@@ -23,6 +25,7 @@ from langchain_lora_retriever.errors import (
     UnknownAdapterError,
     UnsupportedAdapterError,
 )
+from langchain_lora_retriever.pool import pool as pool_module
 from langchain_lora_retriever.pool.checkpoint_files import CONFIG_FILE, WEIGHTS_FILE
 from langchain_lora_retriever.pool.folder import FingerprintCache
 from langchain_lora_retriever.pool.pool import AdapterPool, PoolState, Sample
@@ -85,6 +88,65 @@ def test_a_bad_adapter_is_refused_and_the_rest_loads(folder, checkpoints):
     pool.remove("units")
     assert not pool.rejected
     assert not (folder / "units").exists()
+
+
+def test_a_refused_adapter_holds_no_file(folder, checkpoints):
+    """The error that says why is kept, and not the frames that it came from."""
+    for name in ("one", "two", "three"):
+        copied = shutil.copytree(checkpoints["sql"], folder / name)
+        tensors = load_file(copied / "adapter_model.safetensors")
+        save_file({key: tensor * torch.nan for key, tensor in tensors.items()}, copied / "adapter_model.safetensors")
+    pool = AdapterPool(folder)
+    assert set(pool.rejected) == {"one", "two", "three"}
+    for error in pool.rejected.values():
+        chain = [error]
+        for one in chain:
+            assert one.__traceback__ is None
+            chain += [other for other in (one.__cause__, one.__context__) if other is not None and other not in chain]
+
+
+def test_another_process_s_new_outputs_are_read(folder):
+    """Of samples whose inputs stay, and of tasks': what a router weighs answers by."""
+    reader, writer = AdapterPool(folder), AdapterPool(folder)
+    before = reader.fingerprint
+    samples = [{"input": sample.input, "output": f"new {i}"} for i, sample in enumerate(reader.samples("sql"))]
+    adapter = reader["sql"]
+    writer.update("sql", samples=samples)
+    assert reader.refresh()
+    assert [sample.output for sample in reader.samples("sql")] == [sample["output"] for sample in samples]
+    assert reader["sql"].weights is adapter.weights
+    assert reader.fingerprint == AdapterPool(folder).fingerprint != before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_forked_child_has_a_lock_of_its_own(folder, monkeypatch):
+    """The parent's was held by a thread that the child does not have."""
+    pool = AdapterPool(folder)
+    inside, go = threading.Event(), threading.Event()
+    read_entry = pool_module.read_entry
+
+    def read_late(*args, **options):
+        inside.set()
+        assert go.wait(30)
+        return read_entry(*args, **options)
+
+    monkeypatch.setattr(pool_module, "read_entry", read_late)
+    shutil.copytree(folder / "sql", folder / "more")
+    thread = threading.Thread(target=pool.refresh)
+    thread.start()
+    assert inside.wait(30)
+    child = os.fork()
+    if child == 0:
+        try:
+            monkeypatch.setattr(pool_module, "read_entry", read_entry)
+            signal.alarm(20)
+            pool.refresh()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    go.set()
+    thread.join(30)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize(

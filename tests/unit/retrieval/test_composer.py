@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import pickle
 import random
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -246,9 +248,24 @@ def test_fusions_are_kept_by_content():
     """The same members are fused once; an adapter replaced under its name is fused anew."""
     cache, one, two = FusionCache(), adapter("one", {"m": 3}), adapter("two", {"m": 3})
     first = cache.fuse([(one, 0.5), (two, 0.5)])
-    assert cache.fuse([(two, 0.5), (one, 0.5)]) is first
+    assert cache.fuse([(two, 0.5), (one, 0.5)]).weights is first.weights
     replaced = adapter("two", {"m": 3}, seed=9)
-    assert cache.fuse([(one, 0.5), (replaced, 0.5)]) is not first
+    assert cache.fuse([(one, 0.5), (replaced, 0.5)]).weights is not first.weights
+
+
+def test_fusions_do_not_hold_their_members_for_ever():
+    """Of many that nobody runs any more the last few are kept, and those that somebody still has."""
+    cache = FusionCache()
+    adapters = [adapter(f"a{i}", {"m": 3}, seed=i) for i in range(50)]
+    held = [weakref.ref(one.weights["m"].lora_A) for one in adapters]
+    kept = cache.fuse([(adapters[0], 1.0)])
+    for one in adapters:
+        cache.fuse([(one, 1.0)])
+    del one, adapters
+    gc.collect()
+    alive = [ref() is not None for ref in held]
+    assert alive == [True, *[False] * 17, *[True] * 32]
+    assert cache.fuse(kept.members).weights is kept.weights
 
 
 def test_fusions_are_bounded():

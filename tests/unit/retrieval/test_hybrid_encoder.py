@@ -27,6 +27,14 @@ class BlindEncoder:
         return np.tile(np.array([[1.0, 0.0, 0.0]], dtype=np.float32), (len(texts), 1))
 
 
+def test_encoders_that_see_differently_have_names_of_their_own() -> None:
+    """Embeddings are kept by it; the usual ones' names stay as they were."""
+    usual = HybridEncoder(BlindEncoder())
+    assert usual.name == "blind + 1 x 1024 words"
+    others = [{"instruction": "Find: "}, {"weight": 1.0000001}, {"weight": 2}, {"num_words": 8}]
+    assert len({usual.name, *(HybridEncoder(BlindEncoder(), **other).name for other in others)}) == 5
+
+
 def test_words_tell_texts_apart_that_the_encoder_cannot() -> None:
     """A shared template makes texts alike; the inner encoder's part stays in front."""
     encoder = HybridEncoder(BlindEncoder())

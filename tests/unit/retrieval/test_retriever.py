@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import hashlib
+import math
 import os
 import pickle
 import signal
@@ -319,6 +320,60 @@ def test_a_model_card_is_embedded_while_nothing_else_is(pool, checkpoint, monkey
     thread.join()
     assert not any(overlaps)
     assert len(retriever.retrieve("bakes bread", top_k=9)) == 4
+
+
+@pytest.mark.parametrize("has_words", [False, True])
+@pytest.mark.parametrize("names", [("v1", "v2"), ("v2", "v1")])
+def test_equal_scores_are_ordered_by_name_whatever_else_is_asked(checkpoint, names, has_words):
+    """Not by who came first, who is left out, or what others in the batch leave out."""
+    pool = AdapterPool()
+    for name in ("other", *names):
+        pool.add(
+            name, checkpoint, samples=["zebra stripes"] if name == "other" else ["count the orders", "count users"]
+        )
+    encoder = HybridEncoder(WordEncoder()) if has_words else WordEncoder()
+    retriever = LoraRetriever(pool, encoder)
+    query = "count the users"
+    found = [
+        retriever.retrieve(query, top_k=1), retriever.retrieve(query, top_k=1, exclude=["other"]),
+        *retriever.retrieve_batch([query, query], top_k=1, exclude=[[], ["other"]]),
+    ]  # fmt: skip
+    assert [row[0].name for row in found] == ["v1"] * 4
+
+
+def test_an_adapter_that_was_given_an_embedding_has_no_floor_of_its_samples(pool):
+    """What its samples' scores said of "auto" is gone with them, as for a retriever that never saw them."""
+    encoder = WordEncoder()
+    retriever = LoraRetriever(pool, encoder, min_score="auto")
+    name = next(iter(TOPICS))
+    assert retriever.retrieve(TOPICS[name][0], top_k=1)[0].name == name
+    pool.update(name, embedding=encoder.encode(["poem about the sea"])[0], encoder=encoder.name)
+    fresh = LoraRetriever(pool, encoder, min_score="auto")
+    assert retriever.retrieve("poem of stars") == fresh.retrieve("poem of stars")
+    assert retriever.floor(name) == fresh.floor(name) == -math.inf
+
+
+def test_an_adapter_refused_for_a_passing_fault_is_found_after_an_update(checkpoint, monkeypatch):
+    """Though what it is found by is the same as before."""
+    encoder = WordEncoder()
+    encode = encoder.encode
+
+    def fail(texts):
+        if any("users" in text for text in texts):
+            raise MemoryError("out of memory")
+        return encode(texts)
+
+    pool = AdapterPool()
+    pool.add("a", checkpoint, samples=["how many users"])
+    pool.add("b", checkpoint, samples=["poems"])
+    retriever = LoraRetriever(pool, encoder)
+    monkeypatch.setattr(encoder, "encode", fail)
+    retriever.refresh()
+    assert set(retriever.rejected) == {"a"}
+    monkeypatch.setattr(encoder, "encode", encode)
+    pool.update("a")
+    assert retriever.retrieve("how many users", top_k=1)[0].name == "a"
+    assert not retriever.rejected
 
 
 def test_an_empty_pool_finds_nothing():
