@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from functools import cache
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from langchain_lora_retriever.cli.terminal import hint, status
+from langchain_lora_retriever.support.parents import end_with
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -160,7 +162,7 @@ def _reports(
 
     if workers > 1:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context) as executor:
+        with ProcessPoolExecutor(workers, context, initializer=end_with, initargs=(os.getpid(),)) as executor:
             futures = [executor.submit(_train, each, where, resume, evaluate) for each in tasks]
             for future in tqdm(as_completed(futures), total=len(tasks), desc="adapters", disable=None):
                 yield future.result()

@@ -169,9 +169,11 @@ def _as_json(text: str) -> str | None:
     if not text.lstrip().startswith(_JSON_OPENINGS):
         return None
     try:
-        return json.dumps(json.loads(text), ensure_ascii=False)
+        written = json.dumps(json.loads(text), ensure_ascii=False)
+        written.encode()  # half a surrogate pair, which an escape may stand for, is in no text
     except (ValueError, RecursionError):
         return None
+    return written
 
 
 def _ended(last: Delta, following: Generation | str | None) -> Delta:

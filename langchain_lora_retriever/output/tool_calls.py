@@ -48,6 +48,9 @@ def new_call_id() -> str:
     return f"call_{uuid.uuid4().hex}"
 
 
+_SURROGATES = re.compile("[\ud800-\udfff]")  # halves of pairs, which escapes in JSON may stand for, and no text has
+
+
 def whole_call(call: Any, *, id_: str, index: int) -> ToolCallChunk:
     """Make a call of an object with a name and arguments (or parameters), which may themselves be JSON text.
 
@@ -56,10 +59,11 @@ def whole_call(call: Any, *, id_: str, index: int) -> ToolCallChunk:
         TypeError: If it is no object, or the name is no text.
     """
     name = call["name"]
-    if not isinstance(name, str):
+    if not isinstance(name, str) or _SURROGATES.search(name):
         raise TypeError(f"the name {name!r} is not a string")
     arguments = call.get("arguments", call.get("parameters", {}))
     text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    text = _SURROGATES.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
     return tool_call_chunk(name=name, args=text, id=id_, index=index)
 
 
@@ -171,11 +175,12 @@ class _OpenCall:
 
 
 def _parsed(quoted: str) -> str | None:
-    """Read a JSON string; None if it is none, by an escape that there is not."""
+    """Read a JSON string; None if it is none, by an escape that there is not, or that stands for half a character."""
     try:
-        return str(json.loads(quoted, strict=False))
+        read = str(json.loads(quoted, strict=False))
     except ValueError:
         return None
+    return None if _SURROGATES.search(read) else read
 
 
 class _JsonScan:

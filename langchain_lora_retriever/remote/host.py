@@ -303,8 +303,14 @@ class EngineHost:
         peer.send(("answer", key, result))
 
     def _tell_stats(self) -> None:
+        """Tell callers, every second, how the engine is; leave them once it has been dead for one."""
+        was_alive = True
         while not self._is_closed.wait(_STATS_SECONDS):
             peers = list(self._names)
+            if not self.engine.is_alive:
+                for peer in () if was_alive else peers:
+                    peer.close()
+                was_alive = False
             if peers:
                 with suppress(Exception):  # of an engine that is being closed
                     stats = self.engine.stats()

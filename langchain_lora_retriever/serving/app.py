@@ -310,17 +310,24 @@ async def _unless_gone(request: Request, work: Awaitable[T], *, discard: Callabl
     """
     task: asyncio.Task[T] = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(_gone(request.receive))
+    is_taken = False
     try:
         await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
+        is_taken = task.done()
+        if is_taken:
             return task.result()
         raise ClientGoneError
     finally:
-        await _end(watcher)
-        if not task.done():
-            await _end(task)
-            if not task.cancelled() and task.exception() is None:
-                discard(task.result())
+        try:
+            await _end(watcher)
+        except BaseException:
+            is_taken = False  # cancelled meanwhile: nobody has the result
+            raise
+        finally:
+            if not is_taken:  # the work may have ended since
+                await _end(task)
+                if not task.cancelled() and task.exception() is None:
+                    discard(task.result())
 
 
 async def _gone(receive: Receive) -> None:

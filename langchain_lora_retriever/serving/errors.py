@@ -37,6 +37,7 @@ _ENGINE_ENDED = (
     "The engine of this server has ended. Ask again; if it has not come back, the server's operator must restart the "
     "server, whose log says more."
 )
+_MAX_COUNTED = 1000  # faults of a body, beyond which telling them apart takes seconds
 _MAX_TOLD = 3
 """Faults of a request that are told at once."""
 
@@ -126,7 +127,9 @@ def told(error: ValidationError, *, whole: str) -> str:
         error: What it raised.
         whole: What its place is called if it is the value as a whole.
     """
-    faults = error.errors()[:_MAX_TOLD]
+    if error.error_count() > _MAX_COUNTED:
+        return f"{whole} has {error.error_count():,} faults"
+    faults = error.errors(include_url=False, include_input=False)[:_MAX_TOLD]
     return "; ".join(f"{'.'.join(map(str, fault['loc'])) or whole}: {fault['msg']}" for fault in faults)
 
 

@@ -7,9 +7,10 @@ parameter is heeded, or refused in words, or without effect on any answer by its
 from __future__ import annotations
 
 import json
+import re
 import time
 import uuid
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
 
 from langchain_core.messages import AIMessage, convert_to_messages
 from langchain_core.messages.tool import invalid_tool_call
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 __all__ = ["AUTO", "ChatRequest", "ChunkWriter", "RouteRequest", "RoutingFields", "completion", "event"]
 
 AUTO = "auto"
+
+_Item = TypeVar("_Item")
+_List: TypeAlias = Annotated[list[_Item], Field(fail_fast=True)]  # a body may have millions of wrong ones
 """The model's name that leaves the choice of adapters to routing."""
 
 
@@ -42,8 +46,8 @@ class RoutingFields(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    adapters: list[str] | None = None
-    exclude_adapters: list[str] | None = None
+    adapters: _List[str] | None = None
+    exclude_adapters: _List[str] | None = None
     composition: str | None = None
     top_k: int | None = None
     weights: str | None = None
@@ -67,7 +71,7 @@ class ChatRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    messages: list[dict[str, Any]]
+    messages: _List[dict[str, Any]]
     model: str = AUTO
     stream: bool = False
     stream_options: _StreamOptions | None = None
@@ -77,10 +81,10 @@ class ChatRequest(BaseModel):
     max_completion_tokens: int | None = None
     n: int | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | _List[str] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: _List[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
@@ -88,7 +92,7 @@ class ChatRequest(BaseModel):
     frequency_penalty: Literal[0] | None = Field(default=None, description="Not supported but as 0.")
     presence_penalty: Literal[0] | None = Field(default=None, description="Not supported but as 0.")
     logit_bias: dict[str, float] | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: _List[Literal["text"]] | None = None
     metadata: dict[str, Any] | None = None
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
@@ -99,7 +103,7 @@ class ChatRequest(BaseModel):
     # What vLLM and others take too.
     top_k: int | None = None
     repetition_penalty: float | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: _List[int] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     lora_retriever: RoutingFields | None = None
 
@@ -156,7 +160,7 @@ class RouteRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     input: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: _List[dict[str, Any]] | None = None
     lora_retriever: RoutingFields | None = None
 
     def arguments(self) -> dict[str, Any]:
@@ -331,9 +335,10 @@ def _piece(piece: Piece) -> dict[str, Any]:
     if isinstance(piece, Reasoning):
         return {"reasoning_content": piece.text}
     function = {"arguments": piece["args"] or ""}
-    call: dict[str, Any] = {"index": piece["index"] or 0, "function": function}
-    if piece["name"] is not None:
-        function["name"] = piece["name"]
+    # Ours are numbered from 1, after the text; those of the protocol among themselves.
+    call: dict[str, Any] = {"index": (piece["index"] or 1) - 1, "function": function}
+    if piece["id"] is not None:  # a call's first part, and all of one that is malformed
+        function["name"] = piece["name"] or ""
         call |= {"id": piece["id"], "type": "function"}
     return {"tool_calls": [call]}
 
@@ -346,13 +351,35 @@ def _chunk_choice(
 
 def _logprobs(begun: Begun, logprobs: Any) -> dict[str, Any]:
     def with_bytes(entry: dict[str, Any]) -> dict[str, Any]:
-        made = {"token": entry["token"], "bytes": list(entry["token"].encode()), "logprob": entry["logprob"]}
+        made = {"token": entry["token"], "bytes": _bytes(entry, begun), "logprob": entry["logprob"]}
         if "top_logprobs" in entry:
             made["top_logprobs"] = [with_bytes(each) for each in entry["top_logprobs"]]
         return made
 
     entries = logprobs_content(begun.engine.tokenizer, logprobs)["content"]
     return {"content": [with_bytes(entry) for entry in entries], "refusal": None}
+
+
+def _bytes(entry: dict[str, Any], begun: Begun) -> list[int] | None:
+    """A token's bytes, which may be a part of a character; None if they are not known."""
+    if "\ufffd" not in entry["token"]:
+        return list(entry["token"].encode())
+    written = begun.engine.tokenizer.convert_ids_to_tokens(entry["token_id"])
+    by_value = re.fullmatch("<0x([0-9A-F]{2})>", written) if isinstance(written, str) else None
+    if by_value is not None:
+        return [int(by_value[1], 16)]
+    is_byte_level = isinstance(written, str) and all(char in _BYTE_LEVEL for char in written)
+    return [_BYTE_LEVEL[char] for char in written] if is_byte_level else None
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The characters that stand for bytes in byte-level vocabularies, which are GPT-2's."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_LEVEL = _byte_level_alphabet()
 
 
 def _usage(usages: Sequence[Usage]) -> dict[str, Any]:
