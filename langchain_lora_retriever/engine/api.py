@@ -50,11 +50,13 @@ class Grammar(NamedTuple):
         text: As llguidance reads it.
         is_foreign: A caller wrote its rules, which may be ambiguous beyond measure.
         is_json: The answer is JSON, between tags or alone, and can be closed to fit the token limit.
+        parts: Grammars of what JSON may begin, and must end then: the next record of a list.
     """
 
     text: str
     is_foreign: bool = False
     is_json: bool = False
+    parts: tuple[str, ...] = ()
 
 
 class Registration(NamedTuple):

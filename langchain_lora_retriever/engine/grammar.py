@@ -36,6 +36,8 @@ __all__ = ["CompiledGrammar", "GrammarCompiler", "GrammarConstraint", "Vocabular
 
 _MAX_CLOSING_MASKS = 4_000  # that one request may take to find out how to end, in all
 _MAX_STEP_MASKS = 400
+_NEARLY_ENDED = 8  # tokens to the end, up to which a part may have ended with the next one, and another begun
+_MOST_COUNTED = 2  # tokens of the way to the end that one of the model's stands for, about
 _GUESSED_CLOSE = 64  # tokens, where no end is found from the very start
 T = TypeVar("T")
 _logger = logging.getLogger(__name__)
@@ -179,11 +181,7 @@ class GrammarCompiler:
 
     def _compiled_now(self, grammar: Grammar) -> CompiledGrammar:
         vocabulary = self.vocabulary
-        text = grammar.text
-        # llguidance takes forced text that reads like such a token for the token, which its own parser refuses then.
-        if vocabulary.special_text.search(_unescaped(text)):
-            text += _NO_FORCING
-        matcher = LLMatcher(vocabulary.tokens, text, log_level=0, limits=_LIMITS[grammar.is_foreign])
+        matcher = _matcher(vocabulary, grammar.text, is_foreign=grammar.is_foreign)
         # What nothing can begin, or what is too wide to be looked over, shows at the first masks only.
         first, shortest = matcher.deep_copy(), None
         if not first.is_error():
@@ -196,7 +194,20 @@ class GrammarCompiler:
                 f"The answer cannot be constrained as asked: {_first_line(first.get_error())} "
                 "Simplify the schema, pattern or grammar."
             )
-        return CompiledGrammar(matcher, vocabulary.closing, shortest)
+        dearest = 0
+        for part in grammar.parts:
+            begun = _matcher(vocabulary, part, is_foreign=False)
+            if not begun.is_error():
+                path, _ = closing_path(begun, vocabulary.closing, JsonPosition(), max_masks=_MAX_STEP_MASKS)
+                dearest = max(dearest, _GUESSED_CLOSE if path is None else len(path))
+        return CompiledGrammar(matcher, vocabulary.closing, shortest, dearest)
+
+
+def _matcher(vocabulary: Vocabulary, text: str, *, is_foreign: bool) -> LLMatcher:
+    # llguidance takes forced text that reads like such a token for the token, which its own parser refuses then.
+    if vocabulary.special_text.search(_unescaped(text)):
+        text += _NO_FORCING
+    return LLMatcher(vocabulary.tokens, text, log_level=0, limits=_LIMITS[is_foreign])
 
 
 class CompiledGrammar:
@@ -206,12 +217,14 @@ class CompiledGrammar:
         matcher: At its start; only copies of it advance.
         closing: The tokens that end JSON.
         shortest: Tokens of about the shortest answer, where answers are JSON; None where they are not.
+        dearest: Tokens of about the shortest of the longest part that may be begun.
     """
 
-    def __init__(self, matcher: LLMatcher, closing: ClosingTokens, shortest: int | None) -> None:
+    def __init__(self, matcher: LLMatcher, closing: ClosingTokens, shortest: int | None, dearest: int) -> None:
         self._matcher = matcher
         self._closing = closing
         self._shortest = shortest
+        self._dearest = dearest
 
     def constraint(self, *, fit: int | None = None) -> GrammarConstraint:
         """Make what keeps one request inside the grammar.
@@ -221,7 +234,9 @@ class CompiledGrammar:
                 as the grammar lets them. None leaves the answer to be cut off there.
         """
         limit = None if self._shortest is None else fit
-        return GrammarConstraint(self._matcher.deep_copy(), self._closing, limit=limit, shortest=self._shortest or 0)
+        return GrammarConstraint(
+            self._matcher.deep_copy(), self._closing, limit=limit, shortest=self._shortest or 0, dearest=self._dearest
+        )
 
     def allows(self, text: str) -> bool:
         """Say whether a text, as a whole, follows the grammar."""
@@ -238,21 +253,30 @@ class GrammarConstraint:
         limit: Tokens within which to end, by allowing nothing but a way to the end once few are left; None for no
             limit.
         shortest: Tokens of about the shortest answer.
+        dearest: Tokens that a part which may be begun takes at least, of about the longest.
 
     Attributes:
         is_shortened: Whether the answer was made to end early.
     """
 
     def __init__(
-        self, matcher: LLMatcher, closing: ClosingTokens, *, limit: int | None = None, shortest: int = 0
+        self,
+        matcher: LLMatcher,
+        closing: ClosingTokens,
+        *,
+        limit: int | None = None,
+        shortest: int = 0,
+        dearest: int = 0,
     ) -> None:
         self._matcher = matcher
         self._closing = closing
         self._limit = limit
         self._shortest = shortest
+        self._dearest = dearest
         self._num_tokens = 0
         self._position = JsonPosition()
-        self._known_need = (shortest, 0)  # tokens to the end when they were last counted, and brackets open then
+        # Tokens to the end when they were last counted, the brackets open then, and the tokens written.
+        self._known_need = (shortest, 0, 0)
         self._masks_left = _MAX_CLOSING_MASKS
         self._ending: deque[int] | None = None
         self.is_shortened = False
@@ -286,7 +310,12 @@ class GrammarConstraint:
         self._num_tokens += 1
         self._check()
         if self._limit is not None:
-            self._position = self._position.after(self._closing.tokens.decode_bytes([token_id]))
+            lowest = self._position.depth
+            for byte in self._closing.tokens.decode_bytes([token_id]):
+                self._position = self._position.after(bytes([byte]))
+                lowest = min(lowest, self._position.depth)
+            if lowest < self._known_need[1]:  # what was counted has ended
+                self._known_need = 0, lowest, self._num_tokens
         if self._ending:
             self._ending = self._ending if self._ending.popleft() == token_id else None
 
@@ -315,21 +344,29 @@ class GrammarConstraint:
         """Say whether one more free token might leave too few to end the answer in; find the way to its end then."""
         if self._ending is not None:
             return True
-        # A token may begin something that has to be ended too: a string, an object and its keys.
-        reserve = 8 + self._shortest // 2
-        need, depth = self._known_need
-        need += max(0, self._position.depth - depth) * (1 + self._shortest)
-        if self._num_tokens + need + reserve < limit or self._masks_left <= 0:
+        need, depth, num_tokens = self._known_need
+        need += max(0, self._position.depth - depth) * (1 + max(self._shortest, self._dearest))
+        least = need - _MOST_COUNTED * (self._num_tokens - num_tokens)
+        if self._num_tokens + need + self._reserve(least) < limit or self._masks_left <= 0:
             return False
         path, num_masks = closing_path(
             self._matcher.deep_copy(), self._closing, self._position, max_masks=min(self._masks_left, _MAX_STEP_MASKS)
         )
         self._masks_left -= num_masks
         if path is not None:
-            self._known_need = len(path), self._position.depth
+            self._known_need = len(path), self._position.depth, self._num_tokens
+            reserve = self._reserve(len(path))
             if self._num_tokens + len(path) + reserve >= limit or self._masks_left < _MAX_STEP_MASKS:
                 self._ending = deque(path)
         return self._ending is not None
+
+    def _reserve(self, need: int) -> int:
+        """Tokens that have to be left beside those to the end: the next may begin what has to be ended too.
+
+        That is a string, or an object and its keys; and where little is left to be written, the next part.
+        """
+        begun = self._dearest if need <= _NEARLY_ENDED + self._position.depth else 0
+        return 8 + max(self._shortest // 2, begun)
 
     def _keep_ending(self, row: torch.Tensor) -> None:
         """Forbid all tokens but the next on the way to the end; the end of the answer, where it may end here."""

@@ -40,6 +40,9 @@ _MAX_OPERATORS = 2
 _MAX_FORCED_CHARACTERS = 16 << 10
 """Characters of keys and constants up to which a grammar's forced tokens are looked for, all in a row: 1.5 us each."""
 
+_MAX_PARTS, _MAX_PARTS_CHARACTERS = 16, 200_000
+"""Parts of a schema that are compiled by themselves too, and the characters of all of them."""
+
 # No free white space: a weak model would emit blanks until the token limit. The separators are json.dumps's, so the
 # forced text is what models were trained on.
 _JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -58,7 +61,29 @@ def json_grammar(schema: Mapping[str, Any]) -> Grammar:
         InvalidRequestError: If the schema is beyond the bounds of `checked_schema`.
     """
     checked = checked_schema(schema)
-    return Grammar(f"{_header(checked)}start: {_json_rule(checked)}\n", is_json=True)
+    text = _json_text(checked)
+    num_parts = min(_MAX_PARTS, _MAX_PARTS_CHARACTERS // len(text))
+    return Grammar(text, is_json=True, parts=tuple(map(_json_text, _demanding_parts(checked)[:num_parts])))
+
+
+def _json_text(schema: Mapping[str, Any]) -> str:
+    return f"{_header(schema)}start: {_json_rule(schema)}\n"
+
+
+def _demanding_parts(schema: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The schemas within one that ask for something once they are begun, the largest first, with the definitions."""
+    definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    found: dict[str, dict[str, Any]] = {}
+    stack: list[Any] = list(schema.values())
+    while stack:
+        value = stack.pop()
+        if isinstance(value, list):
+            stack += value
+        elif isinstance(value, dict):
+            stack += value.values()
+            if isinstance(value.get("required"), list) or value.get("minItems"):
+                found[json.dumps(value)] = {**value, **definitions}
+    return [found[text] for text in sorted(found, key=len, reverse=True)]
 
 
 def lark_grammar(grammar: str) -> Grammar:

@@ -675,6 +675,38 @@ def test_whatever_a_model_writes_is_closed_in_time(tokenizer, schema: dict[str, 
     assert violation(schema, json.loads(text, strict=False)) is None
 
 
+RECORD = {"type": "object", "properties": {key: {"type": "string"} for key in ("first_name", "last_name", "city")}}
+RECORDS = {
+    "type": "object",
+    "properties": {"people": {"type": "array", "items": {**RECORD, "required": list(RECORD["properties"])}}},
+    "required": ["people"],
+}
+
+
+@pytest.mark.parametrize("limit", range(120, 330, 7))
+def test_a_list_of_records_is_closed_in_time(tokenizer, limit: int) -> None:
+    """The next record is begun only where it can be ended; what is wanted is many of them, as JSON writes them."""
+    row = dict.fromkeys(RECORD["properties"], "v")
+    wanted = tokenizer.encode(json.dumps({"people": [row] * 20}), add_special_tokens=False)
+    constraint = compiler_of(tokenizer).constraint(json_grammar(RECORDS), fit=limit)
+    mask, ids = torch.zeros(-(-len(tokenizer) // 32), dtype=torch.int32), list[int]()
+    while len(ids) < limit and not constraint.is_finished:
+        constraint.fill_bitmask(mask)
+        allowed = [i for i in range(len(tokenizer)) if int(mask[i // 32]) >> i % 32 & 1]
+        is_as_wanted = ids == wanted[: len(ids)] and wanted[len(ids)] in allowed
+        ids.append(wanted[len(ids)] if is_as_wanted else allowed[0])
+        if ids[-1] == tokenizer.eos_token_id:
+            break
+        constraint.accept(ids[-1])
+        for forced in constraint.forced_tokens():
+            ids.append(forced)
+            constraint.accept(forced)
+    assert len(ids) <= limit
+    people = json.loads(tokenizer.decode(ids, skip_special_tokens=True))["people"]
+    assert len(people) >= (limit - 60) // 62
+    assert people[0] == row
+
+
 def test_a_way_to_the_end_is_not_looked_for_without_end(tokenizer) -> None:
     """A grammar may have none within reach; then the answer is cut off, and no step has taken more than its share."""
     schema = {"type": "string", "minLength": 5000}

@@ -265,6 +265,7 @@ def parse(text: str, seed: int) -> tuple[str, list[dict[str, Any]]]:
         ('<tool_call>{"arguments": {"a": 2}, "name": "add"}</tool_call>', "", [("add", {"a": 2})]),
         ('<tool_call>{"name": "add", "arguments": "{\\"a\\": 2}"}</tool_call>', "", [("add", {"a": 2})]),
         ('<tool_call>\n{"name":"add","parameters":{}}\n</tool_call>', "", [("add", {})]),
+        ('<tool_call>{"arguments": {"a": "\\ud83d"}, "name": "add"}</tool_call>', "", [("add", {"a": "\ud83d"})]),
     ],
 )
 def test_calls_are_found_however_the_text_is_cut(text: str, shown: str, calls: list[Any]) -> None:
@@ -273,6 +274,15 @@ def test_calls_are_found_however_the_text_is_cut(text: str, shown: str, calls: l
         found_text, found = parse(text, seed)
         assert found_text == shown
         assert [(call["name"], json.loads(call["args"])) for call in found] == calls
+        assert all(call["args"].encode() for call in found)
+
+
+@pytest.mark.parametrize("head", ['"name": "\\udfff", "arguments": {}', '"arguments": {}, "name": "\\udfff"'])
+def test_a_name_with_half_a_character_is_no_call(head: str) -> None:
+    """No text holds it: it could not be sent."""
+    _, (call,) = parse(f"<tool_call>{{{head}}}</tool_call>", 0)
+    assert call["name"] is None
+    assert call["args"].encode()
 
 
 def test_calls_are_numbered_from_one() -> None:

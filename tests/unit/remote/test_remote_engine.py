@@ -220,6 +220,18 @@ def test_who_goes_leaves_nothing_behind(engine: RemoteEngine, replicas: list[Rep
             generation.result(1)
 
 
+def test_a_host_whose_engine_has_died_leaves_its_callers(replicas: list[Replica], monkeypatch: Any) -> None:
+    """Its process may go on: whoever looks after it hears that the engine is gone, once its last words are sent."""
+    engine = RemoteEngine(Handle(replicas[0]), max_moves=0)
+    try:
+        assert engine.submit([1, 2, 3], LONG).result(30).text
+        assert replicas[0].host._names
+        monkeypatch.setattr(FakeEngine, "is_alive", property(lambda _: False))
+        wait_until(lambda: not replicas[0].host._names)
+    finally:
+        engine.close()
+
+
 def test_adapters_travel_once(engine: RemoteEngine, replicas: list[Replica]) -> None:
     """By content, whatever their names, for many requests at once; a replica that comes later gets its own."""
     adapter = make_adapter(make_tiny_model(), "a")

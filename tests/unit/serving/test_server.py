@@ -8,6 +8,7 @@ import json
 import re
 import weakref
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import httpx
 import openai
@@ -16,6 +17,7 @@ from langchain_openai import ChatOpenAI
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from langchain_lora_retriever.errors import EngineOverloadedError, InvalidRequestError
+from langchain_lora_retriever.serving.app import _unless_gone
 from langchain_lora_retriever.serving.config import ServeConfig, read_config
 from makers import until
 from servers import running
@@ -65,6 +67,54 @@ def test_an_answer_says_what_it_ran(client: openai.OpenAI, engine: Any) -> None:
     assert answer.usage.completion_tokens == len("The answer.")
     sampling = engine.requests[0].sampling
     assert (sampling.max_tokens, sampling.stop, sampling.seed) == (9, ("x",), 4)
+
+
+def test_the_bytes_of_a_split_character_are_its_tokens_own(client: openai.OpenAI, engine: Any) -> None:
+    """A token that is a part of one has no text of its own, and its bytes joined to the others' are the character."""
+    engine.answers = ["é😀!"]
+    (choice,) = client.chat.completions.create(model="auto", messages=USER, logprobs=True).choices
+    assert bytes(value for token in choice.logprobs.content for value in token.bytes).decode() == "é😀!"
+
+
+def test_a_body_of_a_million_faults_holds_nobody_up(address: str) -> None:
+    """They are not told one by one, nor collected."""
+    for wrong in ({"messages": [1] * 900_000}, {"messages": USER, "stop": [1] * 900_000}):
+        answer = httpx.post(f"{address}/v1/chat/completions", json=wrong, timeout=60)
+        assert answer.status_code == 400
+        assert ".0: " in answer.text
+        assert ".1: " not in answer.text
+    answer = httpx.post(f"{address}/v1/chat/completions", json={"messages": USER} | {f"k{i}": 1 for i in range(2000)})
+    assert (answer.status_code, "the body has 2,000 faults" in answer.text) == (400, True)
+
+
+@pytest.mark.parametrize("turns", range(5))
+@pytest.mark.parametrize("is_cancelled", [False, True])
+async def test_what_was_begun_for_a_client_that_went_is_undone(turns: int, is_cancelled: bool) -> None:
+    """Whenever it ends beside the client's going, or the handler's: the result is had, or discarded."""
+    gone, may_end = asyncio.Event(), asyncio.Event()
+
+    async def receive() -> dict[str, str]:
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    begun, discarded = list[str](), list[str]()
+
+    async def begin() -> str:
+        await may_end.wait()
+        begun.append("begun")
+        return "begun"
+
+    task = asyncio.ensure_future(_unless_gone(Mock(receive=receive), begin(), discard=discarded.append))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    (may_end if is_cancelled else gone).set()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    may_end.set()
+    if is_cancelled:
+        task.cancel()
+    (result,) = await asyncio.gather(task, return_exceptions=True)
+    assert (result == "begun") or discarded == begun
 
 
 def test_a_stream_adds_up(client: openai.OpenAI) -> None:
@@ -120,6 +170,8 @@ def test_tool_calls(client: openai.OpenAI, engine: Any, *, stream: bool) -> None
         name = "".join(part.function.name or "" for part in parts)
         arguments = "".join(part.function.arguments or "" for part in parts)
         call_id = next(part.id for part in parts if part.id)
+        assert {part.index for part in parts} == {0}
+        assert [part.type for part in parts if part.id] == ["function"]
     else:
         (choice,) = made.choices
         assert choice.finish_reason == "tool_calls"
