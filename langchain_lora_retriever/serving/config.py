@@ -94,7 +94,7 @@ def read_config(path: Path | None, **given: Any) -> ServeConfig:
             loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise InvalidRequestError(f"--config {path} cannot be read: {error}") from error
-        if loaded is not None and not isinstance(loaded, dict):
+        if loaded is not None and not (isinstance(loaded, dict) and all(isinstance(name, str) for name in loaded)):
             raise InvalidRequestError(f"--config {path} holds {shown(loaded)}: write settings as `name: value`.")
         values = loaded or {}
     values |= {name: value for name, value in given.items() if value is not None}

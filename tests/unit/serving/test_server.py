@@ -487,7 +487,7 @@ def test_langchain_talks_to_it(address: str, engine: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [("host: 0.0.0.0", "lets others reach"), ("prot: 1", "prot"), ("- 1", "name: value"), ("port: x", "port"),
-     ("a: [", "cannot be read"), ("admin_key_file: x", "adapter_root")],
+     ("a: [", "cannot be read"), ("admin_key_file: x", "adapter_root"), ("1: 2", "name: value")],
 )  # fmt: skip
 def test_bad_configurations_are_told(tmp_path: Path, text: str, told: str) -> None:
     """Before anything is loaded."""
