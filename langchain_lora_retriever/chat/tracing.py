@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import closing, contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -63,17 +63,14 @@ class TracedChatModel(BaseChatModel):
     ) -> AsyncIterator[AIMessageChunk]:
         """Stream an answer without blocking the event loop; see `BaseChatModel.astream`."""
         config, children = _with_children(AsyncCallbackManager, config)
+        # Not closed by us: its loop does that once nobody holds it, and, when the loop ends, with all others at once.
         chunks = super().astream(input, config, stop=stop, **kwargs)
-        try:
-            with _begun_under(children):
-                first = await anext(chunks, None)
-            if first is not None:
-                yield first
-                async for chunk in chunks:
-                    yield chunk
-        finally:  # no `aclosing`: a loop that ends closes all generators at once, and this one by itself
-            if isinstance(chunks, AsyncGenerator) and not getattr(chunks, "ag_running", False):
-                await chunks.aclose()
+        with _begun_under(children):
+            first = await anext(chunks, None)
+        if first is not None:
+            yield first
+            async for chunk in chunks:
+                yield chunk
 
 
 def planner(runtime: Runtime, run_manager: CallbackManagerForLLMRun | None) -> Callable[[str, RoutingOptions], Plan]:

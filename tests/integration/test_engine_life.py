@@ -252,6 +252,10 @@ def test_an_engine_whose_thread_cannot_begin_gives_the_model_back(monkeypatch: p
     """Where it cannot be started, and where whoever waits for it is interrupted: the next engine may come."""
     base = BaseModel(make_tiny_model(), make_tokenizer(), "tiny")
     start, wait = threading.Thread.start, threading.Event.wait
+    others = set(threading.enumerate())
+
+    def engines() -> list[threading.Thread]:
+        return [thread for thread in set(threading.enumerate()) - others if thread.name == "lora-engine"]
 
     def fail(thread: threading.Thread) -> None:
         if thread.name == "lora-engine":
@@ -265,7 +269,7 @@ def test_an_engine_whose_thread_cannot_begin_gives_the_model_back(monkeypatch: p
     base.model(torch.arange(5)[None])
 
     def interrupt(event: threading.Event, timeout: float | None = None) -> bool:
-        if any(thread.name == "lora-engine" for thread in threading.enumerate()):
+        if engines():
             monkeypatch.undo()
             raise KeyboardInterrupt
         return wait(event, timeout)
@@ -273,7 +277,7 @@ def test_an_engine_whose_thread_cannot_begin_gives_the_model_back(monkeypatch: p
     monkeypatch.setattr(threading.Event, "wait", interrupt)
     with pytest.raises(KeyboardInterrupt):
         EngineWorker(base, CONFIG)
-    assert not [thread for thread in threading.enumerate() if thread.name == "lora-engine"]
+    assert not engines()
     base.model(torch.arange(5)[None])
     with EngineWorker(base, CONFIG) as engine:
         assert engine.submit([5, 6], SHORT).result(30).finish_reason == "length"
