@@ -13,7 +13,7 @@ from langchain_lora_retriever.errors import InvalidRequestError
 from langchain_lora_retriever.output.format import OutputRequest
 from langchain_lora_retriever.retrieval.routing import RoutingOptions
 from langchain_lora_retriever.support.checks import settings
-from langchain_lora_retriever.support.near_names import near_names
+from langchain_lora_retriever.support.near_names import did_you_mean
 from langchain_lora_retriever.support.nesting import check_json, check_texts
 from langchain_lora_retriever.support.shown import shown
 from langchain_lora_retriever.types import (
@@ -160,6 +160,5 @@ def _why_unknown(unknown: Sequence[str], settings: Mapping[str, Any]) -> str:
             f"{unknown[0]!r} is a setting of the chat model, not of a call. Give the model another one: "
             f"llm.model_copy(update={{{unknown[0]!r}: ...}}), or llm.{unknown[0]} = ... for every call from then on."
         )
-    near = near_names(unknown[0], _names(), 1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(unknown[0], _names())
     return f"Unknown argument{'s'[: len(unknown) > 1]} {names}.{hint} A call takes: {', '.join(sorted(_names()))}."

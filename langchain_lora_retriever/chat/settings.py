@@ -38,7 +38,7 @@ from langchain_lora_retriever.retrieval.encoder import Encoder
 from langchain_lora_retriever.retrieval.hybrid_encoder import HybridEncoder
 from langchain_lora_retriever.retrieval.retriever import DEFAULT_INSTRUCTION, LoraRetriever
 from langchain_lora_retriever.runtime import Runtime
-from langchain_lora_retriever.support.near_names import near_names
+from langchain_lora_retriever.support.near_names import did_you_mean
 from langchain_lora_retriever.support.shown import shown
 from langchain_lora_retriever.types import CompositionMode
 
@@ -410,9 +410,7 @@ def _check_names(given: Mapping[str, Any], cls: type[ChatSettings]) -> None:
     unknown = [name for name in given if name not in cls.model_fields]
     if not unknown or cls.model_config.get("extra") != "forbid":
         return
-    usual = _USUAL_NAMES.get(unknown[0])
-    near = [usual] if usual else near_names(str(unknown[0]), cls.model_fields, 1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(_USUAL_NAMES.get(unknown[0], str(unknown[0])), cls.model_fields)
     raise InvalidRequestError(
         f"{shown(unknown[0])} is no setting of the chat model.{hint} It has: {', '.join(sorted(cls.model_fields))}."
     )

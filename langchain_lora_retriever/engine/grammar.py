@@ -310,12 +310,9 @@ class GrammarConstraint:
         self._num_tokens += 1
         self._check()
         if self._limit is not None:
-            lowest = self._position.depth
-            for byte in self._closing.tokens.decode_bytes([token_id]):
-                self._position = self._position.after(bytes([byte]))
-                lowest = min(lowest, self._position.depth)
-            if lowest < self._known_need[1]:  # what was counted has ended
-                self._known_need = 0, lowest, self._num_tokens
+            self._position = self._position.after(self._closing.tokens.decode_bytes([token_id]))
+            if self._position.lowest < self._known_need[1]:  # what was counted has ended
+                self._known_need = 0, self._position.lowest, self._num_tokens
         if self._ending:
             self._ending = self._ending if self._ending.popleft() == token_id else None
 

@@ -53,15 +53,18 @@ class JsonPosition(NamedTuple):
         is_in_string: Within quotes.
         is_escaped: Behind a backslash.
         depth: Brackets that are open.
+        lowest: The fewest that were, since the text that was read last began.
     """
 
     is_in_string: bool = False
     is_escaped: bool = False
     depth: int = 0
+    lowest: int = 0
 
     def after(self, text: bytes) -> JsonPosition:
         """Read on."""
-        is_in_string, is_escaped, depth = self
+        is_in_string, is_escaped, depth, _ = self
+        lowest = depth
         for byte in text:
             if is_escaped:
                 is_escaped = False
@@ -73,7 +76,8 @@ class JsonPosition(NamedTuple):
                 depth += 1
             elif byte in b"]}":
                 depth -= 1
-        return JsonPosition(is_in_string, is_escaped, depth)
+                lowest = min(lowest, depth)
+        return JsonPosition(is_in_string, is_escaped, depth, lowest)
 
 
 def closing_path(

@@ -313,21 +313,16 @@ async def _unless_gone(request: Request, work: Awaitable[T], *, discard: Callabl
     is_taken = False
     try:
         await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        is_taken = task.done()
-        if is_taken:
-            return task.result()
-        raise ClientGoneError
+        if not task.done():
+            raise ClientGoneError
+        await _end(watcher)
+        is_taken = True
+        return task.result()
     finally:
-        try:
-            await _end(watcher)
-        except BaseException:
-            is_taken = False  # cancelled meanwhile: nobody has the result
-            raise
-        finally:
-            if not is_taken:  # the work may have ended since
-                await _end(task)
-                if not task.cancelled() and task.exception() is None:
-                    discard(task.result())
+        if not is_taken:  # the work may have ended since
+            await _end(watcher, task)
+            if not task.cancelled() and task.exception() is None:
+                discard(task.result())
 
 
 async def _gone(receive: Receive) -> None:
@@ -335,9 +330,10 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-async def _end(task: asyncio.Future[Any]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
+async def _end(*tasks: asyncio.Future[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class _EventStream(Response):

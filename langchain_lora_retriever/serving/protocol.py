@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 __all__ = ["AUTO", "ChatRequest", "ChunkWriter", "RouteRequest", "RoutingFields", "completion", "event"]
 
 AUTO = "auto"
+"""The model's name that leaves the choice of adapters to routing."""
 
 _Item = TypeVar("_Item")
 _List: TypeAlias = Annotated[list[_Item], Field(fail_fast=True)]  # a body may have millions of wrong ones
-"""The model's name that leaves the choice of adapters to routing."""
 
 
 class RoutingFields(BaseModel):

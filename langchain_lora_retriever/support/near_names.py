@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["near_names"]
+__all__ = ["did_you_mean", "near_names"]
 
 _MAX_LENGTH = 200
 _PREFIX = 3
@@ -34,3 +34,9 @@ def near_names(name: str, names: Iterable[str], num: int = 3) -> list[str]:
     if not found and len(sought) >= _PREFIX:
         found = sorted(key for key in by_key if key.startswith(sought[:_PREFIX]))[:num]
     return [by_key[key] for key in found]
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """The end of a sentence that refuses a name: the one that is most like it, or nothing."""
+    near = near_names(name, names, 1)
+    return f" Did you mean {near[0]!r}?" if near else ""

@@ -251,15 +251,17 @@ class TritonExecutor:
     def _capture_all(self, shapes: StepShapes) -> None:
         """Capture every foreseen step."""
         start = time.perf_counter()
+        nums_active = {
+            bound: sorted({self._reckoned(num, bound) for num in range(1, self._max_loras + 1)})
+            for bound in self._rank_bounds
+        }
         try:
             for shape in shapes.all():
                 for rank_bound in self._rank_bounds[: None if shape.num_adapters else 1]:
                     is_lowest = rank_bound == self._rank_bounds[0]
                     if is_lowest or shape.num_tokens <= _MAX_TOKENS_OF_HIGH_RANKS:
-                        nums_active = {self._reckoned(num, rank_bound) for num in range(1, self._max_loras + 1)}
-                        for num_active, kinds in product(
-                            sorted(nums_active), dict.fromkeys((StepKinds(), self._kinds))
-                        ):
+                        kinds_of_step = dict.fromkeys((StepKinds(), self._kinds))
+                        for num_active, kinds in product(nums_active[rank_bound], kinds_of_step):
                             self._capture(shape, num_active, rank_bound, kinds)
         except CaptureError as error:
             self._give_up_graphs(error)

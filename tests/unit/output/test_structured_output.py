@@ -37,6 +37,8 @@ from langchain_lora_retriever.testing import byte_tokenizer
 from makers import make_tokenizer, wait_until
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from langchain_lora_retriever import ChatLoraRetriever
 
 WEATHER = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
@@ -558,6 +560,21 @@ def test_too_many_tools_are_refused(tokenizer) -> None:
         answer_format(CallOptions(tools=tools, tool_choice="any"), tokenizer)
 
 
+def write_under(
+    tokenizer: Any, constraint: Any, limit: int, choose: Callable[[list[int], list[int]], int]
+) -> list[int]:
+    """Tokens that a model writes within a limit, which chooses by those there are from those that are allowed."""
+    row, ids = torch.zeros(-(-len(tokenizer) // 32), dtype=torch.int32), list[int]()
+    while not constraint.is_finished and len(ids) < limit:
+        constraint.fill_bitmask(row)
+        ids.append(choose(ids, [i for i in range(len(tokenizer)) if (int(row[i // 32]) >> (i % 32)) & 1]))
+        constraint.accept(ids[-1])
+        for forced in constraint.forced_tokens():
+            ids.append(forced)
+            constraint.accept(forced)
+    return ids
+
+
 @pytest.mark.parametrize(
     "schema",
     [
@@ -572,16 +589,12 @@ def test_numbers_are_closed_near_the_limit(tokenizer, schema, seed: int) -> None
     """Whatever digits a model would go on with, also where a number may not end yet."""
     limit, rng = 40, random.Random(seed)
     constraint = compiler_of(tokenizer).constraint(json_grammar(schema), fit=limit)
-    row, ids = torch.zeros(-(-len(tokenizer) // 32), dtype=torch.int32), []
-    while not constraint.is_finished and len(ids) < limit:
-        constraint.fill_bitmask(row)
-        allowed = [i for i in range(len(tokenizer)) if (int(row[i // 32]) >> (i % 32)) & 1]
+
+    def choose(_: list[int], allowed: list[int]) -> int:
         zeros = [i for i in allowed if tokenizer.decode([i]) in {"0", "."}]
-        ids.append(zeros[0] if zeros else rng.choice(allowed))
-        constraint.accept(ids[-1])
-        for forced in constraint.forced_tokens():
-            ids.append(forced)
-            constraint.accept(forced)
+        return zeros[0] if zeros else rng.choice(allowed)
+
+    ids = write_under(tokenizer, constraint, limit, choose)
     assert constraint.is_finished
     json.loads(tokenizer.decode(ids, skip_special_tokens=True))
 
@@ -637,16 +650,10 @@ def test_a_panic_of_native_code_ends_in_words() -> None:
 def fill_up(tokenizer: Any, grammar: Grammar, limit: int, wanted: str) -> tuple[str, Any]:
     """What a model writes within a token limit that always wants the same characters."""
     constraint = compiler_of(tokenizer).constraint(grammar, fit=limit)
-    row, ids = torch.zeros(-(-len(tokenizer) // 32), dtype=torch.int32), []
     wishes = [i for char in wanted for i in tokenizer.encode(char, add_special_tokens=False)]
-    while not constraint.is_finished and len(ids) < limit:
-        constraint.fill_bitmask(row)
-        allowed = [i for i in range(len(tokenizer)) if (int(row[i // 32]) >> (i % 32)) & 1]
-        ids.append(next((i for i in wishes if i in allowed), allowed[0]))
-        constraint.accept(ids[-1])
-        for forced in constraint.forced_tokens():
-            ids.append(forced)
-            constraint.accept(forced)
+    ids = write_under(
+        tokenizer, constraint, limit, lambda _, allowed: next((i for i in wishes if i in allowed), allowed[0])
+    )
     return tokenizer.decode(ids, skip_special_tokens=True), constraint
 
 
@@ -689,18 +696,12 @@ def test_a_list_of_records_is_closed_in_time(tokenizer, limit: int) -> None:
     row = dict.fromkeys(RECORD["properties"], "v")
     wanted = tokenizer.encode(json.dumps({"people": [row] * 20}), add_special_tokens=False)
     constraint = compiler_of(tokenizer).constraint(json_grammar(RECORDS), fit=limit)
-    mask, ids = torch.zeros(-(-len(tokenizer) // 32), dtype=torch.int32), list[int]()
-    while len(ids) < limit and not constraint.is_finished:
-        constraint.fill_bitmask(mask)
-        allowed = [i for i in range(len(tokenizer)) if int(mask[i // 32]) >> i % 32 & 1]
+
+    def choose(ids: list[int], allowed: list[int]) -> int:
         is_as_wanted = ids == wanted[: len(ids)] and wanted[len(ids)] in allowed
-        ids.append(wanted[len(ids)] if is_as_wanted else allowed[0])
-        if ids[-1] == tokenizer.eos_token_id:
-            break
-        constraint.accept(ids[-1])
-        for forced in constraint.forced_tokens():
-            ids.append(forced)
-            constraint.accept(forced)
+        return wanted[len(ids)] if is_as_wanted else allowed[0]
+
+    ids = write_under(tokenizer, constraint, limit, choose)
     assert len(ids) <= limit
     people = json.loads(tokenizer.decode(ids, skip_special_tokens=True))["people"]
     assert len(people) >= (limit - 60) // 62
